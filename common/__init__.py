@@ -1,0 +1,1 @@
+"""What two scripts must agree on: conventions, data, model, metrics, file formats."""

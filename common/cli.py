@@ -1,0 +1,85 @@
+"""Flags from a dataclass of settings, and one way for every script to end.
+
+The only module that knows argparse. A script declares its settings once, as a frozen dataclass of `flag(...)` fields,
+and hands them to `run`; nothing else in `common/` sees flags or a script's settings.
+"""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+
+from common.errors import InputError
+
+SETTINGS = typing.TypeVar("SETTINGS")
+
+
+def flag(default, help: str, *, at_least: float | None = None, choices: tuple[str, ...] | None = None):
+    """A dataclass field that becomes `--name`: `help` gives its unit and reason, the default is added to it."""
+    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
+
+
+def _checked(kind: type, at_least: float | None) -> Callable[[str], typing.Any]:
+    def convert(text: str):
+        value = kind(text)
+        if at_least is not None and not value >= at_least:
+            raise argparse.ArgumentTypeError(f"{text} is below {at_least}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
+    name, metadata = "--" + field.name.replace("_", "-"), field.metadata
+    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    help = metadata["help"].replace("%", "%%") + ("" if shown in ("", False) else f" (default: {shown})")
+    if kind is bool:
+        parser.add_argument(name, action="store_true", help=help)
+        return
+    several = typing.get_origin(kind) is tuple
+    element = typing.get_args(kind)[0] if several else kind
+    metavar = None if metadata["choices"] else {int: "N", float: "X"}.get(element, "TEXT")
+    parser.add_argument(
+        name,
+        type=_checked(element, metadata["at_least"]),
+        nargs="+" if several else None,
+        choices=metadata["choices"],
+        metavar=metavar,
+        default=field.default,
+        help=help,
+    )
+
+
+def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | None = None) -> SETTINGS:
+    """Read `argv` (default: the command line) into `settings_type`; `--help` prints `description` and the flags."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    kinds = typing.get_type_hints(settings_type)
+    for field in dataclasses.fields(settings_type):
+        _add_flag(parser, field, kinds[field.name])
+    values = vars(parser.parse_args(argv))
+    return settings_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:
+    """Parse the command line, call `main`, and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    settings = parse(settings_type, description or "")
+    try:
+        main(settings)
+    except InputError as error:
+        # A data-loading worker wraps the message in its traceback; the last line is ours.
+        message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
+        sys.exit(_say_error(message, 2))
+    except KeyboardInterrupt:
+        sys.exit(_say_error("interrupted", 130))
+
+
+def _say_error(message: str, status: int) -> int:
+    print(f"{sys.argv[0].rpartition('/')[2]}: error: {message}", file=sys.stderr)
+    return status

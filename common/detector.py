@@ -1,0 +1,58 @@
+"""The detector: a backbone and a head, and the settings that rebuild it without any network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from common.backbone import Backbone, backbone_config, choose_blocks, load_backbone
+from common.errors import InputError
+from common.heads import LinearHead
+from common.types import RawOutput
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Everything that shapes a detector; plain types only, stored in its checkpoint."""
+
+    head: str  # "linear"
+    backbone: dict  # architecture, see `backbone_config`
+    blocks: tuple[int, ...]  # whose features the head reads, 1 = first
+    image_size: int  # side of the square input, pixels
+    num_classes: int
+
+
+class Detector(nn.Module):
+    """Backbone and head. `forward` returns the same type in training and in evaluation."""
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        channels = backbone.channels * len(config.blocks)
+        self.head = LinearHead(channels=channels, num_classes=config.num_classes, stride=backbone.patch_size)
+
+    def forward(self, images: Tensor) -> RawOutput:
+        """(B, 3, S, S) RGB in 0..1 -> `RawOutput`."""
+        return self.head(self.backbone(images))
+
+
+def build_detector(config: DetectorConfig) -> Detector:
+    """A detector of this shape with random weights, for a checkpoint to fill."""
+    return Detector(config, Backbone.from_config(config.backbone, config.blocks))
+
+
+def new_detector(backbone_folder: Path, *, head: str, blocks: tuple[int, ...], image_size: int, num_classes: int):
+    """A detector on pretrained backbone weights, its head untrained.
+
+    Raises:
+        InputError: no backbone there, blocks it does not have, an input that is not a multiple of its patch size.
+    """
+    backbone = backbone_config(backbone_folder)
+    patch = backbone.get("patch_size", 14)
+    if image_size % patch or image_size <= 0:
+        lower = max(1, image_size // patch) * patch
+        raise InputError(f"image size {image_size} is not a multiple of {patch}; take {lower} or {lower + patch}")
+    blocks = choose_blocks(blocks, backbone.get("num_hidden_layers", 12))
+    config = DetectorConfig(head, backbone, blocks, image_size, num_classes)
+    return Detector(config, load_backbone(backbone_folder, blocks))

@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to read."""
+
+
+class InputError(Exception):
+    """Bad input. The message is one line: what is wrong, where, and how to mend it.
+
+    `cli.run` prints it and exits with status 2; anything else that reaches the user is a bug.
+    """

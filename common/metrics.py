@@ -1,0 +1,178 @@
+"""Detections and ground truth -> the numbers, by one protocol for every model.
+
+COCO's own numbers come from faster-coco-eval, which equals pycocotools (a test holds them together). The
+primary-object columns are those of the study that this project grew from.
+"""
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from common.coco import CocoData
+from common.types import Detections
+
+MAX_DETECTIONS = 100  # a picture, COCO's protocol
+COCO_NUMBERS = (  # pycocotools' twelve, in its order
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+
+
+def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
+    """(K,) the data set's label of each of a model's classes, by name; -1 where the data set has no such class."""
+    labels = {name: label for label, name in enumerate(data.class_names)}
+    return np.array([labels.get(name, -1) for name in class_names], np.int64)
+
+
+def evaluate(detections: list[Detections], data: CocoData, labels: np.ndarray) -> dict:
+    """All numbers of one model, as fractions; None where a number does not exist (no objects of that size, say).
+
+    Args:
+        detections: one entry a picture of `data`, in any order.
+        data: the ground truth.
+        labels: as `label_map` returns it; detections of classes that the data set does not have are left out.
+
+    Returns:
+        {"detection": AP, AP50, …, AR_large, per_class, class_agnostic_AP50; "primary": accuracy, …, mean_iou}.
+    """
+    table = detection_table(detections, labels)
+    return {
+        "detection": coco_numbers(table, data) | {"class_agnostic_AP50": class_agnostic_ap50(table, data)},
+        "primary": primary_object(table, data),
+    }
+
+
+def detection_table(detections: list[Detections], labels: np.ndarray) -> np.ndarray:
+    """(M, 7) float64 rows: image id, x, y, width, height in original pixels, score, label in the data set's terms."""
+    rows = []
+    for found in detections:
+        boxes = found.boxes.numpy().astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        ids, names = np.full(len(boxes), found.image_id), labels[found.labels.numpy()]
+        rows.append(np.column_stack([ids, boxes, found.scores.numpy(), names])[names >= 0])
+    return np.concatenate(rows) if rows else np.zeros((0, 7))
+
+
+def coco_dict(data: CocoData, category_ids: tuple[int, ...] | None = None) -> dict:
+    """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
+    category_ids = category_ids or data.category_ids
+    counts = np.diff(data.starts)
+    image_ids = np.repeat([p.id for p in data.pictures], counts)
+    columns = (image_ids, data.labels, data.boxes, data.areas, data.crowd)
+    annotations = [
+        {
+            "id": number,
+            "image_id": int(image),
+            "category_id": category_ids[label],
+            "bbox": box.tolist(),
+            "area": float(area),
+            "iscrowd": int(crowd),
+        }
+        for number, (image, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
+    ]
+    images = [{"id": p.id, "file_name": p.path.name, "width": p.width, "height": p.height} for p in data.pictures]
+    names = dict(zip(category_ids, data.class_names, strict=False))
+    return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in names.items()]}
+
+
+def coco_detections(table: np.ndarray, category_ids: tuple[int, ...]) -> list[dict]:
+    """The rows of `detection_table` in COCO's results format."""
+    return [
+        {"image_id": int(r[0]), "category_id": category_ids[int(r[6])], "bbox": r[1:5].tolist(), "score": float(r[5])}
+        for r in table
+    ]
+
+
+def _accumulate(table: np.ndarray, truth: dict, category_ids: tuple[int, ...]) -> COCOeval_faster:
+    ground_truth = COCO(truth)
+    found = coco_detections(table, category_ids)
+    if found:
+        results = ground_truth.loadRes(found)
+    else:  # loadRes refuses an empty list
+        results = COCO({**truth, "annotations": []})
+    judge = COCOeval_faster(ground_truth, results, "bbox", print_function=lambda *_: None)
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return judge
+
+
+def coco_numbers(table: np.ndarray, data: CocoData) -> dict:
+    """pycocotools' twelve numbers, and AP and AP50 of each class by name."""
+    judge = _accumulate(table, coco_dict(data), data.category_ids)
+    precision = judge.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recall steps, classes)
+    per_class = {
+        name: {"AP": _mean(precision[:, :, label]), "AP50": _mean(precision[0, :, label])}
+        for label, name in enumerate(data.class_names)
+    }
+    return dict(zip(COCO_NUMBERS, map(_existing, judge.stats[:12]), strict=True)) | {"per_class": per_class}
+
+
+def class_agnostic_ap50(table: np.ndarray, data: CocoData) -> float | None:
+    """AP at IoU 0.5 with all classes taken as one: how well objects are found, apart from their names."""
+    one = (1,) * len(data.class_names)
+    return _existing(_accumulate(_best_of_duplicates(table), coco_dict(data, one), one).stats[1])
+
+
+def _best_of_duplicates(table: np.ndarray) -> np.ndarray:
+    """Keep the best-scoring row of those that name one box of a picture several times, by different classes."""
+    order = np.argsort(-table[:, 5], kind="stable")
+    _, first = np.unique(table[order][:, :5], axis=0, return_index=True)
+    return table[order[np.sort(first)]]
+
+
+def _mean(precision: np.ndarray) -> float | None:
+    return float(precision[precision > -1].mean()) if (precision > -1).any() else None
+
+
+def _existing(number: float) -> float | None:
+    return None if number < 0 else float(number)
+
+
+def primary_object(table: np.ndarray, data: CocoData) -> dict:
+    """The study's columns: the picture's largest object against the model's highest-scoring detection.
+
+    Only pictures with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
+    weighted by how many pictures have that class (so recall equals accuracy). IoU is 0 where nothing was detected.
+    """
+    best = _best_rows(table)
+    truth, answer, ious = [], [], []
+    for index, picture in enumerate(data.pictures):
+        part = np.arange(data.starts[index], data.starts[index + 1])
+        part = part[~data.crowd[part]]
+        if len(part) == 0:
+            continue
+        largest = part[np.argmax(data.boxes[part, 2] * data.boxes[part, 3])]
+        found = best.get(picture.id)
+        truth.append(data.labels[largest])
+        answer.append(-1 if found is None else int(found[6]))
+        ious.append(0.0 if found is None else _iou(data.boxes[largest], found[1:5]))
+    if not truth:
+        return dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou"))
+    return weighted_scores(np.array(truth), np.array(answer)) | {"mean_iou": float(np.mean(ious))}
+
+
+def weighted_scores(truth: np.ndarray, answer: np.ndarray) -> dict:
+    """Accuracy, and precision, recall and F1 weighted by support, 0 where undefined. (P,) labels; answer may be -1."""
+    classes, support = np.unique(truth, return_counts=True)
+    hits = np.array([np.sum((truth == c) & (answer == c)) for c in classes])
+    answered = np.array([np.sum(answer == c) for c in classes])
+    precision, recall = hits / np.maximum(answered, 1), hits / support
+    f1 = 2 * hits / (answered + support)
+    weights = support / support.sum()
+    scores = {"accuracy": np.mean(truth == answer), "precision": precision @ weights, "recall": recall @ weights}
+    return {name: float(value) for name, value in (scores | {"f1": f1 @ weights}).items()}
+
+
+def _best_rows(table: np.ndarray) -> dict[int, np.ndarray]:
+    """Image id -> the row with the highest score, the first of equals."""
+    best: dict[int, np.ndarray] = {}
+    for row in table[np.argsort(-table[:, 5], kind="stable")]:
+        best.setdefault(int(row[0]), row)
+    return best
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    """IoU of two xywh boxes."""
+    sides = np.minimum(a[:2] + a[2:], b[:2] + b[2:]) - np.maximum(a[:2], b[:2])
+    overlap = np.prod(np.maximum(sides, 0))
+    return float(overlap / (a[2] * a[3] + b[2] * b[3] - overlap))

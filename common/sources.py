@@ -1,0 +1,95 @@
+"""Where the pictures come from: whatever `--data` names becomes a COCO-format folder on disk.
+
+`--data` takes a folder in COCO's or Roboflow's layout, a hub data set (by id, or a local copy of one as parquet
+files), or `demo`. Pictures from a hub are written once to the cache as an ordinary COCO-format folder, so every
+script sees one format and the next run starts at once.
+"""
+
+import itertools
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.coco import CocoData, load_coco
+from common.demo import make_demo
+from common.errors import InputError
+from common.files import cache_folder
+
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # what layouts call the two parts
+DEMO_SEED = 0
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Which data: `data` as `--data` takes it, or explicit annotation files and picture folders."""
+
+    data: str
+    train_json: str = ""
+    train_images_dir: str = ""
+    val_json: str = ""
+    val_images_dir: str = ""
+
+
+def load_split(source: DataSource, split: str, limit: int = 0) -> CocoData:
+    """The `split` ("train" or "val") of the data set, its first `limit` pictures (0 = all).
+
+    Raises:
+        InputError: nothing of the kind there, or not readable as COCO (see `load_coco`).
+    """
+    json_path, pictures = getattr(source, f"{split}_json"), getattr(source, f"{split}_images_dir")
+    if bool(json_path) != bool(pictures):
+        raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
+    if json_path:
+        return load_coco(Path(json_path), Path(pictures), limit)
+    folder = Path(source.data)
+    if source.data == "demo":
+        return load_coco(*_find_split(_demo_folder(), split), limit)
+    if folder.is_dir() and not list(folder.glob("data/*.parquet")):
+        return load_coco(*_find_split(folder, split), limit)
+    if folder.is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source.data):
+        return load_coco(*_find_split(_hub_folder(source.data, split, limit), split), limit)
+    raise InputError(f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, not demo")
+
+
+def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
+    """Annotation file and picture folder of a split: COCO's layout, else Roboflow's."""
+    for name in SPLITS[split]:
+        for year in ("2017", "2014", ""):
+            annotations = folder / "annotations" / f"instances_{name}{year}.json"
+            if annotations.is_file():
+                inside = folder / "images" / f"{name}{year}"
+                return annotations, inside if inside.is_dir() else folder / f"{name}{year}"
+        annotations = folder / name / "_annotations.coco.json"
+        if annotations.is_file():
+            return annotations, annotations.parent
+    raise InputError(
+        f"no {split} part in {folder}: expected annotations/instances_{split}2017.json with the folder {split}2017, "
+        f"or {SPLITS[split][-2 if split == 'val' else 0]}/_annotations.coco.json"
+    )
+
+
+def _demo_folder() -> Path:
+    folder = cache_folder(f"demo-seed{DEMO_SEED}")
+    if not folder.is_dir():
+        print(f"drawing the demo's scenes into {folder}", flush=True)
+        make_demo(folder, seed=DEMO_SEED)
+    return folder
+
+
+def _hub_folder(name: str, split: str, limit: int) -> Path:
+    """Stream the first `limit` pictures of a hub data set's split into the cache; reuse them if they are there."""
+    folder = cache_folder("hub", f"{re.sub(r'[^A-Za-z0-9.-]+', '--', name).strip('-')}-{split}-{limit or 'all'}")
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch, "set")
+        _write_hub_split(name, split, limit, made)
+        if not folder.is_dir():
+            shutil.move(made, folder)
+    return folder

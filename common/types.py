@@ -1,0 +1,79 @@
+"""The types that travel between the parts, and the conventions, stated once.
+
+- Boxes are xyxy float32 pixels. Targets and raw predictions live in *input* pixels (the letterboxed square that the
+  model sees); only `postprocess.py` maps back to *original* pixels, by the letterbox that travels on each `Target`.
+- Labels are contiguous, 0..K-1, K being the data set's own number of categories. The way back to category ids is
+  stored in the checkpoint and taken once, in `metrics.py`.
+- Pictures are plain RGB in 0..1; normalisation is the backbone's own business.
+
+Letters in shapes: B pictures, N boxes of one picture, L locations of the head, K classes, S input size in pixels.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from common.boxes import Letterbox
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of one picture.
+
+    Shapes: boxes (N, 4) float32 xyxy input pixels; labels (N,) int64; crowd (N,) bool. A crowd box covers many
+    objects at once: it is neither an object to find nor background. `letterbox` is None on augmented pictures,
+    whose predictions have no way back to the original.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    image_id: int
+    letterbox: Letterbox | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Target":
+        moved = {k: getattr(self, k).to(device, non_blocking=non_blocking) for k in ("boxes", "labels", "crowd")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images (B, 3, S, S) float32 RGB in 0..1, and their B targets."""
+
+    images: Tensor
+    targets: list[Target]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        targets = [target.to(device, non_blocking) for target in self.targets]
+        return Batch(self.images.to(device, non_blocking=non_blocking), targets)
+
+
+@dataclass(frozen=True)
+class RawOutput:
+    """What a head says at each of its L locations, the same in training and in evaluation.
+
+    Shapes: object_logits (B, L), is there an object here?; class_logits (B, L, K), which one, if so; boxes (B, L, 4)
+    float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y) in input pixels;
+    strides (L,) their spacing in input pixels.
+    """
+
+    object_logits: Tensor
+    class_logits: Tensor
+    boxes: Tensor
+    points: Tensor
+    strides: Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The objects found in one picture, best score first, on the CPU.
+
+    Shapes: boxes (N, 4) float32 xyxy *original* pixels, clipped to the picture; scores (N,) float32 in 0..1;
+    labels (N,) int64.
+    """
+
+    image_id: int
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
