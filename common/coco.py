@@ -116,14 +116,22 @@ def _read_json(path: Path) -> dict:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    needed = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id",), "categories": ("id", "name")}
+    needed = {
+        "images": ("id", "file_name", "width", "height"),
+        "annotations": ("image_id",),
+        "categories": ("id", "name"),
+    }
     for part, keys in needed.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise InputError(f"{path} is not COCO: it has no list {part!r} (give the instances_*.json of a detection set)")
+            raise InputError(
+                f"{path} is not COCO: it has no list {part!r} (give the instances_*.json of a detection set)"
+            )
         bad = next((e for e in entries if not isinstance(e, dict) or any(k not in e for k in keys)), None)
         if bad is not None:
-            raise InputError(f"{path} is not COCO: an entry of {part!r} lacks one of {', '.join(keys)}: {str(bad)[:80]}")
+            raise InputError(
+                f"{path} is not COCO: an entry of {part!r} lacks one of {', '.join(keys)}: {str(bad)[:80]}"
+            )
     for part in ("images", "categories"):
         if not content[part]:
             raise InputError(f"{path}: the list {part!r} is empty; there is nothing to work on")
@@ -135,7 +143,9 @@ def _check_files(pictures: Sequence[Picture], json_path: Path, folder: Path) -> 
         raise InputError(f"{json_path} needs the pictures' folder {folder}, which is not there")
     missing = [p.path.name for p in pictures if not p.path.is_file()]
     if missing:
-        raise InputError(f"{len(missing)} of {len(pictures)} pictures of {json_path} are not in {folder}: {missing[0]}, …")
+        raise InputError(
+            f"{len(missing)} of {len(pictures)} pictures of {json_path} are not in {folder}: {missing[0]}, …"
+        )
 
 
 def _annotation_arrays(annotations: list, pictures: Sequence[Picture], images: list, label_of: dict[int, int]):
@@ -192,7 +202,12 @@ def pictures_alone(paths: Sequence[Path], class_names: Sequence[str], category_i
     for number, path in enumerate(files, 1):
         width, height = open_picture(path).size
         pictures.append(Picture(number, path, width, height))
-    empty = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, np.int64), "crowd": np.zeros(0, bool), "areas": np.zeros(0)}
+    empty = {
+        "boxes": np.zeros((0, 4)),
+        "labels": np.zeros(0, np.int64),
+        "crowd": np.zeros(0, bool),
+        "areas": np.zeros(0),
+    }
     starts = np.zeros(len(pictures) + 1, np.int64)
     source = ", ".join(map(str, paths))
     return CocoData(tuple(pictures), tuple(category_ids), tuple(class_names), **empty, starts=starts, source=source)

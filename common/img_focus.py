@@ -94,8 +94,12 @@ def read_weights(model: Path) -> dict[str, torch.Tensor]:
         if product.op_type == "MatMul":
             matrix = next(name for name in product.input if name in arrays)
             weights[bias.removesuffix("bias") + "weight"] = arrays[matrix].T
-    cls_position = next(a for a in arrays.values() if a.shape == (1, 1, 384) and a is not weights["backbone.embeddings.cls_token"])
+    cls_position = next(
+        a for a in arrays.values() if a.shape == (1, 1, 384) and a is not weights["backbone.embeddings.cls_token"]
+    )
     patch_positions = next(a for a in arrays.values() if a.shape == (1, 37 * 37, 384))
     tensors = {k.removeprefix("backbone."): torch.tensor(v).contiguous() for k, v in weights.items()}
-    tensors["embeddings.position_embeddings"] = torch.cat([torch.tensor(cls_position), torch.tensor(patch_positions)], 1)
+    tensors["embeddings.position_embeddings"] = torch.cat(
+        [torch.tensor(cls_position), torch.tensor(patch_positions)], 1
+    )
     return tensors

@@ -71,7 +71,11 @@ def coco_dict(data: CocoData, category_ids: tuple[int, ...] | None = None) -> di
     ]
     images = [{"id": p.id, "file_name": p.path.name, "width": p.width, "height": p.height} for p in data.pictures]
     names = dict(zip(category_ids, data.class_names, strict=False))
-    return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in names.items()]}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": n} for i, n in names.items()],
+    }
 
 
 def coco_detections(table: np.ndarray, category_ids: tuple[int, ...]) -> list[dict]:

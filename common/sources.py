@@ -5,22 +5,17 @@ files), or `demo`. Pictures from a hub are written once to the cache as an ordin
 script sees one format and the next run starts at once.
 """
 
-import itertools
-import json
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from common.coco import CocoData, load_coco
 from common.demo import make_demo
 from common.errors import InputError
 from common.files import cache_folder
+from common.hub import hub_folder
 
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # what layouts call the two parts
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # what layouts call the two parts
 DEMO_SEED = 0
 
 
@@ -52,8 +47,10 @@ def load_split(source: DataSource, split: str, limit: int = 0) -> CocoData:
     if folder.is_dir() and not list(folder.glob("data/*.parquet")):
         return load_coco(*_find_split(folder, split), limit)
     if folder.is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source.data):
-        return load_coco(*_find_split(_hub_folder(source.data, split, limit), split), limit)
-    raise InputError(f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, not demo")
+        return load_coco(*_find_split(hub_folder(source.data, split, SPLITS[split], limit), split), limit)
+    raise InputError(
+        f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, not demo"
+    )
 
 
 def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
@@ -67,10 +64,8 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
         annotations = folder / name / "_annotations.coco.json"
         if annotations.is_file():
             return annotations, annotations.parent
-    raise InputError(
-        f"no {split} part in {folder}: expected annotations/instances_{split}2017.json with the folder {split}2017, "
-        f"or {SPLITS[split][-2 if split == 'val' else 0]}/_annotations.coco.json"
-    )
+    expected = f"annotations/instances_{split}2017.json with the pictures in {split}2017/, or Roboflow's {name}/"
+    raise InputError(f"no {split} part in {folder}: expected {expected}")
 
 
 def _demo_folder() -> Path:
@@ -78,18 +73,4 @@ def _demo_folder() -> Path:
     if not folder.is_dir():
         print(f"drawing the demo's scenes into {folder}", flush=True)
         make_demo(folder, seed=DEMO_SEED)
-    return folder
-
-
-def _hub_folder(name: str, split: str, limit: int) -> Path:
-    """Stream the first `limit` pictures of a hub data set's split into the cache; reuse them if they are there."""
-    folder = cache_folder("hub", f"{re.sub(r'[^A-Za-z0-9.-]+', '--', name).strip('-')}-{split}-{limit or 'all'}")
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch, "set")
-        _write_hub_split(name, split, limit, made)
-        if not folder.is_dir():
-            shutil.move(made, folder)
     return folder

@@ -1,0 +1,124 @@
+"""Running a detector: device and precision, loaders, pictures in and `Detections` out, and what that costs.
+
+Training's validation, the validation scripts and users' own pictures all go through `detect`.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from common.coco import CocoData, DetectionDataset, collate
+from common.postprocess import postprocess
+from common.transforms import LetterboxTransform
+from common.types import Batch, Detections
+
+TIMED, WARM_UP = 15, 3  # pictures timed one at a time, and those before them that are not
+
+
+def make_accelerator(precision: str = "auto", seed: int = 0) -> Accelerator:
+    """Device, processes and mixed precision, as `accelerate` finds or is told them.
+
+    Args:
+        precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
+        seed: of the order in which the pictures are drawn.
+    """
+    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True)
+    chosen = _fastest_precision() if precision == "auto" else precision
+    return Accelerator(mixed_precision={"fp32": "no"}.get(chosen, chosen), dataloader_config=loading)
+
+
+def _fastest_precision() -> str:
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.backends.mps.is_available():
+        return "fp32"
+    able = torch.cpu.get_capabilities()  # without these instructions bf16 is five times slower than fp32
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def precision_name(accelerator: Accelerator) -> str:
+    """fp32, bf16 or fp16."""
+    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+
+
+def progress_bar(total: int, what: str, unit: str = "picture", shown: bool = True) -> tqdm:
+    """A bar with the time left on stderr; in a log file, a line every half minute."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total, desc=what, unit=unit, disable=not shown, mininterval=0.5 if interactive else 30, leave=False
+    )
+
+
+def eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
+    """Letterboxed pictures of `data`, in its order."""
+    dataset = DetectionDataset(data, LetterboxTransform(image_size))
+    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, loader: DataLoader, accelerator: Accelerator, what: str = "detecting") -> list[Detections]:
+    """Detections of every picture of `loader`, each exactly once, also where several processes share the work.
+
+    Args:
+        model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
+        loader: batches of letterboxed pictures, prepared by `accelerator`.
+        what: the progress bar's title.
+    """
+    model.eval()
+    found: list[Detections] = []
+    with progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
+        for batch in loader:
+            detections = postprocess(model(batch.images), batch.targets)
+            found += accelerator.gather_for_metrics(detections, use_gather_object=True)
+            bar.update(len(found) - bar.n)
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What detection costs here. Decoding and resizing of the picture files are not counted; post-processing is."""
+
+    parameters: int
+    ms_per_picture: float  # batch of one, median
+    pictures_per_s: float  # at `batch_size`
+    batch_size: int
+    device: str
+    precision: str
+
+
+@torch.inference_mode()
+def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator) -> Cost:
+    """Time a prepared model on the pictures of one batch that is on its device already."""
+    model.eval()
+
+    def seconds(images: torch.Tensor, targets: list) -> float:
+        start = time.perf_counter()
+        postprocess(model(images), targets)  # ends on the CPU, so nothing is left running
+        return time.perf_counter() - start
+
+    singles = [i % len(batch.images) for i in range(WARM_UP + TIMED)]
+    times = [seconds(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in singles][WARM_UP:]
+    whole = min(seconds(batch.images, batch.targets) for _ in range(2))
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        ms_per_picture=1000 * statistics.median(times),
+        pictures_per_s=len(batch.images) / whole,
+        batch_size=len(batch.images),
+        device=_device_name(accelerator.device),
+        precision=precision_name(accelerator),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{torch.cpu.get_capabilities().get('cpu_name') or 'CPU'}, {torch.get_num_threads()} threads"
+    return device.type

@@ -1,0 +1,161 @@
+"""What the training scripts share below their visible loop: loaders, schedule, run folder, epoch validation."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from common import metrics
+from common.checkpoint import Checkpoint, load_detector, save_detector
+from common.coco import CocoData, DetectionDataset, collate
+from common.detector import Detector
+from common.errors import InputError
+from common.files import atomic_write
+from common.inference import detect
+from common.transforms import TrainTransform
+from common.types import Batch
+
+WARM_UP_SHARE = 0.05  # of all steps
+EPOCH_VAL_PICTURES = 100  # the validation after each epoch looks at the first so many
+
+
+def train_loader(data: CocoData, image_size: int, batch_size: int, workers: int, seed: int) -> DataLoader:
+    """Augmented pictures of `data` in an order drawn from `seed` and the epoch; the incomplete last batch is left out.
+
+    Raises:
+        InputError: no object to learn from.
+    """
+    if not (~data.crowd).any():
+        raise InputError(f"{data.source}: no box on the {len(data)} training pictures; there is nothing to learn")
+    dataset = DetectionDataset(data, TrainTransform(image_size), seed)
+    whole_batches = len(data) >= batch_size
+    return DataLoader(
+        dataset, batch_size, shuffle=True, drop_last=whole_batches, collate_fn=collate, num_workers=workers
+    )
+
+
+def parameter_groups(detector: Detector, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
+    """Head and backbone with their learning rates; weight decay on matrices only, frozen weights left out."""
+    groups = []
+    for module, rate in ((detector.head, lr), (detector.backbone, backbone_lr)):
+        weights = [p for p in module.parameters() if p.requires_grad]
+        groups.append({"params": [p for p in weights if p.ndim > 1], "lr": rate, "weight_decay": weight_decay})
+        groups.append({"params": [p for p in weights if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Linear warm-up over the first `WARM_UP_SHARE` of `steps`, then half a cosine to zero."""
+    warm_up = max(1, round(WARM_UP_SHARE * steps))
+
+    def factor(step: int) -> float:
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up)))
+        return min((step + 1) / warm_up, decay)
+
+    return LambdaLR(optimizer, factor)
+
+
+def check_finite(loss: Tensor, batch: Batch) -> None:
+    """Raises InputError, naming the pictures of the batch, where the loss is infinite or not a number."""
+    if not torch.isfinite(loss):
+        ids = ", ".join(str(target.image_id) for target in batch.targets)
+        raise InputError(f"the loss became {loss.item()} on the pictures {ids}; lower the learning rate, or use fp32")
+
+
+class Means:
+    """Running means of named scalars."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def get(self) -> dict[str, float]:
+        return {name: float(total) / self.count for name, total in self.sums.items()}
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Make order and augmentation of the coming pass those of `epoch`."""
+    loader.set_epoch(epoch)  # accelerate passes it on to the sampler, and then not to the data set
+    loader.dataset.set_epoch(epoch)
+
+
+def validate(
+    model: nn.Module, loader: DataLoader, val_data: CocoData, train_data: CocoData, accelerator: Accelerator
+) -> dict[str, float | None]:
+    """The headline numbers on the pictures of `loader`, which are those of `val_data`."""
+    found = detect(model, loader, accelerator, what="validating")
+    return headline(metrics.evaluate(found, val_data, metrics.label_map(train_data.class_names, val_data)))
+
+
+def headline(numbers: dict) -> dict[str, float | None]:
+    """The few numbers of `metrics.evaluate` that fit a line: the study's six columns, and AP."""
+    return {**numbers["primary"], "AP50": numbers["detection"]["AP50"], "AP": numbers["detection"]["AP"]}
+
+
+def in_words(numbers: dict[str, float | None]) -> str:
+    """The headline numbers that matter most, for a line on the terminal."""
+    chosen = {"mAP@0.5": "AP50", "AP": "AP", "accuracy": "accuracy", "mean IoU": "mean_iou"}
+    words = {name: "-" if numbers[key] is None else f"{numbers[key]:.3f}" for name, key in chosen.items()}
+    return ", ".join(f"{name} {word}" for name, word in words.items())
+
+
+class RunFolder:
+    """A run's files: `settings.json`, `log.jsonl` with one line an epoch, `last.pth` and `best.pth`.
+
+    A new run replaces the files of an earlier one in the same folder. Of several processes only one `writes`.
+    """
+
+    def __init__(self, path: str | Path, settings: dict, writes: bool = True):
+        self.path, self.writes, self.best_score = Path(path), writes, -1.0
+        self.best = self.path / "best.pth"
+        if writes:
+            with atomic_write(self.path / "settings.json", "w") as file:
+                json.dump(settings, file, indent=2)
+            with atomic_write(self.path / "log.jsonl", "w"):
+                pass
+
+    def finish_epoch(self, checkpoint: Checkpoint, losses: dict[str, float], seconds: float) -> None:
+        """Log the epoch, write `last.pth`, and `best.pth` where mAP@0.5 is the highest so far (the first of equals)."""
+        if not self.writes:
+            return
+        rounded = {name: round(value, 4) for name, value in losses.items()}
+        line = {"epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics, "seconds": round(seconds, 1)}
+        with open(self.path / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {in_words(checkpoint.metrics)}; {seconds:.0f} s")
+        save_detector(self.path / "last.pth", checkpoint)
+        score = checkpoint.metrics["AP50"] or 0.0
+        if score > self.best_score:
+            self.best_score = score
+            save_detector(self.best, checkpoint)
+
+
+def publish_best(
+    run: RunFolder, val_loader: DataLoader, val_data: CocoData, output: str | Path, accelerator: Accelerator
+) -> dict[str, float | None]:
+    """Validate the best epoch's checkpoint on all of `val_data`, write it to `output` and return its numbers."""
+    accelerator.wait_for_everyone()
+    best = load_detector(run.best)
+    numbers = best.metrics
+    if len(val_data) > EPOCH_VAL_PICTURES:
+        model, val_loader = accelerator.prepare(best.detector, val_loader)
+        found = detect(model, val_loader, accelerator, what="validating the best epoch")
+        numbers = headline(metrics.evaluate(found, val_data, metrics.label_map(best.class_names, val_data)))
+    if run.writes:
+        save_detector(output, replace(best, metrics=numbers))
+        print(f"epoch {best.epoch} on {len(val_data)} validation pictures: {in_words(numbers)}; written to {output}")
+    return numbers
