@@ -8,7 +8,7 @@ from common.types import Detections, RawOutput, Target
 
 MIN_SCORE = 0.001  # detections below it are dropped: ultralytics' evaluation setting
 CANDIDATES = 1000  # best (location, class) pairs that enter NMS
-NMS_IOU = 0.6
+NMS_IOU = 0.5
 MAX_DETECTIONS = 100  # a picture: COCO's limit
 
 

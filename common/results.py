@@ -1,0 +1,162 @@
+"""`validation_results.json`: what the validation writes and the charts read. Imports no torch.
+
+A `ValidationRecord` holds one model's numbers together with the conditions under which they were obtained; a model
+that could not be evaluated keeps a record with its `error`. All numbers are fractions; null where none exists.
+"""
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import atomic_write
+
+FORMAT_VERSION = 1
+PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
+DETECTION = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+COST = ("parameters", "ms_per_picture", "pictures_per_s", "device", "precision")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """One model under one protocol: `detection`, `primary` and `cost` as DETECTION, PRIMARY and COST name them."""
+
+    name: str
+    path: str
+    error: str | None = None
+    detection: dict | None = None
+    primary: dict | None = None
+    cost: dict | None = None
+    conditions: dict = field(default_factory=dict)  # how the model came about: backbone, pictures, seed, epochs, …
+
+
+@dataclass(frozen=True)
+class ValidationResults:
+    """Everything in the file but its version."""
+
+    protocol: dict
+    dataset: dict  # source, split, pictures, boxes, fingerprint
+    models: tuple[ValidationRecord, ...]
+    created: str = ""
+    software: dict = field(default_factory=dict)
+    hardware: dict = field(default_factory=dict)
+
+
+def describe_software() -> dict[str, str]:
+    """Versions of Python and of the packages that bear on the numbers."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> dict[str, str | int | None]:
+    """Machine type, system and number of processor cores; the device of each model stands in its cost."""
+    return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
+
+
+def write_results(path: str | Path, results: ValidationResults) -> None:
+    """Write the file, stamped with the time, software and hardware; the earlier one stays until it is whole.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    stamped = {
+        "format_version": FORMAT_VERSION,
+        **asdict(results),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "software": describe_software(),
+        "hardware": describe_hardware(),
+    }
+    with atomic_write(path, "w") as file:
+        json.dump(_without_nan(stamped), file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def read_results(path: str | Path) -> ValidationResults:
+    """Read and check the file.
+
+    Raises:
+        InputError: no such file, not this format, or no models in it.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; comprehensive_validation.py writes it") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
+        raise InputError(f"{path} is not a file of validation results: it has no list 'models'")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}")
+    if not content["models"]:
+        raise InputError(f"{path} holds no models")
+    records = tuple(_record(path, entry) for entry in content["models"])
+    keys = ("protocol", "dataset", "created", "software", "hardware")
+    return ValidationResults(models=records, **{key: content.get(key) or {} for key in keys})
+
+
+def _record(path: str | Path, entry: dict) -> ValidationRecord:
+    """Known fields of one record; fields that later versions added are left out, missing ones are None."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise InputError(f"{path}: a model without a name: {str(entry)[:80]}")
+    known = {key: entry.get(key) for key in ("name", "path", "error", "detection", "primary", "cost", "conditions")}
+    for part in ("detection", "primary", "cost"):
+        if not isinstance(known[part], dict | None):
+            raise InputError(f"{path}: {part!r} of the model {entry['name']} is not an object")
+    return ValidationRecord(**known | {"path": known["path"] or "", "conditions": known["conditions"] or {}})
+
+
+def _without_nan(value):
+    """JSON has no NaN and no infinity; they become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+TABLE = (  # heading, part, key, format
+    ("accuracy", "primary", "accuracy", "{:.1%}"),
+    ("precision", "primary", "precision", "{:.1%}"),
+    ("recall", "primary", "recall", "{:.1%}"),
+    ("F1", "primary", "f1", "{:.1%}"),
+    ("mean IoU", "primary", "mean_iou", "{:.3f}"),
+    ("mAP@0.5", "detection", "AP50", "{:.3f}"),
+    ("AP", "detection", "AP", "{:.3f}"),
+    ("S / M / L", "detection", ("AP_small", "AP_medium", "AP_large"), "{:.3f}"),
+    ("pictures/s", "cost", "pictures_per_s", "{:.1f}"),
+    ("ms", "cost", "ms_per_picture", "{:.0f}"),
+)
+
+
+def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...] = ()) -> str:
+    """A table for the terminal, one line a model; `headings` picks columns of TABLE, none = all of them."""
+    columns = [column for column in TABLE if not headings or column[0] in headings]
+    rows = [["model", *(column[0] for column in columns)]]
+    rows += [[record.name, *(_cell(record, *column[1:]) for column in columns)] for record in records]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [_aligned(row, widths) for row in rows]
+    for position, record in enumerate(records, 1):
+        if record.error:
+            lines[position] = f"{record.name.ljust(widths[0])}  not evaluated: {record.error}"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _aligned(row: list[str], widths: list[int]) -> str:
+    first, *others = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+    return "  ".join([first.strip().ljust(widths[0]), *others])
+
+
+def _cell(record: ValidationRecord, part: str, key: str | tuple[str, ...], form: str) -> str:
+    values = [(getattr(record, part) or {}).get(k) for k in ((key,) if isinstance(key, str) else key)]
+    return " / ".join("-" if value is None else form.format(value) for value in values)

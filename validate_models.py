@@ -1,0 +1,148 @@
+"""Look at trained detectors: a few numbers, and their boxes on pictures.
+
+On validation pictures, prints the study's columns, mAP@0.5 and speed, and draws predictions beside the ground truth.
+With --images no ground truth is needed: it draws what is found on your own pictures and writes it as COCO detections.
+
+  python validate_models.py                                        dino2_detector.pth on 500 pictures of COCO
+  python validate_models.py --checkpoints a.pth b.pth --data my_folder --val-images 0
+  python validate_models.py --checkpoints a.pth --images holiday/ cat.jpg
+
+Writes into OUTPUT: contact_sheet.jpg, and in a folder for each model the annotated pictures and, with --images,
+detections.json (COCO results format, with file_name and category_name beside the ids).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import set_seed
+from PIL import Image
+
+from common import cli
+from common.checkpoint import Checkpoint, load_detector
+from common.cli import flag
+from common.coco import CocoData, open_picture, pictures_alone
+from common.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side
+from common.files import atomic_write
+from common.inference import make_accelerator
+from common.metrics import coco_detections, detection_table
+from common.results import format_table
+from common.sources import DataSource, load_split
+from common.types import Detections
+from common.validation import Runner, unique_names, validate_checkpoint
+
+SHEET_PICTURES = 16
+COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "pictures/s")
+
+
+@dataclass(frozen=True)
+class Settings:
+    checkpoints: tuple[str, ...] = flag(("dino2_detector.pth",), "detectors to look at")
+    images: tuple[str, ...] = flag((), "your own picture files and folders, instead of validation pictures")
+    data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
+    val_json: str = flag("", "validation annotations, where the folder has no known layout")
+    val_images_dir: str = flag("", "the folder of their pictures")
+    val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
+    draw: int = flag(24, "validation pictures to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
+    min_score: float = flag(0.3, "draw detections from this score on, 0..1", at_least=0)
+    batch_size: int = flag(16, "pictures at once", at_least=1)
+    precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
+    workers: int = flag(2, "processes that decode pictures", at_least=0)
+    seed: int = flag(0, "of the choice of pictures to draw", at_least=0)
+    output: str = flag("predictions", "folder for the pictures and detections")
+
+
+def predicted_boxes(found: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    return [LabelledBox(tuple(b), k, f"{class_names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
+
+
+def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
+    rows = zip(*(column.tolist() for column in data.picture_boxes(index)), strict=True)
+    return [
+        LabelledBox(tuple(b), k, data.class_names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows
+    ]
+
+
+def annotate(data: CocoData, index: int, panels: list[tuple[str, list[LabelledBox]]]) -> Image.Image:
+    """The picture once for each of the panels (title, boxes), in a row."""
+    picture = data.pictures[index]
+    image = open_picture(picture.path, (picture.width, picture.height))
+    return side_by_side([(title, draw_boxes(image, boxes)) for title, boxes in panels])
+
+
+def write_pictures(settings: Settings, data: CocoData, models: dict[str, tuple[Checkpoint, list[Detections]]]) -> Path:
+    """Annotated pictures of each model and one contact sheet with all models; returns the sheet's path."""
+    chosen = np.arange(len(data))
+    if settings.draw and not settings.images and settings.draw < len(data):
+        chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
+    truth = bool(len(data.labels))
+    names = dict(zip(chosen.tolist(), unique_names([str(data.pictures[i].path) for i in chosen]), strict=True))
+    sheet = []
+    for index, name in names.items():
+        panels = [("ground truth", true_boxes(data, index))] if truth else []
+        shown = {
+            model: (model, predicted_boxes(found[index], checkpoint.class_names, settings.min_score))
+            for model, (checkpoint, found) in models.items()
+        }
+        for model, panel in shown.items():
+            save_jpeg(annotate(data, index, [*panels, panel]), Path(settings.output, model, f"{name}.jpg"))
+        if len(sheet) < SHEET_PICTURES:
+            sheet.append(annotate(data, index, [*panels, *shown.values()]))
+    path = Path(settings.output, "contact_sheet.jpg")
+    save_jpeg(contact_sheet(sheet), path)
+    return path
+
+
+def save_jpeg(image: Image.Image, path: Path) -> None:
+    with atomic_write(path) as file:
+        image.save(file, "JPEG", quality=88)
+
+
+def write_detections(path: Path, checkpoint: Checkpoint, found: list[Detections], data: CocoData) -> int:
+    """COCO results JSON of one model on pictures without ground truth; returns the number of detections."""
+    table = detection_table(found, np.arange(len(checkpoint.class_names)))
+    files = {picture.id: str(picture.path) for picture in data.pictures}
+    names = dict(zip(checkpoint.category_ids, checkpoint.class_names, strict=True))
+    entries = [
+        e | {"file_name": files[e["image_id"]], "category_name": names[e["category_id"]]}
+        for e in coco_detections(table, checkpoint.category_ids)
+    ]
+    with atomic_write(path, "w") as file:
+        json.dump(entries, file)
+    return len(entries)
+
+
+def main(settings: Settings) -> dict[str, dict]:
+    """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
+    set_seed(settings.seed)
+    runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers)
+    checkpoints = [load_detector(path) for path in settings.checkpoints]
+    names = unique_names(settings.checkpoints)
+    if settings.images:
+        first = checkpoints[0]
+        data = pictures_alone([Path(p) for p in settings.images], first.class_names, first.category_ids)
+    else:
+        source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
+        data = load_split(source, "val", settings.val_images)
+
+    models, records = {}, []
+    for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):
+        if settings.images:
+            found = runner.detect(checkpoint, data, name)
+            detections = Path(settings.output, name, "detections.json")
+            print(f"{name}: {write_detections(detections, checkpoint, found, data)} detections in {detections}")
+        else:
+            record, found = validate_checkpoint(name, path, checkpoint, data, runner)
+            records.append(record)
+        models[name] = (checkpoint, found)
+    if records:
+        print(format_table(tuple(records), COLUMNS))
+    print(f"annotated pictures in {settings.output}/, all at a glance in {write_pictures(settings, data, models)}")
+    return {r.name: r.primary | {"AP50": r.detection["AP50"]} for r in records}
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
