@@ -44,7 +44,7 @@ class TrainTransform(nn.Module):
         scale: the picture's longer side becomes `size` times a factor from this range.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float] = (0.6, 1.6)):
+    def __init__(self, size: int, scale: tuple[float, float] = (0.75, 1.33)):
         super().__init__()
         self.move = v2.Compose(
             [
