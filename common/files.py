@@ -30,7 +30,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -53,5 +53,5 @@ def cache_folder(*parts: str) -> Path:
 
 def sha256(path: str | Path) -> str:
     """Hex digest of a file, read in pieces."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -89,10 +89,7 @@ def coco_detections(table: np.ndarray, category_ids: tuple[int, ...]) -> list[di
 def _accumulate(table: np.ndarray, truth: dict, category_ids: tuple[int, ...]) -> COCOeval_faster:
     ground_truth = COCO(truth)
     found = coco_detections(table, category_ids)
-    if found:
-        results = ground_truth.loadRes(found)
-    else:  # loadRes refuses an empty list
-        results = COCO({**truth, "annotations": []})
+    results = ground_truth.loadRes(found) if found else COCO({**truth, "annotations": []})  # loadRes refuses none
     judge = COCOeval_faster(ground_truth, results, "bbox", print_function=lambda *_: None)
     judge.evaluate()
     judge.accumulate()

@@ -133,7 +133,7 @@ class RunFolder:
             return
         rounded = {name: round(value, 4) for name, value in losses.items()}
         line = {"epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics, "seconds": round(seconds, 1)}
-        with open(self.path / "log.jsonl", "a") as file:
+        with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {in_words(checkpoint.metrics)}; {seconds:.0f} s")

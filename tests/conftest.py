@@ -1,0 +1,82 @@
+"""Small real things to test with: a tiny DINOv2, a few generated scenes; nothing from any network."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Backbone, Dinov2Config
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from common.coco import CocoData, load_coco
+from common.demo import make_demo
+from common.detector import Detector, new_detector
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real pictures and weights; skips where they are absent."""
+    folder = Path(os.environ.get("DETECTION_ASSETS", ROOT.parent / "shared"))
+    if not (folder / "coco-subset").is_dir():
+        pytest.skip(f"no real pictures in {folder} (DETECTION_ASSETS names their place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory) -> Path:
+    """A folder with a DINOv2 of four small blocks and random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("backbone")
+    Dinov2Backbone(Dinov2Config(**TINY, patch_size=14)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """Twelve training and six validation scenes in COCO's layout."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    make_demo(folder, train=12, val=6, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_val(demo) -> CocoData:
+    return load_coco(demo / "annotations" / "instances_val2017.json", demo / "val2017")
+
+
+@pytest.fixture
+def detector(tiny_backbone) -> Detector:
+    """An untrained detector of ten classes at 112 pixels, in evaluation mode."""
+    torch.manual_seed(0)
+    return new_detector(tiny_backbone, head="linear", blocks=(2, -1), image_size=112, num_classes=10).eval()
+
+
+@pytest.fixture
+def coco_file(tmp_path):
+    """Writes a COCO JSON beside two grey pictures (100 x 60 and 40 x 80) and returns (json path, pictures' folder)."""
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (100, 60), "grey").save(pictures / "a.png")
+    Image.new("RGB", (40, 80), "grey").save(pictures / "b.png")
+
+    def write(annotations, categories=((3, "cat"), (7, "dog")), parts=None):
+        content = {
+            "images": [
+                {"id": 11, "file_name": "a.png", "width": 100, "height": 60},
+                {"id": 5, "file_name": "b.png", "width": 40, "height": 80},
+            ],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": n} for i, n in categories],
+        }
+        path = tmp_path / "instances.json"
+        path.write_text(json.dumps(content | (parts or {})))
+        return path, pictures
+
+    return write
