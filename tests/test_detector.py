@@ -1,0 +1,211 @@
+"""Backbone, head, assignment, loss and post-processing."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
+
+from common.backbone import choose_blocks, fetch_backbone, load_backbone
+from common.boxes import Letterbox
+from common.coco import DetectionDataset, collate
+from common.detector import new_detector
+from common.errors import InputError
+from common.heads import decode_boxes, locations
+from common.losses import BACKGROUND, IGNORE, assign_to_centers, detection_loss
+from common.metrics import evaluate, label_map
+from common.postprocess import MAX_DETECTIONS, postprocess
+from common.transforms import LetterboxTransform
+from common.types import RawOutput, Target
+
+
+def target_of(boxes, labels=None, crowd=None, size=112):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64)
+    crowd = torch.tensor(crowd if crowd is not None else [False] * len(boxes), dtype=torch.bool)
+    return Target(boxes, labels, crowd, 1, Letterbox((size, size), (size, size)))
+
+
+def test_backbone_gives_maps_of_the_chosen_blocks_at_any_size(tiny_backbone):
+    backbone = load_backbone(tiny_backbone, (2, 4)).eval()
+    for height, width in ((56, 84), (112, 112), (14, 14)):
+        maps = backbone(torch.rand(2, 3, height, width))
+        assert [tuple(m.shape) for m in maps] == [(2, 48, height // 14, width // 14)] * 2
+    with pytest.raises(ValueError, match="multiple of the patch size 14"):
+        backbone(torch.rand(1, 3, 60, 56))
+
+
+def test_backbone_matches_transformers_and_leaves_later_blocks_out(tiny_backbone):
+    images = torch.rand(2, 3, 70, 70)
+    backbone = load_backbone(tiny_backbone, (2,)).eval()
+    assert len(backbone.vit.encoder.layer) == 2
+    whole = Dinov2Backbone.from_pretrained(tiny_backbone, out_features=["stage2", "stage4"]).eval()
+    with torch.no_grad():
+        expected = whole((images - backbone.mean) / backbone.std).feature_maps[0]
+        assert torch.allclose(backbone(images)[0], expected, atol=1e-5)
+
+
+def test_backbone_with_registers(tmp_path):
+    config = Dinov2WithRegistersConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_size=14, image_size=70, num_register_tokens=4
+    )
+    Dinov2WithRegistersBackbone(config).save_pretrained(tmp_path)
+    detector = new_detector(tmp_path, head="linear", blocks=(-1,), image_size=56, num_classes=3)
+    assert detector.config.backbone["num_register_tokens"] == 4
+    assert detector(torch.rand(1, 3, 56, 56)).boxes.shape == (1, 16, 4)
+
+
+def test_large_backbones_with_their_gated_mlp(tmp_path):
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=3, patch_size=14, image_size=70, use_swiglu_ffn=True
+    )
+    Dinov2Backbone(config).save_pretrained(tmp_path)
+    assert load_backbone(tmp_path, (1,))(torch.rand(1, 3, 28, 28))[0].shape == (1, 48, 2, 2)
+
+
+def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
+    images, target = torch.rand(1, 3, 112, 112), target_of([[10, 10, 60, 60]])
+    detector.backbone.freeze()
+    sum(detection_loss(detector(images), [target]).values()).backward()
+    assert all(p.grad is None for p in detector.backbone.parameters())
+    assert all(p.grad is not None for p in detector.head.parameters())
+    detector.backbone.unfreeze()
+    sum(detection_loss(detector(images), [target]).values()).backward()
+    assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
+
+
+@pytest.mark.parametrize("blocks", [(), (0,), (5,), (-5,), (1, 1), (4, -1)])
+def test_blocks_that_a_backbone_does_not_have(blocks):
+    with pytest.raises(InputError, match=r"blocks 1\.\.4"):
+        choose_blocks(blocks, 4)
+
+
+def test_negative_blocks_count_from_the_end():
+    assert choose_blocks((-1, 2, -4), 12) == (2, 9, 12)
+
+
+def test_image_size_must_fit_the_patches(tiny_backbone):
+    with pytest.raises(InputError, match="take 98 or 112"):
+        new_detector(tiny_backbone, head="linear", blocks=(1,), image_size=100, num_classes=2)
+
+
+def test_offline_without_cache_fails_at_once_and_says_what_to_do(tiny_backbone, capsys):
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=r"not in the cache.*--backbone"):
+        fetch_backbone(["nobody/no-such-dinov2"])
+    assert time.perf_counter() - start < 5
+    assert fetch_backbone(["nobody/no-such-dinov2", str(tiny_backbone)]) == (str(tiny_backbone), tiny_backbone)
+    assert "going on with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "bert"}', '{"model_type": "dinov2"}'])
+def test_folders_that_hold_no_backbone(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        load_backbone(tmp_path, (1,))
+    assert "\n" not in str(caught.value)
+
+
+def test_batched_equals_single(detector):
+    images = torch.rand(3, 3, 112, 112)
+    with torch.no_grad():
+        batched = detector(images)
+        for i in range(3):
+            single = detector(images[i : i + 1])
+            assert torch.allclose(batched.object_logits[i], single.object_logits[0], atol=1e-5)
+            assert torch.allclose(batched.class_logits[i], single.class_logits[0], atol=1e-5)
+            assert torch.allclose(batched.boxes[i], single.boxes[0], atol=1e-3)
+
+
+def test_raw_output_shapes(detector):
+    out = detector(torch.rand(2, 3, 112, 112))
+    assert out.object_logits.shape == (2, 64) and out.class_logits.shape == (2, 64, 10)
+    assert out.boxes.shape == (2, 64, 4) and out.points.shape == (64, 2) and out.strides.shape == (64,)
+    assert (out.boxes[..., 2:] > out.boxes[..., :2]).all()
+
+
+def test_locations_go_row_by_row_and_boxes_are_never_inverted():
+    points, strides = locations((2, 3), 14, torch.device("cpu"))
+    assert points.tolist() == [[7, 7], [21, 7], [35, 7], [7, 21], [21, 21], [35, 21]]
+    boxes = decode_boxes(torch.randn(6, 4) * 100, points, strides)
+    assert torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+    assert decode_boxes(torch.zeros(6, 4), points, strides)[4].tolist() == [14, 14, 28, 28]
+
+
+def test_assignment_takes_the_smallest_box_and_forgets_none():
+    points, _ = locations((8, 8), 14, torch.device("cpu"))
+    target = target_of([[0, 0, 112, 112], [28, 28, 84, 84], [100, 1, 103, 4]])
+    assigned = assign_to_centers(points, target).reshape(8, 8)
+    assert assigned[3, 3] == 1 and assigned[2, 2] == 0  # within the inner box's central half, and outside it
+    assert assigned[0, 7] == 2  # smaller than the grid: the nearest location
+    assert assigned[7, 0] == BACKGROUND
+
+
+def test_crowds_are_neither_object_nor_background():
+    points, _ = locations((8, 8), 14, torch.device("cpu"))
+    assigned = assign_to_centers(points, target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False]))
+    grid = assigned.reshape(8, 8)
+    assert (grid[:4, :4] == IGNORE).all() and (assigned == 1).any() and not (assigned == 0).any()
+
+
+def test_crowd_locations_do_not_change_the_loss(detector):
+    out = detector(torch.rand(1, 3, 112, 112))
+    target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
+    louder = out.object_logits.clone()
+    louder[assign_to_centers(out.points, target)[None] == IGNORE] += 5
+    changed = RawOutput(louder, out.class_logits, out.boxes, out.points, out.strides)
+    assert detection_loss(out, [target])["object"] == detection_loss(changed, [target])["object"]
+
+
+def test_pictures_without_objects_have_a_finite_loss_and_gradient(detector):
+    losses = detection_loss(detector(torch.rand(2, 3, 112, 112)), [target_of([]), target_of([])])
+    assert losses["class"] == losses["box"] == 0 and losses["object"] > 0
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in detector.head.parameters())
+
+
+def perfect_output(dataset, num_classes, size):
+    """The `RawOutput` of a detector that knows the targets, and those targets."""
+    batch = collate([dataset[i] for i in range(len(dataset))])
+    points, strides = locations((size // 14, size // 14), 14, torch.device("cpu"))
+    shape = (len(dataset), len(points))
+    objects, classes, boxes = torch.full(shape, -20.0), torch.zeros(*shape, num_classes), torch.rand(*shape, 4)
+    boxes[..., 2:] += 1 + boxes[..., :2]
+    for i, target in enumerate(batch.targets):
+        assigned = assign_to_centers(points, target)
+        hit = assigned >= 0
+        objects[i, hit] = 20.0
+        classes[i, hit, target.labels[assigned[hit]]] = 40.0
+        boxes[i, hit] = target.boxes[assigned[hit]]
+    return RawOutput(objects, classes, boxes, points, strides), batch.targets
+
+
+def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
+    dataset = DetectionDataset(demo_val, LetterboxTransform(448))
+    out, targets = perfect_output(dataset, len(demo_val.class_names), 448)
+    assert sum(detection_loss(out, targets).values()) < 1e-4
+    numbers = evaluate(postprocess(out, targets), demo_val, label_map(demo_val.class_names, demo_val))
+    assert numbers["detection"]["AP"] == pytest.approx(1)
+
+
+def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
+    torch.manual_seed(0)
+    points, strides = locations((40, 40), 14, torch.device("cpu"))
+    boxes = decode_boxes(torch.randn(1, 1600, 4), points, strides)
+    out = RawOutput(torch.randn(1, 1600), torch.randn(1, 1600, 5), boxes, points, strides)
+    target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 9, Letterbox((300, 1120), (150, 560)))
+    (found,) = postprocess(out, [target])
+    assert len(found.scores) == MAX_DETECTIONS and found.image_id == 9
+    assert (found.scores.diff() <= 0).all() and found.scores.max() <= 1
+    assert found.boxes.min() >= 0 and found.boxes[:, [1, 3]].max() <= 300 and 560 < found.boxes[:, 2].max() <= 1120
+
+
+@pytest.mark.real
+def test_real_backbone_loads_and_its_features_tell_pictures_apart(assets):
+    backbone = load_backbone(Path(assets, "dinov2-small-saliency"), (9,)).eval()
+    with torch.no_grad():
+        black, noise = backbone(torch.stack([torch.zeros(3, 224, 224), torch.rand(3, 224, 224)]))[0]
+    assert black.shape == (384, 16, 16) and black.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(black.mean((1, 2)), noise.mean((1, 2)), dim=0) < 0.9

@@ -1,0 +1,220 @@
+"""The scripts as their users run them: the whole chain, an overfit run, their help, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import finetune_dino2_simple
+import plot_results
+import validate_models
+from common.checkpoint import load_detector
+from common.results import PRIMARY, ValidationRecord, format_table, read_results
+
+SCRIPTS = ("finetune_dino2_simple.py", "validate_models.py", "comprehensive_validation.py", "plot_results.py")
+
+
+def run(script, *flags, cwd=ROOT):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
+    """A folder in which the four scripts have run one after the other."""
+    folder = tmp_path_factory.mktemp("chain")
+    sizes = ("--image-size", 112, "--blocks", 2, -1, "--epochs", 2, "--batch-size", 4, "--workers", 0)
+    done = [
+        run(SCRIPTS[0], "--data", demo, "--backbone", tiny_backbone, *sizes, cwd=folder),
+        run(SCRIPTS[1], "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
+        run(SCRIPTS[2], "--data", demo, "--workers", 0, cwd=folder),
+        run(SCRIPTS[3], cwd=folder),
+    ]
+    for result in done:
+        assert result.returncode == 0, result.stderr
+    (folder / "output.txt").write_text("\n".join(result.stdout for result in done))
+    return folder
+
+
+def test_training_leaves_what_it_promises(chain):
+    lines = [json.loads(line) for line in (chain / "runs/simple/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[0]["loss"].keys() == {"object", "class", "box"} and set(PRIMARY) <= lines[0]["val"].keys()
+    assert json.loads((chain / "runs/simple/settings.json").read_text())["image_size"] == 112
+    best, last = (load_detector(chain / "runs/simple" / name) for name in ("best.pth", "last.pth"))
+    final = load_detector(chain / "dino2_detector.pth")
+    assert last.epoch == 2 and final.epoch == best.epoch
+    assert final.category_ids == (1, 2, 3, 5, 8, 10, 11, 12, 20, 33) and final.train_config["train_pictures"] == 12
+    scores = [line["val"]["AP50"] for line in lines]
+    assert best.metrics["AP50"] == max(scores) and best.epoch == scores.index(max(scores)) + 1
+
+
+def test_results_have_their_documented_form(chain):
+    content = json.loads((chain / "validation_results.json").read_text())
+    assert content["format_version"] == 1 and content["dataset"]["pictures"] == 6
+    simple, improved = content["models"]
+    assert {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "per_class"} <= simple[
+        "detection"
+    ].keys()
+    assert set(PRIMARY) == simple["primary"].keys()
+    assert {"parameters", "ms_per_picture", "pictures_per_s", "device", "precision"} <= simple["cost"].keys()
+    assert simple["conditions"]["seed"] == 0 and simple["conditions"]["image_size"] == 112
+    assert improved["error"] and improved["detection"] is None
+    assert "not evaluated" in (chain / "output.txt").read_text()
+
+
+def test_training_and_both_validations_agree(chain):
+    trained = load_detector(chain / "dino2_detector.pth").metrics
+    record = read_results(chain / "validation_results.json").models[0]
+    assert record.primary == pytest.approx({key: trained[key] for key in PRIMARY})
+    assert record.detection["AP50"] == pytest.approx(trained["AP50"])
+
+
+def test_pictures_are_drawn(chain):
+    assert len(list((chain / "predictions" / "dino2_detector").glob("*.jpg"))) == 3
+    for path in [chain / "predictions" / "contact_sheet.jpg", chain / "model_comparison_charts.png"]:
+        with Image.open(path) as image:
+            assert min(image.size) > 100 and len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 50
+
+
+def test_own_pictures_need_no_ground_truth(chain, demo, tmp_path):
+    files = [demo / "val2017" / "000001.jpg", demo / "train2017"]
+    checkpoint = chain / "dino2_detector.pth"
+    flags = ("--checkpoints", checkpoint, "--images", *files, "--workers", 0, "--output", tmp_path)
+    assert run(SCRIPTS[1], *flags).returncode == 0
+    assert len(list((tmp_path / "dino2_detector").glob("*.jpg"))) == 13
+    found = json.loads((tmp_path / "dino2_detector" / "detections.json").read_text())
+    assert {d["image_id"] for d in found} <= set(range(1, 14)) and Path(found[0]["file_name"]).is_file()
+    assert found[0].keys() == {"image_id", "category_id", "bbox", "score", "file_name", "category_name"}
+
+
+def test_a_few_pictures_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
+    """End to end from random weights: the whole of assignment, loss, box decoding, post-processing and metrics."""
+    torch.manual_seed(0)
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 140}
+    Dinov2Backbone(Dinov2Config(**shape, patch_size=14)).save_pretrained(tmp_path / "vit")
+    monkeypatch.setattr("common.training.TrainTransform", lambda size: validate_transform(size))
+    annotations = str(demo / "annotations" / "instances_train2017.json")
+    settings = finetune_dino2_simple.Settings(
+        **{f"{part}_json": annotations for part in ("train", "val")},
+        **{f"{part}_images_dir": str(demo / "train2017") for part in ("train", "val")},
+        train_images=4,
+        val_images=4,
+        backbone=(str(tmp_path / "vit"),),
+        blocks=(-1,),
+        image_size=140,
+        epochs=100,
+        lr=2e-3,
+        backbone_lr=1e-3,
+        batch_size=4,
+        workers=0,
+        output=str(tmp_path / "out.pth"),
+        run_dir=str(tmp_path / "run"),
+    )
+    assert finetune_dino2_simple.main(settings)["AP50"] >= 0.9
+
+
+def validate_transform(size):
+    from common.transforms import LetterboxTransform
+
+    return LetterboxTransform(size)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_reads_like_a_manual(script):
+    result = run(script, "--help")
+    assert result.returncode == 0
+    assert script in result.stdout and "default:" in result.stdout and "--output" in result.stdout
+
+
+BAD = {
+    "wrong path": {"--data": "no/such/folder/here"},
+    "empty folder": {"--data": "{tmp}/empty"},
+    "json that is not COCO": {"--val-json": "{tmp}/other.json", "--val-images-dir": "{tmp}"},
+    "json that is not JSON": {"--val-json": "{tmp}/text.json", "--val-images-dir": "{tmp}"},
+    "checkpoint of another kind": {"--checkpoint": "{tmp}/other.pth", "--data": "{demo}"},
+    "no checkpoint": {"--checkpoint": "{tmp}/none.pth", "--data": "{demo}"},
+    "no such picture": {"--checkpoint": "{chain}/dino2_detector.pth", "--images": "{tmp}/none.jpg"},
+    "no such flag": {"--colour": "red"},
+    "no number": {"--batch-size": "many"},
+    "number too small": {"--batch-size": "0"},
+    "wrong image size": {"--image-size": "100", "--data": "{demo}"},
+    "wrong backbone": {"--backbone": "{tmp}/empty", "--data": "{demo}"},
+    "no hub": {"--backbone": "facebook/dinov2-small", "--data": "{demo}"},
+    "no data hub": {"--data": "detection-datasets/coco"},
+    "no results": {"--results": "{tmp}/none.json"},
+    "other results": {"--results": "{tmp}/other.json"},
+    "unwritable output": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/other.json/a.png"},
+}
+TRAINS, LOOKS, JUDGES, PLOTS = SCRIPTS
+CASES = [(s, c) for s in (TRAINS, LOOKS, JUDGES) for c in list(BAD)[:4]]
+CASES += [(s, c) for s in (LOOKS, JUDGES) for c in list(BAD)[4:6]]
+CASES += [(LOOKS, "no such picture")]
+CASES += [(s, c) for s in (TRAINS, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
+CASES += [(TRAINS, c) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
+CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "unwritable output")]
+
+
+@pytest.mark.parametrize(("script", "case"), CASES)
+def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.json").write_text('{"hello": "world"}')
+    (tmp_path / "text.json").write_text("hello")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
+    flags = {"--models": chain / "dino2_detector.pth"} if script == JUDGES else {}
+    flags |= {"--checkpoints": chain / "dino2_detector.pth"} if script == LOOKS else {}
+    if script == TRAINS and "--val-json" in BAD[case]:  # with good training pictures, so that the bad ones are reached
+        flags = {
+            "--train-json": "{demo}/annotations/instances_train2017.json",
+            "--train-images-dir": "{demo}/train2017",
+        }
+    bad = dict(BAD[case])
+    if "--checkpoint" in bad:
+        bad["--models" if script == JUDGES else "--checkpoints"] = bad.pop("--checkpoint")
+    places = {"tmp": tmp_path, "demo": demo, "chain": chain}
+    words = [str(w).format(**places) for pair in (flags | bad).items() for w in pair]
+    result = run(script, *words, cwd=tmp_path)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), result.stderr
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "validation_results.json").exists()
+
+
+def test_plotting_needs_no_torch(chain, tmp_path):
+    program = "import sys, plot_results\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_charts_of_one_to_ten_models_with_gaps(count, chain, tmp_path):
+    content = json.loads((chain / "validation_results.json").read_text())
+    good, failed = content["models"]
+    models = [good | {"name": f"model {i}"} for i in range(count)]
+    models[-1] = {**models[-1], "detection": {"AP50": None}, "cost": None}
+    (tmp_path / "r.json").write_text(json.dumps(content | {"models": [*models, failed]}))
+    path = plot_results.main(plot_results.Settings(str(tmp_path / "r.json"), str(tmp_path / "chart.png")))
+    with Image.open(path) as image:
+        assert image.size == (1690, 1118)
+
+
+def test_table_names_failed_models():
+    good = ValidationRecord("good", "g.pth", primary={"accuracy": 0.5}, detection={"AP50": None})
+    table = format_table((good, ValidationRecord("bad", "b.pth", error="no such file"))).splitlines()
+    assert "50.0%" in table[2] and table[3] == "bad    not evaluated: no such file"
+
+
+def test_drawn_labels_stay_inside_small_and_large_pictures():
+    for size in ((60, 40), (3000, 2000)):
+        boxes = [validate_models.LabelledBox((0, 0, size[0], size[1]), 0, "hippopotamus 0.99")]
+        drawn = validate_models.draw_boxes(Image.new("RGB", size), boxes)
+        assert min(drawn.size) >= 480 and max(drawn.size) <= 1600
+        assert len(drawn.getcolors(100000)) > 3
