@@ -36,18 +36,27 @@ def load_split(source: DataSource, split: str, limit: int = 0) -> CocoData:
     Raises:
         InputError: nothing of the kind there, or not readable as COCO (see `load_coco`).
     """
+    data = load_coco(*_locate(source, split, limit), limit)
+    for note in data.notes:
+        print(f"{data.source}: {note}", flush=True)
+    return data
+
+
+def _locate(source: DataSource, split: str, limit: int) -> tuple[Path, Path]:
+    """Annotation file and picture folder of a split, fetched or drawn first where they are not on disk yet."""
     json_path, pictures = getattr(source, f"{split}_json"), getattr(source, f"{split}_images_dir")
     if bool(json_path) != bool(pictures):
         raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
     if json_path:
-        return load_coco(Path(json_path), Path(pictures), limit)
-    folder = Path(source.data)
+        return Path(json_path), Path(pictures)
     if source.data == "demo":
-        return load_coco(*_find_split(_demo_folder(), split), limit)
-    if folder.is_dir() and not list(folder.glob("data/*.parquet")):
-        return load_coco(*_find_split(folder, split), limit)
-    if folder.is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source.data):
-        return load_coco(*_find_split(hub_folder(source.data, split, SPLITS[split], limit), split), limit)
+        return _find_split(_demo_folder(), split)
+    folder = Path(source.data)
+    is_hub_copy = bool(list(folder.glob("data/*.parquet")))
+    if folder.is_dir() and not is_hub_copy:
+        return _find_split(folder, split)
+    if is_hub_copy or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source.data):
+        return _find_split(hub_folder(source.data, split, SPLITS[split], limit), split)
     raise InputError(
         f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, not demo"
     )

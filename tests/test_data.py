@@ -105,6 +105,12 @@ def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
         load_split(DataSource("nowhere", val_json=str(annotations)), "val")
 
 
+def test_what_was_left_out_is_said(coco_file, capsys):
+    path, pictures = coco_file([annotation(), annotation(bbox=[1, 1, 0, 0])])
+    load_split(DataSource("", val_json=str(path), val_images_dir=str(pictures)), "val")
+    assert "left out 1 annotations without area" in capsys.readouterr().out
+
+
 def test_demo_is_the_same_from_the_same_seed(demo, tmp_path):
     make_demo(tmp_path / "again", train=12, val=6, seed=1)
     make_demo(tmp_path / "other", train=12, val=6, seed=2)

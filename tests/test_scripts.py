@@ -11,13 +11,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import comprehensive_validation
 import finetune_dino2_simple
 import plot_results
 import validate_models
+from common import cli
 from common.checkpoint import load_detector
 from common.results import PRIMARY, ValidationRecord, format_table, read_results
 
-SCRIPTS = ("finetune_dino2_simple.py", "validate_models.py", "comprehensive_validation.py", "plot_results.py")
+MODULES = (finetune_dino2_simple, validate_models, comprehensive_validation, plot_results)
+SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
 
 
 def run(script, *flags, cwd=ROOT):
@@ -165,7 +168,7 @@ CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "u
 
 
 @pytest.mark.parametrize(("script", "case"), CASES)
-def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_path):
+def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_path, monkeypatch, capfd):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text('{"hello": "world"}')
     (tmp_path / "text.json").write_text("hello")
@@ -182,11 +185,20 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
         bad["--models" if script == JUDGES else "--checkpoints"] = bad.pop("--checkpoint")
     places = {"tmp": tmp_path, "demo": demo, "chain": chain}
     words = [str(w).format(**places) for pair in (flags | bad).items() for w in pair]
-    result = run(script, *words, cwd=tmp_path)
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), result.stderr
+    module = MODULES[SCRIPTS.index(script)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(module.main, module.Settings, module.__doc__)
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "validation_results.json").exists()
+
+
+def test_bad_input_in_a_process_of_its_own():
+    result = run(JUDGES, "--data", "no/such/folder/here")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no/such/folder/here" in result.stderr
 
 
 def test_plotting_needs_no_torch(chain, tmp_path):
