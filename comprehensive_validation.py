@@ -18,6 +18,7 @@ from common.checkpoint import load_detector
 from common.cli import flag
 from common.coco import CocoData
 from common.errors import InputError
+from common.files import check_writable
 from common.inference import make_accelerator
 from common.results import ValidationRecord, ValidationResults, format_table, write_results
 from common.sources import DataSource, load_split
@@ -61,6 +62,7 @@ def describe_protocol() -> dict:
 
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
+    check_writable(settings.output)
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers)
     source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)

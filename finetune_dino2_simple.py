@@ -27,6 +27,7 @@ from common.backbone import fetch_backbone
 from common.checkpoint import Checkpoint
 from common.cli import flag
 from common.detector import new_detector
+from common.files import check_writable
 from common.inference import eval_loader, make_accelerator, precision_name, progress_bar
 from common.losses import detection_loss
 from common.sources import DataSource, load_split
@@ -86,6 +87,7 @@ def train_one_epoch(
 
 def main(settings: Settings) -> dict:
     """Train, keep the best epoch, and return its numbers on the validation pictures."""
+    check_writable(settings.output)
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.seed)
     source = DataSource(

