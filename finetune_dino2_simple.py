@@ -103,7 +103,10 @@ def main(settings: Settings) -> dict:
         image_size=settings.image_size,
         num_classes=len(train_data.class_names),
     )
-    detector.backbone.freeze() if settings.freeze_backbone else detector.backbone.unfreeze()
+    if settings.freeze_backbone:
+        detector.backbone.freeze()
+    else:
+        detector.backbone.unfreeze()
 
     train_loader = training.train_loader(
         train_data, settings.image_size, settings.batch_size, settings.workers, settings.seed

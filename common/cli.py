@@ -39,7 +39,7 @@ def _checked(kind: type, at_least: float | None) -> Callable[[str], typing.Any]:
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
     name, metadata = "--" + field.name.replace("_", "-"), field.metadata
     shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    help = metadata["help"].replace("%", "%%") + ("" if shown in ("", False) else f" (default: {shown})")
+    help = metadata["help"].replace("%", "%%") + ("" if shown is False or shown == "" else f" (default: {shown})")
     if kind is bool:
         parser.add_argument(name, action="store_true", help=help)
         return
