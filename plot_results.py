@@ -107,8 +107,9 @@ def draw_speed(axes: Axes, models: list[ValidationRecord]) -> None:
         )
     speeds = [value_of(r, "cost", "pictures_per_s") for r in known] or [1.0]
     axes.set_xscale("log")
-    axes.set_xlim(min(speeds) / 2, max(speeds) * 2)
-    ticks = [t * 10**e for e in range(-3, 5) for t in (1, 2, 5) if min(speeds) / 2 <= t * 10**e <= max(speeds) * 2]
+    low, high = min(speeds) / 3, max(speeds) * 3
+    axes.set_xlim(low, high)
+    ticks = [t * 10**e for e in range(-3, 5) for t in (1, 2, 5) if low <= t * 10**e <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(0, 1.15 * max([value_of(r, "detection", "AP50") for r in known] + [0.05]))
