@@ -17,15 +17,15 @@ from common.errors import InputError
 from common.files import atomic_write
 
 FORMAT_VERSION = 1
-PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
-DETECTION = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
-COST = ("parameters", "ms_per_picture", "pictures_per_s", "device", "precision")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """One model under one protocol: `detection`, `primary` and `cost` as DETECTION, PRIMARY and COST name them."""
+    """One model under one protocol.
+
+    `detection` and `primary` as `metrics.evaluate` returns them; `cost` as `inference.Cost` names its parts.
+    """
 
     name: str
     path: str

@@ -17,9 +17,10 @@ import plot_results
 import validate_models
 from common import cli
 from common.checkpoint import load_detector
-from common.results import PRIMARY, ValidationRecord, format_table, read_results
+from common.results import ValidationRecord, format_table, read_results
 
 MODULES = (finetune_dino2_simple, validate_models, comprehensive_validation, plot_results)
+PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
 
 
