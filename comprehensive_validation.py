@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from accelerate.utils import set_seed
 
-from common import cli, metrics, postprocess
+from common import cli, postprocess
 from common.checkpoint import load_detector
 from common.cli import flag
 from common.coco import CocoData
@@ -51,7 +51,7 @@ def validate_model(name: str, path: str, data: CocoData, runner: Runner) -> Vali
 def describe_protocol() -> dict:
     """What was the same for every model."""
     return {
-        "max_detections": metrics.MAX_DETECTIONS,
+        "max_detections": postprocess.MAX_DETECTIONS,
         "min_score": postprocess.MIN_SCORE,
         "nms_iou": postprocess.NMS_IOU,
         "crowds": "ignored, as COCO does",
@@ -72,7 +72,7 @@ def main(settings: Settings) -> ValidationResults:
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
     dataset = {
-        "source": settings.data if not settings.val_json else settings.val_json,
+        "source": settings.val_json or settings.data,
         "split": "val",
         "pictures": len(data),
         "boxes": int((~data.crowd).sum()),

@@ -133,7 +133,7 @@ def main(settings: Settings) -> dict:
             training.set_epoch(train_loader, epoch)
             losses = train_one_epoch(model, train_loader, optimizer, schedule, accelerator, bar)
             seconds = time.perf_counter() - start
-            numbers = training.validate(model, quick_loader, quick_data, train_data, accelerator)
+            numbers = training.validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
             checkpoint = Checkpoint(
                 detector, train_data.class_names, train_data.category_ids, conditions, numbers, epoch
             )

@@ -66,13 +66,6 @@ def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
     ]
 
 
-def annotate(data: CocoData, index: int, panels: list[tuple[str, list[LabelledBox]]]) -> Image.Image:
-    """The picture once for each of the panels (title, boxes), in a row."""
-    picture = data.pictures[index]
-    image = open_picture(picture.path, (picture.width, picture.height))
-    return side_by_side([(title, draw_boxes(image, boxes)) for title, boxes in panels])
-
-
 def write_pictures(settings: Settings, data: CocoData, models: dict[str, tuple[Checkpoint, list[Detections]]]) -> Path:
     """Annotated pictures of each model and one contact sheet with all models; returns the sheet's path."""
     chosen = np.arange(len(data))
@@ -82,15 +75,16 @@ def write_pictures(settings: Settings, data: CocoData, models: dict[str, tuple[C
     names = dict(zip(chosen.tolist(), unique_names([str(data.pictures[i].path) for i in chosen]), strict=True))
     sheet = []
     for index, name in names.items():
-        panels = [("ground truth", true_boxes(data, index))] if truth else []
-        shown = {
-            model: (model, predicted_boxes(found[index], checkpoint.class_names, settings.min_score))
-            for model, (checkpoint, found) in models.items()
-        }
-        for model, panel in shown.items():
-            save_jpeg(annotate(data, index, [*panels, panel]), Path(settings.output, model, f"{name}.jpg"))
+        picture = data.pictures[index]
+        image = open_picture(picture.path, (picture.width, picture.height))
+        left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
+        panels = []
+        for model, (checkpoint, found) in models.items():
+            boxes = predicted_boxes(found[index], checkpoint.class_names, settings.min_score)
+            panels.append((model, draw_boxes(image, boxes)))
+            save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
         if len(sheet) < SHEET_PICTURES:
-            sheet.append(annotate(data, index, [*panels, *shown.values()]))
+            sheet.append(side_by_side([*left, *panels]))
     path = Path(settings.output, "contact_sheet.jpg")
     save_jpeg(contact_sheet(sheet), path)
     return path

@@ -7,14 +7,14 @@ category ids have gaps, as COCO's do.
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from common.files import atomic_folder
 
 SIZES = ((480, 360), (360, 480), (480, 320), (420, 420))  # width, height, pixels
 OBJECTS = (1, 6)  # a scene
@@ -77,13 +77,9 @@ def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> 
 
     Scene i of a split depends on (seed, split, i) alone. The folder appears whole or not at all.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch, "demo")
+    with atomic_folder(folder) as made:
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
             _write_split(made, split, [np.random.default_rng((seed, number, i)) for i in range(count)])
-        if not folder.is_dir():
-            shutil.move(made, folder)
 
 
 def _write_split(folder: Path, split: str, generators: list[np.random.Generator]) -> None:

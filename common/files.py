@@ -38,6 +38,21 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Fill an empty folder beside `folder`, which takes its place when the block succeeds.
+
+    Where another process was faster, its folder stays and this one's is dropped.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch, "made")
+        made.mkdir()
+        yield made
+        if not folder.is_dir():
+            made.rename(folder)
+
+
 def check_writable(path: str | Path) -> None:
     """Before hours of work: can `path` be written in the end? Makes missing folders.
 

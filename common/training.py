@@ -93,11 +93,11 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 
 
 def validate(
-    model: nn.Module, loader: DataLoader, val_data: CocoData, train_data: CocoData, accelerator: Accelerator
+    model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> dict[str, float | None]:
-    """The headline numbers on the pictures of `loader`, which are those of `val_data`."""
+    """The headline numbers of a model with these classes on the pictures of `loader`, which are those of `data`."""
     found = detect(model, loader, accelerator, what="validating")
-    return headline(metrics.evaluate(found, val_data, metrics.label_map(train_data.class_names, val_data)))
+    return headline(metrics.evaluate(found, data, metrics.label_map(class_names, data)))
 
 
 def headline(numbers: dict) -> dict[str, float | None]:
@@ -153,8 +153,7 @@ def publish_best(
     numbers = best.metrics
     if len(val_data) > EPOCH_VAL_PICTURES:
         model, val_loader = accelerator.prepare(best.detector, val_loader)
-        found = detect(model, val_loader, accelerator, what="validating the best epoch")
-        numbers = headline(metrics.evaluate(found, val_data, metrics.label_map(best.class_names, val_data)))
+        numbers = validate(model, val_loader, val_data, best.class_names, accelerator)
     if run.writes:
         save_detector(output, replace(best, metrics=numbers))
         print(f"epoch {best.epoch} on {len(val_data)} validation pictures: {in_words(numbers)}; written to {output}")
