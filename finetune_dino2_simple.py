@@ -26,11 +26,13 @@ from common import cli, training
 from common.backbone import fetch_backbone
 from common.checkpoint import Checkpoint
 from common.cli import flag
+from common.coco import DetectionDataset
 from common.detector import new_detector
 from common.files import check_writable
 from common.inference import eval_loader, make_accelerator, precision_name, progress_bar
-from common.losses import detection_loss
+from common.losses import LossConfig, detection_loss
 from common.sources import DataSource, load_split
+from common.transforms import TrainTransform
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -72,7 +74,7 @@ def train_one_epoch(
     means = training.Means()
     for batch in loader:
         out = model(batch.images)
-        losses = detection_loss(out, batch.targets)
+        losses = detection_loss(out, batch.targets, LossConfig())
         loss = sum(losses.values())
         training.check_finite(loss, batch)
         accelerator.backward(loss)
@@ -108,9 +110,8 @@ def main(settings: Settings) -> dict:
     else:
         detector.backbone.unfreeze()
 
-    train_loader = training.train_loader(
-        train_data, settings.image_size, settings.batch_size, settings.workers, settings.seed
-    )
+    train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
+    train_loader = training.train_loader(train_set, settings.batch_size, settings.workers)
     quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
     quick_loader = eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
     groups = training.parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
@@ -137,7 +138,7 @@ def main(settings: Settings) -> dict:
             checkpoint = Checkpoint(
                 detector, train_data.class_names, train_data.category_ids, conditions, numbers, epoch
             )
-            run.finish_epoch(checkpoint, losses, seconds)
+            run.finish_epoch(checkpoint, losses, seconds, stage="only")
 
     full_loader = eval_loader(val_data, settings.image_size, settings.batch_size, settings.workers)
     return training.publish_best(run, full_loader, val_data, settings.output, accelerator)

@@ -3,7 +3,7 @@
 On validation pictures, prints the study's columns, mAP@0.5 and speed, and draws predictions beside the ground truth.
 With --images no ground truth is needed: it draws what is found on your own pictures and writes it as COCO detections.
 
-  python validate_models.py                                        dino2_detector.pth on 500 pictures of COCO
+  python validate_models.py                                        both detectors on 500 pictures of COCO
   python validate_models.py --checkpoints a.pth b.pth --data my_folder --val-images 0
   python validate_models.py --checkpoints a.pth --images holiday/ cat.jpg
 
@@ -39,7 +39,7 @@ COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "pict
 
 @dataclass(frozen=True)
 class Settings:
-    checkpoints: tuple[str, ...] = flag(("dino2_detector.pth",), "detectors to look at")
+    checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to look at")
     images: tuple[str, ...] = flag((), "your own picture files and folders, instead of validation pictures")
     data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")

@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         self.vit = vit
         self.patch_size: int = vit.config.patch_size
         self.channels: int = vit.config.hidden_size
+        self.depth: int = vit.config.num_hidden_layers
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
@@ -75,11 +76,22 @@ class Backbone(nn.Module):
         """No gradient for any weight of the backbone."""
         self.requires_grad_(False)
 
-    def unfreeze(self) -> None:
-        """Gradients for every weight that the features depend on (the mask token serves pretraining alone)."""
-        self.requires_grad_(True)
-        if self.vit.embeddings.mask_token is not None:
-            self.vit.embeddings.mask_token.requires_grad_(False)
+    def unfreeze(self, blocks: int = 0) -> None:
+        """Gradients for every weight that the features depend on (the mask token serves pretraining alone).
+
+        Args:
+            blocks: only for the last so many blocks and the final norm; 0 = for all.
+        """
+        first = self.depth - blocks + 1 if blocks else 0
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(self.block_of(name) >= first and not name.endswith("mask_token"))
+
+    def block_of(self, name: str) -> int:
+        """The block that a parameter belongs to, 1 = first; 0 for the embeddings, the last for the final norm."""
+        found = re.search(r"\.layer\.(\d+)\.", name)
+        if found:
+            return int(found[1]) + 1
+        return 0 if ".embeddings." in name else self.depth
 
 
 def _shorten(config: dict, blocks: Sequence[int]):

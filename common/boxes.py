@@ -48,3 +48,9 @@ def clip_to(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Clip (..., 4) xyxy boxes to a picture of `size` = (height, width) pixels."""
     height, width = size
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+
+
+def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
+    """(..., 4) xyxy boxes in a picture of that width, pixels -> the same in its mirror image."""
+    left, top, right, bottom = boxes.unbind(-1)
+    return torch.stack([width - right, top, width - left, bottom], dim=-1)

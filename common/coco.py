@@ -7,7 +7,8 @@ COCO stores boxes as (left, top, width, height) in pixels of the original pictur
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +73,14 @@ class CocoData:
         for array in (np.array([p.id for p in self.pictures], np.int64), self.boxes, self.labels, self.crowd):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of picture `index`, pixels."""
+        return self.pictures[index].height, self.pictures[index].width
+
+    def target(self, index: int) -> Target:
+        """What is known of picture `index`; boxes still in *original* pixels, for a transform to move."""
+        return Target(*self.picture_boxes(index), self.pictures[index].id, letterbox=None)
 
     def picture_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of picture `index`."""
@@ -257,13 +266,20 @@ class DetectionDataset(Dataset):
         """Picture (3, S, S) uint8 and its `Target`."""
         picture = self.data.pictures[index]
         image = F.pil_to_tensor(open_picture(picture.path, (picture.width, picture.height)))
-        boxes, labels, crowd = self.data.picture_boxes(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, self.epoch, index)))
-            return self.transform(image, Target(boxes, labels, crowd, picture.id, letterbox=None))
+        with sample_randomness(self.seed, self.epoch, index):
+            return self.transform(image, self.data.target(index))
+
+
+@contextmanager
+def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Inside, torch's random numbers are those of this sample in this epoch; outside, nothing has changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash((seed, epoch, index)))
+        yield
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Stack (3, S, S) uint8 pictures into a `Batch` of floats in 0..1."""
+    """Stack (3, S, S) uint8 pictures into a `Batch` of floats in 0..1; cached features are stacked as they are."""
     images, targets = zip(*samples, strict=True)
-    return Batch(torch.stack(images).float() / 255, list(targets))
+    stacked = torch.stack(images)
+    return Batch(stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked, list(targets))

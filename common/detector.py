@@ -7,19 +7,22 @@ from torch import Tensor, nn
 
 from common.backbone import Backbone, backbone_config, choose_blocks, load_backbone
 from common.errors import InputError
-from common.heads import LinearHead
+from common.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.types import RawOutput
+
+HEADS = ("linear", "multi-layer", "pyramid")
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
     """Everything that shapes a detector; plain types only, stored in its checkpoint."""
 
-    head: str  # "linear"
+    head: str  # one of HEADS
     backbone: dict  # architecture, see `backbone_config`
     blocks: tuple[int, ...]  # whose features the head reads, 1 = first
     image_size: int  # side of the square input, pixels
     num_classes: int
+    dropout: float = 0.0  # in training, of the heads that have hidden layers
 
 
 class Detector(nn.Module):
@@ -29,12 +32,34 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        channels = backbone.channels * len(config.blocks)
-        self.head = LinearHead(channels=channels, num_classes=config.num_classes, stride=backbone.patch_size)
+        self.head = _new_head(config, backbone)
 
     def forward(self, images: Tensor) -> RawOutput:
-        """(B, 3, S, S) RGB in 0..1 -> `RawOutput`."""
+        """(B, 3, S, S) RGB in 0..1, or what the feature cache holds of them, (B, blocks, C, h, w) -> `RawOutput`."""
+        if images.ndim == 5:
+            return self.head(images.float().unbind(1))
         return self.head(self.backbone(images))
+
+    def train(self, mode: bool = True) -> "Detector":
+        """As every module's, but a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
+        return self
+
+
+def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
+    shape = {
+        "channels": backbone.channels * len(config.blocks),
+        "num_classes": config.num_classes,
+        "stride": backbone.patch_size,
+    }
+    if config.head == "linear":
+        return LinearHead(**shape)
+    if config.head == "multi-layer":
+        return MultiLayerHead(**shape, dropout=config.dropout)
+    if config.head == "pyramid":
+        return PyramidHead(**shape, dropout=config.dropout)
+    raise ValueError(f"no head {config.head!r}: it is one of {', '.join(HEADS)}")
 
 
 def build_detector(config: DetectorConfig) -> Detector:
@@ -42,7 +67,15 @@ def build_detector(config: DetectorConfig) -> Detector:
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
 
 
-def new_detector(backbone_folder: Path, *, head: str, blocks: tuple[int, ...], image_size: int, num_classes: int):
+def new_detector(
+    backbone_folder: Path,
+    *,
+    head: str,
+    blocks: tuple[int, ...],
+    image_size: int,
+    num_classes: int,
+    dropout: float = 0.0,
+) -> Detector:
     """A detector on pretrained backbone weights, its head untrained.
 
     Raises:
@@ -54,5 +87,5 @@ def new_detector(backbone_folder: Path, *, head: str, blocks: tuple[int, ...], i
         lower = max(1, image_size // patch) * patch
         raise InputError(f"image size {image_size} is not a multiple of {patch}; take {lower} or {lower + patch}")
     blocks = choose_blocks(blocks, backbone.get("num_hidden_layers", 12))
-    config = DetectorConfig(head, backbone, blocks, image_size, num_classes)
+    config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout)
     return Detector(config, load_backbone(backbone_folder, blocks))

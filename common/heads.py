@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.types import RawOutput
 
 OBJECT_PRIOR = 0.01  # share of locations that hold an object, before training (RetinaNet, arXiv 1708.02002)
 SIZE_PRIOR = 6.0  # side of a box in strides, before training
+PYRAMID_SIZE_PRIOR = 4.0  # the same where larger boxes have a coarser level
 MAX_LOG_SIZE = 6.0  # e^6 strides: beyond any input, and far from overflow
 
 
@@ -30,6 +32,7 @@ class LinearHead(nn.Module):
     def __init__(self, *, channels: int, num_classes: int, stride: int):
         super().__init__()
         self.stride = stride
+        self.embed: nn.Module = nn.Identity()
         self.classify = nn.Linear(channels, 1 + num_classes)  # object, then classes
         self.locate = nn.Linear(channels, 4)
         for layer in (self.classify, self.locate):
@@ -41,14 +44,102 @@ class LinearHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> RawOutput:
         """Maps of the same shape (B, C, h, w) -> `RawOutput` with L = h * w."""
         grid = (features[0].shape[-2], features[0].shape[-1])
-        tokens = torch.cat(list(features), dim=1).flatten(2).transpose(1, 2)  # (B, L, C)
+        tokens = self.embed(torch.cat(list(features), dim=1).flatten(2).transpose(1, 2))  # (B, L, C)
         scores = self.classify(tokens).float()
         points, strides = locations(grid, self.stride, tokens.device)
         boxes = decode_boxes(self.locate(tokens).float(), points, strides)
         return RawOutput(scores[..., 0], scores[..., 1:], boxes, points, strides)
 
 
-def locations(grid: tuple[int, int], stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
+class MultiLayerHead(LinearHead):
+    """The linear head behind two hidden layers with dropout, each token by itself.
+
+    Args:
+        width: of the hidden layers.
+        dropout: share of the hidden units switched off in training.
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, stride: int, width: int = 256, dropout: float = 0.1):
+        super().__init__(channels=width, num_classes=num_classes, stride=stride)
+        sizes = ((channels, width), (width, width))
+        layers = [(nn.Linear(*size), nn.LayerNorm(width), nn.GELU(), nn.Dropout(dropout)) for size in sizes]
+        self.embed = nn.Sequential(*(module for layer in layers for module in layer))
+
+
+class PyramidHead(nn.Module):
+    """A dense head on a simple feature pyramid of half, once, twice and four times the patch size.
+
+    The patch tokens are one plain map, from which pooling makes the coarser levels (ViTDet, arXiv 2203.16527). One
+    tower, shared by the levels, finds and places objects (FCOS, arXiv 1904.01355); on the patch grid it also predicts
+    for the four quarters of each patch, which is the finest level without a map of its own. What a class looks like is
+    read from the raw tokens by one linear layer, the most that few pictures of each class can teach.
+
+    Args:
+        channels: channels of all the feature maps together.
+        num_classes: K.
+        stride: spacing of the patch tokens, input pixels.
+        width: channels of the tower, a multiple of 16.
+        depth: its 3 x 3 convolutions.
+        dropout: share of the tower's units switched off in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        stride: int,
+        width: int = 128,
+        depth: int = 2,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.stride = stride
+        self.reduce = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), *_norm_and_activation(width))
+        convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)]
+        self.tower = nn.Sequential(
+            *(nn.Sequential(c, *_norm_and_activation(width), nn.Dropout(dropout)) for c in convolutions)
+        )
+        self.predict = nn.Conv2d(width, 5, 3, padding=1)  # object, then the box
+        self.predict_quarters = nn.Conv2d(width, 5 * 4, 1)  # the same for each quarter of a patch
+        self.classify = nn.Conv2d(channels, num_classes, 1)
+        for layer in (self.predict, self.predict_quarters, self.classify):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        for bias in (self.predict.bias.data.view(5, 1), self.predict_quarters.bias.data.view(5, 4)):
+            bias[0] = -math.log(1 / OBJECT_PRIOR - 1)
+            bias[3:] = math.log(PYRAMID_SIZE_PRIOR)
+
+    def forward(self, features: Sequence[Tensor]) -> RawOutput:
+        """Maps of the same shape (B, C, h, w) -> `RawOutput`, its locations from the finest level to the coarsest."""
+        tokens = torch.cat(list(features), dim=1)
+        patches = self.reduce(tokens)
+        double = F.max_pool2d(patches, 2, ceil_mode=True)
+        levels = [self.tower(level) for level in (patches, double, F.max_pool2d(double, 2, ceil_mode=True))]
+        quarters = F.pixel_shuffle(self.predict_quarters(levels[0]), 2)
+        predictions = [quarters, *(self.predict(level) for level in levels)]
+
+        classes = self.classify(tokens)
+        class_levels = [F.interpolate(classes, scale_factor=2), classes]
+        for _ in range(2):
+            class_levels.append(F.avg_pool2d(class_levels[-1], 2, ceil_mode=True, count_include_pad=False))
+
+        outputs = torch.cat([p.flatten(2) for p in predictions], dim=2).transpose(1, 2).float()  # (B, L, 5)
+        class_logits = torch.cat([c.flatten(2) for c in class_levels], dim=2).transpose(1, 2).float()
+        grids = [
+            locations((p.shape[-2], p.shape[-1]), self.stride * scale, tokens.device)
+            for p, scale in zip(predictions, (0.5, 1, 2, 4), strict=True)
+        ]
+        points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
+        boxes = decode_boxes(outputs[..., 1:], points, strides)
+        return RawOutput(outputs[..., 0], class_logits, boxes, points, strides)
+
+
+def _norm_and_activation(width: int) -> tuple[nn.Module, nn.Module]:
+    return nn.GroupNorm(width // 16, width), nn.SiLU()
+
+
+def locations(grid: tuple[int, int], stride: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Centres (L, 2) as (x, y) in input pixels and strides (L,) of a `grid` of (rows, columns), row by row."""
     rows, columns = grid
     y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")

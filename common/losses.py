@@ -3,46 +3,156 @@
 Each loss term is a scalar, already weighted; their sum is what training minimises.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from common.types import RawOutput, Target
 
-BACKGROUND, IGNORE = -1, -2
+ASSIGNMENTS = ("center", "atss", "task-aligned")
+SCORE_LOSSES = ("cross-entropy", "focal", "quality")
+BOX_LOSSES = ("giou", "smooth-l1", "both")
+
 CENTER_RADIUS = 0.5  # share of a box around its centre whose locations answer for it
+OCTAVE_SIZE = 3.0  # a box belongs to the level at which its side is nearest to so many strides, in octaves
+ATSS_CANDIDATES = 9  # a level
+ATSS_ANCHOR = 5.0  # side of the square that stands for a location, strides
+ALIGNED_CANDIDATES = 10  # an object
+ALIGNED_POWER = 6.0  # of the IoU, beside the first power of the score (TOOD, arXiv 2108.07755)
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
+SMOOTH_L1_BETA = 0.1
 
 
-def assign_to_centers(points: Tensor, target: Target) -> Tensor:
-    """Which object each location answers for.
+@dataclass(frozen=True)
+class LossConfig:
+    """Which objects a location answers for, and how it is taught.
 
-    A location belongs to the smallest box whose central part (`CENTER_RADIUS` of its width and height) holds it, as
-    the locations at an object's rim see little of it (FCOS, arXiv 1904.01355). An object without any gets the
-    location nearest to its centre, so that none goes unlearned. Locations in a crowd box are left out of the loss.
+    assignment: center, the smallest box whose central part holds the location, at the level of its size (FCOS, arXiv
+    1904.01355); atss, the locations that fit a box better than its neighbourhood does (arXiv 1912.02424);
+    task-aligned, those whose own prediction fits it best (arXiv 2108.07755).
+    scores: cross-entropy; focal (arXiv 1708.02002); quality, cross-entropy towards the IoU that the location reaches,
+    so that scores rank boxes by how well they fit (arXiv 2006.04388).
+    boxes: giou (arXiv 1902.09630), smooth-l1 on the sides in units of the box, or both, times `box_weight`.
+    """
+
+    assignment: str = "center"
+    scores: str = "cross-entropy"
+    boxes: str = "giou"
+    box_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What each of the L locations answers for in one picture.
+
+    Shapes: box (L,) int64, index into `Target.boxes`, -1 where it is none; quality (L,) float32 in 0..1, the score
+    that the location should give, 0 where there is no box; ignore (L,) bool, neither object nor background.
+    """
+
+    box: Tensor
+    quality: Tensor
+    ignore: Tensor
+
+
+def assign(
+    object_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor, target: Target, config: LossConfig
+) -> Assignment:
+    """Which object each location of one picture answers for.
+
+    Every object gets at least the location nearest to its centre, at the level of its size, so that none goes
+    unlearned. Where several objects claim a location, center gives it to the smallest, the others to the best fit.
+    Locations in a crowd box that no object claims are left out of the loss.
 
     Args:
+        object_logits: (L,) what the detector says, likewise `boxes`; no gradient is taken.
+        boxes: (L, 4) input pixels.
         points: (L, 2) input pixels.
+        strides: (L,) input pixels.
         target: boxes in input pixels.
-
-    Returns:
-        (L,) int64: index into `target.boxes`, or BACKGROUND, or IGNORE.
     """
-    assigned = torch.full((len(points),), BACKGROUND, device=points.device)
-    assigned[_holds(target.boxes[target.crowd], points).any(1)] = IGNORE
     objects = torch.nonzero(~target.crowd)[:, 0]
+    crowd = _holds(target.boxes[target.crowd], points).any(1)
     if len(objects) == 0:
-        return assigned
-    boxes = target.boxes[objects]
-    centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        nothing = torch.full((len(points),), -1, device=points.device)
+        return Assignment(nothing, torch.zeros_like(strides), crowd)
+    truth = target.boxes[objects]
+    iou = box_iou(boxes, truth)  # (L, N)
+    if config.assignment == "center":
+        claims = _center_claims(points, strides, truth)
+        preference = 1 / _sizes(truth).prod(1).clamp(min=1e-6).expand_as(iou)
+    elif config.assignment == "atss":
+        claims, preference = _atss_claims(points, strides, truth)
+    else:
+        alignment = object_logits.sigmoid()[:, None] * iou**ALIGNED_POWER
+        claims, preference = _aligned_claims(alignment, points, strides, truth), iou + 1e-6
+    unclaimed = torch.nonzero(~claims.any(0))[:, 0]
+    claims[_nearest(points, strides, truth[unclaimed]), unclaimed] = True
+
+    best, index = torch.where(claims, preference, 0.0).max(1)
+    positive = best > 0
+    own = F.one_hot(index, len(objects)).bool() & positive[:, None]  # one object a location
+    quality = iou * own
+    if config.assignment == "task-aligned":  # TOOD: the best aligned location should score the best IoU
+        aligned = alignment * own
+        quality = aligned / aligned.amax(0).clamp(min=1e-12) * quality.amax(0)
+    box = torch.where(positive, objects[index], -1)
+    return Assignment(box, quality.amax(1), crowd & ~positive)
+
+
+def _center_claims(points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
+    centers, sizes = _centers(truth), _sizes(truth)
     central = torch.cat([centers - sizes * CENTER_RADIUS / 2, centers + sizes * CENTER_RADIUS / 2], dim=1)
-    areas = sizes.prod(1).expand(len(points), -1).masked_fill(~_holds(central, points), torch.inf)  # (L, N)
-    smallest, index = areas.min(1)
-    assigned = torch.where(smallest.isfinite(), objects[index], assigned)
-    nearest = torch.cdist(points, centers).argmin(0)  # (N,)
-    unseen = ~(assigned[:, None] == objects).any(0)
-    assigned[nearest[unseen]] = objects[unseen]
-    return assigned
+    return _holds(central, points) & (strides[:, None] == _level(strides, truth))
+
+
+def _atss_claims(points: Tensor, strides: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    distances = torch.cdist(points, _centers(truth))  # (L, N)
+    half = strides[:, None] * ATSS_ANCHOR / 2
+    fit = box_iou(torch.cat([points - half, points + half], dim=1), truth)
+    chosen = []
+    for stride in strides.unique():
+        level = torch.nonzero(strides == stride)[:, 0]
+        count = min(ATSS_CANDIDATES, len(level))
+        chosen.append(level[distances[level].topk(count, dim=0, largest=False).indices])
+    candidates = torch.cat(chosen)  # (candidates, N)
+    fits = fit.gather(0, candidates)
+    good = (fits >= fits.mean(0) + fits.std(0)) & _holds(truth, points).gather(0, candidates)
+    return torch.zeros_like(fit, dtype=torch.bool).scatter(0, candidates, good), fit + 1e-6
+
+
+def _aligned_claims(alignment: Tensor, points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
+    near = ((points[:, None] - _centers(truth)).abs() <= strides[:, None, None]).all(2)
+    small = _sizes(truth).amax(1) < 2 * strides[:, None]  # few locations lie in a small box, if any
+    candidates = _holds(truth, points) | (near & small)
+    # Before the boxes have learned anything all alignments are nil; distance then decides.
+    distance = torch.linalg.vector_norm((points[:, None] - _centers(truth)) / _sizes(truth).clamp(min=1), dim=2)
+    ranked = (alignment + 1e-9 / (1 + distance)) * candidates
+    top, index = ranked.topk(min(ALIGNED_CANDIDATES, len(points)), dim=0)
+    return torch.zeros_like(candidates).scatter(0, index, top > 0)
+
+
+def _nearest(points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
+    """The location (N,) nearest to each box's centre among those of the level of its size."""
+    distances = torch.cdist(points, _centers(truth))
+    return distances.masked_fill(strides[:, None] != _level(strides, truth), torch.inf).argmin(0)
+
+
+def _level(strides: Tensor, truth: Tensor) -> Tensor:
+    """The stride (N,) of the level that a box belongs to by its size."""
+    levels = strides.unique()
+    side = _sizes(truth).prod(1).clamp(min=1e-6).sqrt()
+    return levels[(side[:, None] / (levels * OCTAVE_SIZE)).log2().abs().argmin(1)]
+
+
+def _centers(boxes: Tensor) -> Tensor:
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def _sizes(boxes: Tensor) -> Tensor:
+    return boxes[:, 2:] - boxes[:, :2]
 
 
 def _holds(boxes: Tensor, points: Tensor) -> Tensor:
@@ -52,23 +162,51 @@ def _holds(boxes: Tensor, points: Tensor) -> Tensor:
     return (above & below).all(2)
 
 
-def detection_loss(out: RawOutput, targets: list[Target]) -> dict[str, Tensor]:
+def detection_loss(out: RawOutput, targets: list[Target], config: LossConfig) -> dict[str, Tensor]:
     """Loss of a batch, each term divided by the number of locations that answer for an object.
 
+    With `quality` scores the locations count by their quality, in the loss terms and in the divisor.
+
     Returns:
-        object: binary cross-entropy of "an object is here"; class: cross-entropy at the locations with an object;
-        box: generalised IoU loss (arXiv 1902.09630) at the same locations.
+        object: is an object here? At every location but the ignored; class: which, at the locations with an object;
+        box: at the same locations.
     """
-    assigned = torch.stack([assign_to_centers(out.points, target) for target in targets])  # (B, L)
-    positive = assigned >= 0
-    count = positive.sum().clamp(min=1)
+    logits, boxes = out.object_logits.detach(), out.boxes.detach()
+    assigned = [
+        assign(*own, out.points, out.strides, t, config) for *own, t in zip(logits, boxes, targets, strict=True)
+    ]
+    positive = torch.stack([a.box >= 0 for a in assigned])  # (B, L)
+    ignore = torch.stack([a.ignore for a in assigned])
     picture, location = torch.nonzero(positive, as_tuple=True)
-    labels = torch.cat([t.labels[a[a >= 0]] for t, a in zip(targets, assigned, strict=True)])
-    boxes = torch.cat([t.boxes[a[a >= 0]] for t, a in zip(targets, assigned, strict=True)])
-    known = assigned != IGNORE
-    object_loss = F.binary_cross_entropy_with_logits(out.object_logits, positive.float(), reduction="none")
+    chosen = [a.box[a.box >= 0] for a in assigned]
+    labels = torch.cat([t.labels[index] for t, index in zip(targets, chosen, strict=True)])
+    truth = torch.cat([t.boxes[index] for t, index in zip(targets, chosen, strict=True)])
+
+    wanted, weights = positive.float(), torch.ones_like(truth[:, 0])
+    if config.scores == "quality":
+        wanted = torch.stack([a.quality for a in assigned])
+        weights = wanted[positive]
+    object_loss = F.binary_cross_entropy_with_logits(out.object_logits, wanted, reduction="none")
+    class_loss = F.cross_entropy(out.class_logits[picture, location], labels, reduction="none")
+    if config.scores == "focal":
+        surprise = (out.object_logits.sigmoid() - wanted).abs()
+        object_loss = object_loss * surprise**FOCAL_GAMMA * torch.where(positive, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+        class_loss = class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
+    box_loss = _box_loss(out.boxes[picture, location], truth, config.boxes)
+    count = weights.sum().clamp(min=1)
     return {
-        "object": (object_loss * known).sum() / count,
-        "class": F.cross_entropy(out.class_logits[picture, location], labels, reduction="sum") / count,
-        "box": generalized_box_iou_loss(out.boxes[picture, location], boxes, reduction="sum") / count,
+        "object": (object_loss * ~ignore).sum() / count,
+        "class": (class_loss * weights).sum() / count,
+        "box": config.box_weight * (box_loss * weights).sum() / count,
     }
+
+
+def _box_loss(boxes: Tensor, truth: Tensor, kind: str) -> Tensor:
+    """(N, 4) and (N, 4) input pixels -> (N,)."""
+    loss = torch.zeros_like(truth[:, 0])
+    if kind != "smooth-l1":
+        loss = loss + generalized_box_iou_loss(boxes, truth)
+    if kind != "giou":
+        unit = _sizes(truth).repeat(1, 2).clamp(min=1)
+        loss = loss + F.smooth_l1_loss(boxes / unit, truth / unit, reduction="none", beta=SMOOTH_L1_BETA).sum(1)
+    return loss

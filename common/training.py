@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,38 +20,84 @@ from common.checkpoint import Checkpoint, load_detector, save_detector
 from common.coco import CocoData, DetectionDataset, collate
 from common.detector import Detector
 from common.errors import InputError
+from common.feature_cache import CachedDataset
 from common.files import atomic_write
 from common.inference import detect
-from common.transforms import TrainTransform
 from common.types import Batch
 
 WARM_UP_SHARE = 0.05  # of all steps
 EPOCH_VAL_PICTURES = 100  # the validation after each epoch looks at the first so many
 
 
-def train_loader(data: CocoData, image_size: int, batch_size: int, workers: int, seed: int) -> DataLoader:
-    """Augmented pictures of `data` in an order drawn from `seed` and the epoch; the incomplete last batch is left out.
+def train_loader(dataset: DetectionDataset | CachedDataset, batch_size: int, workers: int) -> DataLoader:
+    """Batches of `dataset` in an order drawn from the epoch; the incomplete last batch is left out.
 
     Raises:
         InputError: no object to learn from.
     """
+    data = dataset.data
     if not (~data.crowd).any():
         raise InputError(f"{data.source}: no box on the {len(data)} training pictures; there is nothing to learn")
-    dataset = DetectionDataset(data, TrainTransform(image_size), seed)
     whole_batches = len(data) >= batch_size
     return DataLoader(
         dataset, batch_size, shuffle=True, drop_last=whole_batches, collate_fn=collate, num_workers=workers
     )
 
 
-def parameter_groups(detector: Detector, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
-    """Head and backbone with their learning rates; weight decay on matrices only, frozen weights left out."""
-    groups = []
-    for module, rate in ((detector.head, lr), (detector.backbone, backbone_lr)):
-        weights = [p for p in module.parameters() if p.requires_grad]
-        groups.append({"params": [p for p in weights if p.ndim > 1], "lr": rate, "weight_decay": weight_decay})
-        groups.append({"params": [p for p in weights if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    detector: Detector, lr: float, backbone_lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """The learning rate of every weight; weight decay on matrices only, frozen weights left out.
+
+    Args:
+        lr: of the head.
+        backbone_lr: of the backbone's last block and final norm.
+        layer_decay: each block before it learns so many times as fast as the one after it (BEiT, arXiv 2106.08254).
+    """
+    rates = {f"head.{name}": lr for name, _ in detector.head.named_parameters()}
+    depth = detector.backbone.depth
+    for name, _ in detector.backbone.named_parameters():
+        rates[f"backbone.{name}"] = backbone_lr * layer_decay ** (depth - detector.backbone.block_of(name))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in detector.named_parameters():
+        if weight.requires_grad:
+            groups.setdefault((rates[name], weight_decay if weight.ndim > 1 else 0.0), []).append(weight)
+    return [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()]
+
+
+class Ema:
+    """A running average of a detector's trained weights, which is steadier than the weights of any one step.
+
+    Args:
+        decay: weight of the past; it starts lower, so that the first steps are soon forgotten. 0 follows the weights.
+    """
+
+    def __init__(self, detector: nn.Module, decay: float):
+        self.trained = [p for p in detector.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.trained]
+        self.decay, self.steps = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are after a step."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (10 + self.steps))
+        torch._foreach_lerp_(self.average, self.trained, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the detector has the averaged weights; afterwards its own again."""
+        own = [p.detach().clone() for p in self.trained]
+        self._load(self.average)
+        try:
+            yield
+        finally:
+            self._load(own)
+
+    @torch.no_grad()
+    def _load(self, weights: list[Tensor]) -> None:
+        for weight, value in zip(self.trained, weights, strict=True):
+            weight.copy_(value)
 
 
 def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -127,14 +175,14 @@ class RunFolder:
             with atomic_write(self.path / "log.jsonl", "w"):
                 pass
 
-    def finish_epoch(self, checkpoint: Checkpoint, losses: dict[str, float], seconds: float) -> None:
+    def finish_epoch(self, checkpoint: Checkpoint, losses: dict[str, float], seconds: float, stage: str) -> None:
         """Log the epoch, write `last.pth`, and `best.pth` where mAP@0.5 is the highest so far (the first of equals)."""
         if not self.writes:
             return
         rounded = {name: round(value, 4) for name, value in losses.items()}
-        line = {"epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics, "seconds": round(seconds, 1)}
+        line = {"stage": stage, "epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics}
         with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | {"seconds": round(seconds, 1)}) + "\n")
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {in_words(checkpoint.metrics)}; {seconds:.0f} s")
         save_detector(self.path / "last.pth", checkpoint)

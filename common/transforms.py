@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from common.boxes import Letterbox, clip_to
+from common.boxes import Letterbox, clip_to, mirror_boxes
 from common.types import Target
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after the backbone's normalisation
@@ -28,12 +28,35 @@ class LetterboxTransform(nn.Module):
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         original = (image.shape[-2], image.shape[-1])
-        letterbox = Letterbox.fit(original, self.size)
-        height, width = letterbox.resized
+        target = letterbox_target(target, original, self.size)
+        height, width = target.letterbox.resized
         canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
         canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
-        boxes = letterbox.to_input(clip_to(target.boxes, original))
-        return canvas, replace(target, boxes=boxes, letterbox=letterbox)
+        return canvas, target
+
+
+class MirrorTransform(LetterboxTransform):
+    """The letterbox, and every second picture mirrored: what training on cached features sees."""
+
+    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        image, target = super().forward(image, target)
+        return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
+
+
+def letterbox_target(target: Target, original: tuple[int, int], size: int) -> Target:
+    """Boxes from pixels of the `original` (height, width) picture to those of the letterboxed `size` x `size` input."""
+    letterbox = Letterbox.fit(original, size)
+    return replace(target, boxes=letterbox.to_input(clip_to(target.boxes, original)), letterbox=letterbox)
+
+
+def mirror_target(target: Target, size: int) -> Target:
+    """The target of the input mirrored left to right, padding and all."""
+    return replace(target, boxes=mirror_boxes(target.boxes, size), letterbox=None)
+
+
+def mirror_drawn() -> bool:
+    """Heads or tails from torch's random numbers."""
+    return bool(torch.rand(()) < 0.5)
 
 
 class TrainTransform(nn.Module):

@@ -1,5 +1,6 @@
 """Backbone, head, assignment, loss and post-processing."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from common.coco import DetectionDataset, collate
 from common.detector import new_detector
 from common.errors import InputError
 from common.heads import decode_boxes, locations
-from common.losses import BACKGROUND, IGNORE, assign_to_centers, detection_loss
+from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, assign, detection_loss
 from common.metrics import evaluate, label_map
 from common.postprocess import MAX_DETECTIONS, postprocess
 from common.transforms import LetterboxTransform
@@ -67,11 +68,11 @@ def test_large_backbones_with_their_gated_mlp(tmp_path):
 def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
     images, target = torch.rand(1, 3, 112, 112), target_of([[10, 10, 60, 60]])
     detector.backbone.freeze()
-    sum(detection_loss(detector(images), [target]).values()).backward()
+    sum(detection_loss(detector(images), [target], LossConfig()).values()).backward()
     assert all(p.grad is None for p in detector.backbone.parameters())
     assert all(p.grad is not None for p in detector.head.parameters())
     detector.backbone.unfreeze()
-    sum(detection_loss(detector(images), [target]).values()).backward()
+    sum(detection_loss(detector(images), [target], LossConfig()).values()).backward()
     assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
 
 
@@ -134,36 +135,74 @@ def test_locations_go_row_by_row_and_boxes_are_never_inverted():
     assert decode_boxes(torch.zeros(6, 4), points, strides)[4].tolist() == [14, 14, 28, 28]
 
 
+def assign_unseen(grid, target, kind="center"):
+    """The assignment on a grid of patches by a detector that predicts one patch at each location."""
+    points, strides = locations(grid, 14, torch.device("cpu"))
+    boxes = decode_boxes(torch.zeros(len(points), 4), points, strides)
+    return assign(torch.zeros(len(points)), boxes, points, strides, target, LossConfig(kind))
+
+
 def test_assignment_takes_the_smallest_box_and_forgets_none():
-    points, _ = locations((8, 8), 14, torch.device("cpu"))
     target = target_of([[0, 0, 112, 112], [28, 28, 84, 84], [100, 1, 103, 4]])
-    assigned = assign_to_centers(points, target).reshape(8, 8)
+    assigned = assign_unseen((8, 8), target).box.reshape(8, 8)
     assert assigned[3, 3] == 1 and assigned[2, 2] == 0  # within the inner box's central half, and outside it
     assert assigned[0, 7] == 2  # smaller than the grid: the nearest location
-    assert assigned[7, 0] == BACKGROUND
+    assert assigned[7, 0] == -1
 
 
-def test_crowds_are_neither_object_nor_background():
-    points, _ = locations((8, 8), 14, torch.device("cpu"))
-    assigned = assign_to_centers(points, target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False]))
-    grid = assigned.reshape(8, 8)
-    assert (grid[:4, :4] == IGNORE).all() and (assigned == 1).any() and not (assigned == 0).any()
+@pytest.mark.parametrize("kind", ASSIGNMENTS)
+def test_crowds_are_neither_object_nor_background(kind):
+    target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
+    assigned = assign_unseen((8, 8), target, kind)
+    assert assigned.ignore.reshape(8, 8)[:4, :4].all() and assigned.ignore.sum() == 16
+    assert (assigned.box == 1).any() and not (assigned.box == 0).any()
+
+
+@pytest.mark.parametrize("kind", ASSIGNMENTS)
+def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
+    """A speck, a small, a middling and a picture-wide box on four levels."""
+    target = target_of([[50, 50, 51, 51], [100, 100, 121, 121], [150, 20, 210, 80], [0, 0, 224, 224]], size=224)
+    grids = [locations((32 >> i, 32 >> i), 7 * 2**i, torch.device("cpu")) for i in range(4)]
+    points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
+    boxes = decode_boxes(torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(points), 1), points, strides)
+    assigned = assign(torch.zeros(len(points)), boxes, points, strides, target, LossConfig(assignment=kind))
+    assert set(assigned.box.tolist()) == {-1, 0, 1, 2, 3}
+    assert ((assigned.quality > 0) <= (assigned.box >= 0)).all() and assigned.quality.max() <= 1
+    side = [strides[assigned.box == i].median() for i in range(4)]
+    assert side[1:] == sorted(side[1:]) and side[3] == 56
+
+
+def test_aligned_assignment_follows_the_detector():
+    """Of all locations in a box, the one that predicts it best answers for it, with the IoU as its quality."""
+    points, strides = locations((8, 8), 14, torch.device("cpu"))
+    target = target_of([[0, 0, 56, 56]])
+    boxes = decode_boxes(torch.zeros(64, 4), points, strides)
+    boxes[17] = torch.tensor([0.0, 0.0, 56.0, 42.0])
+    assigned = assign(torch.zeros(64), boxes, points, strides, target, LossConfig("task-aligned", "quality"))
+    assert assigned.quality.argmax() == 17 and assigned.quality[17] == pytest.approx(0.75)
+    assert 1 < (assigned.box == 0).sum() <= 10
 
 
 def test_crowd_locations_do_not_change_the_loss(detector):
     out = detector(torch.rand(1, 3, 112, 112))
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
-    louder = out.object_logits.clone()
-    louder[assign_to_centers(out.points, target)[None] == IGNORE] += 5
+    ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, LossConfig()).ignore
+    louder = out.object_logits + 5 * ignore
     changed = RawOutput(louder, out.class_logits, out.boxes, out.points, out.strides)
-    assert detection_loss(out, [target])["object"] == detection_loss(changed, [target])["object"]
+    before, after = (detection_loss(o, [target], LossConfig())["object"] for o in (out, changed))
+    assert ignore.any() and before == after
+
+
+def loss_configs():
+    yield from (LossConfig(*kinds) for kinds in itertools.product(ASSIGNMENTS, SCORE_LOSSES, BOX_LOSSES))
 
 
 def test_pictures_without_objects_have_a_finite_loss_and_gradient(detector):
-    losses = detection_loss(detector(torch.rand(2, 3, 112, 112)), [target_of([]), target_of([])])
-    assert losses["class"] == losses["box"] == 0 and losses["object"] > 0
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in detector.head.parameters())
+    for config in loss_configs():
+        losses = detection_loss(detector(torch.rand(2, 3, 112, 112)), [target_of([]), target_of([])], config)
+        assert losses["class"] == losses["box"] == 0 and losses["object"] > 0
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in detector.head.parameters())
 
 
 def perfect_output(dataset, num_classes, size):
@@ -174,7 +213,7 @@ def perfect_output(dataset, num_classes, size):
     objects, classes, boxes = torch.full(shape, -20.0), torch.zeros(*shape, num_classes), torch.rand(*shape, 4)
     boxes[..., 2:] += 1 + boxes[..., :2]
     for i, target in enumerate(batch.targets):
-        assigned = assign_to_centers(points, target)
+        assigned = assign_unseen((size // 14, size // 14), target).box
         hit = assigned >= 0
         objects[i, hit] = 20.0
         classes[i, hit, target.labels[assigned[hit]]] = 40.0
@@ -185,7 +224,7 @@ def perfect_output(dataset, num_classes, size):
 def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
     dataset = DetectionDataset(demo_val, LetterboxTransform(448))
     out, targets = perfect_output(dataset, len(demo_val.class_names), 448)
-    assert sum(detection_loss(out, targets).values()) < 1e-4
+    assert sum(detection_loss(out, targets, LossConfig()).values()) < 1e-4
     numbers = evaluate(postprocess(out, targets), demo_val, label_map(demo_val.class_names, demo_val))
     assert numbers["detection"]["AP"] == pytest.approx(1)
 

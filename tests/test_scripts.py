@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,33 +14,45 @@ from PIL import Image
 
 import comprehensive_validation
 import finetune_dino2_simple
+import improved_dino_detector
 import plot_results
 import validate_models
 from common import cli
-from common.checkpoint import load_detector
+from common.checkpoint import load_detector, save_detector
 from common.results import ValidationRecord, format_table, read_results
+from common.transforms import LetterboxTransform
 
-MODULES = (finetune_dino2_simple, validate_models, comprehensive_validation, plot_results)
+MODULES = (
+    finetune_dino2_simple,
+    improved_dino_detector,
+    validate_models,
+    comprehensive_validation,
+    plot_results,
+)
 PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
+TRAINS, IMPROVES, LOOKS, JUDGES, PLOTS = SCRIPTS
+CHECKPOINTS = ("dino2_detector.pth", "improved_dino2_detector.pth")
 
 
 def run(script, *flags, cwd=ROOT):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "DETECTION_CACHE": str(Path(cwd, "cache"))}
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
-    """A folder in which the four scripts have run one after the other."""
+    """A folder in which the five scripts have run one after the other."""
     folder = tmp_path_factory.mktemp("chain")
-    sizes = ("--image-size", 112, "--blocks", 2, -1, "--epochs", 2, "--batch-size", 4, "--workers", 0)
+    sizes = ("--image-size", 112, "--blocks", 2, -1, "--batch-size", 4, "--workers", 0)
+    training = ("--data", demo, "--backbone", tiny_backbone, *sizes)
     done = [
-        run(SCRIPTS[0], "--data", demo, "--backbone", tiny_backbone, *sizes, cwd=folder),
-        run(SCRIPTS[1], "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
-        run(SCRIPTS[2], "--data", demo, "--workers", 0, cwd=folder),
-        run(SCRIPTS[3], cwd=folder),
+        run(TRAINS, *training, "--epochs", 2, cwd=folder),
+        run(IMPROVES, *training, "--epochs-frozen", 2, "--epochs-unfrozen", 1, cwd=folder),
+        run(LOOKS, "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
+        run(JUDGES, "--data", demo, "--workers", 0, "--models", *CHECKPOINTS, "missing.pth", cwd=folder),
+        run(PLOTS, cwd=folder),
     ]
     for result in done:
         assert result.returncode == 0, result.stderr
@@ -63,22 +76,52 @@ def test_training_leaves_what_it_promises(chain):
 def test_results_have_their_documented_form(chain):
     content = json.loads((chain / "validation_results.json").read_text())
     assert content["format_version"] == 1 and content["dataset"]["pictures"] == 6
-    simple, improved = content["models"]
+    simple, improved, missing = content["models"]
     assert {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "per_class"} <= simple[
         "detection"
     ].keys()
     assert set(PRIMARY) == simple["primary"].keys()
     assert {"parameters", "ms_per_picture", "pictures_per_s", "device", "precision"} <= simple["cost"].keys()
     assert simple["conditions"]["seed"] == 0 and simple["conditions"]["image_size"] == 112
-    assert improved["error"] and improved["detection"] is None
+    assert improved["detection"].keys() == simple["detection"].keys() and improved["conditions"]["head"] == "pyramid"
+    assert missing["error"] and missing["detection"] is None
     assert "not evaluated" in (chain / "output.txt").read_text()
 
 
 def test_training_and_both_validations_agree(chain):
-    trained = load_detector(chain / "dino2_detector.pth").metrics
-    record = read_results(chain / "validation_results.json").models[0]
-    assert record.primary == pytest.approx({key: trained[key] for key in PRIMARY})
-    assert record.detection["AP50"] == pytest.approx(trained["AP50"])
+    for name, record in zip(CHECKPOINTS, read_results(chain / "validation_results.json").models, strict=False):
+        trained = load_detector(chain / name).metrics
+        assert record.primary == pytest.approx({key: trained[key] for key in PRIMARY})
+        assert record.detection["AP50"] == pytest.approx(trained["AP50"])
+
+
+def test_both_stages_leave_what_they_promise(chain):
+    folder = chain / "runs/improved"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [("frozen", 1), ("frozen", 2), ("unfrozen", 3)]
+    frozen, last, final = (
+        load_detector(path) for path in (folder / "frozen.pth", folder / "last.pth", chain / CHECKPOINTS[1])
+    )
+    assert last.epoch == 3 and frozen.epoch <= 2
+    scores = [line["val"]["AP50"] for line in lines]
+    assert final.epoch == scores.index(max(scores)) + 1
+    before, after = frozen.detector.state_dict(), last.detector.state_dict()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == ["backbone.vit.embeddings.mask_token"]  # stage 2 trains all that the features depend on
+
+
+@pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
+def test_stage_2_starts_from_any_checkpoint(chain, demo, tmp_path, checkpoint):
+    """At learning rate 0 the weights stay those that it started from."""
+    paths = {"output": str(tmp_path / "out.pth"), "run_dir": str(tmp_path / "run")}
+    rates = {"epochs_frozen": 0, "epochs_unfrozen": 1, "lr_unfrozen": 0.0, "workers": 0}
+    start = str(chain / checkpoint)
+    improved_dino_detector.main(improved_dino_detector.Settings(str(demo), start_from=start, **rates, **paths))
+    before, after = load_detector(chain / checkpoint), load_detector(tmp_path / "out.pth")
+    weights = after.detector.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in before.detector.state_dict().items())
+    assert after.detector.config == before.detector.config
+    assert after.train_config["started_from"] == str(chain / checkpoint)
 
 
 def test_pictures_are_drawn(chain):
@@ -92,45 +135,52 @@ def test_own_pictures_need_no_ground_truth(chain, demo, tmp_path):
     files = [demo / "val2017" / "000001.jpg", demo / "train2017"]
     checkpoint = chain / "dino2_detector.pth"
     flags = ("--checkpoints", checkpoint, "--images", *files, "--workers", 0, "--output", tmp_path)
-    assert run(SCRIPTS[1], *flags).returncode == 0
+    assert run(LOOKS, *flags).returncode == 0
     assert len(list((tmp_path / "dino2_detector").glob("*.jpg"))) == 13
     found = json.loads((tmp_path / "dino2_detector" / "detections.json").read_text())
     assert {d["image_id"] for d in found} <= set(range(1, 14)) and Path(found[0]["file_name"]).is_file()
     assert found[0].keys() == {"image_id", "category_id", "bbox", "score", "file_name", "category_name"}
 
 
-def test_a_few_pictures_can_be_learnt_by_heart(demo, tmp_path, monkeypatch):
-    """End to end from random weights: the whole of assignment, loss, box decoding, post-processing and metrics."""
+def learn_by_heart(script, demo, folder, **options):
+    """Train on four scenes, with random weights and no augmentation, and return the numbers on the same four."""
     torch.manual_seed(0)
     from transformers import Dinov2Backbone, Dinov2Config
 
     shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 140}
-    Dinov2Backbone(Dinov2Config(**shape, patch_size=14)).save_pretrained(tmp_path / "vit")
-    monkeypatch.setattr("common.training.TrainTransform", lambda size: validate_transform(size))
+    Dinov2Backbone(Dinov2Config(**shape, patch_size=14)).save_pretrained(folder / "vit")
     annotations = str(demo / "annotations" / "instances_train2017.json")
-    settings = finetune_dino2_simple.Settings(
+    settings = script.Settings(
         **{f"{part}_json": annotations for part in ("train", "val")},
         **{f"{part}_images_dir": str(demo / "train2017") for part in ("train", "val")},
         train_images=4,
         val_images=4,
-        backbone=(str(tmp_path / "vit"),),
+        backbone=(str(folder / "vit"),),
         blocks=(-1,),
         image_size=140,
-        epochs=100,
-        lr=2e-3,
-        backbone_lr=1e-3,
         batch_size=4,
         workers=0,
-        output=str(tmp_path / "out.pth"),
-        run_dir=str(tmp_path / "run"),
+        output=str(folder / "out.pth"),
+        run_dir=str(folder / "run"),
+        **options,
     )
-    assert finetune_dino2_simple.main(settings)["AP50"] >= 0.9
+    return script.main(settings)
 
 
-def validate_transform(size):
-    from common.transforms import LetterboxTransform
+def test_the_simple_detector_learns_a_few_pictures_by_heart(demo, tmp_path, monkeypatch):
+    """End to end from random weights: the whole of assignment, loss, box decoding, post-processing and metrics."""
+    monkeypatch.setattr("finetune_dino2_simple.TrainTransform", LetterboxTransform)
+    numbers = learn_by_heart(finetune_dino2_simple, demo, tmp_path, epochs=100, lr=2e-3, backbone_lr=1e-3)
+    assert numbers["AP50"] >= 0.9
 
-    return LetterboxTransform(size)
+
+def test_the_improved_detector_learns_a_few_pictures_by_heart(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("improved_dino_detector.TrainTransform", LetterboxTransform)
+    rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0, "layer_decay": 1.0}
+    numbers = learn_by_heart(
+        improved_dino_detector, demo, tmp_path, epochs_frozen=0, epochs_unfrozen=100, dropout=0.0, **rates
+    )
+    assert numbers["AP50"] >= 0.9
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -155,19 +205,23 @@ BAD = {
     "wrong backbone": {"--backbone": "{tmp}/empty", "--data": "{demo}"},
     "no hub": {"--backbone": "facebook/dinov2-small", "--data": "{demo}"},
     "no data hub": {"--data": "detection-datasets/coco"},
+    "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
+    "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
+    "other classes": {"--start-from": "{tmp}/classes.pth", "--data": "{demo}"},
+    "no start": {"--start-from": "{tmp}/none.pth", "--data": "{demo}"},
     "no results": {"--results": "{tmp}/none.json"},
     "other results": {"--results": "{tmp}/other.json"},
     "no such place": {"--output": "{tmp}/other.json/a"},
     "output is a folder": {"--output": "{tmp}"},
     "unwritable output": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/other.json/a.png"},
 }
-TRAINS, LOOKS, JUDGES, PLOTS = SCRIPTS
-CASES = [(s, c) for s in (TRAINS, LOOKS, JUDGES) for c in list(BAD)[:4]]
+CASES = [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in list(BAD)[:4]]
 CASES += [(s, c) for s in (LOOKS, JUDGES) for c in list(BAD)[4:6]]
 CASES += [(LOOKS, "no such picture"), (TRAINS, "output is a folder"), (JUDGES, "output is a folder")]
-CASES += [(s, "no such place") for s in (TRAINS, LOOKS, JUDGES)]
-CASES += [(s, c) for s in (TRAINS, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
-CASES += [(TRAINS, c) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
+CASES += [(s, "no such place") for s in (TRAINS, IMPROVES, LOOKS, JUDGES)]
+CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
+CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "other classes", "no start")]
+CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "unwritable output")]
 
 
@@ -177,9 +231,13 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     (tmp_path / "other.json").write_text('{"hello": "world"}')
     (tmp_path / "text.json").write_text("hello")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
+    known = load_detector(chain / "dino2_detector.pth")
+    save_detector(tmp_path / "classes.pth", replace(known, class_names=("a",) * len(known.class_names)))
     flags = {"--models": chain / "dino2_detector.pth"} if script == JUDGES else {}
     flags |= {"--checkpoints": chain / "dino2_detector.pth"} if script == LOOKS else {}
-    if script == TRAINS and "--val-json" in BAD[case]:  # with good training pictures, so that the bad ones are reached
+    if (
+        script in (TRAINS, IMPROVES) and "--val-json" in BAD[case]
+    ):  # with good training pictures, so that the bad ones are reached
         flags = {
             "--train-json": "{demo}/annotations/instances_train2017.json",
             "--train-images-dir": "{demo}/train2017",
@@ -213,7 +271,7 @@ def test_plotting_needs_no_torch(chain, tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_charts_of_one_to_ten_models_with_gaps(count, chain, tmp_path):
     content = json.loads((chain / "validation_results.json").read_text())
-    good, failed = content["models"]
+    good, _, failed = content["models"]
     models = [good | {"name": f"model {i}"} for i in range(count)]
     models[-1] = {**models[-1], "detection": {"AP50": None}, "cost": None}
     (tmp_path / "r.json").write_text(json.dumps(content | {"models": [*models, failed]}))

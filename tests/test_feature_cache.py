@@ -1,0 +1,137 @@
+"""The feature cache: what it holds, that training on it equals training without, and how it is built."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import improved_dino_detector
+from common import feature_cache
+from common.coco import DetectionDataset, collate, load_coco
+from common.detector import new_detector
+from common.errors import InputError
+from common.feature_cache import CachedDataset, cached_features, feature_file
+from common.transforms import MirrorTransform
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def build(detector, data, accelerator, mirrored=True):
+    return cached_features(detector, data, mirrored=mirrored, batch_size=4, workers=0, accelerator=accelerator)
+
+
+def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelerator):
+    """The same views in the same epochs, the same boxes, and features that agree to float16's precision."""
+    cached = CachedDataset(demo_val, build(detector, demo_val, accelerator), 112, mirror=True, seed=3)
+    plain = DetectionDataset(demo_val, MirrorTransform(112), seed=3)
+    mirrored = 0
+    for epoch in (1, 2):
+        cached.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        from_cache, from_pictures = (collate([dataset[i] for i in range(6)]) for dataset in (cached, plain))
+        with torch.no_grad():
+            features = torch.stack(detector.backbone(from_pictures.images), dim=1)
+            ours, theirs = detector(from_cache.images), detector(from_pictures.images)
+        assert torch.allclose(from_cache.images.float(), features, atol=5e-3, rtol=1e-3)
+        assert torch.allclose(ours.boxes, theirs.boxes, atol=0.1)
+        for one, other in zip(from_cache.targets, from_pictures.targets, strict=True):
+            assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+            assert one.letterbox == other.letterbox
+            mirrored += one.letterbox is None
+    assert 0 < mirrored < 12
+
+
+def test_a_second_call_reads_what_the_first_wrote(detector, demo_val, accelerator, own_cache, monkeypatch):
+    first = build(detector, demo_val, accelerator)
+    assert first.shape == (6, 2, 2, 48, 8, 8) and [f.suffix for f in own_cache.iterdir()] == [".f16"]
+    monkeypatch.setattr(feature_cache, "_build", None)
+    assert (build(detector, demo_val, accelerator) == first).all()
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(detector, demo_val, accelerator, own_cache, monkeypatch):
+    whole = build(detector, demo_val, accelerator).copy()
+    (path,) = own_cache.iterdir()
+    content = path.read_bytes()
+    half = path.with_suffix(".partial")
+    half.write_bytes(content[: len(content) // 2 + 1])  # three pictures and a part of the fourth
+    path.unlink()
+    seen = []
+    forward = detector.backbone.forward
+    monkeypatch.setattr(detector.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
+    assert (build(detector, demo_val, accelerator) == whole).all() and not half.exists()
+    assert sum(seen) == 2 * 3
+
+
+def test_the_name_changes_with_all_that_matters(detector, demo_val, tiny_backbone):
+    def name(detector=detector, data=demo_val, views=2, precision="fp32"):
+        return feature_file(detector, data, views, precision).path.name
+
+    options = {"head": "linear", "num_classes": 10}
+    others = [
+        name(data=demo_val.first(5)),
+        name(views=1),
+        name(precision="bf16"),
+        name(detector=new_detector(tiny_backbone, blocks=(1, 4), image_size=112, **options)),
+        name(detector=new_detector(tiny_backbone, blocks=(2, 4), image_size=126, **options)),
+    ]
+    torch.manual_seed(1)
+    same = new_detector(tiny_backbone, blocks=(2, 4), image_size=112, **options)
+    assert name(detector=same) == name()  # another head, the same backbone
+    with torch.no_grad():
+        same.backbone.vit.layernorm.bias[0] += 1e-3
+    others.append(name(detector=same))
+    assert len({name(), *others}) == 1 + len(others)
+
+
+def test_a_changed_picture_is_noticed(detector, coco_file):
+    path, pictures = coco_file([])
+    data = load_coco(path, pictures)
+    before = feature_file(detector, data, 1, "fp32").path
+    (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes() + b" ")
+    assert feature_file(detector, data, 1, "fp32").path != before
+
+
+def test_a_full_disk_is_told_beforehand(detector, demo_val, accelerator, own_cache, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SPARE_DISK", 1 << 60)
+    with pytest.raises(InputError, match=r"needs .* GB .* free: .*--no-feature-cache"):
+        build(detector, demo_val, accelerator)
+    assert list(own_cache.iterdir()) == []
+
+
+def test_training_on_the_cache_equals_training_on_mirrored_pictures(demo, tiny_backbone, tmp_path, capsys):
+    """The whole of stage 1, twice: the same losses, to what float16 takes away."""
+
+    def losses(name, **options):
+        settings = improved_dino_detector.Settings(
+            data=str(demo),
+            backbone=(str(tiny_backbone),),
+            blocks=(2, 4),
+            image_size=112,
+            epochs_frozen=3,
+            dropout=0.0,
+            precision="fp32",
+            batch_size=4,
+            workers=0,
+            stop_after="frozen",
+            output=str(tmp_path / name / "out.pth"),
+            run_dir=str(tmp_path / name),
+            **options,
+        )
+        improved_dino_detector.main(settings)
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [sum(json.loads(line)["loss"].values()) for line in lines]
+
+    cached = losses("cached")
+    plain = losses("plain", no_feature_cache=True, augmentation="mirror")
+    assert "features of 12 pictures" in capsys.readouterr().out
+    assert cached == pytest.approx(plain, rel=0.01) and cached[-1] < cached[0]
