@@ -32,6 +32,7 @@ class Settings:
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
     val_images_dir: str = flag("", "the folder of their pictures")
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
+    flip: bool = flag(False, "look at each picture's mirror image too: more accurate, half as fast")
     batch_size: int = flag(16, "pictures at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
     workers: int = flag(2, "processes that decode pictures", at_least=0)
@@ -64,7 +65,7 @@ def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
     check_writable(settings.output)
     set_seed(settings.seed)
-    runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers)
+    runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
     source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
     data = load_split(source, "val", settings.val_images)
     names = unique_names(settings.models)

@@ -47,6 +47,7 @@ class Settings:
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
     draw: int = flag(24, "validation pictures to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
     min_score: float = flag(0.3, "draw detections from this score on, 0..1", at_least=0)
+    flip: bool = flag(False, "look at each picture's mirror image too: more accurate, half as fast")
     batch_size: int = flag(16, "pictures at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
     workers: int = flag(2, "processes that decode pictures", at_least=0)
@@ -113,7 +114,7 @@ def main(settings: Settings) -> dict[str, dict]:
     """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
     check_writable(Path(settings.output, "contact_sheet.jpg"))
     set_seed(settings.seed)
-    runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers)
+    runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
     checkpoints = [load_detector(path) for path in settings.checkpoints]
     names = unique_names(settings.checkpoints)
     if settings.images:

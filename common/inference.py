@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.boxes import mirror_boxes
 from common.coco import CocoData, DetectionDataset, collate
 from common.postprocess import postprocess
 from common.transforms import LetterboxTransform
-from common.types import Batch, Detections
+from common.types import Batch, Detections, RawOutput
 
 TIMED, WARM_UP = 15, 3  # pictures timed one at a time, and those before them that are not
 
@@ -62,20 +63,42 @@ def eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) 
     return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
 
 
+def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
+    """What `model` says of `images`; with `flip` also of their mirror images, as further locations of the same picture.
+
+    Post-processing then keeps, of the two views of an object, the one that is surer of it.
+    """
+    out = model(images)
+    if not flip:
+        return out
+    mirrored, width = model(images.flip(-1)), images.shape[-1]
+    x, y = mirrored.points.unbind(1)
+    return RawOutput(
+        torch.cat([out.object_logits, mirrored.object_logits], dim=1),
+        torch.cat([out.class_logits, mirrored.class_logits], dim=1),
+        torch.cat([out.boxes, mirror_boxes(mirrored.boxes, width)], dim=1),
+        torch.cat([out.points, torch.stack([width - x, y], dim=1)]),
+        torch.cat([out.strides, mirrored.strides]),
+    )
+
+
 @torch.inference_mode()
-def detect(model: nn.Module, loader: DataLoader, accelerator: Accelerator, what: str = "detecting") -> list[Detections]:
+def detect(
+    model: nn.Module, loader: DataLoader, accelerator: Accelerator, what: str = "detecting", flip: bool = False
+) -> list[Detections]:
     """Detections of every picture of `loader`, each exactly once, also where several processes share the work.
 
     Args:
         model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
-        loader: batches of letterboxed pictures, prepared by `accelerator`.
+        loader: batches of letterboxed pictures, or of cached features, prepared by `accelerator`.
         what: the progress bar's title.
+        flip: look at the mirrored pictures too; pictures only.
     """
     model.eval()
     found: list[Detections] = []
     with progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
         for batch in loader:
-            detections = postprocess(model(batch.images), batch.targets)
+            detections = postprocess(predict(model, batch.images, flip), batch.targets)
             found += accelerator.gather_for_metrics(detections, use_gather_object=True)
             bar.update(len(found) - bar.n)
     return found
@@ -94,13 +117,13 @@ class Cost:
 
 
 @torch.inference_mode()
-def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator) -> Cost:
+def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip: bool = False) -> Cost:
     """Time a prepared model on the pictures of one batch that is on its device already."""
     model.eval()
 
     def seconds(images: torch.Tensor, targets: list) -> float:
         start = time.perf_counter()
-        postprocess(model(images), targets)  # ends on the CPU, so nothing is left running
+        postprocess(predict(model, images, flip), targets)  # ends on the CPU, so nothing is left running
         return time.perf_counter() - start
 
     singles = [i % len(batch.images) for i in range(WARM_UP + TIMED)]

@@ -17,24 +17,25 @@ from common.types import Detections
 
 @dataclass(frozen=True)
 class Runner:
-    """How detectors are run: where, how many pictures at once, decoded by how many processes."""
+    """How detectors are run: where, how many pictures at once, decoded by how many processes, mirrored too?"""
 
     accelerator: Accelerator
     batch_size: int
     workers: int
+    flip: bool = False  # look at the mirrored pictures too
 
     def detect(self, checkpoint: Checkpoint, data: CocoData, what: str) -> list[Detections]:
         """Detections on every picture of `data`, in its order, in the checkpoint's own labels."""
         loader = eval_loader(data, checkpoint.detector.config.image_size, self.batch_size, self.workers)
         model, loader = self.accelerator.prepare(checkpoint.detector, loader)
-        return detect(model, loader, self.accelerator, what)
+        return detect(model, loader, self.accelerator, what, self.flip)
 
     def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
         """Parameters and speed, as `inference.Cost` names them, on the first pictures of `data`."""
         loader = eval_loader(data.first(self.batch_size), checkpoint.detector.config.image_size, self.batch_size, 0)
         model = self.accelerator.prepare(checkpoint.detector)
         batch = next(iter(loader)).to(self.accelerator.device)
-        return asdict(measure_cost(model, batch, self.accelerator))
+        return asdict(measure_cost(model, batch, self.accelerator, self.flip))
 
 
 def validate_checkpoint(
@@ -58,6 +59,7 @@ def validate_checkpoint(
         "epoch": checkpoint.epoch,
         "image_size": config.image_size,
         "blocks": list(config.blocks),
+        "flip": runner.flip,
         "classes_compared": known,
         "classes_in_data": len(data.class_names),
     }

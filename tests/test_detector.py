@@ -14,6 +14,7 @@ from common.coco import DetectionDataset, collate
 from common.detector import new_detector
 from common.errors import InputError
 from common.heads import decode_boxes, locations
+from common.inference import predict
 from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, assign, detection_loss
 from common.metrics import evaluate, label_map
 from common.postprocess import MAX_DETECTIONS, postprocess
@@ -227,6 +228,19 @@ def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
     assert sum(detection_loss(out, targets, LossConfig()).values()) < 1e-4
     numbers = evaluate(postprocess(out, targets), demo_val, label_map(demo_val.class_names, demo_val))
     assert numbers["detection"]["AP"] == pytest.approx(1)
+
+
+def test_flip_adds_the_mirrored_view_in_place(detector):
+    """A symmetrical picture looks the same mirrored; each location is there twice, its boxes where its objects are."""
+    half = torch.rand(1, 3, 112, 56)
+    images = torch.cat([half, half.flip(-1)], dim=-1)
+    with torch.no_grad():
+        out, plain = predict(detector, images, flip=True), detector(images)
+    assert out.boxes.shape == (1, 128, 4) and out.class_logits.shape == (1, 128, 10) and out.strides.shape == (128,)
+    assert torch.equal(out.boxes[:, :64], plain.boxes)
+    offsets = (out.boxes[0, :, :2] + out.boxes[0, :, 2:]) / 2 - out.points
+    assert torch.allclose(offsets[64:] * torch.tensor([-1, 1]), offsets[:64], atol=1e-3)
+    assert torch.equal(out.points[64:].reshape(8, 8, 2).flip(1), out.points[:64].reshape(8, 8, 2))
 
 
 def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
