@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common.backbone import Backbone, backbone_config, choose_blocks, load_backbone
@@ -35,16 +36,24 @@ class Detector(nn.Module):
         self.head = _new_head(config, backbone)
 
     def forward(self, images: Tensor) -> RawOutput:
-        """(B, 3, S, S) RGB in 0..1, or what the feature cache holds of them, (B, blocks, C, h, w) -> `RawOutput`."""
-        if images.ndim == 5:
-            return self.head(images.float().unbind(1))
-        return self.head(self.backbone(images))
+        """(B, 3, S, S) RGB in 0..1, or what the feature cache holds of them, (B, h, w, blocks, C) -> `RawOutput`."""
+        features = images if images.ndim == 5 else self.patch_features(images)
+        return self.head(features.flatten(3).to(_compute_type(features.device)))
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) RGB in 0..1 -> the features of each patch in each block (B, h, w, blocks, C)."""
+        return torch.stack([maps.permute(0, 2, 3, 1) for maps in self.backbone(images)], dim=3)
 
     def train(self, mode: bool = True) -> "Detector":
         """As every module's, but a frozen backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
         return self
+
+
+def _compute_type(device: torch.device) -> torch.dtype:
+    """What autocast computes in there, so that features are converted once and not by every layer."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:

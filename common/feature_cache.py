@@ -1,6 +1,6 @@
 """Features of a frozen backbone on disk: each picture goes through it once, later epochs read a memory map.
 
-One file holds (pictures, views, blocks, channels, rows, columns) float16 features: view 0 is the letterboxed picture,
+One file holds (pictures, views, rows, columns, blocks, channels) float16 features: view 0 is the letterboxed picture,
 view 1 the same mirrored. It is written picture after picture under another name and renamed when whole, so that an
 interrupted build goes on where it stopped. Its name is a digest of all that the features depend on.
 """
@@ -33,7 +33,7 @@ class FeatureFile:
     """Where the features of some pictures belong, and their shape; the file itself need not be there yet."""
 
     path: Path
-    shape: tuple[int, int, int, int, int, int]  # pictures, views, blocks, channels, rows, columns
+    shape: tuple[int, int, int, int, int, int]  # pictures, views, rows, columns, blocks, channels
 
     @property
     def bytes_a_picture(self) -> int:
@@ -68,14 +68,14 @@ def feature_file(detector: Detector, data: CocoData, views: int, precision: str)
         status = picture.path.stat()
         digest.update(repr((str(picture.path.resolve()), status.st_size, status.st_mtime_ns)).encode())
     side = config.image_size // detector.backbone.patch_size
-    shape = (len(data), views, len(config.blocks), detector.backbone.channels, side, side)
+    shape = (len(data), views, side, side, len(config.blocks), detector.backbone.channels)
     return FeatureFile(cache_folder("features", f"{digest.hexdigest()[:24]}.f16"), shape)
 
 
 def cached_features(
     detector: Detector, data: CocoData, *, mirrored: bool, batch_size: int, workers: int, accelerator: Accelerator
 ) -> np.ndarray:
-    """The features of `data`'s pictures as a memory map (pictures, views, blocks, C, h, w) float16, built if need be.
+    """The features of `data`'s pictures as a memory map (pictures, views, h, w, blocks, C) float16, built if need be.
 
     Args:
         detector: on the accelerator's device; its backbone is run in the accelerator's precision.
@@ -114,7 +114,7 @@ def _build(
                 images = batch.images.to(accelerator.device)
                 views = [images, images.flip(-1)][: file.shape[1]]
                 with accelerator.autocast():
-                    features = torch.stack([torch.stack(detector.backbone(view), dim=1) for view in views], dim=1)
+                    features = torch.stack([detector.patch_features(view) for view in views], dim=1)
                 out.write(features.half().cpu().numpy().tobytes())
                 bar.update(len(images))
         partial.replace(file.path)
@@ -140,7 +140,7 @@ class CachedDataset(Dataset):
 
     Args:
         data: the pictures and boxes.
-        features: (pictures, views, blocks, C, h, w) float16, as `cached_features` returns them.
+        features: (pictures, views, h, w, blocks, C) float16, as `cached_features` returns them.
         image_size: side of the square input, pixels.
         mirror: draw mirrored views, for training; else the letterboxed pictures alone.
         seed: of the draw.
@@ -157,7 +157,7 @@ class CachedDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Features (blocks, C, h, w) float16 and the picture's `Target`."""
+        """Features (h, w, blocks, C) float16 and the picture's `Target`."""
         target = letterbox_target(self.data.target(index), self.data.size(index), self.image_size)
         with sample_randomness(self.seed, self.epoch, index):
             mirrored = self.mirror and mirror_drawn()

@@ -1,4 +1,4 @@
-"""Detection heads: feature maps of the backbone -> `RawOutput`.
+"""Detection heads: patch features of the backbone, those of several blocks side by side -> `RawOutput`.
 
 Every head scores an object at a location as sigmoid(object) x softmax(class). One object logit shared by all classes
 learns "something is here" from every box, which a handful of pictures of each class could not teach K separate
@@ -6,7 +6,6 @@ detectors; the softmax then only has to tell classes apart, and is trained where
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ class LinearHead(nn.Module):
     """One linear class layer and one linear box layer on every patch token.
 
     Args:
-        channels: channels of all the feature maps together; the tokens of several blocks are concatenated.
+        channels: of a patch's features, all blocks together.
         num_classes: K.
         stride: spacing of the patch tokens, input pixels.
     """
@@ -41,12 +40,11 @@ class LinearHead(nn.Module):
         nn.init.constant_(self.classify.bias[0], -math.log(1 / OBJECT_PRIOR - 1))
         nn.init.constant_(self.locate.bias[2:], math.log(SIZE_PRIOR))
 
-    def forward(self, features: Sequence[Tensor]) -> RawOutput:
-        """Maps of the same shape (B, C, h, w) -> `RawOutput` with L = h * w."""
-        grid = (features[0].shape[-2], features[0].shape[-1])
-        tokens = self.embed(torch.cat(list(features), dim=1).flatten(2).transpose(1, 2))  # (B, L, C)
+    def forward(self, features: Tensor) -> RawOutput:
+        """(B, h, w, C) -> `RawOutput` with L = h * w."""
+        tokens = self.embed(features.flatten(1, 2))  # (B, L, C)
         scores = self.classify(tokens).float()
-        points, strides = locations(grid, self.stride, tokens.device)
+        points, strides = locations((features.shape[1], features.shape[2]), self.stride, tokens.device)
         boxes = decode_boxes(self.locate(tokens).float(), points, strides)
         return RawOutput(scores[..., 0], scores[..., 1:], boxes, points, strides)
 
@@ -75,7 +73,7 @@ class PyramidHead(nn.Module):
     read from the raw tokens by one linear layer, the most that few pictures of each class can teach.
 
     Args:
-        channels: channels of all the feature maps together.
+        channels: of a patch's features, all blocks together.
         num_classes: K.
         stride: spacing of the patch tokens, input pixels.
         width: channels of the tower, a multiple of 16.
@@ -95,14 +93,15 @@ class PyramidHead(nn.Module):
     ):
         super().__init__()
         self.stride = stride
-        self.reduce = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), *_norm_and_activation(width))
+        self.reduce = nn.Linear(channels, width, bias=False)
+        self.enter = nn.Sequential(*_norm_and_activation(width))
         convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)]
         self.tower = nn.Sequential(
-            *(nn.Sequential(c, *_norm_and_activation(width), nn.Dropout(dropout)) for c in convolutions)
+            *(nn.Sequential(c, *_norm_and_activation(width), nn.Dropout2d(dropout)) for c in convolutions)
         )
         self.predict = nn.Conv2d(width, 5, 3, padding=1)  # object, then the box
         self.predict_quarters = nn.Conv2d(width, 5 * 4, 1)  # the same for each quarter of a patch
-        self.classify = nn.Conv2d(channels, num_classes, 1)
+        self.classify = nn.Linear(channels, num_classes)
         for layer in (self.predict, self.predict_quarters, self.classify):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
@@ -110,16 +109,15 @@ class PyramidHead(nn.Module):
             bias[0] = -math.log(1 / OBJECT_PRIOR - 1)
             bias[3:] = math.log(PYRAMID_SIZE_PRIOR)
 
-    def forward(self, features: Sequence[Tensor]) -> RawOutput:
-        """Maps of the same shape (B, C, h, w) -> `RawOutput`, its locations from the finest level to the coarsest."""
-        tokens = torch.cat(list(features), dim=1)
-        patches = self.reduce(tokens)
+    def forward(self, features: Tensor) -> RawOutput:
+        """(B, h, w, C) -> `RawOutput`, its locations from the finest level to the coarsest."""
+        patches = self.enter(self.reduce(features).permute(0, 3, 1, 2))
         double = F.max_pool2d(patches, 2, ceil_mode=True)
         levels = [self.tower(level) for level in (patches, double, F.max_pool2d(double, 2, ceil_mode=True))]
         quarters = F.pixel_shuffle(self.predict_quarters(levels[0]), 2)
         predictions = [quarters, *(self.predict(level) for level in levels)]
 
-        classes = self.classify(tokens)
+        classes = self.classify(features).permute(0, 3, 1, 2)
         class_levels = [F.interpolate(classes, scale_factor=2), classes]
         for _ in range(2):
             class_levels.append(F.avg_pool2d(class_levels[-1], 2, ceil_mode=True, count_include_pad=False))
@@ -127,7 +125,7 @@ class PyramidHead(nn.Module):
         outputs = torch.cat([p.flatten(2) for p in predictions], dim=2).transpose(1, 2).float()  # (B, L, 5)
         class_logits = torch.cat([c.flatten(2) for c in class_levels], dim=2).transpose(1, 2).float()
         grids = [
-            locations((p.shape[-2], p.shape[-1]), self.stride * scale, tokens.device)
+            locations((p.shape[-2], p.shape[-1]), self.stride * scale, features.device)
             for p, scale in zip(predictions, (0.5, 1, 2, 4), strict=True)
         ]
         points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))

@@ -23,7 +23,8 @@ ATSS_ANCHOR = 5.0  # side of the square that stands for a location, strides
 ALIGNED_CANDIDATES = 10  # an object
 ALIGNED_POWER = 6.0  # of the IoU, beside the first power of the score (TOOD, arXiv 2108.07755)
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
-SMOOTH_L1_BETA = 0.1
+SMOOTH_L1_BETA = 0.1  # units
+SMOOTH_L1_UNIT = 8.0  # least unit, input pixels: a speck's box is not worth hundreds of others
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,24 @@ def assign(
         alignment = object_logits.sigmoid()[:, None] * iou**ALIGNED_POWER
         claims, preference = _aligned_claims(alignment, points, strides, truth), iou + 1e-6
     unclaimed = torch.nonzero(~claims.any(0))[:, 0]
-    claims[_nearest(points, strides, truth[unclaimed]), unclaimed] = True
+    if len(unclaimed):
+        claims[_nearest(points, strides, truth[unclaimed]), unclaimed] = True
 
-    best, index = torch.where(claims, preference, 0.0).max(1)
+    best, index = (preference * claims).max(1)
     positive = best > 0
-    own = F.one_hot(index, len(objects)).bool() & positive[:, None]  # one object a location
-    quality = iou * own
-    if config.assignment == "task-aligned":  # TOOD: the best aligned location should score the best IoU
-        aligned = alignment * own
-        quality = aligned / aligned.amax(0).clamp(min=1e-12) * quality.amax(0)
     box = torch.where(positive, objects[index], -1)
-    return Assignment(box, quality.amax(1), crowd & ~positive)
+    location, index = torch.nonzero(positive)[:, 0], index[positive]
+    reached = iou[location, index]
+    if config.assignment == "task-aligned":  # TOOD: the best aligned location of an object should score its best IoU
+        aligned = alignment[location, index]
+        reached = aligned * (_most(reached, index, iou) / _most(aligned, index, iou).clamp(min=1e-12))[index]
+    quality = torch.zeros_like(strides).index_put((location,), reached)
+    return Assignment(box, quality, crowd & ~positive)
+
+
+def _most(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """The largest of the `values` (M,) with each `index` (M,) into the columns of `like` (L, N) -> (N,)."""
+    return torch.zeros_like(like[0]).scatter_reduce(0, index, values, "amax")
 
 
 def _center_claims(points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
@@ -124,11 +132,12 @@ def _atss_claims(points: Tensor, strides: Tensor, truth: Tensor) -> tuple[Tensor
 
 
 def _aligned_claims(alignment: Tensor, points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
-    near = ((points[:, None] - _centers(truth)).abs() <= strides[:, None, None]).all(2)
-    small = _sizes(truth).amax(1) < 2 * strides[:, None]  # few locations lie in a small box, if any
-    candidates = _holds(truth, points) | (near & small)
+    sizes = _sizes(truth)
+    away = (points[:, None] - _centers(truth)).abs()  # (L, N, 2)
+    small = sizes.amax(1) < 2 * strides[:, None]  # few locations lie in a small box, if any
+    candidates = (away <= torch.where(small[..., None], strides[:, None, None], 0).maximum(sizes / 2)).all(2)
     # Before the boxes have learned anything all alignments are nil; distance then decides.
-    distance = torch.linalg.vector_norm((points[:, None] - _centers(truth)) / _sizes(truth).clamp(min=1), dim=2)
+    distance = (away / sizes.clamp(min=1)).amax(2)
     ranked = (alignment + 1e-9 / (1 + distance)) * candidates
     top, index = ranked.topk(min(ALIGNED_CANDIDATES, len(points)), dim=0)
     return torch.zeros_like(candidates).scatter(0, index, top > 0)
@@ -207,6 +216,6 @@ def _box_loss(boxes: Tensor, truth: Tensor, kind: str) -> Tensor:
     if kind != "smooth-l1":
         loss = loss + generalized_box_iou_loss(boxes, truth)
     if kind != "giou":
-        unit = _sizes(truth).repeat(1, 2).clamp(min=1)
+        unit = _sizes(truth).repeat(1, 2).clamp(min=SMOOTH_L1_UNIT)
         loss = loss + F.smooth_l1_loss(boxes / unit, truth / unit, reduction="none", beta=SMOOTH_L1_BETA).sum(1)
     return loss

@@ -40,7 +40,7 @@ def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelera
         plain.set_epoch(epoch)
         from_cache, from_pictures = (collate([dataset[i] for i in range(6)]) for dataset in (cached, plain))
         with torch.no_grad():
-            features = torch.stack(detector.backbone(from_pictures.images), dim=1)
+            features = detector.patch_features(from_pictures.images)
             ours, theirs = detector(from_cache.images), detector(from_pictures.images)
         assert torch.allclose(from_cache.images.float(), features, atol=5e-3, rtol=1e-3)
         assert torch.allclose(ours.boxes, theirs.boxes, atol=0.1)
@@ -53,7 +53,7 @@ def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelera
 
 def test_a_second_call_reads_what_the_first_wrote(detector, demo_val, accelerator, own_cache, monkeypatch):
     first = build(detector, demo_val, accelerator)
-    assert first.shape == (6, 2, 2, 48, 8, 8) and [f.suffix for f in own_cache.iterdir()] == [".f16"]
+    assert first.shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".f16"]
     monkeypatch.setattr(feature_cache, "_build", None)
     assert (build(detector, demo_val, accelerator) == first).all()
 
