@@ -10,7 +10,7 @@ on the first 100 validation pictures becomes the checkpoint.
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
   python improved_dino_detector.py --head multi-layer --assignment center --scores focal --boxes smooth-l1 --ema 0 \\
-      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5                  the recipe of the original study
+      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5                           the original study's recipe
 
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
 """
@@ -65,10 +65,10 @@ class Settings:
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
     epochs_frozen: int = flag(10, "passes over the training pictures in stage 1; 0 = no stage 1", at_least=0)
-    epochs_unfrozen: int = flag(5, "passes in stage 2; 0 = no stage 2", at_least=0)
+    epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
-    lr_unfrozen: float = flag(1e-5, "learning rate of the backbone's last block in stage 2", at_least=0)
-    head_lr_factor: float = flag(1.0, "the head learns so many times as fast as that block in stage 2", at_least=0)
+    lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
+    head_lr_factor: float = flag(5.0, "the head learns so many times as fast as that block in stage 2", at_least=0)
     layer_decay: float = flag(0.8, "and each block so many times as fast as the one after it", at_least=0)
     unfreeze_blocks: int = flag(0, "stage 2 trains the last so many blocks; 0 = the whole backbone", at_least=0)
     no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
