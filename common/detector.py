@@ -44,12 +44,6 @@ class Detector(nn.Module):
         """(B, 3, S, S) RGB in 0..1 -> the features of each patch in each block (B, h, w, blocks, C)."""
         return torch.stack([maps.permute(0, 2, 3, 1) for maps in self.backbone(images)], dim=3)
 
-    def train(self, mode: bool = True) -> "Detector":
-        """As every module's, but a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
-        return self
-
 
 def _compute_type(device: torch.device) -> torch.dtype:
     """What autocast computes in there, so that features are converted once and not by every layer."""

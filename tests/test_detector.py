@@ -1,6 +1,7 @@
 """Backbone, head, assignment, loss and post-processing."""
 
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbo
 from common.backbone import choose_blocks, fetch_backbone, load_backbone
 from common.boxes import Letterbox
 from common.coco import DetectionDataset, collate
-from common.detector import new_detector
+from common.detector import HEADS, new_detector
 from common.errors import InputError
-from common.heads import decode_boxes, locations
+from common.heads import PyramidHead, decode_boxes, locations
 from common.inference import predict
 from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, assign, detection_loss
 from common.metrics import evaluate, label_map
 from common.postprocess import MAX_DETECTIONS, postprocess
+from common.training import Ema, parameter_groups
 from common.transforms import LetterboxTransform
 from common.types import RawOutput, Target
 
@@ -126,6 +128,83 @@ def test_raw_output_shapes(detector):
     assert out.object_logits.shape == (2, 64) and out.class_logits.shape == (2, 64, 10)
     assert out.boxes.shape == (2, 64, 4) and out.points.shape == (64, 2) and out.strides.shape == (64,)
     assert (out.boxes[..., 2:] > out.boxes[..., :2]).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("image_size", [112, 98, 14])
+def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_size):
+    torch.manual_seed(0)
+    options = {"blocks": (2, 4), "image_size": image_size, "num_classes": 10}
+    detector = new_detector(tiny_backbone, head=head, **options, dropout=0.5).eval()
+    images = torch.rand(2, 3, image_size, image_size)
+    with torch.no_grad():
+        out = detector(images)
+        single = detector(images[1:])
+        cached = detector(detector.patch_features(images))
+    assert torch.allclose(out.boxes[1], single.boxes[0], atol=1e-3)
+    assert torch.allclose(out.class_logits[1], single.class_logits[0], atol=1e-5)
+    assert torch.equal(out.boxes, cached.boxes)
+    assert (out.boxes[..., 2:] > out.boxes[..., :2]).all()
+    strides = {"pyramid": [7, 14, 28, 56]}.get(head, [14])
+    assert out.strides.unique().tolist() == strides
+    for stride in strides:  # a grid over the whole input, row by row, one location every stride
+        points = out.points[out.strides == stride]
+        side = math.ceil(image_size / 14 / max(1, stride / 14)) * (2 if stride == 7 else 1)
+        assert torch.equal(points, locations((side, side), stride, torch.device("cpu"))[0])
+    assert out.class_logits.shape == (2, len(out.points), 10)
+    assert sum(detection_loss(out, [target_of([[0, 0, 9, 9]])] * 2, LossConfig()).values()).isfinite()
+
+
+def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
+    """Stride 7 and stride 14 read the same tower; each quarter must be predicted where its patch is."""
+    torch.manual_seed(0)
+    head = PyramidHead(channels=8, num_classes=3, stride=14, depth=0).eval()
+    quiet, loud = torch.zeros(1, 6, 6, 8), torch.zeros(1, 6, 6, 8)
+    loud[0, 2, 4] = 5.0  # row 2, column 4
+    with torch.no_grad():
+        before, after = head(quiet), head(loud)
+    quarters = [[59.5, 31.5], [59.5, 38.5], [66.5, 31.5], [66.5, 38.5]]
+    for moved in (after.class_logits - before.class_logits, (after.object_logits - before.object_logits)[..., None]):
+        for stride, expected in ((14, [[63, 35]]), (7, quarters)):
+            level = before.strides == stride
+            most = moved[0, level].abs().sum(1).topk(len(expected)).indices
+            assert sorted(before.points[level][most].tolist()) == expected
+
+
+def test_last_blocks_alone_can_be_unfrozen_and_learn_slower_by_depth(detector):
+    backbone = detector.backbone
+    backbone.unfreeze(2)
+    trained = {backbone.block_of(name) for name, weight in backbone.named_parameters() if weight.requires_grad}
+    assert trained == {3, 4}
+    backbone.unfreeze()
+    groups = parameter_groups(detector, 1e-2, 1e-3, 0.1, layer_decay=0.5)
+    rate = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    for name, weight in backbone.named_parameters():
+        if not name.endswith("mask_token"):
+            assert rate[id(weight)] == pytest.approx(1e-3 * 0.5 ** (4 - backbone.block_of(name)))
+    assert {rate[id(weight)] for weight in detector.head.parameters()} == {1e-2}
+    assert {backbone.block_of(name) for name, _ in backbone.named_parameters()} == {0, 1, 2, 3, 4}
+    assert all((group["weight_decay"] > 0) == (group["params"][0].ndim > 1) for group in groups)
+
+
+def test_averaged_weights_are_lent_and_given_back(detector):
+    detector.backbone.freeze()
+    ema = Ema(detector, decay=0.9)
+    weight = detector.head.locate.bias
+    start = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1
+    ema.update()
+    own = weight.detach().clone()
+    with ema.applied():
+        assert torch.allclose(weight, start + 10 / 11)  # young averages follow closely
+    assert torch.equal(weight, own)
+    follower = Ema(detector, decay=0.0)
+    with torch.no_grad():
+        weight += 1
+    follower.update()
+    with follower.applied():
+        assert torch.equal(weight, own + 1)
 
 
 def test_locations_go_row_by_row_and_boxes_are_never_inverted():

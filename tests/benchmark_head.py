@@ -1,0 +1,60 @@
+"""What the head and post-processing cost on top of the backbone: a command, not a test.
+
+  python tests/benchmark_head.py --data COCO --checkpoint improved_dino2_detector.pth
+
+Backbone alone and whole detector take turns on the same pictures; medians are printed, and their ratio.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import cli
+from common.checkpoint import load_detector
+from common.cli import flag
+from common.inference import eval_loader, make_accelerator, precision_name
+from common.postprocess import postprocess
+from common.sources import DataSource, load_split
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str = flag("demo", "COCO-format folder, hub data set id, or demo")
+    checkpoint: str = flag("improved_dino2_detector.pth", "the detector")
+    batch_sizes: tuple[int, ...] = flag((1, 8), "pictures at once")
+    rounds: int = flag(15, "times that each is measured", at_least=1)
+    precision: str = flag("auto", "arithmetic", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+@torch.inference_mode()
+def main(settings: Settings) -> None:
+    accelerator = make_accelerator(settings.precision)
+    detector = load_detector(settings.checkpoint).detector.to(accelerator.device)
+    data = load_split(DataSource(settings.data), "val", max(settings.batch_sizes))
+    for size in settings.batch_sizes:
+        batch = next(iter(eval_loader(data, detector.config.image_size, size, 0))).to(accelerator.device)
+        times: dict[str, list[float]] = {"backbone": [], "detector": []}
+        for _ in range(settings.rounds + 2):
+            for name, seconds in times.items():
+                start = time.perf_counter()
+                with accelerator.autocast():
+                    if name == "backbone":
+                        detector.backbone(batch.images)[-1].sum().item()  # waits for the device
+                    else:
+                        postprocess(detector(batch.images), batch.targets)
+                seconds.append(time.perf_counter() - start)
+        backbone, whole = (statistics.median(seconds[2:]) for seconds in times.values())
+        print(
+            f"batch {size}, {detector.config.image_size} px, {precision_name(accelerator)}: backbone "
+            f"{1000 * backbone / size:.1f} ms/picture, head and post-processing {whole / backbone - 1:.1%} on top"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
