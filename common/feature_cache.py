@@ -43,8 +43,8 @@ class FeatureFile:
         return f"{self.shape[0] * self.bytes_a_picture / 1e9:.1f} GB"
 
     def open(self) -> np.ndarray:
-        """The features as a read-only memory map."""
-        return np.memmap(self.path, np.float16, mode="r", shape=self.shape)
+        """The features as a memory map; what is written to it never reaches the file."""
+        return np.memmap(self.path, np.float16, mode="c", shape=self.shape)
 
 
 def feature_file(detector: Detector, data: CocoData, views: int, precision: str) -> FeatureFile:
@@ -161,5 +161,5 @@ class CachedDataset(Dataset):
         target = letterbox_target(self.data.target(index), self.data.size(index), self.image_size)
         with sample_randomness(self.seed, self.epoch, index):
             mirrored = self.mirror and mirror_drawn()
-        view = torch.from_numpy(np.array(self.features[index, int(mirrored)]))
+        view = torch.from_numpy(self.features[index, int(mirrored)])
         return view, mirror_target(target, self.image_size) if mirrored else target
