@@ -59,6 +59,7 @@ def validate_checkpoint(
         "epoch": checkpoint.epoch,
         "image_size": config.image_size,
         "blocks": list(config.blocks),
+        "head": config.head,
         "flip": runner.flip,
         "classes_compared": known,
         "classes_in_data": len(data.class_names),
