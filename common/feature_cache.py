@@ -115,7 +115,7 @@ def _build(
                 views = [images, images.flip(-1)][: file.shape[1]]
                 with accelerator.autocast():
                     features = torch.stack([detector.patch_features(view) for view in views], dim=1)
-                out.write(features.half().cpu().numpy().tobytes())
+                out.write(features.half().cpu().numpy())
                 bar.update(len(images))
         partial.replace(file.path)
     except OSError as error:

@@ -123,7 +123,7 @@ class PyramidHead(nn.Module):
             class_levels.append(F.avg_pool2d(class_levels[-1], 2, ceil_mode=True, count_include_pad=False))
 
         outputs = torch.cat([p.flatten(2) for p in predictions], dim=2).transpose(1, 2).float()  # (B, L, 5)
-        class_logits = torch.cat([c.flatten(2) for c in class_levels], dim=2).transpose(1, 2).float()
+        class_logits = torch.cat([c.permute(0, 2, 3, 1).flatten(1, 2) for c in class_levels], dim=1).float()
         grids = [
             locations((p.shape[-2], p.shape[-1]), self.stride * scale, features.device)
             for p, scale in zip(predictions, (0.5, 1, 2, 4), strict=True)
