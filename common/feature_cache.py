@@ -88,7 +88,8 @@ def cached_features(
     """
     file = feature_file(detector, data, 2 if mirrored else 1, precision_name(accelerator))
     if accelerator.is_main_process and not file.path.is_file():
-        _build(file, detector, data, batch_size, workers, accelerator)
+        with torch.random.fork_rng():  # what training draws must not depend on whether the cache was there
+            _build(file, detector, data, batch_size, workers, accelerator)
     accelerator.wait_for_everyone()
     return file.open()
 

@@ -52,7 +52,9 @@ def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelera
 
 
 def test_a_second_call_reads_what_the_first_wrote(detector, demo_val, accelerator, own_cache, monkeypatch):
+    randomness = torch.get_rng_state()
     first = build(detector, demo_val, accelerator)
+    assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
     assert first.shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".f16"]
     monkeypatch.setattr(feature_cache, "_build", None)
     assert (build(detector, demo_val, accelerator) == first).all()
