@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Dinov2Backbone, Dinov2Config
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,12 @@ from common.detector import Detector, new_detector
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate fixes the precision once for a process; each test is to choose its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "features"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
 
