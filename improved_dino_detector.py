@@ -2,8 +2,8 @@
 
 Stage 1 trains the head on a frozen backbone, whose features go through a cache on disk: each picture, and its mirror
 image, passes the backbone once. Stage 2 trains both end to end at a low learning rate that falls from block to block,
-on crops with scale and colour jitter. What each ingredient is worth stands in the README; the best epoch by mAP@0.5
-on the first 100 validation pictures becomes the checkpoint.
+on crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 validation pictures becomes the
+checkpoint.
 
   python improved_dino_detector.py                             5,000 pictures of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO

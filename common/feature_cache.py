@@ -6,6 +6,7 @@ interrupted build goes on where it stopped. Its name is a digest of all that the
 """
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,8 @@ def _build(
                     features = torch.stack([detector.patch_features(view) for view in views], dim=1)
                 out.write(features.half().cpu().numpy())
                 bar.update(len(images))
+            out.flush()
+            os.fsync(out.fileno())
         partial.replace(file.path)
     except OSError as error:
         raise InputError(f"cannot write the feature cache {partial}: {error.strerror or error}") from error

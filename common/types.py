@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Batch:
-    """images (B, 3, S, S) float32 RGB in 0..1, and their B targets."""
+    """images (B, 3, S, S) float32 RGB in 0..1, or their cached features (B, h, w, blocks, C), and their B targets."""
 
     images: Tensor
     targets: list[Target]
