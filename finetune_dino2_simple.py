@@ -96,6 +96,7 @@ def main(settings: Settings) -> dict:
         settings.data, settings.train_json, settings.train_images_dir, settings.val_json, settings.val_images_dir
     )
     train_data = load_split(source, "train", settings.train_images)
+    training.check_objects(train_data)
     val_data = load_split(source, "val", settings.val_images)
     backbone_name, backbone_folder = fetch_backbone(settings.backbone)
     detector = new_detector(

@@ -135,14 +135,12 @@ def stages(settings: Settings) -> list[Stage]:
     Raises:
         InputError: settings that contradict each other, or ask for nothing.
     """
-    cached, crops = not settings.no_feature_cache, settings.augmentation == "crop"
-    if cached and crops and settings.epochs_frozen:
+    cached, crops = not settings.no_feature_cache, settings.augmentation != "mirror"
+    if cached and settings.augmentation == "crop" and settings.epochs_frozen:
         raise InputError("--augmentation crop makes new pictures of each, which no cache holds: add --no-feature-cache")
-    crops_unfrozen = settings.augmentation != "mirror"
-    crops_frozen = crops_unfrozen and not cached
     head_lr = settings.lr_unfrozen * settings.head_lr_factor
-    frozen = Stage("frozen", settings.epochs_frozen, settings.lr_frozen, 0.0, cached, crops_frozen)
-    unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops_unfrozen)
+    frozen = Stage("frozen", settings.epochs_frozen, settings.lr_frozen, 0.0, cached, crops and not cached)
+    unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops)
     wanted = [stage for stage in (frozen, unfrozen) if stage.epochs]
     if settings.stop_after:
         wanted = [stage for stage in wanted if stage.name == settings.stop_after]
@@ -250,6 +248,7 @@ def main(settings: Settings) -> dict:
         settings.data, settings.train_json, settings.train_images_dir, settings.val_json, settings.val_images_dir
     )
     train_data = load_split(source, "train", settings.train_images)
+    training.check_objects(train_data)
     val_data = load_split(source, "val", settings.val_images)
     conditions = asdict(settings) | {
         "train_pictures": len(train_data),

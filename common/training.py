@@ -29,16 +29,15 @@ WARM_UP_SHARE = 0.05  # of all steps
 EPOCH_VAL_PICTURES = 100  # the validation after each epoch looks at the first so many
 
 
-def train_loader(dataset: DetectionDataset | CachedDataset, batch_size: int, workers: int) -> DataLoader:
-    """Batches of `dataset` in an order drawn from the epoch; the incomplete last batch is left out.
-
-    Raises:
-        InputError: no object to learn from.
-    """
-    data = dataset.data
+def check_objects(data: CocoData) -> None:
+    """Raises InputError where no training picture holds an object to learn from."""
     if not (~data.crowd).any():
         raise InputError(f"{data.source}: no box on the {len(data)} training pictures; there is nothing to learn")
-    whole_batches = len(data) >= batch_size
+
+
+def train_loader(dataset: DetectionDataset | CachedDataset, batch_size: int, workers: int) -> DataLoader:
+    """Batches of `dataset` in an order drawn from the epoch; the incomplete last batch is left out."""
+    whole_batches = len(dataset) >= batch_size
     return DataLoader(
         dataset, batch_size, shuffle=True, drop_last=whole_batches, collate_fn=collate, num_workers=workers
     )

@@ -205,6 +205,10 @@ BAD = {
     "wrong backbone": {"--backbone": "{tmp}/empty", "--data": "{demo}"},
     "no hub": {"--backbone": "facebook/dinov2-small", "--data": "{demo}"},
     "no data hub": {"--data": "detection-datasets/coco"},
+    "no objects": {
+        **{f"--{part}-json": "{tmp}/empty.json" for part in ("train", "val")},
+        **{f"--{part}-images-dir": "{demo}/train2017" for part in ("train", "val")},
+    },
     "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
     "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
     "other classes": {"--start-from": "{tmp}/classes.pth", "--data": "{demo}"},
@@ -221,6 +225,7 @@ CASES += [(LOOKS, "no such picture"), (TRAINS, "output is a folder"), (JUDGES, "
 CASES += [(s, "no such place") for s in (TRAINS, IMPROVES, LOOKS, JUDGES)]
 CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
 CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "other classes", "no start")]
+CASES += [(s, "no objects") for s in (TRAINS, IMPROVES)]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "unwritable output")]
 
@@ -230,6 +235,8 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text('{"hello": "world"}')
     (tmp_path / "text.json").write_text("hello")
+    annotated = json.loads((demo / "annotations" / "instances_train2017.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps(annotated | {"annotations": []}))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     known = load_detector(chain / "dino2_detector.pth")
     save_detector(tmp_path / "classes.pth", replace(known, class_names=("a",) * len(known.class_names)))
