@@ -46,7 +46,8 @@ class LinearHead(nn.Module):
         scores = self.classify(tokens).float()
         points, strides = locations((features.shape[1], features.shape[2]), self.stride, tokens.device)
         boxes = decode_boxes(self.locate(tokens).float(), points, strides)
-        return RawOutput(scores[..., 0], scores[..., 1:], boxes, points, strides)
+        rows = torch.arange(len(points), device=tokens.device)
+        return RawOutput(scores[..., 0], scores[..., 1:], rows, boxes, points, strides)
 
 
 class MultiLayerHead(LinearHead):
@@ -70,7 +71,8 @@ class PyramidHead(nn.Module):
     The patch tokens are one plain map, from which pooling makes the coarser levels (ViTDet, arXiv 2203.16527). One
     tower, shared by the levels, finds and places objects (FCOS, arXiv 1904.01355); on the patch grid it also predicts
     for the four quarters of each patch, which is the finest level without a map of its own. What a class looks like is
-    read from the raw tokens by one linear layer, the most that few pictures of each class can teach.
+    read from the raw tokens by one linear layer, the most that few pictures of each class can teach; the quarters of a
+    patch share its class.
 
     Args:
         channels: of a patch's features, all blocks together.
@@ -117,20 +119,22 @@ class PyramidHead(nn.Module):
         quarters = F.pixel_shuffle(self.predict_quarters(levels[0]), 2)
         predictions = [quarters, *(self.predict(level) for level in levels)]
 
-        classes = self.classify(features).permute(0, 3, 1, 2)
-        class_levels = [F.interpolate(classes, scale_factor=2), classes]
+        classes = [self.classify(features).permute(0, 3, 1, 2)]
         for _ in range(2):
-            class_levels.append(F.avg_pool2d(class_levels[-1], 2, ceil_mode=True, count_include_pad=False))
+            classes.append(F.avg_pool2d(classes[-1], 2, ceil_mode=True, count_include_pad=False))
+        class_logits = torch.cat([c.permute(0, 2, 3, 1).flatten(1, 2) for c in classes], dim=1).float()
+        rows = torch.arange(class_logits.shape[1], device=features.device)
+        patch_rows = rows[: features.shape[1] * features.shape[2]].view(features.shape[1:3])
+        quarter_rows = patch_rows.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()
 
         outputs = torch.cat([p.flatten(2) for p in predictions], dim=2).transpose(1, 2).float()  # (B, L, 5)
-        class_logits = torch.cat([c.permute(0, 2, 3, 1).flatten(1, 2) for c in class_levels], dim=1).float()
         grids = [
             locations((p.shape[-2], p.shape[-1]), self.stride * scale, features.device)
             for p, scale in zip(predictions, (0.5, 1, 2, 4), strict=True)
         ]
         points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
         boxes = decode_boxes(outputs[..., 1:], points, strides)
-        return RawOutput(outputs[..., 0], class_logits, boxes, points, strides)
+        return RawOutput(outputs[..., 0], class_logits, torch.cat([quarter_rows, rows]), boxes, points, strides)
 
 
 def _norm_and_activation(width: int) -> tuple[nn.Module, nn.Module]:

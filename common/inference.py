@@ -76,6 +76,7 @@ def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
     return RawOutput(
         torch.cat([out.object_logits, mirrored.object_logits], dim=1),
         torch.cat([out.class_logits, mirrored.class_logits], dim=1),
+        torch.cat([out.class_rows, mirrored.class_rows + out.class_logits.shape[1]]),
         torch.cat([out.boxes, mirror_boxes(mirrored.boxes, width)], dim=1),
         torch.cat([out.points, torch.stack([width - x, y], dim=1)]),
         torch.cat([out.strides, mirrored.strides]),

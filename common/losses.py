@@ -196,7 +196,7 @@ def detection_loss(out: RawOutput, targets: list[Target], config: LossConfig) ->
         wanted = torch.stack([a.quality for a in assigned])
         weights = wanted[positive]
     object_loss = F.binary_cross_entropy_with_logits(out.object_logits, wanted, reduction="none")
-    class_loss = F.cross_entropy(out.class_logits[picture, location], labels, reduction="none")
+    class_loss = F.cross_entropy(out.class_logits[picture, out.class_rows[location]], labels, reduction="none")
     if config.scores == "focal":
         surprise = (out.object_logits.sigmoid() - wanted).abs()
         object_loss = object_loss * surprise**FOCAL_GAMMA * torch.where(positive, FOCAL_ALPHA, 1 - FOCAL_ALPHA)

@@ -19,7 +19,7 @@ def postprocess(out: RawOutput, targets: list[Target]) -> list[Detections]:
         out: what the detector said of the batch.
         targets: their letterboxes lead back to original pixels; their boxes are not looked at.
     """
-    scores = out.object_logits.sigmoid()[..., None] * out.class_logits.softmax(-1)  # (B, L, K)
+    scores = out.object_logits.sigmoid()[..., None] * out.class_logits.softmax(-1)[:, out.class_rows]  # (B, L, K)
     return [_detections(s.float(), b.float(), t) for s, b, t in zip(scores, out.boxes, targets, strict=True)]
 
 

@@ -53,13 +53,15 @@ class Batch:
 class RawOutput:
     """What a head says at each of its L locations, the same in training and in evaluation.
 
-    Shapes: object_logits (B, L), is there an object here?; class_logits (B, L, K), which one, if so; boxes (B, L, 4)
-    float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y) in input pixels;
-    strides (L,) their spacing in input pixels.
+    Shapes: object_logits (B, L), is there an object here?; class_logits (B, R, K), which one, if so, read by location l
+    in row class_rows[l], as locations may share a row; class_rows (L,) int64; boxes (B, L, 4) float32 xyxy input pixels
+    with positive width and height; points (L, 2) the locations (x, y) in input pixels; strides (L,) their spacing in
+    input pixels.
     """
 
     object_logits: Tensor
     class_logits: Tensor
+    class_rows: Tensor
     boxes: Tensor
     points: Tensor
     strides: Tensor

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,7 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
         points = out.points[out.strides == stride]
         side = math.ceil(image_size / 14 / max(1, stride / 14)) * (2 if stride == 7 else 1)
         assert torch.equal(points, locations((side, side), stride, torch.device("cpu"))[0])
-    assert out.class_logits.shape == (2, len(out.points), 10)
+    assert out.class_logits[:, out.class_rows].shape == (2, len(out.points), 10)
     assert sum(detection_loss(out, [target_of([[0, 0, 9, 9]])] * 2, LossConfig()).values()).isfinite()
 
 
@@ -164,7 +165,7 @@ def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
     with torch.no_grad():
         before, after = head(quiet), head(loud)
     quarters = [[59.5, 31.5], [59.5, 38.5], [66.5, 31.5], [66.5, 38.5]]
-    classes = (after.class_logits - before.class_logits)[0].abs().sum(1)
+    classes = (after.class_logits - before.class_logits)[0, before.class_rows].abs().sum(1)
     objects = (after.object_logits - before.object_logits)[0].abs()
     for change, stride, expected in ((classes, 14, [[63, 35]]), (classes, 7, quarters), (objects, 7, quarters)):
         level = before.strides == stride
@@ -269,7 +270,7 @@ def test_crowd_locations_do_not_change_the_loss(detector):
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
     ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, LossConfig()).ignore
     louder = out.object_logits + 5 * ignore
-    changed = RawOutput(louder, out.class_logits, out.boxes, out.points, out.strides)
+    changed = replace(out, object_logits=louder)
     before, after = (detection_loss(o, [target], LossConfig())["object"] for o in (out, changed))
     assert ignore.any() and before == after
 
@@ -299,7 +300,7 @@ def perfect_output(dataset, num_classes, size):
         objects[i, hit] = 20.0
         classes[i, hit, target.labels[assigned[hit]]] = 40.0
         boxes[i, hit] = target.boxes[assigned[hit]]
-    return RawOutput(objects, classes, boxes, points, strides), batch.targets
+    return RawOutput(objects, classes, torch.arange(len(points)), boxes, points, strides), batch.targets
 
 
 def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
@@ -318,6 +319,7 @@ def test_flip_adds_the_mirrored_view_in_place(detector):
         out, plain = predict(detector, images, flip=True), detector(images)
     assert out.boxes.shape == (1, 128, 4) and out.class_logits.shape == (1, 128, 10) and out.strides.shape == (128,)
     assert torch.equal(out.boxes[:, :64], plain.boxes)
+    assert torch.equal(out.class_rows, torch.arange(128))
     offsets = (out.boxes[0, :, :2] + out.boxes[0, :, 2:]) / 2 - out.points
     assert torch.allclose(offsets[64:] * torch.tensor([-1, 1]), offsets[:64], atol=1e-3)
     assert torch.equal(out.points[64:].reshape(8, 8, 2).flip(1), out.points[:64].reshape(8, 8, 2))
@@ -327,7 +329,7 @@ def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
     torch.manual_seed(0)
     points, strides = locations((40, 40), 14, torch.device("cpu"))
     boxes = decode_boxes(torch.randn(1, 1600, 4), points, strides)
-    out = RawOutput(torch.randn(1, 1600), torch.randn(1, 1600, 5), boxes, points, strides)
+    out = RawOutput(torch.randn(1, 1600), torch.randn(1, 1600, 5), torch.arange(1600), boxes, points, strides)
     target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 9, Letterbox((300, 1120), (150, 560)))
     (found,) = postprocess(out, [target])
     assert len(found.scores) == MAX_DETECTIONS and found.image_id == 9
