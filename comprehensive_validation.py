@@ -1,55 +1,88 @@
-"""Judge detectors by one protocol: COCO's numbers, the study's columns, and what each model costs.
+"""Judge detectors by one protocol: COCO's numbers, the study's columns, how sure they are, why, and at what cost.
 
-Every model sees the same pictures; its detections are made once, and all numbers come from them. A model that cannot
-be evaluated keeps a record with its error, and the others are still evaluated.
+Every model sees the same pictures; its detections are made once, and all numbers come from them, with 95% intervals by
+resampling the pictures. A model that cannot be had keeps a record with its error; the others are still evaluated.
 
-  python comprehensive_validation.py                               the two detectors on 500 pictures of COCO
-  python comprehensive_validation.py --models a.pth b.pth --data my_folder --val-images 0
+  python comprehensive_validation.py                     both detectors, YOLOv8n and YOLOv8x on 500 pictures of COCO
+  python comprehensive_validation.py --models a.pth yolov8n.pt exported_openvino_model --data my_folder --val-images 0
+  python comprehensive_validation.py --models a.pth --from-detections other.json --report report.html
 
-Writes OUTPUT (JSON, the README explains every field), which plot_results.py turns into charts.
+Writes OUTPUT (JSON, the README explains every field), which plot_results.py turns into charts, and beside it each
+model's detections in COCO's results format.
 """
 
-from dataclasses import dataclass
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from common import cli, postprocess
-from common.checkpoint import load_detector
+from common import cli, postprocess, uncertainty
 from common.cli import flag
 from common.coco import CocoData
 from common.errors import InputError
-from common.files import check_writable
+from common.files import atomic_write, check_writable
 from common.inference import make_accelerator
-from common.results import ValidationRecord, ValidationResults, format_table, write_results
+from common.metrics import coco_detections
+from common.results import ValidationRecord, ValidationResults, format_comparisons, format_table, write_results
 from common.sources import DataSource, load_split
-from common.validation import Runner, unique_names, validate_checkpoint
+from common.types import Found
+from common.validation import Judgement, Runner, found_by_checkpoint, found_in_file, judge, unique_names
+
+MODELS = ("dino2_detector.pth", "improved_dino2_detector.pth", "yolov8n.pt", "yolov8x.pt")
+NOT_ALL = 3  # exit code of --strict where a model could not be evaluated
 
 
 @dataclass(frozen=True)
 class Settings:
-    models: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "checkpoints to judge")
+    models: tuple[str, ...] = flag(
+        (),
+        "checkpoints (.pth), and weight files or exported folders that ultralytics runs "
+        f"(default: {' '.join(MODELS)}; none with --from-detections)",
+    )
+    from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
     data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
     val_images_dir: str = flag("", "the folder of their pictures")
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
-    flip: bool = flag(False, "look at each picture's mirror image too: more accurate, half as fast")
+    flip: bool = flag(False, "checkpoints look at each picture's mirror image too: half as fast")
     batch_size: int = flag(16, "pictures at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
     workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of anything random; detection itself is not", at_least=0)
+    seed: int = flag(0, "of the resampled pictures; detection itself draws nothing", at_least=0)
+    strict: bool = flag(False, f"exit with {NOT_ALL} where a model could not be evaluated")
     output: str = flag("validation_results.json", "the results to write")
+    report: str = flag("", "also write a report with charts and pictures, one HTML file")
 
 
-def validate_model(name: str, path: str, data: CocoData, runner: Runner) -> ValidationRecord:
-    """The record of one model, with its error where it could not be evaluated."""
+def find(path: str, settings: Settings, data: CocoData, runner: Runner) -> Found:
+    """What the model in `path` finds on the pictures."""
+    if path in settings.from_detections:
+        return found_in_file(path, data)
+    if path.endswith(".pth"):
+        return found_by_checkpoint(path, data, runner)
+    from common.yolo import found_by_yolo  # ultralytics is only needed for its own models
+
+    return found_by_yolo(path, data, settings.batch_size, runner.accelerator.device)
+
+
+def judge_model(name: str, path: str, settings: Settings, data: CocoData, runner: Runner, weights) -> Judgement:
+    """The judgement of one model: with numbers and detections written, or with its error."""
     try:
-        record, _ = validate_checkpoint(name, path, load_detector(path), data, runner)
+        judgement = judge(name, path, find(path, settings, data, runner), data, weights)
     except InputError as error:
-        return ValidationRecord(name, path, error=str(error))
-    return record
+        return Judgement(ValidationRecord(name, path, error=str(error)))
+    for warning in judgement.record.warnings:
+        print(f"warning: {name}: {warning}", file=sys.stderr, flush=True)
+    output = Path(settings.output)
+    file = Path(f"{output.stem}_detections", f"{name}.json")
+    with atomic_write(output.parent / file, "w") as stream:
+        json.dump(coco_detections(judgement.table, data.category_ids), stream)
+    return replace(judgement, record=replace(judgement.record, detections=str(file)))
 
 
-def describe_protocol() -> dict:
+def describe_protocol(seed: int) -> dict:
     """What was the same for every model."""
     return {
         "max_detections": postprocess.MAX_DETECTIONS,
@@ -58,33 +91,55 @@ def describe_protocol() -> dict:
         "crowds": "ignored, as COCO does",
         "primary_object": "largest non-crowd box against the highest-scoring detection; class averages by support",
         "evaluator": "faster-coco-eval",
+        "intervals": f"percentile bootstrap over pictures, {uncertainty.RESAMPLES} resamples, {uncertainty.LEVEL}%",
+        "seed": seed,
+    }
+
+
+def describe_data(settings: Settings, data: CocoData) -> dict:
+    """What the numbers were measured on."""
+    return {
+        "source": settings.val_json or settings.data,
+        "split": "val",
+        "pictures": len(data),
+        "boxes": int((~data.crowd).sum()),
+        "classes": len(data.class_names),
+        "class_names": list(data.class_names),
+        "fingerprint": data.fingerprint(),
     }
 
 
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
     check_writable(settings.output)
+    if settings.report:
+        check_writable(settings.report)
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
     source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
     data = load_split(source, "val", settings.val_images)
-    names = unique_names(settings.models)
-    records = tuple(validate_model(n, p, data, runner) for n, p in zip(names, settings.models, strict=True))
+    models = settings.models or (() if settings.from_detections else MODELS)
+    paths = (*models, *settings.from_detections)
+    weights = uncertainty.draws(len(data), settings.seed)
+    judgements = [
+        judge_model(name, path, settings, data, runner, weights)
+        for name, path in zip(unique_names(paths), paths, strict=True)
+    ]
+    records = tuple(judgement.record for judgement in judgements)
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    dataset = {
-        "source": settings.val_json or settings.data,
-        "split": "val",
-        "pictures": len(data),
-        "boxes": int((~data.crowd).sum()),
-        "classes": len(data.class_names),
-        "fingerprint": data.fingerprint(),
-    }
-    results = ValidationResults(describe_protocol(), dataset, records)
+    compared = uncertainty.comparisons({j.record.name: j.samples for j in judgements if j.samples})
+    results = ValidationResults(describe_protocol(settings.seed), describe_data(settings, data), records, compared)
     write_results(settings.output, results)
-    print(
-        f"{len(data)} validation pictures of {dataset['source']}\n{format_table(records)}\nwritten to {settings.output}"
-    )
+    print(f"{len(data)} validation pictures of {results.dataset['source']}")
+    print(format_table(records), format_comparisons(results), f"written to {settings.output}", sep="\n")
+    if settings.report:
+        from common.report import write_report  # charts and pictures are only needed here
+
+        write_report(Path(settings.report), results, data, {j.record.name: j.table for j in judgements if j.samples})
+        print(f"report written to {settings.report}")
+    if settings.strict and any(record.error for record in records):
+        sys.exit(NOT_ALL)
     return results
 
 

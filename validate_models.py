@@ -30,8 +30,8 @@ from common.inference import make_accelerator
 from common.metrics import coco_detections, detection_table
 from common.results import format_table
 from common.sources import DataSource, load_split
-from common.types import Detections
-from common.validation import Runner, unique_names, validate_checkpoint
+from common.types import Detections, Found
+from common.validation import Runner, judge, unique_names
 
 SHEET_PICTURES = 16
 COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "pictures/s")
@@ -131,8 +131,9 @@ def main(settings: Settings) -> dict[str, dict]:
             detections = Path(settings.output, name, "detections.json")
             print(f"{name}: {write_detections(detections, checkpoint, found, data)} detections in {detections}")
         else:
-            record, found = validate_checkpoint(name, path, checkpoint, data, runner)
-            records.append(record)
+            found = runner.detect(checkpoint, data, name)
+            judged = judge(name, path, Found(found, checkpoint.class_names, runner.cost(checkpoint, data)), data)
+            records.append(judged.record)
         models[name] = (checkpoint, found)
     if records:
         print(format_table(tuple(records), COLUMNS))

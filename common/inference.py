@@ -3,10 +3,12 @@
 Training's validation, the validation scripts and users' own pictures all go through `detect`.
 """
 
+import re
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -21,6 +23,7 @@ from common.transforms import LetterboxTransform
 from common.types import Batch, Detections, RawOutput
 
 TIMED, WARM_UP = 15, 3  # pictures timed one at a time, and those before them that are not
+LINUX_MEMORY = Path("/proc/self/status")
 
 
 def make_accelerator(precision: str = "auto", seed: int = 0) -> Accelerator:
@@ -109,12 +112,36 @@ def detect(
 class Cost:
     """What detection costs here. Decoding and resizing of the picture files are not counted; post-processing is."""
 
-    parameters: int
+    parameters: int | None  # of an exported model they are not known
     ms_per_picture: float  # batch of one, median
     pictures_per_s: float  # at `batch_size`
     batch_size: int
+    peak_memory_mb: float | None  # see `PeakMemory`
     device: str
     precision: str
+
+
+class PeakMemory:
+    """The most memory in use inside, in `megabytes` (10^6 bytes) afterwards.
+
+    On a GPU what torch allocated there; on a CPU the whole process, libraries included, known on Linux alone.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.megabytes = device, None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif LINUX_MEMORY.exists():
+            LINUX_MEMORY.with_name("clear_refs").write_text("5")  # forget the peak so far
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.megabytes = torch.cuda.max_memory_allocated(self.device) / 1e6
+        elif LINUX_MEMORY.exists():
+            self.megabytes = int(re.search(r"VmHWM:\s+(\d+) kB", LINUX_MEMORY.read_text())[1]) * 1024 / 1e6
 
 
 @torch.inference_mode()
@@ -128,19 +155,22 @@ def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip:
         return time.perf_counter() - start
 
     singles = [i % len(batch.images) for i in range(WARM_UP + TIMED)]
-    times = [seconds(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in singles][WARM_UP:]
-    whole = min(seconds(batch.images, batch.targets) for _ in range(2))
+    with PeakMemory(accelerator.device) as memory:
+        times = [seconds(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in singles][WARM_UP:]
+        whole = min(seconds(batch.images, batch.targets) for _ in range(2))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         ms_per_picture=1000 * statistics.median(times),
         pictures_per_s=len(batch.images) / whole,
         batch_size=len(batch.images),
-        device=_device_name(accelerator.device),
+        peak_memory_mb=memory.megabytes,
+        device=device_name(accelerator.device),
         precision=precision_name(accelerator),
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What stands beside a speed: the GPU's name, or the CPU's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

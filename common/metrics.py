@@ -4,16 +4,20 @@ COCO's own numbers come from faster-coco-eval, which equals pycocotools (a test 
 primary-object columns are those of the study that this project grew from.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from common.coco import CocoData
+from common.matching import IOU_THRESHOLDS, average_precision, match, ranking
 from common.types import Detections
 
 COCO_NUMBERS = (  # pycocotools' twelve, in its order
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
 )
+CURVES = {"0.5": 0, "0.75": 5}  # IoU and its place among COCO's thresholds
 
 
 def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
@@ -23,17 +27,21 @@ def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
 
 
 def evaluate(detections: list[Detections], data: CocoData, labels: np.ndarray) -> dict:
-    """All numbers of one model, as fractions; None where a number does not exist (no objects of that size, say).
+    """What `evaluate_table` returns, of one entry a picture of `data`; `labels` as `label_map` returns it."""
+    return evaluate_table(detection_table(detections, labels), data)
+
+
+def evaluate_table(table: np.ndarray, data: CocoData) -> dict:
+    """The numbers of one model, as fractions; None where a number does not exist (no objects of that size, say).
 
     Args:
-        detections: one entry a picture of `data`, in any order.
+        table: (M, 7) as `detection_table` returns it.
         data: the ground truth.
-        labels: as `label_map` returns it; detections of classes that the data set does not have are left out.
 
     Returns:
-        {"detection": AP, AP50, …, AR_large, per_class, class_agnostic_AP50; "primary": accuracy, …, mean_iou}.
+        {"detection": AP, AP50, …, AR_large, per_class, precision_at_recall, class_agnostic_AP50;
+        "primary": accuracy, …, mean_iou}.
     """
-    table = detection_table(detections, labels)
     return {
         "detection": coco_numbers(table, data) | {"class_agnostic_AP50": class_agnostic_ap50(table, data)},
         "primary": primary_object(table, data),
@@ -41,7 +49,10 @@ def evaluate(detections: list[Detections], data: CocoData, labels: np.ndarray) -
 
 
 def detection_table(detections: list[Detections], labels: np.ndarray) -> np.ndarray:
-    """(M, 7) float64 rows: image id, x, y, width, height in original pixels, score, label in the data set's terms."""
+    """(M, 7) float64 rows: image id, x, y, width, height in original pixels, score, label in the data set's terms.
+
+    Detections of classes that the data set does not have are left out.
+    """
     rows = []
     for found in detections:
         boxes = found.boxes.numpy().astype(np.float64)
@@ -97,23 +108,30 @@ def _accumulate(table: np.ndarray, truth: dict, category_ids: tuple[int, ...]) -
 
 
 def coco_numbers(table: np.ndarray, data: CocoData) -> dict:
-    """pycocotools' twelve numbers, and AP and AP50 of each class by name."""
+    """pycocotools' twelve numbers, AP and AP50 of each class by name, and precision at the recalls 0, 0.01, …, 1.
+
+    The precision at a recall is the best from there on, and the mean over the classes, as in AP.
+    """
     judge = _accumulate(table, coco_dict(data), data.category_ids)
-    precision = judge.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recall steps, classes)
+    precision = judge.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes)
     per_class = {
         name: {"AP": _mean(precision[:, :, label]), "AP50": _mean(precision[0, :, label])}
         for label, name in enumerate(data.class_names)
     }
-    return dict(zip(COCO_NUMBERS, map(_existing, judge.stats[:12]), strict=True)) | {"per_class": per_class}
+    exists = (precision[0] > -1).all(0)
+    curves = {iou: precision[t][:, exists].mean(1).tolist() if exists.any() else None for iou, t in CURVES.items()}
+    numbers = dict(zip(COCO_NUMBERS, map(_existing, judge.stats[:12]), strict=True))
+    return numbers | {"per_class": per_class, "precision_at_recall": curves}
 
 
 def class_agnostic_ap50(table: np.ndarray, data: CocoData) -> float | None:
     """AP at IoU 0.5 with all classes taken as one: how well objects are found, apart from their names."""
-    one = (1,) * len(data.class_names)
-    return _existing(_accumulate(_best_of_duplicates(table), coco_dict(data, one), one).stats[1])
+    matches = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
+    (precision,) = average_precision(ranking(matches), 1, np.ones((len(data), 1), np.float32))[0]
+    return None if np.isnan(precision) else float(precision)
 
 
-def _best_of_duplicates(table: np.ndarray) -> np.ndarray:
+def best_of_duplicates(table: np.ndarray) -> np.ndarray:
     """Keep the best-scoring row of those that name one box of a picture several times, by different classes."""
     order = np.argsort(-table[:, 5], kind="stable")
     _, first = np.unique(table[order][:, :5], axis=0, return_index=True)
@@ -128,14 +146,23 @@ def _existing(number: float) -> float | None:
     return None if number < 0 else float(number)
 
 
-def primary_object(table: np.ndarray, data: CocoData) -> dict:
-    """The study's columns: the picture's largest object against the model's highest-scoring detection.
+@dataclass(frozen=True)
+class PrimaryPairs:
+    """The largest object of each of V pictures beside the model's surest detection there.
 
-    Only pictures with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
-    weighted by how many pictures have that class (so recall equals accuracy). IoU is 0 where nothing was detected.
+    Shapes: picture (V,) int64, index into `CocoData.pictures`; truth, answer (V,) int64 labels, the answer -1 where
+    nothing was detected; iou (V,) float64 of the two boxes, 0 likewise.
     """
-    best = _best_rows(table)
-    truth, answer, ious = [], [], []
+
+    picture: np.ndarray
+    truth: np.ndarray
+    answer: np.ndarray
+    iou: np.ndarray
+
+
+def primary_pairs(table: np.ndarray, data: CocoData) -> PrimaryPairs:
+    """The pairs of all pictures with at least one non-crowd box."""
+    best, rows = _best_rows(table), []
     for index, picture in enumerate(data.pictures):
         part = np.arange(data.starts[index], data.starts[index + 1])
         part = part[~data.crowd[part]]
@@ -143,24 +170,46 @@ def primary_object(table: np.ndarray, data: CocoData) -> dict:
             continue
         largest = part[np.argmax(data.boxes[part, 2] * data.boxes[part, 3])]
         found = best.get(picture.id)
-        truth.append(data.labels[largest])
-        answer.append(-1 if found is None else int(found[6]))
-        ious.append(0.0 if found is None else _iou(data.boxes[largest], found[1:5]))
-    if not truth:
-        return dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou"))
-    return weighted_scores(np.array(truth), np.array(answer)) | {"mean_iou": float(np.mean(ious))}
+        answer, iou = (-1, 0.0) if found is None else (int(found[6]), _iou(data.boxes[largest], found[1:5]))
+        rows.append((index, data.labels[largest], answer, iou))
+    columns = np.array(rows, np.float64).reshape(-1, 4).T
+    return PrimaryPairs(*columns[:3].astype(np.int64), columns[3])
 
 
-def weighted_scores(truth: np.ndarray, answer: np.ndarray) -> dict:
-    """Accuracy, and precision, recall and F1 weighted by support, 0 where undefined. (P,) labels; answer may be -1."""
-    classes, support = np.unique(truth, return_counts=True)
-    hits = np.array([np.sum((truth == c) & (answer == c)) for c in classes])
-    answered = np.array([np.sum(answer == c) for c in classes])
-    precision, recall = hits / np.maximum(answered, 1), hits / support
-    f1 = 2 * hits / (answered + support)
-    weights = support / support.sum()
-    scores = {"accuracy": np.mean(truth == answer), "precision": precision @ weights, "recall": recall @ weights}
-    return {name: float(value) for name, value in (scores | {"f1": f1 @ weights}).items()}
+def primary_object(table: np.ndarray, data: CocoData) -> dict:
+    """The study's columns: the picture's largest object against the model's highest-scoring detection.
+
+    Only pictures with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
+    weighted by how many pictures have that class (so recall equals accuracy). IoU is 0 where nothing was detected.
+    """
+    pairs = primary_pairs(table, data)
+    scores = weighted_scores(pairs, np.ones((len(pairs.picture), 1)))
+    return {name: None if np.isnan(value) else float(value) for name, (value,) in scores.items()}
+
+
+def weighted_scores(pairs: PrimaryPairs, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The study's columns under any number of weightings of the pairs: (V, W) -> (W,) each, NaN without any pair.
+
+    Precision, recall and F1 of a class count by its support, 0 where they are undefined.
+    """
+    classes = np.unique(pairs.truth)
+    right = pairs.truth == pairs.answer
+    truth, answer = ((labels == classes[:, None]).astype(np.float64) for labels in (pairs.truth, pairs.answer))
+    support, hits, answered = truth @ weights, (truth * right) @ weights, answer @ weights  # (C, W)
+    total = weights.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = support / total
+        return {
+            "accuracy": right @ weights / total,
+            "precision": np.where(total, (_ratio(hits, answered) * share).sum(0), np.nan),
+            "recall": hits.sum(0) / total,
+            "f1": np.where(total, (_ratio(2 * hits, answered + support) * share).sum(0), np.nan),
+            "mean_iou": pairs.iou @ weights / total,
+        }
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
 def _best_rows(table: np.ndarray) -> dict[int, np.ndarray]:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,9 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-e
 class ValidationRecord:
     """One model under one protocol.
 
-    `detection` and `primary` as `metrics.evaluate` returns them; `cost` as `inference.Cost` names its parts.
+    `detection` and `primary` as `metrics.evaluate_table` returns them; `cost` as `inference.Cost` names its parts;
+    `intervals` and `diagnosis` as `uncertainty` and `diagnosis` return them; `detections` is the file that holds what
+    the model found, relative to this one.
     """
 
     name: str
@@ -34,6 +36,10 @@ class ValidationRecord:
     primary: dict | None = None
     cost: dict | None = None
     conditions: dict = field(default_factory=dict)  # how the model came about: backbone, pictures, seed, epochs, …
+    intervals: dict | None = None
+    diagnosis: dict | None = None
+    warnings: list[str] = field(default_factory=list)
+    detections: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class ValidationResults:
     protocol: dict
     dataset: dict  # source, split, pictures, boxes, fingerprint
     models: tuple[ValidationRecord, ...]
+    comparisons: list[dict] = field(default_factory=list)  # as `uncertainty.comparisons` returns them
     created: str = ""
     software: dict = field(default_factory=dict)
     hardware: dict = field(default_factory=dict)
@@ -102,18 +109,20 @@ def read_results(path: str | Path) -> ValidationResults:
         raise InputError(f"{path} holds no models")
     records = tuple(_record(path, entry) for entry in content["models"])
     keys = ("protocol", "dataset", "created", "software", "hardware")
-    return ValidationResults(models=records, **{key: content.get(key) or {} for key in keys})
+    others = {key: content.get(key) or {} for key in keys}
+    return ValidationResults(models=records, comparisons=content.get("comparisons") or [], **others)
 
 
 def _record(path: str | Path, entry: dict) -> ValidationRecord:
     """Known fields of one record; fields that later versions added are left out, missing ones are None."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise InputError(f"{path}: a model without a name: {str(entry)[:80]}")
-    known = {key: entry.get(key) for key in ("name", "path", "error", "detection", "primary", "cost", "conditions")}
-    for part in ("detection", "primary", "cost"):
+    known = {part.name: entry.get(part.name) for part in fields(ValidationRecord)}
+    for part in ("detection", "primary", "cost", "conditions", "intervals", "diagnosis"):
         if not isinstance(known[part], dict | None):
             raise InputError(f"{path}: {part!r} of the model {entry['name']} is not an object")
-    return ValidationRecord(**known | {"path": known["path"] or "", "conditions": known["conditions"] or {}})
+    empty = {"path": "", "conditions": {}, "warnings": []}
+    return ValidationRecord(**known | {key: known[key] or value for key, value in empty.items()})
 
 
 def _without_nan(value):
@@ -160,3 +169,28 @@ def _aligned(row: list[str], widths: list[int]) -> str:
 def _cell(record: ValidationRecord, part: str, key: str | tuple[str, ...], form: str) -> str:
     values = [(getattr(record, part) or {}).get(k) for k in ((key,) if isinstance(key, str) else key)]
     return " / ".join("-" if value is None else form.format(value) for value in values)
+
+
+NAMES = {  # of the numbers that have intervals
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "mean_iou": "mean IoU",
+    "AP50": "mAP@0.5",
+    "AP": "AP",
+    "class_agnostic_AP50": "class-agnostic mAP@0.5",
+}
+
+
+def format_comparisons(results: ValidationResults, numbers: tuple[str, ...] = ("AP50", "AP", "accuracy")) -> str:
+    """A line for each pair of models: the 95% interval of the difference of some numbers, and the verdict."""
+    lines = []
+    for pair in results.comparisons:
+        parts = []
+        for key in numbers:
+            if key in pair["numbers"]:
+                low, high = pair["numbers"][key]["interval"]
+                parts.append(f"{NAMES[key]} [{low:+.3f}, {high:+.3f}] {pair['numbers'][key]['verdict']}")
+        lines.append(f"{pair['a']} against {pair['b']}: {'; '.join(parts)}")
+    return "\n".join(lines)

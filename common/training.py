@@ -197,10 +197,8 @@ def publish_best(
     """Validate the best epoch's checkpoint on all of `val_data`, write it to `output` and return its numbers."""
     accelerator.wait_for_everyone()
     best = load_detector(run.best)
-    numbers = best.metrics
-    if len(val_data) > EPOCH_VAL_PICTURES:
-        model, val_loader = accelerator.prepare(best.detector, val_loader)
-        numbers = validate(model, val_loader, val_data, best.class_names, accelerator)
+    model, val_loader = accelerator.prepare(best.detector, val_loader)
+    numbers = validate(model, val_loader, val_data, best.class_names, accelerator)
     if run.writes:
         save_detector(output, replace(best, metrics=numbers))
         print(f"epoch {best.epoch} on {len(val_data)} validation pictures: {in_words(numbers)}; written to {output}")

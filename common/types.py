@@ -9,7 +9,7 @@
 Letters in shapes: B pictures, N boxes of one picture, L locations of the head, K classes, S input size in pixels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -79,3 +79,13 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model found on every picture of a data set, in its own labels, and what is known of the model."""
+
+    detections: list[Detections]
+    class_names: tuple[str, ...]
+    cost: dict | None = None  # as `inference.Cost` names its parts
+    conditions: dict = field(default_factory=dict)

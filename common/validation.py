@@ -1,18 +1,29 @@
-"""One checkpoint, one data set, one record: what both validation scripts share."""
+"""One model, one data set, one record: what both validation scripts share.
 
+A model is a checkpoint of this project, anything that ultralytics runs, or a file of detections; each becomes `Found`,
+and from there on all go the same way.
+"""
+
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from common import metrics
-from common.checkpoint import Checkpoint
+from common.boxes import xywh_to_xyxy
+from common.checkpoint import Checkpoint, load_detector
 from common.coco import CocoData
+from common.diagnosis import diagnose, self_check
 from common.errors import InputError
 from common.inference import detect, eval_loader, measure_cost
+from common.matching import IOU_THRESHOLDS, match
 from common.results import ValidationRecord
-from common.types import Detections
+from common.types import Detections, Found
+from common.uncertainty import interval, resampled
 
 
 @dataclass(frozen=True)
@@ -38,22 +49,13 @@ class Runner:
         return asdict(measure_cost(model, batch, self.accelerator, self.flip))
 
 
-def validate_checkpoint(
-    name: str, path: str, checkpoint: Checkpoint, data: CocoData, runner: Runner
-) -> tuple[ValidationRecord, list[Detections]]:
-    """Everything that is measured of one checkpoint on `data`, and the detections behind it.
+def found_by_checkpoint(path: str, data: CocoData, runner: Runner) -> Found:
+    """What a checkpoint of this project finds.
 
     Raises:
-        InputError: the checkpoint and the data set have no class in common.
+        InputError: no such checkpoint, or a damaged one.
     """
-    labels = metrics.label_map(checkpoint.class_names, data)
-    known = int((labels >= 0).sum())
-    if known == 0:
-        raise InputError(
-            f"{path}: none of its classes ({', '.join(checkpoint.class_names[:3])}, …) is in {data.source}"
-        )
-    found = runner.detect(checkpoint, data, name)
-    numbers = metrics.evaluate(found, data, labels)
+    checkpoint = load_detector(path)
     config = checkpoint.detector.config
     conditions = checkpoint.train_config | {
         "epoch": checkpoint.epoch,
@@ -61,11 +63,81 @@ def validate_checkpoint(
         "blocks": list(config.blocks),
         "head": config.head,
         "flip": runner.flip,
-        "classes_compared": known,
-        "classes_in_data": len(data.class_names),
     }
-    record = ValidationRecord(name, path, **numbers, cost=runner.cost(checkpoint, data), conditions=conditions)
-    return record, found
+    detections = runner.detect(checkpoint, data, Path(path).stem)
+    return Found(detections, checkpoint.class_names, runner.cost(checkpoint, data), conditions)
+
+
+def found_in_file(path: str, data: CocoData) -> Found:
+    """What a file in COCO's results format holds: a list of image_id, category_id, bbox (xywh, original pixels), score.
+
+    Raises:
+        InputError: no such file, not that format, or of pictures that are not in `data`.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+        table = np.array([(r["image_id"], *r["bbox"], r["score"], r["category_id"]) for r in rows], np.float64)
+        table = table.reshape(-1, 7)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path} does not hold detections: a list of image_id, category_id, bbox and score is wanted ({error!r})"
+        ) from error
+    if not np.isfinite(table).all():
+        raise InputError(f"{path}: some numbers are infinite or not numbers")
+    strangers = np.setdiff1d(table[:, 0], [picture.id for picture in data.pictures])
+    if len(strangers):
+        raise InputError(f"{path}: {len(strangers)} pictures are not in {data.source}, {strangers[0]:g} among them")
+    label_of = {category: label for label, category in enumerate(data.category_ids)}
+    labels = np.array([label_of.get(int(category), -1) for category in table[:, 6]], np.int64)
+    order = np.lexsort((-table[:, 5], table[:, 0]))
+    order = order[labels[order] >= 0]
+    image_ids, found = table[order, 0], []
+    for picture in data.pictures:
+        own = order[slice(*np.searchsorted(image_ids, (picture.id, picture.id + 1)))]
+        boxes = xywh_to_xyxy(torch.from_numpy(table[own, 1:5]).float())
+        scores, names = torch.from_numpy(table[own, 5]).float(), torch.from_numpy(labels[own])
+        found.append(Detections(picture.id, boxes, scores, names))
+    return Found(found, data.class_names, conditions={"detections_of_unknown_categories": int((labels < 0).sum())})
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A record, the (M, 7) detections behind it in the data set's terms, and its numbers in each resample, if any."""
+
+    record: ValidationRecord
+    table: np.ndarray | None = None
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def judge(name: str, path: str, found: Found, data: CocoData, weights: np.ndarray | None = None) -> Judgement:
+    """Everything that is measured of one model on `data`.
+
+    Args:
+        weights: (P, R) as `uncertainty.draws` returns them, for intervals and the diagnosis; None to do without both.
+
+    Raises:
+        InputError: the model and the data set have no class in common.
+    """
+    labels = metrics.label_map(found.class_names, data)
+    known = int((labels >= 0).sum())
+    if known == 0:
+        raise InputError(f"{path}: none of its classes ({', '.join(found.class_names[:3])}, …) is in {data.source}")
+    table = metrics.detection_table(found.detections, labels)
+    conditions = found.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
+    parts = metrics.evaluate_table(table, data) | {"cost": found.cost, "conditions": conditions}
+    samples: dict[str, np.ndarray] = {}
+    if weights is not None:
+        matches = match(table, data)
+        agnostic = match(metrics.best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
+        samples = resampled(table, matches, agnostic, data, weights)
+        parts |= {
+            "diagnosis": diagnose(table, matches, data),
+            "intervals": {key: interval(values) for key, values in samples.items()},
+            "warnings": self_check(table, data),
+        }
+    return Judgement(ValidationRecord(name, path, **parts), table, samples)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

@@ -12,8 +12,10 @@ from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from common.boxes import xywh_to_xyxy
+from common.matching import average_precision, match, ranking
 from common.metrics import (
     COCO_NUMBERS,
+    PrimaryPairs,
     coco_detections,
     coco_dict,
     coco_numbers,
@@ -43,6 +45,7 @@ def random_detections(data, seed, count=30):
     for index, picture in enumerate(data.pictures):
         boxes, labels, _ = data.picture_boxes(index)
         shaken = boxes.numpy() + rng.normal(0, 6, boxes.shape)
+        shaken[:, 2:] = np.maximum(shaken[:, 2:], shaken[:, :2] + 1)
         corner = rng.uniform(0, 200, (count, 2))
         boxes = np.concatenate([shaken, np.hstack([corner, corner + rng.uniform(5, 150, (count, 2))])])
         labels = np.concatenate([labels.numpy(), rng.integers(0, len(data.class_names), count)])
@@ -71,14 +74,43 @@ def pycocotools_numbers(table, data):
     return judge.stats
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_twelve_coco_numbers_equal_pycocotools(demo_val, seed):
-    data = crowded(demo_val) if seed else demo_val
-    table = detection_table(random_detections(data, seed, count=150), np.arange(10))
+def numbered_from_zero(data):
+    """The same data with picture and category ids from 0."""
+    pictures = tuple(replace(picture, id=index) for index, picture in enumerate(data.pictures))
+    return replace(data, pictures=pictures, category_ids=tuple(range(len(data.class_names))))
+
+
+def half_empty(data):
+    """The same data, its second half without objects."""
+    end = data.starts[len(data) // 2]
+    kept = {k: getattr(data, k)[:end] for k in ("boxes", "labels", "crowd", "areas")}
+    return replace(data, starts=np.minimum(data.starts, end), **kept)
+
+
+SITUATIONS = {  # what happens to the data, and how many random boxes are among the detections of a picture
+    "random": (lambda data: data, 30),
+    "crowds": (crowded, 30),
+    "ids from 0": (numbered_from_zero, 30),
+    "pictures without objects": (half_empty, 30),
+    "more than 100 detections": (crowded, 1500),
+    "perfect": (lambda data: data, None),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_the_numbers_equal_pycocotools(demo_val, situation):
+    """Scores are multiples of 1/60, so that many are tied."""
+    change, count = SITUATIONS[situation]
+    data = change(demo_val)
+    found = truth_as_detections(data) if count is None else random_detections(data, 3, count)
+    table = detection_table(found, np.arange(10))
     numbers, expected = coco_numbers(table, data), pycocotools_numbers(table, data)
     for name, value in zip(COCO_NUMBERS, expected, strict=True):
         assert (-1 if numbers[name] is None else numbers[name]) == pytest.approx(value, abs=1e-6), name
-    assert 0 < numbers["AP"] < 1
+    assert 0 < numbers["AP"] < 1 or count is None
+    ours = [average_precision(ranking(match(table, data), t), 10, np.ones((len(data), 1))) for t in range(10)]
+    assert np.nanmean(ours) == pytest.approx(expected[0], abs=1e-6)
+    assert np.nanmean(ours[0]) == pytest.approx(expected[1], abs=1e-6)
 
 
 def test_ground_truth_as_detections_scores_one(demo_val):
@@ -124,14 +156,19 @@ def test_wrong_boxes_and_wrong_classes_are_punished(demo_val):
     assert evaluate(misread, demo_val, np.arange(10))["detection"]["AP50"] < 0.5
 
 
-def test_weighted_scores_equal_scikit_learn():
+def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_pictures():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        truth, answer = rng.integers(0, 6, 40), rng.integers(-1, 8, 40)
-        ours = weighted_scores(truth, answer)
-        theirs = precision_recall_fscore_support(truth, answer, average="weighted", zero_division=0)
-        assert [ours["precision"], ours["recall"], ours["f1"]] == pytest.approx(theirs[:3])
-        assert [ours["accuracy"], ours["recall"]] == pytest.approx([accuracy_score(truth, answer)] * 2)
+        truth, answer, iou = rng.integers(0, 6, 40), rng.integers(-1, 8, 40), rng.random(40)
+        weights = np.column_stack([np.ones(40), rng.integers(0, 4, 40)])
+        ours = weighted_scores(PrimaryPairs(np.arange(40), truth, answer, iou), weights)
+        for column, own in enumerate(weights.T):
+            options = {"average": "weighted", "zero_division": 0, "sample_weight": own}
+            theirs = precision_recall_fscore_support(truth, answer, **options)[:3]
+            assert [ours[key][column] for key in ("precision", "recall", "f1")] == pytest.approx(theirs)
+            accuracy = accuracy_score(truth, answer, sample_weight=own)
+            assert [ours["accuracy"][column], ours["recall"][column]] == pytest.approx([accuracy] * 2)
+            assert ours["mean_iou"][column] == pytest.approx(np.average(iou, weights=own))
 
 
 def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_val):

@@ -1,0 +1,267 @@
+"""Beyond the averages: matches, intervals, kinds of errors, calibration, the self-check, other models' detections."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_metrics import crowded, random_detections, truth_as_detections
+
+from common.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
+from common.errors import InputError
+from common.matching import IOU_THRESHOLDS, Ranking, average_precision, match, ranking
+from common.metrics import best_of_duplicates, detection_table, evaluate_table
+from common.types import Found
+from common.uncertainty import COMPARED, comparisons, draws, interval, resampled
+from common.validation import found_in_file, judge
+
+LABELS = np.arange(10)
+
+
+def table_of(data, seed=0, count=30):
+    return detection_table(random_detections(data, seed, count), LABELS)
+
+
+def samples_of(table, data, weights):
+    agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
+    return resampled(table, match(table, data), agnostic, data, weights)
+
+
+def repeated(data, counts):
+    """The data set in which picture i occurs `counts[i]` times, each time under an id of its own."""
+    index = np.repeat(np.arange(len(data)), counts)
+    parts = [np.arange(data.starts[i], data.starts[i + 1]) for i in index]
+    rows = np.concatenate(parts)
+    arrays = {k: getattr(data, k)[rows] for k in ("boxes", "labels", "crowd", "areas")}
+    pictures = tuple(replace(data.pictures[i], id=1000 + n) for n, i in enumerate(index))
+    return replace(data, pictures=pictures, starts=np.cumsum([0, *map(len, parts)]), **arrays), index
+
+
+def test_a_resample_is_the_data_set_with_its_pictures_repeated(demo_val):
+    """The vectorised numbers against the ordinary evaluation of a data set that really holds pictures twice."""
+    data, found = crowded(demo_val), random_detections(demo_val, 1)
+    found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties: order is free
+    counts = np.array([0, 2, 1, 3, 0, 1])
+    ours = samples_of(detection_table(found, LABELS), data, counts[:, None].astype(np.float32))
+    large, index = repeated(data, counts)
+    copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.pictures, strict=True)]
+    expected = evaluate_table(detection_table(copies, LABELS), large)
+    for name in COMPARED:
+        value = (expected["primary"] | expected["detection"])[name]
+        assert ours[name][0] == pytest.approx(value, abs=1e-6), name
+
+
+def test_intervals_cover_the_number_and_shrink_with_more_pictures(demo_val):
+    table = table_of(demo_val)
+    numbers = evaluate_table(table, demo_val)["detection"]
+    samples = samples_of(table, demo_val, draws(len(demo_val), seed=0))
+    low, high = interval(samples["AP50"])
+    assert low < numbers["AP50"] < high and high - low > 0.02
+    large, index = repeated(demo_val, np.full(6, 8))
+    found = random_detections(demo_val, 0)
+    copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.pictures, strict=True)]
+    low2, high2 = interval(samples_of(detection_table(copies, LABELS), large, draws(48, seed=0))["AP50"])
+    assert high2 - low2 < (high - low) / 2
+
+
+def test_draws_depend_on_the_seed_alone():
+    assert np.array_equal(draws(9, 1), draws(9, 1)) and not np.array_equal(draws(9, 1), draws(9, 2))
+    assert (draws(9, 1).sum(0) == 9).all()
+
+
+def test_verdicts(demo_val):
+    """A detector that finds everything beats a shaken one; against itself nothing can be said."""
+    weights = draws(len(demo_val), seed=0)
+    perfect = samples_of(detection_table(truth_as_detections(demo_val), LABELS), demo_val, weights)
+    shaken = samples_of(table_of(demo_val), demo_val, weights)
+    pairs = comparisons({"shaken": shaken, "perfect": perfect, "again": shaken})
+    assert [(pair["a"], pair["b"]) for pair in pairs] == [
+        ("shaken", "perfect"),
+        ("shaken", "again"),
+        ("perfect", "again"),
+    ]
+    verdicts = [pair["numbers"]["AP50"]["verdict"] for pair in pairs]
+    assert verdicts == ["worse", "not distinguishable", "better"]
+
+
+def test_operating_point_is_the_best_of_all_thresholds(demo_val):
+    ranked = ranking(match(table_of(demo_val), demo_val))
+    point = operating_point(ranked)
+    objects, best = len(ranked.object_label), 0.0
+    for score in np.unique(ranked.score):
+        kept = ranked.score >= score
+        right = ranked.hit[kept].sum()
+        best = max(best, 2 * right / (kept.sum() + objects))
+    assert point["f1"] == pytest.approx(best)
+    kept = ranked.score >= point["score"]
+    assert point["precision"] == pytest.approx(ranked.hit[kept].mean())
+    assert point["recall"] == pytest.approx(ranked.hit[kept].sum() / objects)
+
+
+def ap50(found, data):
+    return evaluate_table(detection_table(found, LABELS), data)["detection"]["AP50"]
+
+
+def test_each_kind_of_error_is_told_by_its_name(demo_val):
+    """Every fourth true box spoilt in one way: that kind alone is charged, and by as much as AP50 lacks."""
+    right = truth_as_detections(demo_val)
+    spoilt = {
+        "class": lambda f, i: replace(f, labels=torch.where(i, (f.labels + 1) % 10, f.labels)),
+        "localisation": lambda f, i: replace(f, boxes=torch.where(i[:, None], shrunk(f.boxes), f.boxes)),
+        "missed": lambda f, i: replace(f, boxes=f.boxes[~i], scores=f.scores[~i], labels=f.labels[~i]),
+    }
+    for kind, spoil in spoilt.items():
+        found = [spoil(f, torch.arange(len(f.scores)) % 4 == 1) for f in right]
+        table = detection_table(found, LABELS)
+        errors = error_breakdown(table, match(table, demo_val), demo_val, 0.0)
+        assert errors[kind]["gain"] == pytest.approx(1 - ap50(found, demo_val), abs=1e-6), kind
+        assert errors[kind]["count"] == sum((len(f.scores) + 2) // 4 for f in right), kind
+        assert all(e["count"] == 0 and e["gain"] == 0 for name, e in errors.items() if name != kind), kind
+
+
+def shrunk(boxes):
+    """A third of the area in the upper left corner."""
+    return torch.cat([boxes[:, :2], boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) * 0.58], dim=1)
+
+
+def test_superfluous_detections_are_duplicates_or_background(demo_val):
+    right = truth_as_detections(demo_val)
+    twice = [
+        replace(f, boxes=f.boxes.repeat(2, 1), scores=torch.cat([f.scores, f.scores / 2]), labels=f.labels.repeat(2))
+        for f in right
+    ]
+    table = detection_table(twice, LABELS)
+    errors = error_breakdown(table, match(table, demo_val), demo_val, 0.0)
+    assert errors["duplicate"]["count"] == len(table) // 2 and errors["background"]["count"] == 0
+    outside = [replace(f, boxes=f.boxes + 5000, scores=f.scores + 1) for f in right]
+    table = detection_table([*right, *outside], LABELS)
+    errors = error_breakdown(table, match(table, demo_val), demo_val, 0.0)
+    assert errors["background"]["count"] == len(table) // 2
+    assert errors["background"]["gain"] == pytest.approx(1 - ap50([*right, *outside], demo_val), abs=1e-6)
+
+
+def test_confusion_counts_every_object_once(demo_val):
+    right = truth_as_detections(demo_val)
+    counts = confusion(detection_table(right, LABELS), demo_val, 0.5)
+    assert np.array_equal(np.diag(counts)[:10], np.bincount(demo_val.labels, minlength=10))
+    assert counts.sum() == len(demo_val.labels)
+    wrong = [replace(f, labels=(f.labels + 1) % 10) for f in right]
+    counts = confusion(detection_table(wrong[:3], LABELS), demo_val, 0.5)
+    assert counts[2, 3] == (demo_val.labels[: demo_val.starts[3]] == 2).sum()
+    assert counts[:, 10].sum() == len(demo_val.labels) - demo_val.starts[3]
+    assert counts[:10].sum() == len(demo_val.labels) and np.diag(counts).sum() == 0
+
+
+def test_calibration_of_honest_and_boastful_scores():
+    rng = np.random.default_rng(0)
+    score = rng.random(20000)
+    nothing = np.zeros(20000, np.int64)
+    honest = Ranking(nothing, nothing, score, rng.random(20000) < score, nothing, nothing)
+    boastful = replace(honest, hit=rng.random(20000) < score / 2)
+    assert calibration(honest)["expected_error"] < 0.02
+    assert calibration(boastful)["expected_error"] == pytest.approx(0.26, abs=0.03)
+    assert sum(b["count"] for b in calibration(honest)["bins"]) == (score >= 0.05).sum()
+
+
+def test_nothing_found_and_nothing_to_find(demo_val):
+    empty = np.zeros((0, 7))
+    told = diagnose(empty, match(empty, demo_val), demo_val)
+    assert told["operating_point"]["f1"] is None and told["calibration"]["expected_error"] is None
+    assert told["errors"]["missed"] == {"gain": 0.0, "count": len(demo_val.labels)}
+    bare = replace(demo_val, **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")})
+    bare = replace(bare, starts=np.zeros_like(demo_val.starts))
+    told = diagnose(table_of(demo_val), match(table_of(demo_val), bare), bare)
+    assert told["operating_point"]["f1"] is None and told["errors"]["missed"]["gain"] is None
+    weights = draws(len(bare), 0)
+    assert all(interval(values) is None for values in samples_of(table_of(demo_val), bare, weights).values())
+    assert self_check(empty, demo_val) == [] and self_check(table_of(demo_val), bare) == []
+
+
+def test_the_self_check_warns_of_shifted_classes_and_misread_boxes(demo_val):
+    right = truth_as_detections(demo_val)
+    table = detection_table(right, LABELS)
+    assert self_check(table, demo_val) == [] and self_check(table_of(demo_val), demo_val) == []
+    for step in (1, -1):
+        (warning,) = self_check(np.column_stack([table[:, :6], table[:, 6] + step]), demo_val)
+        assert f"moved by {-step:+d}" in warning
+    x, y, width, height = table[:, 1:5].T
+    misread = {
+        "(x, y, width, height) was taken for corners": [x, y, width - x, height - y],
+        "corners (x, y, x, y) were taken": [x, y, x + width, y + height],
+        "centres": [x + width / 2, y + height / 2, width, height],
+    }
+    for words, boxes in misread.items():
+        (warning,) = self_check(np.column_stack([table[:, 0], *boxes, table[:, 5:]]), demo_val)
+        assert words in warning
+
+
+def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
+    from common.metrics import coco_detections
+
+    found = random_detections(demo_val, 2)
+    table = detection_table(found, LABELS)
+    entries = coco_detections(table, demo_val.category_ids)
+    (tmp_path / "d.json").write_text(json.dumps([*entries, entries[0] | {"category_id": 77}]))
+    read = found_in_file(str(tmp_path / "d.json"), demo_val)
+    weights = draws(len(demo_val), 0)
+    ours = judge("a", "a.pth", Found(found, demo_val.class_names), demo_val, weights).record
+    theirs = judge("b", "d.json", read, demo_val, weights).record
+    assert theirs.primary == pytest.approx(ours.primary) and theirs.conditions["detections_of_unknown_categories"] == 1
+    for name in ("AP", "AP50", "AP_small", "AR100", "class_agnostic_AP50"):
+        assert theirs.detection[name] == pytest.approx(ours.detection[name], abs=1e-6)
+    assert theirs.intervals["AP"] == pytest.approx(ours.intervals["AP"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no json",
+        '{"a": 1}',
+        "[1, 2]",
+        '[{"image_id": 1}]',
+        '[{"image_id": 99, "bbox": [1, 1, 1, 1], "score": 1, "category_id": 1}]',
+        '[{"image_id": 1, "bbox": [1, 1, 1], "score": 1, "category_id": 1}]',
+        '[{"image_id": 1, "bbox": [1, 1, 1, NaN], "score": 1, "category_id": 1}]',
+    ],
+)
+def test_files_that_hold_no_detections_end_in_one_line(demo_val, tmp_path, content):
+    (tmp_path / "d.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        found_in_file(str(tmp_path / "d.json"), demo_val)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError):
+        found_in_file(str(tmp_path / "none.json"), demo_val)
+
+
+def test_average_precision_by_hand():
+    """Right, wrong, right of three objects: precision 1 up to recall 1/3, then 2/3 up to recall 2/3, then 0."""
+    zeros = np.zeros(3, np.int64)
+    ranked = Ranking(zeros, zeros, np.array([0.9, 0.8, 0.7]), np.array([True, False, True]), zeros, zeros)
+    (value,) = average_precision(ranked, 2, np.ones((1, 1), np.float32))[0]
+    assert value == pytest.approx((34 * 1 + 33 * 2 / 3) / 101)
+    assert np.isnan(average_precision(ranked, 2, np.ones((1, 1), np.float32))[1])
+
+
+@pytest.mark.real
+def test_yolo_reproduces_its_known_figure(assets):
+    """YOLOv8n int8 with one label a box on 250 pictures: AP 0.398, AP50 0.561, measured elsewhere by pycocotools."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("ultralytics")
+    from common.sources import DataSource, load_split
+    from common.yolo import found_by_yolo
+
+    data = load_split(DataSource(str(assets / "coco-subset")), "val")
+    found = found_by_yolo(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))
+    record = judge("yolo", "", found, data).record
+    assert record.detection["AP"] == pytest.approx(0.398, abs=0.003)
+    assert record.detection["AP50"] == pytest.approx(0.561, abs=0.003)
+    assert record.conditions["classes_compared"] == 80
+
+
+def test_ultralytics_is_not_imported_unless_asked_for():
+    program = "import sys, comprehensive_validation\nassert 'ultralytics' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
