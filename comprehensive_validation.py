@@ -91,7 +91,7 @@ def describe_protocol(seed: int) -> dict:
         "crowds": "ignored, as COCO does",
         "primary_object": "largest non-crowd box against the highest-scoring detection; class averages by support",
         "evaluator": "faster-coco-eval",
-        "intervals": f"percentile bootstrap over pictures, {uncertainty.RESAMPLES} resamples, {uncertainty.LEVEL}%",
+        "intervals": f"Bayesian bootstrap over pictures, {uncertainty.RESAMPLES} resamples, {uncertainty.LEVEL}%",
         "seed": seed,
     }
 

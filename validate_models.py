@@ -24,7 +24,7 @@ from common import cli
 from common.checkpoint import Checkpoint, load_detector
 from common.cli import flag
 from common.coco import CocoData, open_picture, pictures_alone
-from common.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side
+from common.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
 from common.files import atomic_write, check_writable
 from common.inference import make_accelerator
 from common.metrics import coco_detections, detection_table
@@ -58,13 +58,6 @@ class Settings:
 def predicted_boxes(found: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
     rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
     return [LabelledBox(tuple(b), k, f"{class_names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
-
-
-def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
-    rows = zip(*(column.tolist() for column in data.picture_boxes(index)), strict=True)
-    return [
-        LabelledBox(tuple(b), k, data.class_names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows
-    ]
 
 
 def write_pictures(settings: Settings, data: CocoData, models: dict[str, tuple[Checkpoint, list[Detections]]]) -> Path:

@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.coco import CocoData
+
 SMALLEST_SIDE = 480  # pixels; smaller pictures are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
 PALETTE = (  # Okabe and Ito's colours, told apart also by the colour-blind; classes share them in turn
@@ -24,6 +26,14 @@ class LabelledBox:
     label: int
     text: str
     dashed: bool = False  # crowds
+
+
+def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
+    """The boxes of picture `index` of a data set, crowds dashed."""
+    rows = zip(*(column.tolist() for column in data.picture_boxes(index)), strict=True)
+    return [
+        LabelledBox(tuple(b), k, data.class_names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows
+    ]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:

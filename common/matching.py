@@ -148,7 +148,7 @@ def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
         np.minimum(a[..., 1] + a[..., 3], b[..., 1] + b[..., 3]) - np.maximum(a[..., 1], b[..., 1]), 0
     )
     area, other = a[..., 2] * a[..., 3], b[..., 2] * b[..., 3]
-    return overlap / np.where(crowd, area, area + other - overlap)
+    return overlap / np.maximum(np.where(crowd, area, area + other - overlap), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.
     Args:
         ranked: answers and objects; equal scores rank in the order given.
         classes: K.
-        weights: (P, W) float32, how often each picture counts; ones for the plain number.
+        weights: (P, W) float32, how much each picture counts, in multiples of a power of two so that sums are exact;
+            ones for the plain number.
 
     Returns:
         (K, W) float64, NaN where the weighted pictures hold no object of the class.
@@ -211,9 +212,9 @@ def _mean_precision(picture: np.ndarray, hit: np.ndarray, objects: np.ndarray, w
     pictures, column = np.unique(picture[:until_hit], return_inverse=True)
     counts = np.zeros((len(places), len(pictures)), np.float32)
     np.add.at(counts, (segment, column), 1)
-    answers = (counts @ weights[pictures]).cumsum(0, dtype=np.float64)
     right = weights[picture[places]].cumsum(0, dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # some matrix libraries raise the first in their padding
+        answers = (counts @ weights[pictures]).cumsum(0, dtype=np.float64)
         precision = np.where(answers > 0, right / answers, 0)
         recall = np.where(objects > 0, right / objects, 0)
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]

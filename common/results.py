@@ -152,7 +152,7 @@ def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...
     """A table for the terminal, one line a model; `headings` picks columns of TABLE, none = all of them."""
     columns = [column for column in TABLE if not headings or column[0] in headings]
     rows = [["model", *(column[0] for column in columns)]]
-    rows += [[record.name, *(_cell(record, *column[1:]) for column in columns)] for record in records]
+    rows += [[record.name, *(cell(record, *column[1:]) for column in columns)] for record in records]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_aligned(row, widths) for row in rows]
     for position, record in enumerate(records, 1):
@@ -166,7 +166,8 @@ def _aligned(row: list[str], widths: list[int]) -> str:
     return "  ".join([first.strip().ljust(widths[0]), *others])
 
 
-def _cell(record: ValidationRecord, part: str, key: str | tuple[str, ...], form: str) -> str:
+def cell(record: ValidationRecord, part: str, key: str | tuple[str, ...], form: str) -> str:
+    """What a row of TABLE says of a model."""
     values = [(getattr(record, part) or {}).get(k) for k in ((key,) if isinstance(key, str) else key)]
     return " / ".join("-" if value is None else form.format(value) for value in values)
 

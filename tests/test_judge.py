@@ -70,7 +70,7 @@ def test_intervals_cover_the_number_and_shrink_with_more_pictures(demo_val):
 
 def test_draws_depend_on_the_seed_alone():
     assert np.array_equal(draws(9, 1), draws(9, 1)) and not np.array_equal(draws(9, 1), draws(9, 2))
-    assert (draws(9, 1).sum(0) == 9).all()
+    assert draws(9, 1).mean() == pytest.approx(1, abs=0.05) and draws(9, 1).min() >= 0
 
 
 def test_verdicts(demo_val):
