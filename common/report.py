@@ -25,7 +25,8 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1150px; margin: 2em aut
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ccc; padding: .3em .7em; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-td small { color: #666; display: block }
+td small { color: #666; display: block; white-space: nowrap }
+.pairs { font-size: 13px } .pairs th, .pairs td { white-space: normal; padding: .3em .5em }
 img { max-width: 100%; height: auto; display: block; margin: .6em 0 }
 figure { margin: 1em 0 } figcaption { color: #555 }
 .warning { background: #fff3cd; padding: .5em 1em } pre { overflow-x: auto; background: #f6f6f6; padding: .7em }
@@ -70,14 +71,16 @@ def _table(results: ValidationResults) -> str:
                 f"{_escape(record.error)}</td></tr>"
             )
             continue
-        cells = [f"<td>{cell(record, part, key, form)}{_interval(record, key)}</td>" for _, part, key, form in TABLE]
+        cells = [
+            f"<td>{cell(record, part, key, form)}{_interval(record, key, form)}</td>" for _, part, key, form in TABLE
+        ]
         rows.append(f"<tr><td>{_escape(record.name)}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
-def _interval(record: ValidationRecord, key: str | tuple[str, ...]) -> str:
+def _interval(record: ValidationRecord, key: str | tuple[str, ...], form: str) -> str:
     found = charts.interval_of(record, key) if isinstance(key, str) else None
-    return f"<small>{found[0]:.3f} – {found[1]:.3f}</small>" if found else ""
+    return f"<small>{form.format(found[0])} to {form.format(found[1])}</small>" if found else ""
 
 
 def _verdicts(results: ValidationResults) -> str:
@@ -91,10 +94,10 @@ def _verdicts(results: ValidationResults) -> str:
         for key in NAMES:
             number = pair["numbers"].get(key)
             text = "–" if number is None else number["verdict"]
-            small = "" if number is None else "<small>{:+.3f} – {:+.3f}</small>".format(*number["interval"])
+            small = "" if number is None else "<small>{:+.3f} to {:+.3f}</small>".format(*number["interval"])
             cells.append(f"<td>{text}{small}</td>")
         rows.append(f"<tr><td>{_escape(pair['a'])}<br>against {_escape(pair['b'])}</td>{''.join(cells)}</tr>")
-    return f"<h2>Pairs</h2><p>95% intervals of the difference.</p><table>{head}{''.join(rows)}</table>"
+    return f'<h2>Pairs</h2><p>95% intervals of the difference.</p><table class="pairs">{head}{"".join(rows)}</table>'
 
 
 def _chart(name: str, figure) -> str:

@@ -1,5 +1,7 @@
 """The scripts as their users run them: the whole chain, an overfit run, their help, and bad input."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -7,18 +9,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import comprehensive_validation
 import finetune_dino2_simple
 import improved_dino_detector
 import plot_results
 import validate_models
-from common import cli
+from common import charts, cli
 from common.checkpoint import load_detector, save_detector
+from common.errors import InputError
 from common.results import ValidationRecord, format_table, read_results
 from common.transforms import LetterboxTransform
 
@@ -33,6 +39,7 @@ PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
 TRAINS, IMPROVES, LOOKS, JUDGES, PLOTS = SCRIPTS
 CHECKPOINTS = ("dino2_detector.pth", "improved_dino2_detector.pth")
+JUDGED = (*CHECKPOINTS, "missing.pth", "no<b>model.pt")
 
 
 def run(script, *flags, cwd=ROOT):
@@ -51,7 +58,7 @@ def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
         run(TRAINS, *training, "--epochs", 2, cwd=folder),
         run(IMPROVES, *training, "--epochs-frozen", 2, "--epochs-unfrozen", 1, cwd=folder),
         run(LOOKS, "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
-        run(JUDGES, "--data", demo, "--workers", 0, "--models", *CHECKPOINTS, "missing.pth", cwd=folder),
+        run(JUDGES, "--data", demo, "--workers", 0, "--report", "r.html", "--models", *JUDGED, cwd=folder),
         run(PLOTS, cwd=folder),
     ]
     for result in done:
@@ -75,17 +82,50 @@ def test_training_leaves_what_it_promises(chain):
 
 def test_results_have_their_documented_form(chain):
     content = json.loads((chain / "validation_results.json").read_text())
-    assert content["format_version"] == 1 and content["dataset"]["pictures"] == 6
-    simple, improved, missing = content["models"]
-    assert {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "per_class"} <= simple[
-        "detection"
-    ].keys()
-    assert set(PRIMARY) == simple["primary"].keys()
-    assert {"parameters", "ms_per_picture", "pictures_per_s", "device", "precision"} <= simple["cost"].keys()
+    schema = json.loads((ROOT / "docs" / "validation_results.schema.json").read_text())
+    jsonschema.validate(content, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content | {"models": [content["models"][0] | {"primary": {"accuracy": 50}}]}, schema)
+    assert content["dataset"]["pictures"] == 6
+    simple, improved, missing, unknown = content["models"]
     assert simple["conditions"]["seed"] == 0 and simple["conditions"]["image_size"] == 112
+    (pair,) = content["comparisons"]
+    assert (pair["a"], pair["b"]) == (simple["name"], improved["name"])
+    assert unknown["error"] and unknown["intervals"] is None
     assert improved["detection"].keys() == simple["detection"].keys() and improved["conditions"]["head"] == "pyramid"
     assert missing["error"] and missing["detection"] is None
     assert "not evaluated" in (chain / "output.txt").read_text()
+
+
+def test_anyone_can_recompute_the_numbers_from_the_detections(chain, demo):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(demo / "annotations" / "instances_val2017.json"))
+        for record in read_results(chain / "validation_results.json").models[:2]:
+            judge = COCOeval(truth, truth.loadRes(str(chain / record.detections)), "bbox")
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+            assert judge.stats[1] == pytest.approx(record.detection["AP50"], abs=1e-6)
+
+
+def test_the_report_needs_no_other_file(chain):
+    text = (chain / "r.html").read_text()
+    assert text.count("<img") == text.count('src="data:image/') > 10
+    assert "http" not in text and "no&lt;b&gt;model" in text and "<b>" not in text
+    assert "not distinguishable" in text and "95%" in text
+
+
+def test_strict_fails_where_a_model_is_missing(chain, demo, tmp_path):
+    settings = comprehensive_validation.Settings(
+        (str(chain / CHECKPOINTS[0]), "missing.pth"),
+        data=str(demo),
+        workers=0,
+        strict=True,
+        output=str(tmp_path / "r.json"),
+    )
+    with pytest.raises(SystemExit) as ended:
+        comprehensive_validation.main(settings)
+    assert ended.value.code == 3 and len(read_results(tmp_path / "r.json").models) == 2
 
 
 def test_training_and_both_validations_agree(chain):
@@ -278,13 +318,29 @@ def test_plotting_needs_no_torch(chain, tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_charts_of_one_to_ten_models_with_gaps(count, chain, tmp_path):
     content = json.loads((chain / "validation_results.json").read_text())
-    good, _, failed = content["models"]
+    good, _, failed, _ = content["models"]
     models = [good | {"name": f"model {i}"} for i in range(count)]
-    models[-1] = {**models[-1], "detection": {"AP50": None}, "cost": None}
+    models[-1] = {**models[-1], "detection": {"AP50": None}, "cost": None, "intervals": None, "diagnosis": None}
     (tmp_path / "r.json").write_text(json.dumps(content | {"models": [*models, failed]}))
     path = plot_results.main(plot_results.Settings(str(tmp_path / "r.json"), str(tmp_path / "chart.png")))
     with Image.open(path) as image:
-        assert image.size == (1690, 1118)
+        assert image.size == (1690, 1118 if count == 1 else 1560)
+    others = {"precision_recall", "per_class"} | ({"confusion", "calibration"} if count > 1 else set())
+    assert {p.stem.removeprefix("chart_") for p in tmp_path.glob("chart_*.png")} == others
+
+
+def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    results = read_results("validation_results.json")
+    logs = charts.logs_of(results)
+    assert set(logs) == {"dino2_detector", "improved_dino2_detector"}
+    epochs = [
+        len(line.get_xdata()) for line in charts.training(results, logs).axes[1].lines if len(line.get_xdata()) > 2
+    ]
+    assert epochs == [3]
+    (chain / "broken.jsonl").write_text("{}")
+    with pytest.raises(InputError):
+        charts.training(results, {"dino2_detector": chain / "broken.jsonl"})
 
 
 def test_table_names_failed_models():
