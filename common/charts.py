@@ -152,13 +152,13 @@ def draw_speed(axes: Axes, models: Models) -> None:
     axes.grid(alpha=0.4)
 
 
-def add_legend(figure: Figure, models: Models) -> None:
-    """Name each model once, with its bar and its marker, in as many columns as the names leave room for."""
-    names = [textwrap.shorten(record.name, 40, placeholder="…") for record in models]
-    styles = [style_of(position, len(models)) for position in range(len(models))]
-    handles = [(Patch(**style), Line2D([], [], **marker_of(position, style))) for position, style in enumerate(styles)]
+def add_legend(figure: Figure, models: Models, shown: Models) -> None:
+    """Name each model shown once, with its bar and its marker, in as many columns as the names leave room for."""
+    names = [textwrap.shorten(record.name, 40, placeholder="…") for record in shown]
+    styles = {position: style_of(position, len(models)) for position in map(models.index, shown)}
+    handles = [(Patch(**style), Line2D([], [], **marker_of(position, style))) for position, style in styles.items()]
     room = int(9.2 * figure.get_figwidth())  # characters
-    columns = max(1, min(len(models), room // (max(map(len, names)) + 12)))
+    columns = max(1, min(len(shown), room // (max(map(len, names)) + 12)))
     figure.legend(
         handles,
         names,
@@ -198,9 +198,9 @@ def _figure(size: tuple[float, float]) -> Figure:
     return plt.figure(figsize=size, layout="constrained")
 
 
-def _finish(figure: Figure, results: ValidationResults, models: Models) -> Figure:
+def _finish(figure: Figure, results: ValidationResults, models: Models, shown: Models = ()) -> Figure:
     sns.despine(figure)
-    add_legend(figure, models)
+    add_legend(figure, models, shown or models)
     figure.supxlabel(caption(results, int(11.5 * figure.get_figwidth())), fontsize=9, color="0.3")
     return figure
 
@@ -383,7 +383,7 @@ def training(results: ValidationResults, logs: dict[str, Path]) -> Figure | None
     for axes in (left, right):
         axes.grid(alpha=0.4)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, results, models)
+    return _finish(figure, results, models, drawn)
 
 
 def read_log(path: Path) -> list[dict]:

@@ -22,11 +22,11 @@ PICTURE_WIDTH = 900  # pixels
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+table { font-size: 13px; border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ccc; padding: .3em .7em; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child, .text { text-align: left }
 td small { color: #666; display: block; white-space: nowrap }
-.pairs { font-size: 13px } .pairs th, .pairs td { white-space: normal; padding: .3em .5em }
+.pairs th, .pairs td { white-space: normal; padding: .3em .5em }
 img { max-width: 100%; height: auto; display: block; margin: .6em 0 }
 figure { margin: 1em 0 } figcaption { color: #555 }
 .warning { background: #fff3cd; padding: .5em 1em } pre { overflow-x: auto; background: #f6f6f6; padding: .7em }
@@ -67,7 +67,7 @@ def _table(results: ValidationResults) -> str:
     for record in results.models:
         if record.error:
             rows.append(
-                f'<tr><td>{_escape(record.name)}</td><td colspan="{len(TABLE)}">not evaluated: '
+                f'<tr><td>{_escape(record.name)}</td><td class="text" colspan="{len(TABLE)}">not evaluated: '
                 f"{_escape(record.error)}</td></tr>"
             )
             continue
