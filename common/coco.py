@@ -1,4 +1,4 @@
-"""COCO-format annotations -> a checked data set in memory, and from there to training samples.
+"""A detection data set in memory, and from there to training samples; annotations.py reads it.
 
 COCO stores boxes as (left, top, width, height) in pixels of the original picture and numbers its categories with gaps
 (80 ids between 1 and 90). Both stay in this file and in `metrics.py`; everything else sees xyxy boxes and labels
@@ -6,7 +6,6 @@ COCO stores boxes as (left, top, width, height) in pixels of the original pictur
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from common.boxes import xywh_to_xyxy
-from common.errors import InputError
+from common.errors import InputError, WrongSizeError
 from common.types import Batch, Target
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -61,11 +60,15 @@ class CocoData:
 
     def first(self, count: int) -> "CocoData":
         """The first `count` pictures in file order; all of them where `count` is 0 or there are no more."""
-        if count == 0 or count >= len(self):
-            return self
-        end = self.starts[count]
-        kept = {k: getattr(self, k)[:end] for k in ("boxes", "labels", "crowd", "areas")}
-        return replace(self, pictures=self.pictures[:count], starts=self.starts[: count + 1], **kept)
+        return self if count == 0 or count >= len(self) else self.select(np.arange(count))
+
+    def select(self, indices: np.ndarray) -> "CocoData":
+        """The pictures at `indices` (N,) int64, in that order, with their boxes."""
+        counts = np.diff(self.starts)[indices]
+        starts = np.concatenate([[0], counts.cumsum()])
+        rows = np.repeat(self.starts[indices] - starts[:-1], counts) + np.arange(starts[-1])
+        kept = {k: getattr(self, k)[rows] for k in ("boxes", "labels", "crowd", "areas")}
+        return replace(self, pictures=tuple(self.pictures[i] for i in indices), starts=starts, **kept)
 
     def fingerprint(self) -> str:
         """Hex digest of picture ids, boxes, labels and classes: equal where the ground truth is equal."""
@@ -87,109 +90,6 @@ class CocoData:
         part = slice(self.starts[index], self.starts[index + 1])
         boxes = xywh_to_xyxy(torch.from_numpy(self.boxes[part])).float()
         return boxes, torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
-
-
-def load_coco(json_path: Path, pictures_folder: Path, limit: int = 0) -> CocoData:
-    """Read and check one annotation file.
-
-    Args:
-        json_path: COCO instances JSON (`images`, `annotations`, `categories`).
-        pictures_folder: the folder that the `file_name`s are relative to.
-        limit: keep the first `limit` pictures; 0 keeps all.
-
-    Returns:
-        The data set; `notes` counts the annotations that were left out (no box, no area, unknown picture or category).
-
-    Raises:
-        InputError: no such file, not COCO, no pictures, or pictures that are not there.
-    """
-    content = _read_json(json_path)
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    label_of = {category["id"]: label for label, category in enumerate(categories)}
-    if len(label_of) < len(categories):
-        raise InputError(f"{json_path}: two categories share an id; give each its own")
-    pictures = tuple(
-        Picture(int(i["id"]), pictures_folder / i["file_name"], int(i["width"]), int(i["height"]))
-        for i in (content["images"][:limit] if limit else content["images"])
-    )
-    _check_files(pictures, json_path, pictures_folder)
-    arrays, notes = _annotation_arrays(content["annotations"], pictures, content["images"], label_of)
-    ids, names = tuple(label_of), tuple(str(c["name"]) for c in categories)
-    return CocoData(pictures, ids, names, **arrays, source=str(json_path), notes=notes)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    needed = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("image_id",),
-        "categories": ("id", "name"),
-    }
-    for part, keys in needed.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise InputError(
-                f"{path} is not COCO: it has no list {part!r} (give the instances_*.json of a detection set)"
-            )
-        bad = next((e for e in entries if not isinstance(e, dict) or any(k not in e for k in keys)), None)
-        if bad is not None:
-            raise InputError(
-                f"{path} is not COCO: an entry of {part!r} lacks one of {', '.join(keys)}: {str(bad)[:80]}"
-            )
-    for part in ("images", "categories"):
-        if not content[part]:
-            raise InputError(f"{path}: the list {part!r} is empty; there is nothing to work on")
-    return content
-
-
-def _check_files(pictures: Sequence[Picture], json_path: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{json_path} needs the pictures' folder {folder}, which is not there")
-    missing = [p.path.name for p in pictures if not p.path.is_file()]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(pictures)} pictures of {json_path} are not in {folder}: {missing[0]}, …"
-        )
-
-
-def _annotation_arrays(annotations: list, pictures: Sequence[Picture], images: list, label_of: dict[int, int]):
-    index_of = {picture.id: index for index, picture in enumerate(pictures)}
-    if len(index_of) < len(pictures):
-        raise InputError("two pictures share an id; each picture needs its own")
-    known_ids = {image["id"] for image in images}
-    dropped = dict.fromkeys(("without a box", "without area", "of an unknown picture", "of an unknown category"), 0)
-    rows = []
-    for annotation in annotations:
-        box = annotation.get("bbox")
-        if annotation["image_id"] not in known_ids:
-            dropped["of an unknown picture"] += 1
-        elif annotation["image_id"] not in index_of:
-            continue  # its picture is beyond the limit
-        elif annotation.get("category_id") not in label_of:
-            dropped["of an unknown category"] += 1
-        elif not isinstance(box, list) or len(box) != 4:
-            dropped["without a box"] += 1
-        elif not (box[2] > 0 and box[3] > 0):
-            dropped["without area"] += 1
-        else:
-            area = annotation.get("area", box[2] * box[3])
-            label, crowd = label_of[annotation["category_id"]], bool(annotation.get("iscrowd", 0))
-            rows.append((index_of[annotation["image_id"]], label, crowd, area, *box))
-    table = np.array(rows, np.float64).reshape(-1, 8)
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    arrays = {
-        "boxes": np.ascontiguousarray(table[:, 4:]),
-        "labels": table[:, 1].astype(np.int64),
-        "crowd": table[:, 2].astype(bool),
-        "areas": np.ascontiguousarray(table[:, 3]),
-        "starts": np.searchsorted(table[:, 0], np.arange(len(pictures) + 1)),
-    }
-    return arrays, tuple(f"left out {count} annotations {why}" for why, count in dropped.items() if count)
 
 
 def pictures_alone(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> CocoData:
@@ -235,6 +135,10 @@ def open_picture(path: Path, size: tuple[int, int] | None = None) -> Image.Image
         image = Image.open(path)
         if size is None or image.size != size:
             image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off all that is bright
+            image = image.point(lambda value: value * (1 / 256)).convert("L")
+        if image.mode == "F":
+            raise ValueError("its pixels are fractions, whose range is unknown")
         image = image.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"no such picture: {path}") from error
@@ -242,7 +146,7 @@ def open_picture(path: Path, size: tuple[int, int] | None = None) -> Image.Image
         raise InputError(f"cannot read the picture {path}: {error}") from error
     if size is not None and image.size != size:
         found, said = "x".join(map(str, image.size)), "x".join(map(str, size))
-        raise InputError(f"{path} is {found} pixels, but its annotation says {said}; mend the annotation file")
+        raise WrongSizeError(f"{path} is {found} pixels, but its annotation says {said}; mend the annotation file")
     return image
 
 

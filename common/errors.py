@@ -6,3 +6,7 @@ class InputError(Exception):
 
     `cli.run` prints it and exits with status 2; anything else that reaches the user is a bug.
     """
+
+
+class WrongSizeError(InputError):
+    """A picture is not of the size that its annotation tells."""

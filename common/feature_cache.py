@@ -21,7 +21,8 @@ from common.coco import CocoData, DetectionDataset, collate, sample_randomness
 from common.detector import Detector
 from common.errors import InputError
 from common.files import cache_folder
-from common.inference import precision_name, progress_bar
+from common.inference import precision_name
+from common.progress import progress_bar
 from common.transforms import LetterboxTransform, letterbox_target, mirror_drawn, mirror_target
 from common.types import Target
 

@@ -5,7 +5,6 @@ Training's validation, the validation scripts and users' own pictures all go thr
 
 import re
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from common.boxes import mirror_boxes
 from common.coco import CocoData, DetectionDataset, collate
 from common.postprocess import postprocess
+from common.progress import progress_bar
 from common.transforms import LetterboxTransform
 from common.types import Batch, Detections, RawOutput
 
@@ -50,14 +49,6 @@ def _fastest_precision() -> str:
 def precision_name(accelerator: Accelerator) -> str:
     """fp32, bf16 or fp16."""
     return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-
-
-def progress_bar(total: int, what: str, unit: str = "picture", shown: bool = True) -> tqdm:
-    """A bar with the time left on stderr; in a log file, a line every half minute."""
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=total, desc=what, unit=unit, disable=not shown, mininterval=0.5 if interactive else 30, leave=False
-    )
 
 
 def eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:

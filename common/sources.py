@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.coco import CocoData, load_coco
+from common.annotations import load_coco, without_unreadable
+from common.coco import CocoData
 from common.demo import make_demo
 from common.errors import InputError
 from common.files import cache_folder
@@ -30,13 +31,18 @@ class DataSource:
     val_images_dir: str = ""
 
 
-def load_split(source: DataSource, split: str, limit: int = 0) -> CocoData:
-    """The `split` ("train" or "val") of the data set, its first `limit` pictures (0 = all).
+def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = False) -> CocoData:
+    """The `split` ("train" or "val") of the data set, its first `limit` pictures (0 = all), those that can be used.
+
+    What was repaired or left out is printed.
 
     Raises:
-        InputError: nothing of the kind there, or not readable as COCO (see `load_coco`).
+        InputError: nothing of the kind there, or not readable (see `annotations.load_coco`); with `strict`, anything
+            that would have to be repaired or left out.
     """
-    data = load_coco(*_locate(source, split, limit), limit)
+    data = without_unreadable(load_coco(*_locate(source, split, limit), limit))
+    if strict and data.notes:
+        raise InputError(f"{data.source}: {'; '.join(data.notes)} (refused by --strict)")
     for note in data.notes:
         print(f"{data.source}: {note}", flush=True)
     return data

@@ -16,7 +16,8 @@ import torch
 from common.coco import CocoData, open_picture
 from common.errors import InputError
 from common.files import cache_folder
-from common.inference import Cost, PeakMemory, device_name, progress_bar
+from common.inference import Cost, PeakMemory, device_name
+from common.progress import progress_bar
 from common.types import Detections, Found
 
 # The usual evaluation settings. `predict` gives each box its best class alone, ultralytics' own validation several.

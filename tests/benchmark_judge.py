@@ -20,8 +20,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common import cli
+from common.annotations import load_coco
 from common.cli import flag
-from common.coco import CocoData, load_coco
+from common.coco import CocoData
 from common.diagnosis import diagnose, self_check
 from common.matching import IOU_THRESHOLDS, match
 from common.metrics import best_of_duplicates, coco_detections, coco_dict, evaluate_table

@@ -11,7 +11,8 @@ from transformers import Dinov2Backbone, Dinov2Config
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from common.coco import CocoData, load_coco
+from common.annotations import load_coco
+from common.coco import CocoData
 from common.demo import make_demo
 from common.detector import Detector, new_detector
 

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 
 import improved_dino_detector
 from common import feature_cache
-from common.coco import DetectionDataset, collate, load_coco
+from common.annotations import load_coco
+from common.coco import DetectionDataset, collate
 from common.detector import new_detector
 from common.errors import InputError
 from common.feature_cache import CachedDataset, cached_features, feature_file

@@ -1,0 +1,227 @@
+"""Everything that can be wrong with annotations and pictures: told, and repaired, left out or refused."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.annotations import load_coco
+from common.coco import open_picture
+from common.errors import InputError
+from common.sources import DataSource, load_split
+
+
+def annotation(**parts):
+    return {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0} | parts
+
+
+LEFT_OUT = {
+    "no box": ({"bbox": None}, "left out 2 objects without a box"),
+    "three sides": ({"bbox": [1, 2, 3]}, "left out 2 objects without a box"),
+    "words": ({"bbox": ["1", "2", "3", "4"]}, "left out 2 objects without a box"),
+    "zero width": ({"bbox": [1, 2, 0, 9]}, "left out 2 boxes without area"),
+    "negative height": ({"bbox": [1, 20, 5, -9]}, "left out 2 boxes of negative width or height"),
+    "not a number": ({"bbox": [1, 2, float("nan"), 9]}, "left out 2 boxes that are not numbers"),
+    "infinite": ({"bbox": [1, 2, float("inf"), 9]}, "left out 2 boxes that are not numbers"),
+    "wholly outside": ({"bbox": [100, 2, 5, 9]}, "left out 2 boxes that lie outside their picture"),
+    "wholly above": ({"bbox": [10, -9, 5, 9]}, "left out 2 boxes that lie outside their picture"),
+    "unknown picture": ({"image_id": 99}, "left out 2 boxes of pictures that are not listed"),
+    "unknown category": ({"category_id": 99}, "left out 2 boxes of a category that is not listed"),
+    "no category": ({"category_id": None}, "left out 2 boxes of a category that is not listed"),
+    "a list for a category": ({"category_id": [3]}, "left out 2 boxes of a category that is not listed"),
+}
+REPAIRED = {
+    "partly outside": ({"bbox": [90, 50, 30, 30]}, "cut 2 boxes at the edge of their picture"),
+    "id 0": ({"id": 0}, "gave new ids to 2 boxes whose id is 0 or another's"),
+    "id of another": ({"id": 1}, "gave new ids to 2 boxes whose id is 0 or another's"),
+    "picture id as text": ({"image_id": "11"}, "read 2 ids that are written as text"),
+    "no crowd flag": ({"iscrowd": None}, "took 2 boxes without iscrowd for single objects"),
+    "no area": ({"area": None}, "took the box's area for 2 objects without one"),
+    "area not a number": ({"area": float("nan")}, "took the box's area for 2 objects without one"),
+}
+
+
+def twice(bad):
+    entries = [annotation(id=2, **bad), annotation(id=3, **bad)] if "id" not in bad else [annotation(**bad)] * 2
+    return [annotation(), *entries]
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_boxes_that_teach_nothing_are_left_out_and_counted(coco_file, case):
+    bad, note = LEFT_OUT[case]
+    data = load_coco(*coco_file(twice(bad)))
+    assert len(data.labels) == 1 and len(data.notes) == 1 and data.notes[0].startswith(note)
+
+
+@pytest.mark.parametrize("case", REPAIRED)
+def test_boxes_that_can_be_understood_are_kept_and_counted(coco_file, case):
+    bad, note = REPAIRED[case]
+    data = load_coco(*coco_file(twice(bad)))
+    assert len(data.labels) == 3 and len(data.notes) == 1 and data.notes[0].startswith(note)
+    assert np.isfinite(data.areas).all() and (data.areas > 0).all() and not data.crowd.any()
+
+
+def test_rounding_at_the_edge_is_not_worth_a_word(coco_file):
+    assert load_coco(*coco_file([annotation(bbox=[70, 20, 30.6, 40.4])])).notes == ()
+
+
+def test_text_that_is_a_number_is_one(coco_file):
+    path, pictures = coco_file([annotation(category_id="7")], categories=(("3", "cat"), ("7", "dog")))
+    data = load_coco(path, pictures)
+    assert data.category_ids == (3, 7) and data.labels.tolist() == [1]
+
+
+REFUSED = {
+    "images are no list": ({"images": {}}, "no list 'images'"),
+    "no annotations": ({"annotations": None}, "no list 'annotations'"),
+    "no images": ({"images": []}, "'images' is empty"),
+    "no categories": ({"categories": []}, "'categories' is empty"),
+    "annotation of nothing": ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "lacks one of image_id"),
+    "annotation is a word": ({"annotations": ["box"]}, "lacks one of image_id"),
+    "categories share an id": ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "share an id"),
+    "categories share a name": ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "are called 'a'"),
+    "category without number": ({"categories": [{"id": "one", "name": "a"}]}, "'one' is not a number"),
+    "no such picture": ({"images": [{"id": 1, "file_name": "gone.png", "width": 9, "height": 9}]}, "none of its 1"),
+    "pictures share an id": (
+        {"images": [{"id": 1, "file_name": f"{name}.png", "width": 9, "height": 9} for name in "ab"]},
+        "two pictures share the id 1: a.png and b.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_in_one_line(coco_file, case):
+    parts, message = REFUSED[case]
+    with pytest.raises(InputError, match=message) as caught:
+        load_coco(*coco_file([], parts=parts))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"[]", b"3"])
+def test_files_that_are_no_annotations(coco_file, content):
+    path, pictures = coco_file([])
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_coco(path, pictures)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "x/../../a.png", "C:\\a.png", "..\\a.png"])
+def test_file_names_do_not_lead_out_of_the_folder(coco_file, name):
+    good = {"id": 11, "file_name": "a.png", "width": 100, "height": 60}
+    path, pictures = coco_file([], parts={"images": [good, {"id": 2, "file_name": name, "width": 9, "height": 9}]})
+    data = load_coco(path, pictures)
+    assert len(data) == 1 and "lead out of their folder" in data.notes[0]
+
+
+def pictures_of(coco_file, *images):
+    good = {"id": 11, "file_name": "a.png", "width": 100, "height": 60}
+    path, pictures = coco_file([annotation()], parts={"images": [good, *images]})
+    return DataSource("", val_json=str(path), val_images_dir=str(pictures)), pictures
+
+
+def test_missing_pictures_and_pictures_listed_twice(coco_file):
+    source, _ = pictures_of(
+        coco_file,
+        {"id": 12, "file_name": "gone.png", "width": 9, "height": 9},
+        {"id": 11, "file_name": "a.png", "width": 100, "height": 60},
+    )
+    data = load_split(source, "val")
+    assert len(data) == 1 and len(data.notes) == 2
+    assert "are not in" in data.notes[0] and "listed twice" in data.notes[1]
+
+
+def test_sizes_that_are_not_annotated_are_read_from_the_files(coco_file):
+    source, _ = pictures_of(coco_file, {"id": 12, "file_name": "b.png"}, {"id": 13, "file_name": "b.png", "width": 0})
+    data = load_split(source, "val")
+    assert [(p.width, p.height) for p in data.pictures] == [(100, 60), (40, 80), (40, 80)]
+    assert data.notes[0].startswith("took the sizes of 2 pictures from their files")
+
+
+def damaged(path, kind):
+    """A file that calls itself a picture of 40 x 80 pixels."""
+    noise = np.random.default_rng(0).integers(0, 255, (80, 40, 3), np.uint8)
+    Image.fromarray(noise).save(path, "JPEG")
+    content = path.read_bytes()
+    changed = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "a web page": b"<!DOCTYPE html><html>404</html>",
+        "noise": bytes(200),
+    }
+    path.write_bytes(changed[kind])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "a web page", "noise"])
+def test_damaged_pictures_are_left_out_and_counted(coco_file, kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    source, pictures = pictures_of(coco_file, {"id": 12, "file_name": "c.jpg", "width": 40, "height": 80})
+    damaged(pictures / "c.jpg", kind)
+    for _ in range(2):  # the second time it is known
+        data = load_split(source, "val")
+        assert len(data) == 1 and data.notes == ("left out 1 pictures that cannot be read (c.jpg)",)
+        assert "c.jpg" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"c\.jpg.*--strict"):
+        load_split(source, "val", strict=True)
+    Image.new("RGB", (40, 80)).save(pictures / "c.jpg")
+    assert len(load_split(source, "val", strict=True)) == 2
+
+
+def test_pictures_of_another_size_are_left_out_unless_they_are_turned(coco_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {"id": 12, "file_name": "turned.jpg", "width": 40, "height": 80}
+    source, pictures = pictures_of(coco_file, turned, {"id": 13, "file_name": "b.png", "width": 50, "height": 80})
+    Image.new("RGB", (80, 40)).save(pictures / "turned.jpg", exif=exif)
+    data = load_split(source, "val")
+    assert [p.id for p in data.pictures] == [11, 12]
+    assert data.notes == ("left out 1 pictures of another size than annotated (b.png)",)
+
+
+def test_no_usable_picture_at_all(coco_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    source, pictures = pictures_of(coco_file)
+    (pictures / "a.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of its 1 pictures can be used: .*cannot be read \(a\.png\)"):
+        load_split(source, "val")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_every_kind_of_pixels_becomes_rgb(tmp_path, mode):
+    """A picture whose left half is dark and whose right half is bright stays so."""
+    grey = np.zeros((20, 40), np.uint8)
+    grey[:, 20:] = 200
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "1":
+        image = Image.fromarray(grey > 100)
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    pixels = np.asarray(open_picture(path, (40, 20)))
+    assert pixels.shape == (20, 40, 3) and pixels[:, :15].max() < 20 and 180 < pixels[:, 25:].mean() < 256
+    assert mode == "1" or pixels[:, 25:].mean() < 220
+
+
+def test_pictures_whose_range_is_unknown_or_whose_size_is_absurd_are_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.ones((20, 40), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="range is unknown"):
+        open_picture(tmp_path / "a.tiff")
+    Image.new("1", (400, 400)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"bomb\.png"):
+        open_picture(tmp_path / "bomb.png")
+
+
+def test_outlines_do_not_fill_the_memory(coco_file):
+    """3,000 outlined boxes; the file is read whole, what is kept of it is small."""
+    outline = [[float(j) for j in range(400)]]
+    path, pictures = coco_file([annotation(id=i + 1, segmentation=outline) for i in range(3000)])
+    tracemalloc.start()
+    data = load_coco(path, pictures)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data.labels) == 3000 and peak < 2.5 * path.stat().st_size
