@@ -22,6 +22,7 @@ from common.boxes import xywh_to_xyxy
 from common.errors import InputError, WrongSizeError
 from common.types import Batch, Target
 
+ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -148,6 +149,16 @@ def open_picture(path: Path, size: tuple[int, int] | None = None) -> Image.Image
         found, said = "x".join(map(str, image.size)), "x".join(map(str, size))
         raise WrongSizeError(f"{path} is {found} pixels, but its annotation says {said}; mend the annotation file")
     return image
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of a picture file turned upright, from its first bytes alone; None where they tell nothing."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return (image.height, image.width) if turned else image.size
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+        return None
 
 
 class DetectionDataset(Dataset):

@@ -1,19 +1,20 @@
 """Where the pictures come from: whatever `--data` names becomes a COCO-format folder on disk.
 
-`--data` takes a folder in COCO's or Roboflow's layout, a hub data set (by id, or a local copy of one as parquet
-files), or `demo`. Pictures from a hub are written once to the cache as an ordinary COCO-format folder, so every
-script sees one format and the next run starts at once.
+`--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
+copy of one as parquet files), or `demo`. Pictures from a hub are written once to the cache as an ordinary COCO-format
+folder, so every script sees one format and the next run starts at once.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.annotations import load_coco, without_unreadable
+from common.annotations import coco_data, load_coco, without_unreadable
 from common.coco import CocoData
 from common.demo import make_demo
 from common.errors import InputError
 from common.files import cache_folder
+from common.formats import find_yaml, is_voc, read_voc, read_yolo
 from common.hub import hub_folder
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # what layouts call the two parts
@@ -40,12 +41,23 @@ def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = Fa
         InputError: nothing of the kind there, or not readable (see `annotations.load_coco`); with `strict`, anything
             that would have to be repaired or left out.
     """
-    data = without_unreadable(load_coco(*_locate(source, split, limit), limit))
+    data = without_unreadable(_read(source, split, limit))
     if strict and data.notes:
         raise InputError(f"{data.source}: {'; '.join(data.notes)} (refused by --strict)")
     for note in data.notes:
         print(f"{data.source}: {note}", flush=True)
     return data
+
+
+def _read(source: DataSource, split: str, limit: int) -> CocoData:
+    """The split as it stands in its files, whatever their format."""
+    folder, explicit = Path(source.data), getattr(source, f"{split}_json")
+    described = None if explicit else find_yaml(folder)
+    if described:
+        return coco_data(*read_yolo(described, SPLITS[split], limit), str(described))
+    if not explicit and folder.is_dir() and is_voc(folder):
+        return coco_data(*read_voc(folder, SPLITS[split], limit), str(folder))
+    return load_coco(*_locate(source, split, limit), limit)
 
 
 def _locate(source: DataSource, split: str, limit: int) -> tuple[Path, Path]:
