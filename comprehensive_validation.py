@@ -42,9 +42,10 @@ class Settings:
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
-    data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
+    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
     val_images_dir: str = flag("", "the folder of their pictures")
+    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
     flip: bool = flag(False, "checkpoints look at each picture's mirror image too: half as fast")
     batch_size: int = flag(16, "pictures at once", at_least=1)
@@ -118,7 +119,9 @@ def main(settings: Settings) -> ValidationResults:
         check_writable(settings.report)
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
-    source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
+    source = DataSource(
+        settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir, image_ids=settings.image_ids
+    )
     data = load_split(source, "val", settings.val_images, settings.strict)
     models = settings.models or (() if settings.from_detections else MODELS)
     paths = (*models, *settings.from_detections)

@@ -41,11 +41,12 @@ CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 
 @dataclass(frozen=True)
 class Settings:
-    data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
+    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
     train_json: str = flag("", "training annotations, where the folder has no known layout")
     train_images_dir: str = flag("", "the folder of their pictures")
     val_json: str = flag("", "validation annotations, likewise")
     val_images_dir: str = flag("", "the folder of their pictures")
+    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
     train_images: int = flag(1000, "pictures to train on, the first of the file; 0 = all", at_least=0)
     val_images: int = flag(500, "pictures to validate the best epoch on; 0 = all", at_least=0)
     strict: bool = flag(False, "stop where data would have to be repaired or left out")
@@ -95,7 +96,12 @@ def main(settings: Settings) -> dict:
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.seed)
     source = DataSource(
-        settings.data, settings.train_json, settings.train_images_dir, settings.val_json, settings.val_images_dir
+        settings.data,
+        settings.train_json,
+        settings.train_images_dir,
+        settings.val_json,
+        settings.val_images_dir,
+        settings.image_ids,
     )
     train_data = load_split(source, "train", settings.train_images, settings.strict)
     training.check_objects(train_data)

@@ -41,9 +41,10 @@ COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "pict
 class Settings:
     checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to look at")
     images: tuple[str, ...] = flag((), "your own picture files and folders, instead of validation pictures")
-    data: str = flag("detection-datasets/coco", "COCO-format folder, hub data set id, or demo")
+    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
     val_images_dir: str = flag("", "the folder of their pictures")
+    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
     strict: bool = flag(False, "stop where data would have to be repaired or left out")
     draw: int = flag(24, "validation pictures to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
@@ -115,7 +116,12 @@ def main(settings: Settings) -> dict[str, dict]:
         first = checkpoints[0]
         data = pictures_alone([Path(p) for p in settings.images], first.class_names, first.category_ids)
     else:
-        source = DataSource(settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir)
+        source = DataSource(
+            settings.data,
+            val_json=settings.val_json,
+            val_images_dir=settings.val_images_dir,
+            image_ids=settings.image_ids,
+        )
         data = load_split(source, "val", settings.val_images, settings.strict)
 
     models, records = {}, []

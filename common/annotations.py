@@ -63,7 +63,7 @@ def load_coco(json_path: Path, pictures_folder: Path, limit: int = 0) -> CocoDat
     Raises:
         InputError: no such file, not JSON, and what `coco_data` raises.
     """
-    return coco_data(_read_json(json_path), pictures_folder, str(json_path), limit)
+    return coco_data(read_json(json_path), pictures_folder, str(json_path), limit)
 
 
 def coco_data(content: dict, folder: Path, source: str, limit: int = 0) -> CocoData:
@@ -145,7 +145,8 @@ def _fault(picture: Picture) -> str:
     return ""
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The content of an annotation file, without outlines. Raises InputError: no such file, or not JSON."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,13 +1,15 @@
 """Where the pictures come from: whatever `--data` names becomes a COCO-format folder on disk.
 
 `--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
-copy of one as parquet files), or `demo`. Pictures from a hub are written once to the cache as an ordinary COCO-format
-folder, so every script sees one format and the next run starts at once.
+copy of one as parquet files), `coco-official`, or `demo`. Pictures from a hub are written once to the cache as an
+ordinary COCO-format folder, so every script sees one format and the next run starts at once.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from common.annotations import coco_data, load_coco, without_unreadable
 from common.coco import CocoData
@@ -16,6 +18,7 @@ from common.errors import InputError
 from common.files import cache_folder
 from common.formats import find_yaml, is_voc, read_voc, read_yolo
 from common.hub import hub_folder
+from common.official import official_split
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # what layouts call the two parts
 DEMO_SEED = 0
@@ -30,6 +33,7 @@ class DataSource:
     train_images_dir: str = ""
     val_json: str = ""
     val_images_dir: str = ""
+    image_ids: str = ""  # file of the pictures to take instead of the first
 
 
 def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = False) -> CocoData:
@@ -52,12 +56,44 @@ def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = Fa
 def _read(source: DataSource, split: str, limit: int) -> CocoData:
     """The split as it stands in its files, whatever their format."""
     folder, explicit = Path(source.data), getattr(source, f"{split}_json")
+    ids = read_image_ids(Path(source.image_ids), split)[: limit or None] if source.image_ids else []
+    if source.data == "coco-official" and not explicit:
+        return load_coco(*official_split(split, limit, ids))
+    if ids:
+        return _select(_read(replace(source, image_ids=""), split, 0), ids)
     described = None if explicit else find_yaml(folder)
     if described:
         return coco_data(*read_yolo(described, SPLITS[split], limit), str(described))
     if not explicit and folder.is_dir() and is_voc(folder):
         return coco_data(*read_voc(folder, SPLITS[split], limit), str(folder))
     return load_coco(*_locate(source, split, limit), limit)
+
+
+def read_image_ids(path: Path, split: str) -> list[int]:
+    """The ids of a split's pictures in a file with lines such as "train 9" and "val 285"; # begins a remark.
+
+    Raises:
+        InputError: no such file, a line of another kind, or no picture of that split.
+    """
+    try:
+        lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the picture ids in {path}: {error}") from error
+    for number, words in enumerate(lines, 1):
+        if words and (len(words) != 2 or words[0] not in SPLITS or not words[1].isdecimal()):
+            raise InputError(f"{path}, line {number}: wanted are train or val and a picture's id, such as: train 9")
+    ids = [int(words[1]) for words in lines if words and words[0] == split]
+    if not ids:
+        raise InputError(f"{path} names no {split} pictures")
+    return ids
+
+
+def _select(data: CocoData, ids: list[int]) -> CocoData:
+    place = {picture.id: index for index, picture in enumerate(data.pictures)}
+    missing = [key for key in ids if key not in place]
+    if missing:
+        raise InputError(f"{data.source} lacks {len(missing)} of the {len(ids)} pictures asked for, {missing[0]} first")
+    return data.select(np.array([place[key] for key in ids]))
 
 
 def _locate(source: DataSource, split: str, limit: int) -> tuple[Path, Path]:
@@ -76,7 +112,8 @@ def _locate(source: DataSource, split: str, limit: int) -> tuple[Path, Path]:
     if is_hub_copy or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source.data):
         return _find_split(hub_folder(source.data, split, SPLITS[split], limit), split)
     raise InputError(
-        f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, not demo"
+        f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, "
+        "and neither coco-official nor demo"
     )
 
 
