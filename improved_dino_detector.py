@@ -266,7 +266,9 @@ def main(settings: Settings) -> dict:
     start = first_detector(settings, train_data, conditions)
     run = training.RunFolder(settings.run_dir, asdict(settings), writes=accelerator.is_main_process)
     for stage in wanted:
+        began = time.perf_counter()
         train_stage(settings, stage, start, train_data, val_data.first(training.EPOCH_VAL_PICTURES), run, accelerator)
+        accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
         accelerator.wait_for_everyone()
         best = load_detector(run.best)
         if stage.name == "frozen" and accelerator.is_main_process:

@@ -1,17 +1,18 @@
 """Features of a frozen backbone on disk: each picture goes through it once, later epochs read a memory map.
 
-One file holds (pictures, views, rows, columns, blocks, channels) float16 features: view 0 is the letterboxed picture,
-view 1 the same mirrored. It is written picture after picture under another name and renamed when whole, so that an
-interrupted build goes on where it stopped. Its name is a digest of all that the features depend on.
+One file holds (pictures, views, rows, columns, blocks, channels) features of 16 bits, bfloat16 where the run computes
+in it, so that nothing is lost, else float16: view 0 is the letterboxed picture, view 1 the same mirrored. It is written
+picture after picture under another name and renamed when whole, so that an interrupted build goes on where it stopped.
+Its name is a digest of all that the features depend on.
 """
 
 import hashlib
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -26,7 +27,7 @@ from common.progress import progress_bar
 from common.transforms import LetterboxTransform, letterbox_target, mirror_drawn, mirror_target
 from common.types import Target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPARE_DISK = 1 << 30  # bytes that a build leaves free
 
 
@@ -36,17 +37,19 @@ class FeatureFile:
 
     path: Path
     shape: tuple[int, int, int, int, int, int]  # pictures, views, rows, columns, blocks, channels
+    dtype: torch.dtype
 
     @property
     def bytes_a_picture(self) -> int:
-        return int(np.prod(self.shape[1:])) * np.float16().nbytes
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def size_in_words(self) -> str:
         return f"{self.shape[0] * self.bytes_a_picture / 1e9:.1f} GB"
 
-    def open(self) -> np.ndarray:
+    def open(self) -> Tensor:
         """The features as a memory map; what is written to it never reaches the file."""
-        return np.memmap(self.path, np.float16, mode="c", shape=self.shape)
+        size = math.prod(self.shape)
+        return torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype).view(self.shape)
 
 
 def feature_file(detector: Detector, data: CocoData, views: int, precision: str) -> FeatureFile:
@@ -71,13 +74,14 @@ def feature_file(detector: Detector, data: CocoData, views: int, precision: str)
         digest.update(repr((str(picture.path.resolve()), status.st_size, status.st_mtime_ns)).encode())
     side = config.image_size // detector.backbone.patch_size
     shape = (len(data), views, side, side, len(config.blocks), detector.backbone.channels)
-    return FeatureFile(cache_folder("features", f"{digest.hexdigest()[:24]}.f16"), shape)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return FeatureFile(cache_folder("features", f"{digest.hexdigest()[:24]}.features"), shape, dtype)
 
 
 def cached_features(
     detector: Detector, data: CocoData, *, mirrored: bool, batch_size: int, workers: int, accelerator: Accelerator
-) -> np.ndarray:
-    """The features of `data`'s pictures as a memory map (pictures, views, h, w, blocks, C) float16, built if need be.
+) -> Tensor:
+    """The features of `data`'s pictures as a memory map (pictures, views, h, w, blocks, C), built if need be.
 
     Args:
         detector: on the accelerator's device; its backbone is run in the accelerator's precision.
@@ -118,7 +122,7 @@ def _build(
                 views = [images, images.flip(-1)][: file.shape[1]]
                 with accelerator.autocast():
                     features = torch.stack([detector.patch_features(view) for view in views], dim=1)
-                out.write(features.half().cpu().numpy())
+                out.write(features.to(file.dtype).cpu().view(torch.int16).numpy())
                 bar.update(len(images))
             out.flush()
             os.fsync(out.fileno())
@@ -145,13 +149,13 @@ class CachedDataset(Dataset):
 
     Args:
         data: the pictures and boxes.
-        features: (pictures, views, h, w, blocks, C) float16, as `cached_features` returns them.
+        features: (pictures, views, h, w, blocks, C), as `cached_features` returns them.
         image_size: side of the square input, pixels.
         mirror: draw mirrored views, for training; else the letterboxed pictures alone.
         seed: of the draw.
     """
 
-    def __init__(self, data: CocoData, features: np.ndarray, image_size: int, *, mirror: bool = False, seed: int = 0):
+    def __init__(self, data: CocoData, features: Tensor, image_size: int, *, mirror: bool = False, seed: int = 0):
         self.data, self.features, self.image_size, self.mirror = data, features, image_size, mirror
         self.seed, self.epoch = seed, 0
 
@@ -162,9 +166,9 @@ class CachedDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Features (h, w, blocks, C) float16 and the picture's `Target`."""
+        """Features (h, w, blocks, C) and the picture's `Target`."""
         target = letterbox_target(self.data.target(index), self.data.size(index), self.image_size)
         with sample_randomness(self.seed, self.epoch, index):
             mirrored = self.mirror and mirror_drawn()
-        view = torch.from_numpy(self.features[index, int(mirrored)])
+        view = self.features[index, int(mirrored)]
         return view, mirror_target(target, self.image_size) if mirrored else target

@@ -13,7 +13,7 @@ from common.coco import DetectionDataset, collate
 from common.detector import new_detector
 from common.errors import InputError
 from common.feature_cache import CachedDataset, cached_features, feature_file
-from common.transforms import MirrorTransform
+from common.transforms import LetterboxTransform, MirrorTransform
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +52,28 @@ def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelera
     assert 0 < mirrored < 12
 
 
+def test_in_bf16_nothing_is_lost(detector, demo_val):
+    """The head then sees the same bits with the cache and without."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    features = build(detector, demo_val, accelerator, mirrored=False)
+    images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).images
+    with torch.no_grad(), accelerator.autocast():
+        plain, cached = detector(images), detector(features[:4, 0])
+    assert features.dtype == torch.bfloat16
+    assert torch.equal(plain.boxes, cached.boxes) and torch.equal(plain.class_logits, cached.class_logits)
+
+
 def test_a_second_call_reads_what_the_first_wrote(detector, demo_val, accelerator, own_cache, monkeypatch):
     randomness = torch.get_rng_state()
     first = build(detector, demo_val, accelerator)
     assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
-    assert first.shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".f16"]
+    assert first.shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
     monkeypatch.setattr(feature_cache, "_build", None)
     assert (build(detector, demo_val, accelerator) == first).all()
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(detector, demo_val, accelerator, own_cache, monkeypatch):
-    whole = build(detector, demo_val, accelerator).copy()
+    whole = build(detector, demo_val, accelerator).clone()
     (path,) = own_cache.iterdir()
     content = path.read_bytes()
     half = path.with_suffix(".partial")
