@@ -29,6 +29,7 @@ from common.types import Target
 
 FORMAT_VERSION = 2
 SPARE_DISK = 1 << 30  # bytes that a build leaves free
+CPU_BATCH = 4  # pictures at once while building on a CPU: a tenth faster than 16, as less waits for less
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def cached_features(
     Args:
         detector: on the accelerator's device; its backbone is run in the accelerator's precision.
         mirrored: also keep those of the mirrored pictures (twice the size).
-        batch_size: pictures at once while building.
+        batch_size: pictures at once while building, at most; on a CPU fewer.
         workers: processes that decode pictures while building.
 
     Raises:
@@ -112,7 +113,8 @@ def _build(
         begun = f", {done} of them there already" if done else ""
         print(f"features of {len(data)} pictures: {file.size_in_words()} in {file.path.parent}{begun}", flush=True)
         dataset = Subset(DetectionDataset(data, LetterboxTransform(detector.config.image_size)), range(done, len(data)))
-        loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+        at_once = min(batch_size, CPU_BATCH) if accelerator.device.type == "cpu" else batch_size
+        loader = DataLoader(dataset, at_once, collate_fn=collate, num_workers=workers)
         detector.backbone.eval()
         with partial.open("ab") as out, progress_bar(len(data), "caching features") as bar:
             out.truncate(done * file.bytes_a_picture)
