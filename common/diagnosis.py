@@ -11,6 +11,7 @@ FOUND = 0.5  # IoU from which on a box counts as found
 TOUCHED = 0.1  # IoU below which a detection has nothing to do with a box (TIDE, arXiv 2008.08115)
 CALIBRATION_BINS = 10  # of equal width
 CALIBRATION_FLOOR = 0.05  # scores below it are not looked at: the many that say "hardly" would drown the rest
+CHECKED = 500  # pictures that tell whether detections are misread
 ENOUGH = 10  # detections on objects, to say anything of their names
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
@@ -193,6 +194,8 @@ def confusion(table: np.ndarray, data: CocoData, score: float | None) -> np.ndar
 
 def self_check(table: np.ndarray, data: CocoData) -> list[str]:
     """Sentences on detections that look misread: as they are they fit badly, read another way they would fit well."""
+    data = data.first(CHECKED)
+    table = table[np.isin(table[:, 0], [picture.id for picture in data.pictures])]
     scale = {p.id: max(p.width, p.height) for p in data.pictures}
     longest = np.array([scale[int(image_id)] for image_id in table[:, 0]])[:, None]
     x, y, width, height = table[:, 1:5].T

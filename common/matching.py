@@ -177,8 +177,7 @@ def ranking(matches: Matches, threshold: int = 0) -> Ranking:
 def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.ndarray:
     """COCO's average precision of each class, under any number of weightings of the pictures.
 
-    Precision only peaks where an answer is right, so it is computed there alone: how many answers rank at least as
-    high is one matrix product of (right answers, pictures) counts and (pictures, weightings).
+    Precision only peaks where an answer is right, so it is computed there alone.
 
     Args:
         ranked: answers and objects; equal scores rank in the order given.
@@ -207,14 +206,10 @@ def _mean_precision(picture: np.ndarray, hit: np.ndarray, objects: np.ndarray, w
     places = np.nonzero(hit)[0]
     if len(places) == 0:
         return np.zeros_like(objects)
-    until_hit = places[-1] + 1
-    segment = np.searchsorted(places, np.arange(until_hit))  # the next right answer, for which this one counts
-    pictures, column = np.unique(picture[:until_hit], return_inverse=True)
-    counts = np.zeros((len(places), len(pictures)), np.float32)
-    np.add.at(counts, (segment, column), 1)
+    starts = np.concatenate([[0], places[:-1] + 1])  # of the answers that end with a right one
+    answers = np.add.reduceat(weights[picture[: places[-1] + 1]], starts, axis=0, dtype=np.float64).cumsum(0)
     right = weights[picture[places]].cumsum(0, dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):  # some matrix libraries raise the first in their padding
-        answers = (counts @ weights[pictures]).cumsum(0, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.where(answers > 0, right / answers, 0)
         recall = np.where(objects > 0, right / objects, 0)
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]

@@ -90,9 +90,10 @@ def coco_dict(data: CocoData, category_ids: tuple[int, ...] | None = None) -> di
 
 def coco_detections(table: np.ndarray, category_ids: tuple[int, ...]) -> list[dict]:
     """The rows of `detection_table` in COCO's results format."""
+    columns = table[:, 0].astype(np.int64), table[:, 6].astype(np.int64), table[:, 1:5], table[:, 5]
     return [
-        {"image_id": int(r[0]), "category_id": category_ids[int(r[6])], "bbox": r[1:5].tolist(), "score": float(r[5])}
-        for r in table
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 
@@ -214,10 +215,9 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 def _best_rows(table: np.ndarray) -> dict[int, np.ndarray]:
     """Image id -> the row with the highest score, the first of equals."""
-    best: dict[int, np.ndarray] = {}
-    for row in table[np.argsort(-table[:, 5], kind="stable")]:
-        best.setdefault(int(row[0]), row)
-    return best
+    order = np.argsort(-table[:, 5], kind="stable")
+    image_ids, first = np.unique(table[order, 0], return_index=True)
+    return dict(zip(image_ids.astype(np.int64).tolist(), table[order[first]], strict=True))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common.coco import CocoData, open_picture
 from common.errors import InputError
@@ -74,10 +75,13 @@ def _load(name: str):
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    replaced = Image.open, torch.save
     try:
         from ultralytics import YOLO
     except ImportError as error:
         raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
+    finally:
+        Image.open, torch.save = replaced  # it puts its own in their place, for the whole process
     path = Path(name) if Path(name).exists() else _fetch(name)
     try:
         model = YOLO(path)

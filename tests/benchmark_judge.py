@@ -49,7 +49,8 @@ def made_up(data: CocoData, seed: int) -> np.ndarray:
         part = slice(data.starts[index], data.starts[index + 1])
         true = data.boxes[part][:DETECTIONS] * rng.normal(1, 0.1, (min(len(data.boxes[part]), DETECTIONS), 4)).clip(0.5)
         count = DETECTIONS - len(true)
-        other = rng.random((count, 4)) * (picture.width / 2, picture.height / 2) * 2 + (0, 0, 1, 1)
+        width, height = picture.width, picture.height
+        other = rng.random((count, 4)) * (width, height, width / 2, height / 2) + (0, 0, 1, 1)
         labels = np.concatenate([data.labels[part][:DETECTIONS], rng.integers(0, len(data.class_names), count)])
         wrong = rng.random(DETECTIONS) < 0.2
         labels[wrong] = rng.integers(0, len(data.class_names), wrong.sum())

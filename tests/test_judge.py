@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_metrics import crowded, random_detections, truth_as_detections
 
 from common.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
@@ -260,6 +261,7 @@ def test_yolo_reproduces_its_known_figure(assets):
     assert record.detection["AP"] == pytest.approx(0.398, abs=0.003)
     assert record.detection["AP50"] == pytest.approx(0.561, abs=0.003)
     assert record.conditions["classes_compared"] == 80
+    assert Image.open.__module__ == "PIL.Image" and torch.save.__module__ == "torch.serialization"
 
 
 def test_ultralytics_is_not_imported_unless_asked_for():
