@@ -7,6 +7,8 @@ there yet is fetched.
 
 import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,7 +45,8 @@ def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.devi
     pictures = [_pixels(data, index) for index in range(min(len(data), batch_size))]
     found: list[Detections] = []
     try:
-        names = _first_result(model, pictures[0], options).names
+        with _as_it_was():
+            names = model.predict(pictures[:1], **options)[0].names  # an exported model is only loaded now
         exported = not isinstance(model.model, torch.nn.Module)
         batch = 1 if exported else batch_size
         with PeakMemory(device) as memory:
@@ -75,16 +78,15 @@ def _load(name: str):
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
-    replaced = Image.open, torch.save
     try:
-        from ultralytics import YOLO
+        with _as_it_was():
+            from ultralytics import YOLO
     except ImportError as error:
         raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
-    finally:
-        Image.open, torch.save = replaced  # it puts its own in their place, for the whole process
     path = Path(name) if Path(name).exists() else _fetch(name)
     try:
-        model = YOLO(path)
+        with _as_it_was():
+            model = YOLO(path)
     except Exception as error:  # likewise
         raise InputError(f"{name} is no model of ultralytics': {str(error).strip().splitlines()[0]}") from error
     if model.task != "detect":
@@ -92,12 +94,14 @@ def _load(name: str):
     return model
 
 
-def _first_result(model, pixels: np.ndarray, options: dict):
-    """Of one picture; loads an exported model. ultralytics takes one core less than there is; we give it back."""
-    threads = torch.get_num_threads()
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """ultralytics puts its own `Image.open` and `torch.save` in place of theirs, and leaves out a core: undone here."""
+    opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
     try:
-        return model.predict([pixels], **options)[0]
+        yield
     finally:
+        Image.open, torch.save = opened, saved
         torch.set_num_threads(threads)
 
 
