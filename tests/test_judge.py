@@ -191,7 +191,10 @@ def test_the_self_check_warns_of_shifted_classes_and_misread_boxes(demo_val):
         (warning,) = self_check(np.column_stack([table[:, :6], table[:, 6] + step]), demo_val)
         assert f"moved by {-step:+d}" in warning
     x, y, width, height = table[:, 1:5].T
+    sides = {picture.id: max(picture.width, picture.height) for picture in demo_val.pictures}
+    longest = np.array([sides[int(image_id)] for image_id in table[:, 0]])
     misread = {
+        "shares of the picture": [x / longest, y / longest, width / longest, height / longest],
         "(x, y, width, height) was taken for corners": [x, y, width - x, height - y],
         "corners (x, y, x, y) were taken": [x, y, x + width, y + height],
         "centres": [x + width / 2, y + height / 2, width, height],
