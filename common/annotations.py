@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from common.coco import CocoData, Picture, open_picture
+from common.coco import CocoData, Picture, open_picture, picture_size
 from common.errors import InputError, WrongSizeError
 from common.files import atomic_write, cache_folder
 from common.progress import progress_bar
@@ -27,6 +27,7 @@ NEEDED = {
 }
 DECODED = 20_000  # pictures that are decoded beforehand, a few minutes' worth
 EDGE = 1.0  # pixels that a box may reach beyond its picture before that is worth a word: rounding
+UNREADABLE = "left out {} pictures that cannot be read"
 TEXT_IDS = "read {} ids that are written as text"
 SHOWN = 1000  # pictures from which on checking them takes long enough for a progress bar
 NAMED = 3  # pictures that a note names
@@ -117,8 +118,7 @@ def _faults(data: CocoData) -> list[str]:
     """What is wrong with each picture, "" where nothing is."""
     digest = hashlib.sha256()
     for p in data.pictures:
-        status = p.path.stat()
-        digest.update(repr((str(p.path.resolve()), status.st_size, status.st_mtime_ns, p.width, p.height)).encode())
+        digest.update(repr((*p.file_state(), p.width, p.height)).encode())
     known = cache_folder("checked", f"{digest.hexdigest()[:24]}.json")
     try:
         return json.loads(known.read_text())
@@ -141,7 +141,7 @@ def _fault(picture: Picture) -> str:
     except WrongSizeError:
         return "left out {} pictures of another size than annotated"
     except InputError:
-        return "left out {} pictures that cannot be read"
+        return UNREADABLE
     return ""
 
 
@@ -245,12 +245,9 @@ def _pictures(images: list, folder: Path, source: str, problems: Problems) -> tu
 
 def _size_of(path: Path, problems: Problems) -> tuple[int, int] | None:
     """(width, height) of the file itself."""
-    try:
-        size = open_picture(path).size
-    except InputError:
-        problems.add("left out {} pictures that cannot be read", path.name)
-        return None
-    problems.add("took the sizes of {} pictures from their files", path.name)
+    size = picture_size(path)
+    found = "took the sizes of {} pictures from their files"
+    problems.add(found if size else UNREADABLE, path.name)
     return size
 
 

@@ -35,6 +35,11 @@ class Picture:
     width: int
     height: int
 
+    def file_state(self) -> tuple[str, int, int]:
+        """Path, length and time of change: what a cache goes by to notice another file in this one's place."""
+        status = self.path.stat()
+        return str(self.path.resolve()), status.st_size, status.st_mtime_ns
+
 
 @dataclass(frozen=True)
 class CocoData:

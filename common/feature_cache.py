@@ -71,8 +71,7 @@ def feature_file(detector: Detector, data: CocoData, views: int, precision: str)
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     for picture in data.pictures:
-        status = picture.path.stat()
-        digest.update(repr((str(picture.path.resolve()), status.st_size, status.st_mtime_ns)).encode())
+        digest.update(repr(picture.file_state()).encode())
     side = config.image_size // detector.backbone.patch_size
     shape = (len(data), views, side, side, len(config.blocks), detector.backbone.channels)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.coco import CocoData
 from common.matching import IOU_THRESHOLDS, Matches, average_precision, ranking
-from common.metrics import primary_pairs, weighted_scores
+from common.metrics import PrimaryPairs, primary_pairs, weighted_scores
 
 RESAMPLES = 1000
 LEVEL = 95  # per cent
@@ -40,7 +40,8 @@ def resampled(
         data: the ground truth.
         weights: (P, R) as `draws` returns them.
     """
-    parts = [_numbers(table, matches, agnostic, data, part) for part in _batches(weights)]
+    pairs = primary_pairs(table, data)
+    parts = [_numbers(pairs, matches, agnostic, data, part) for part in _batches(weights)]
     return {name: np.concatenate([part[name] for part in parts]) for name in COMPARED}
 
 
@@ -48,8 +49,9 @@ def _batches(weights: np.ndarray) -> list[np.ndarray]:
     return np.array_split(weights, max(1, weights.shape[1] // BATCH), axis=1)
 
 
-def _numbers(table, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray) -> dict[str, np.ndarray]:
-    pairs = primary_pairs(table, data)
+def _numbers(
+    pairs: PrimaryPairs, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
+) -> dict[str, np.ndarray]:
     numbers = weighted_scores(pairs, weights[pairs.picture].astype(np.float64))
     by_threshold = [
         _mean_of_classes(average_precision(ranking(matches, t), len(data.class_names), weights))
