@@ -13,6 +13,7 @@ model's detections in COCO's results format.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,15 @@ from common.errors import InputError
 from common.files import atomic_write, check_writable
 from common.inference import make_accelerator
 from common.metrics import coco_detections
-from common.results import ValidationRecord, ValidationResults, format_comparisons, format_table, write_results
+from common.results import (
+    ValidationRecord,
+    ValidationResults,
+    format_comparisons,
+    format_table,
+    read_results,
+    write_results,
+)
+from common.signals import Interrupted
 from common.sources import DataSource, load_split
 from common.types import Found
 from common.validation import Judgement, Runner, found_by_checkpoint, found_in_file, judge, unique_names
@@ -56,6 +65,7 @@ class Settings:
         False, f"exit with {NOT_ALL} where a model could not be evaluated, stop where data would have to be repaired"
     )
     output: str = flag("validation_results.json", "the results to write")
+    resume: bool = flag(False, "go on where an interrupted validation of the same pictures stopped")
     report: str = flag("", "also write a report with charts and pictures, one HTML file")
 
 
@@ -71,9 +81,16 @@ def find(path: str, settings: Settings, data: CocoData, runner: Runner) -> Found
 
 
 def judge_model(name: str, path: str, settings: Settings, data: CocoData, runner: Runner, weights) -> Judgement:
-    """The judgement of one model: with numbers and detections written, or with its error."""
+    """The judgement of one model: with numbers and detections written, or with its error.
+
+    Several processes look at the pictures together; the first alone judges, and runs what is not of this project.
+    """
     try:
-        judgement = judge(name, path, find(path, settings, data, runner), data, weights)
+        together = path.endswith(".pth") and path not in settings.from_detections
+        found = find(path, settings, data, runner) if together or runner.accelerator.is_main_process else None
+        if not runner.accelerator.is_main_process:
+            return Judgement(ValidationRecord(name, path))
+        judgement = judge(name, path, found, data, weights)
     except InputError as error:
         return Judgement(ValidationRecord(name, path, error=str(error)))
     for warning in judgement.record.warnings:
@@ -83,6 +100,65 @@ def judge_model(name: str, path: str, settings: Settings, data: CocoData, runner
     with atomic_write(output.parent / file, "w") as stream:
         json.dump(coco_detections(judgement.table, data.category_ids), stream)
     return replace(judgement, record=replace(judgement.record, detections=str(file)))
+
+
+def judged_before(settings: Settings, data: CocoData) -> dict[str, ValidationRecord]:
+    """By path: the records that an interrupted validation left, with --resume, of models that have not changed since.
+
+    Raises:
+        InputError: it was of other pictures, or by another protocol.
+    """
+    path = partial_file(settings)
+    if not settings.resume or not path.is_file():
+        return {}
+    before = read_results(path)
+    if (before.dataset.get("fingerprint"), before.protocol) != (data.fingerprint(), describe_protocol(settings.seed)):
+        raise InputError(f"--resume: {path} is of other pictures or another protocol; begin again, without --resume")
+    since = path.stat().st_mtime
+    whole = [record for record in before.models if record.detections]
+    return {r.path: r for r in whole if not Path(r.path).exists() or Path(r.path).stat().st_mtime < since}
+
+
+def judge_again(record: ValidationRecord, settings: Settings, data: CocoData, weights) -> Judgement:
+    """The judgement behind a record, from the detections that were written with it."""
+    found = found_in_file(str(Path(settings.output).parent / record.detections), data)
+    return replace(judge(record.name, record.path, found, data, weights), record=record)
+
+
+def partial_file(settings: Settings) -> Path:
+    """Where the records of an interrupted validation wait for --resume."""
+    return Path(settings.output).with_suffix(".partial.json")
+
+
+def judge_all(settings: Settings, data: CocoData, runner: Runner) -> list[Judgement]:
+    """The judgement of every model.
+
+    Raises:
+        Interrupted: with the records of the models that are done kept in `partial_file`.
+    """
+    models = settings.models or (() if settings.from_detections else MODELS)
+    paths = (*models, *settings.from_detections)
+    weights = uncertainty.draws(len(data), settings.seed)
+    before, judgements = judged_before(settings, data), []
+    try:
+        for name, path in zip(unique_names(paths), paths, strict=True):
+            if path in before:
+                judgements.append(judge_again(before[path], settings, data, weights))
+            else:
+                judgements.append(judge_model(name, path, settings, data, runner, weights))
+    except Interrupted as interrupted:
+        if judgements and runner.accelerator.is_main_process:
+            write_results(partial_file(settings), summary(settings, data, judgements))
+            interrupted.advice = f"{len(judgements)} of {len(paths)} models are done; go on with --resume"
+        raise
+    return judgements
+
+
+def summary(settings: Settings, data: CocoData, judgements: Sequence[Judgement]) -> ValidationResults:
+    """The content of the results file."""
+    compared = uncertainty.comparisons({j.record.name: j.samples for j in judgements if j.samples})
+    records = tuple(judgement.record for judgement in judgements)
+    return ValidationResults(describe_protocol(settings.seed), describe_data(settings, data), records, compared)
 
 
 def describe_protocol(seed: int) -> dict:
@@ -113,7 +189,7 @@ def describe_data(settings: Settings, data: CocoData) -> dict:
 
 
 def main(settings: Settings) -> ValidationResults:
-    """Evaluate every model, print the table, write and return the results."""
+    """Evaluate every model, print the table, write and return the results; of several processes, the first does."""
     check_writable(settings.output)
     if settings.report:
         check_writable(settings.report)
@@ -122,20 +198,17 @@ def main(settings: Settings) -> ValidationResults:
     source = DataSource(
         settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir, image_ids=settings.image_ids
     )
-    data = load_split(source, "val", settings.val_images, settings.strict)
-    models = settings.models or (() if settings.from_detections else MODELS)
-    paths = (*models, *settings.from_detections)
-    weights = uncertainty.draws(len(data), settings.seed)
-    judgements = [
-        judge_model(name, path, settings, data, runner, weights)
-        for name, path in zip(unique_names(paths), paths, strict=True)
-    ]
-    records = tuple(judgement.record for judgement in judgements)
+    with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
+        data = load_split(source, "val", settings.val_images, settings.strict)
+    judgements = judge_all(settings, data, runner)
+    results = summary(settings, data, judgements)
+    records = results.models
+    if not runner.accelerator.is_main_process:
+        return results
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    compared = uncertainty.comparisons({j.record.name: j.samples for j in judgements if j.samples})
-    results = ValidationResults(describe_protocol(settings.seed), describe_data(settings, data), records, compared)
     write_results(settings.output, results)
+    partial_file(settings).unlink(missing_ok=True)
     print(f"{len(data)} validation pictures of {results.dataset['source']}")
     print(format_table(records), format_comparisons(results), f"written to {settings.output}", sep="\n")
     if settings.report:

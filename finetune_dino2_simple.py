@@ -12,11 +12,9 @@ probe. The best epoch by mAP@0.5 on the first 100 validation pictures becomes th
 Writes OUTPUT, and in RUN_DIR best.pth, last.pth, settings.json and log.jsonl (one JSON line an epoch).
 """
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,14 +27,16 @@ from common.cli import flag
 from common.coco import DetectionDataset
 from common.detector import new_detector
 from common.files import check_writable
-from common.inference import eval_loader, make_accelerator, precision_name
+from common.inference import eval_loader, make_accelerator
 from common.losses import LossConfig, detection_loss
 from common.progress import progress_bar
+from common.run_folder import RunFolder, publish_best
 from common.sources import DataSource, load_split
 from common.transforms import TrainTransform
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
+LOSS = LossConfig()
 
 
 @dataclass(frozen=True)
@@ -65,36 +65,39 @@ class Settings:
     )
     workers: int = flag(2, "processes that decode pictures", at_least=0)
     seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0)
+    deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower; on a CPU they are")
+    resume: bool = flag(False, "go on with the stopped run in --run-dir; begin where there is none")
+    save_steps: int = flag(0, "save the run's state every so many steps, not at the ends of epochs alone", at_least=0)
     output: str = flag("dino2_detector.pth", "the checkpoint to write")
     run_dir: str = flag("runs/simple", "folder for the run's log and its best and last checkpoint")
 
 
 def train_one_epoch(
-    model: nn.Module, loader: DataLoader, optimizer, schedule, accelerator: Accelerator, bar: tqdm
-) -> dict[str, float]:
-    """One pass over the training pictures; returns the mean of each loss term."""
+    model: nn.Module, loader: DataLoader, progress: training.Progress, run: RunFolder, bar: tqdm
+) -> None:
+    """One pass over the training pictures; what a resumed run did of it before is left out."""
+    accelerator = progress.accelerator
     model.train()
-    means = training.Means()
-    for batch in loader:
-        out = model(batch.images)
-        losses = detection_loss(out, batch.targets, LossConfig())
-        loss = sum(losses.values())
-        training.check_finite(loss, batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        means.add(losses)
+    for batch in progress.steps(loader):
+        with training.memory_explained(batch, progress.detector, LOSS):
+            out = model(batch.images)
+            losses = detection_loss(out, batch.targets, LOSS, progress.mean_of_processes)
+            accelerator.backward(sum(losses.values()))
+        norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        progress.check_finite(losses, norm, batch)
+        progress.optimizer.step()
+        progress.schedule.step()
+        progress.optimizer.zero_grad()
+        progress.finish_step(losses)
+        run.after_step(progress)
         bar.update()
-    return means.get()
 
 
 def main(settings: Settings) -> dict:
     """Train, keep the best epoch, and return its numbers on the validation pictures."""
     check_writable(settings.output)
     set_seed(settings.seed)
-    accelerator = make_accelerator(settings.precision, settings.seed)
+    accelerator = make_accelerator(settings.precision, settings.deterministic)
     source = DataSource(
         settings.data,
         settings.train_json,
@@ -103,9 +106,10 @@ def main(settings: Settings) -> dict:
         settings.val_images_dir,
         settings.image_ids,
     )
-    train_data = load_split(source, "train", settings.train_images, settings.strict)
-    training.check_objects(train_data)
-    val_data = load_split(source, "val", settings.val_images, settings.strict)
+    with accelerator.main_process_first():  # what is fetched or drawn is then there for the others
+        train_data = load_split(source, "train", settings.train_images, settings.strict)
+        val_data = load_split(source, "val", settings.val_images, settings.strict)
+    training.check_objects(train_data, val_data)
     backbone_name, backbone_folder = fetch_backbone(settings.backbone)
     detector = new_detector(
         backbone_folder,
@@ -120,7 +124,7 @@ def main(settings: Settings) -> dict:
         detector.backbone.unfreeze()
 
     train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
-    train_loader = training.train_loader(train_set, settings.batch_size, settings.workers)
+    train_loader, order = training.train_loader(train_set, settings.batch_size, settings.workers, settings.seed)
     quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
     quick_loader = eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
     groups = training.parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
@@ -128,29 +132,24 @@ def main(settings: Settings) -> dict:
     model, optimizer, train_loader, quick_loader = accelerator.prepare(detector, optimizer, train_loader, quick_loader)
     steps = settings.epochs * len(train_loader)
     schedule = training.cosine_schedule(optimizer, steps)
+    progress = training.Progress("only", detector, optimizer, schedule, order, accelerator)
 
-    run = training.RunFolder(settings.run_dir, asdict(settings), writes=accelerator.is_main_process)
-    conditions = asdict(settings) | {
-        "backbone": backbone_name,
-        "train_pictures": len(train_data),
-        "train_fingerprint": train_data.fingerprint(),
-        "precision": precision_name(accelerator),
-    }
+    run = RunFolder(settings.run_dir, asdict(settings), train_data.fingerprint(), accelerator)
+    conditions = training.describe_training(asdict(settings), train_data, accelerator) | {"backbone": backbone_name}
+    untrained = Checkpoint(detector, train_data.class_names, train_data.category_ids, conditions)
     accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} pictures with {backbone_name}")
-    with progress_bar(steps, "training", "step", shown=accelerator.is_main_process) as bar:
-        for epoch in range(1, settings.epochs + 1):
-            start = time.perf_counter()
-            training.set_epoch(train_loader, epoch)
-            losses = train_one_epoch(model, train_loader, optimizer, schedule, accelerator, bar)
-            seconds = time.perf_counter() - start
+    bar = progress_bar(steps, "training", "step", shown=accelerator.is_main_process)
+    with bar, run.keeping(progress):
+        bar.update(progress.epoch * len(train_loader) + progress.step)
+        while progress.epoch < settings.epochs:
+            train_one_epoch(model, train_loader, progress, run, bar)
             numbers = training.validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
-            checkpoint = Checkpoint(
-                detector, train_data.class_names, train_data.category_ids, conditions, numbers, epoch
-            )
-            run.finish_epoch(checkpoint, losses, seconds, stage="only")
+            run.finish_epoch(progress, replace(untrained, metrics=numbers, epoch=progress.epoch + 1))
+            progress.next_epoch()
+            run.save(progress)
 
     full_loader = eval_loader(val_data, settings.image_size, settings.batch_size, settings.workers)
-    return training.publish_best(run, full_loader, val_data, settings.output, accelerator)
+    return publish_best(run, full_loader, val_data, settings.output)
 
 
 if __name__ == "__main__":

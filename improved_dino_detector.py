@@ -27,21 +27,23 @@ from tqdm import tqdm
 
 from common import cli, training
 from common.backbone import fetch_backbone
-from common.checkpoint import Checkpoint, load_detector, save_detector
+from common.checkpoint import Checkpoint, load_detector
 from common.cli import flag
 from common.coco import CocoData, DetectionDataset, collate
 from common.detector import HEADS, Detector, new_detector
 from common.errors import InputError
-from common.feature_cache import CachedDataset, cached_features
+from common.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.files import check_writable
-from common.inference import eval_loader, make_accelerator, precision_name
+from common.inference import eval_loader, make_accelerator
 from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
 from common.progress import progress_bar
+from common.run_folder import RunFolder, publish_best
 from common.sources import DataSource, load_split
 from common.transforms import MirrorTransform, TrainTransform
 
 WEIGHT_DECAY = 0.05
 AUGMENTATIONS = ("auto", "mirror", "crop")
+STAGES = ("frozen", "unfrozen")
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 
 
@@ -75,6 +77,7 @@ class Settings:
     layer_decay: float = flag(0.8, "and each block so many times as fast as the one after it", at_least=0)
     unfreeze_blocks: int = flag(0, "stage 2 trains the last so many blocks; 0 = the whole backbone", at_least=0)
     no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
+    feature_cache_limit: float = flag(100.0, "GB; a feature cache that would be larger is not built", at_least=0)
     augmentation: str = flag(
         "auto", "mirror, or crops with scale and colour jitter; auto = mirror with the cache", choices=AUGMENTATIONS
     )
@@ -87,6 +90,9 @@ class Settings:
     )
     workers: int = flag(2, "processes that decode pictures", at_least=0)
     seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0)
+    deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower; on a CPU they are")
+    resume: bool = flag(False, "go on with the stopped run in --run-dir; begin where there is none")
+    save_steps: int = flag(0, "save the run's state every so many steps, not at the ends of epochs alone", at_least=0)
     output: str = flag("improved_dino2_detector.pth", "the checkpoint to write")
     run_dir: str = flag("runs/improved", "folder for the run's log and its checkpoints")
 
@@ -95,29 +101,27 @@ def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
     loss_config: LossConfig,
-    optimizer,
-    schedule,
-    ema: training.Ema,
-    accelerator: Accelerator,
+    progress: training.Progress,
+    run: RunFolder,
     bar: tqdm,
-) -> dict[str, float]:
-    """One pass over the training pictures, or their features; returns the mean of each loss term."""
+) -> None:
+    """One pass over the training pictures, or their features; what a resumed run did of it before is left out."""
+    accelerator = progress.accelerator
     model.train()
-    means = training.Means()
-    for batch in loader:
-        out = model(batch.images)
-        losses = detection_loss(out, batch.targets, loss_config)
-        loss = sum(losses.values())
-        training.check_finite(loss, batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.update()
-        means.add(losses)
+    for batch in progress.steps(loader):
+        with training.memory_explained(batch, progress.detector, loss_config):
+            out = model(batch.images)
+            losses = detection_loss(out, batch.targets, loss_config, progress.mean_of_processes)
+            accelerator.backward(sum(losses.values()))
+        norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        progress.check_finite(losses, norm, batch)
+        progress.optimizer.step()
+        progress.schedule.step()
+        progress.optimizer.zero_grad()
+        progress.ema.update()
+        progress.finish_step(losses)
+        run.after_step(progress)
         bar.update()
-    return means.get()
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,16 @@ def stages(settings: Settings) -> list[Stage]:
     return wanted
 
 
+def without_large_cache(settings: Settings, detector: Detector, train_pictures: int, val_pictures: int) -> Settings:
+    """The settings, without a feature cache that would be larger than they allow."""
+    size = feature_gigabytes(detector, train_pictures, 2) + feature_gigabytes(detector, val_pictures, 1)
+    if settings.no_feature_cache or settings.epochs_frozen == 0 or size <= settings.feature_cache_limit:
+        return settings
+    limit = f"--feature-cache-limit {settings.feature_cache_limit:g}"
+    print(f"a feature cache would take {size:.0f} GB, above {limit}: stage 1 does without", flush=True)
+    return replace(settings, no_feature_cache=True)
+
+
 def stage_loaders(
     settings: Settings,
     stage: Stage,
@@ -159,8 +173,8 @@ def stage_loaders(
     train_data: CocoData,
     val_data: CocoData,
     accelerator: Accelerator,
-) -> tuple[DataLoader, DataLoader]:
-    """Training batches and validation batches of a stage: pictures, or their cached features."""
+) -> tuple[DataLoader, training.EpochOrder, DataLoader]:
+    """Training batches and their order, and validation batches, of a stage: pictures, or their cached features."""
     size, batch_size, seed = detector.config.image_size, settings.batch_size, settings.seed
     if stage.cached:
         detector.to(accelerator.device)
@@ -176,7 +190,7 @@ def stage_loaders(
         train_set = DetectionDataset(train_data, transform, seed)
         workers = settings.workers
         val_loader = eval_loader(val_data, size, batch_size, workers)
-    return training.train_loader(train_set, batch_size, workers), val_loader
+    return *training.train_loader(train_set, batch_size, workers, seed), val_loader
 
 
 def train_stage(
@@ -185,7 +199,7 @@ def train_stage(
     start: Checkpoint,
     train_data: CocoData,
     val_data: CocoData,
-    run: training.RunFolder,
+    run: RunFolder,
     accelerator: Accelerator,
 ) -> None:
     """Train one stage from the detector of `start`, leaving its epochs' checkpoints in the `run` folder."""
@@ -194,7 +208,7 @@ def train_stage(
         detector.backbone.unfreeze(settings.unfreeze_blocks)
     else:
         detector.backbone.freeze()
-    train_loader, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
+    train_loader, order, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
     groups = training.parameter_groups(
         detector, stage.head_lr, stage.backbone_lr, WEIGHT_DECAY, layer_decay=settings.layer_decay
     )
@@ -202,19 +216,22 @@ def train_stage(
     model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
     steps = stage.epochs * len(train_loader)
     schedule = training.cosine_schedule(optimizer, steps)
-    ema = training.Ema(detector, settings.ema)
+    progress = training.Progress(
+        stage.name, detector, optimizer, schedule, order, accelerator, ema_decay=settings.ema, epoch=start.epoch
+    )
     loss_config = LossConfig(settings.assignment, settings.scores, settings.boxes, settings.box_weight)
 
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} pictures", flush=True)
-    with progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process) as bar:
-        for epoch in range(start.epoch + 1, start.epoch + stage.epochs + 1):
-            began = time.perf_counter()
-            training.set_epoch(train_loader, epoch)
-            losses = train_one_epoch(model, train_loader, loss_config, optimizer, schedule, ema, accelerator, bar)
-            seconds = time.perf_counter() - began
-            with ema.applied():
+    bar = progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process)
+    with bar, run.keeping(progress):
+        bar.update((progress.epoch - start.epoch) * len(train_loader) + progress.step)
+        while progress.epoch < start.epoch + stage.epochs:
+            train_one_epoch(model, train_loader, loss_config, progress, run, bar)
+            with progress.ema.applied():
                 numbers = training.validate(model, val_loader, val_data, start.class_names, accelerator)
-                run.finish_epoch(replace(start, metrics=numbers, epoch=epoch), losses, seconds, stage.name)
+                run.finish_epoch(progress, replace(start, metrics=numbers, epoch=progress.epoch + 1))
+            progress.next_epoch()
+            run.save(progress)
 
 
 def first_detector(settings: Settings, data: CocoData, conditions: dict) -> Checkpoint:
@@ -243,10 +260,10 @@ def first_detector(settings: Settings, data: CocoData, conditions: dict) -> Chec
 
 def main(settings: Settings) -> dict:
     """Train the stages, keep the best epoch, and return its numbers on the validation pictures."""
-    wanted = stages(settings)
+    stages(settings)  # so that what contradicts itself is refused at once
     check_writable(settings.output)
     set_seed(settings.seed)
-    accelerator = make_accelerator(settings.precision, settings.seed)
+    accelerator = make_accelerator(settings.precision, settings.deterministic)
     source = DataSource(
         settings.data,
         settings.train_json,
@@ -255,27 +272,23 @@ def main(settings: Settings) -> dict:
         settings.val_images_dir,
         settings.image_ids,
     )
-    train_data = load_split(source, "train", settings.train_images, settings.strict)
-    training.check_objects(train_data)
-    val_data = load_split(source, "val", settings.val_images, settings.strict)
-    conditions = asdict(settings) | {
-        "train_pictures": len(train_data),
-        "train_fingerprint": train_data.fingerprint(),
-        "precision": precision_name(accelerator),
-    }
+    with accelerator.main_process_first():  # what is fetched or drawn is then there for the others
+        train_data = load_split(source, "train", settings.train_images, settings.strict)
+        val_data = load_split(source, "val", settings.val_images, settings.strict)
+    training.check_objects(train_data, val_data)
+    conditions = training.describe_training(asdict(settings), train_data, accelerator)
     start = first_detector(settings, train_data, conditions)
-    run = training.RunFolder(settings.run_dir, asdict(settings), writes=accelerator.is_main_process)
-    for stage in wanted:
-        began = time.perf_counter()
-        train_stage(settings, stage, start, train_data, val_data.first(training.EPOCH_VAL_PICTURES), run, accelerator)
-        accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
-        accelerator.wait_for_everyone()
-        best = load_detector(run.best)
-        if stage.name == "frozen" and accelerator.is_main_process:
-            save_detector(run.path / "frozen.pth", best)
-        start = replace(best, epoch=start.epoch + stage.epochs)
+    quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
+    settings = without_large_cache(settings, start.detector, len(train_data), len(quick_data))
+    run = RunFolder(settings.run_dir, asdict(settings), train_data.fingerprint(), accelerator, STAGES)
+    for stage in stages(settings):
+        if not run.has_passed(stage.name):
+            began = time.perf_counter()
+            train_stage(settings, stage, start, train_data, quick_data, run, accelerator)
+            accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
+        start = replace(load_detector(run.best_of(stage.name)), epoch=start.epoch + stage.epochs)
     full_loader = eval_loader(val_data, start.detector.config.image_size, settings.batch_size, settings.workers)
-    return training.publish_best(run, full_loader, val_data, settings.output, accelerator)
+    return publish_best(run, full_loader, val_data, settings.output)
 
 
 if __name__ == "__main__":

@@ -122,22 +122,25 @@ def main(settings: Settings) -> dict[str, dict]:
             val_images_dir=settings.val_images_dir,
             image_ids=settings.image_ids,
         )
-        data = load_split(source, "val", settings.val_images, settings.strict)
+        with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
+            data = load_split(source, "val", settings.val_images, settings.strict)
 
     models, records = {}, []
     for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):
+        found = runner.detect(checkpoint, data, name)
+        models[name] = (checkpoint, found)
+        if not runner.accelerator.is_main_process:
+            continue
         if settings.images:
-            found = runner.detect(checkpoint, data, name)
             detections = Path(settings.output, name, "detections.json")
             print(f"{name}: {write_detections(detections, checkpoint, found, data)} detections in {detections}")
         else:
-            found = runner.detect(checkpoint, data, name)
             judged = judge(name, path, Found(found, checkpoint.class_names, runner.cost(checkpoint, data)), data)
             records.append(judged.record)
-        models[name] = (checkpoint, found)
     if records:
         print(format_table(tuple(records), COLUMNS))
-    print(f"annotated pictures in {settings.output}/, all at a glance in {write_pictures(settings, data, models)}")
+    if runner.accelerator.is_main_process:
+        print(f"annotated pictures in {settings.output}/, all at a glance in {write_pictures(settings, data, models)}")
     return {r.name: r.primary | {"AP50": r.detection["AP50"]} for r in records}
 
 

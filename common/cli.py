@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Callable
 
+from common import signals
 from common.errors import InputError
 
 SETTINGS = typing.TypeVar("SETTINGS")
@@ -68,16 +69,21 @@ def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | Non
 
 
 def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:
-    """Parse the command line, call `main`, and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Parse the command line, call `main`, and exit.
+
+    Status: 0 done; 2 bad input, with one line on stderr; 130 and 143 ended by SIGINT and SIGTERM, likewise.
+    """
     settings = parse(settings_type, description or "")
+    signals.take_over()
     try:
         main(settings)
     except InputError as error:
         # A data-loading worker wraps the message in its traceback; the last line is ours.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
         sys.exit(_say_error(message, 2))
-    except KeyboardInterrupt:
-        sys.exit(_say_error("interrupted", 130))
+    except signals.Interrupted as interrupted:
+        advice = f"; {interrupted.advice}" if interrupted.advice else ""
+        sys.exit(_say_error(f"interrupted{advice}", signals.STATUS + interrupted.number))
 
 
 def _say_error(message: str, status: int) -> int:

@@ -3,14 +3,18 @@
 Training's validation, the validation scripts and users' own pictures all go through `detect`.
 """
 
+import os
 import re
 import statistics
+import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,23 +22,35 @@ from common.boxes import mirror_boxes
 from common.coco import CocoData, DetectionDataset, collate
 from common.postprocess import postprocess
 from common.progress import progress_bar
+from common.signals import Interrupted, leave_to_parent, steps_finished, waiting
 from common.transforms import LetterboxTransform
 from common.types import Batch, Detections, RawOutput
 
 TIMED, WARM_UP = 15, 3  # pictures timed one at a time, and those before them that are not
+PATIENCE = timedelta(hours=6)  # of the processes that wait while the first fetches data or judges
 LINUX_MEMORY = Path("/proc/self/status")
 
 
-def make_accelerator(precision: str = "auto", seed: int = 0) -> Accelerator:
+def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
     """Device, processes and mixed precision, as `accelerate` finds or is told them.
 
     Args:
         precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
-        seed: of the order in which the pictures are drawn.
+        deterministic: also on a GPU the same numbers each time, slower; torch names the operations that cannot.
     """
-    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, non_blocking=True)
     chosen = _fastest_precision() if precision == "auto" else precision
-    return Accelerator(mixed_precision={"fp32": "no"}.get(chosen, chosen), dataloader_config=loading)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products want for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(chosen, chosen),
+        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if not accelerator.is_main_process:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; errors still reach stderr
+    return accelerator
 
 
 def _fastest_precision() -> str:
@@ -54,7 +70,16 @@ def precision_name(accelerator: Accelerator) -> str:
 def eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
     """Letterboxed pictures of `data`, in its order."""
     dataset = DetectionDataset(data, LetterboxTransform(image_size))
-    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_to_parent)
+
+
+def stop_if_asked(accelerator: Accelerator) -> None:
+    """Between two steps: raises `Interrupted`, on all processes at once, where one of them got a signal."""
+    number = torch.tensor(float(waiting() or 0), device=accelerator.device)
+    if accelerator.num_processes > 1:
+        number = accelerator.gather(number[None]).max()
+    if number:
+        raise Interrupted(int(number))
 
 
 def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
@@ -88,14 +113,18 @@ def detect(
         loader: batches of letterboxed pictures, or of cached features, prepared by `accelerator`.
         what: the progress bar's title.
         flip: look at the mirrored pictures too; pictures only.
+
+    Raises:
+        Interrupted: between two batches, where a signal came in the meantime.
     """
     model.eval()
     found: list[Detections] = []
-    with progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
+    with steps_finished(), progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
         for batch in loader:
             detections = postprocess(predict(model, batch.images, flip), batch.targets)
             found += accelerator.gather_for_metrics(detections, use_gather_object=True)
             bar.update(len(found) - bar.n)
+            stop_if_asked(accelerator)
     return found
 
 

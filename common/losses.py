@@ -3,6 +3,7 @@
 Each loss term is a scalar, already weighted; their sum is what training minimises.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -171,10 +172,19 @@ def _holds(boxes: Tensor, points: Tensor) -> Tensor:
     return (above & below).all(2)
 
 
-def detection_loss(out: RawOutput, targets: list[Target], config: LossConfig) -> dict[str, Tensor]:
+def detection_loss(
+    out: RawOutput,
+    targets: list[Target],
+    config: LossConfig,
+    mean_of_processes: Callable[[Tensor], Tensor] = lambda count: count,
+) -> dict[str, Tensor]:
     """Loss of a batch, each term divided by the number of locations that answer for an object.
 
     With `quality` scores the locations count by their quality, in the loss terms and in the divisor.
+
+    Args:
+        mean_of_processes: the mean of a scalar over all processes that share the step. The divisor is such a mean, so
+            that the mean of their gradients is that of one process with all of their pictures.
 
     Returns:
         object: is an object here? At every location but the ignored; class: which, at the locations with an object;
@@ -202,7 +212,7 @@ def detection_loss(out: RawOutput, targets: list[Target], config: LossConfig) ->
         object_loss = object_loss * surprise**FOCAL_GAMMA * torch.where(positive, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
         class_loss = class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
     box_loss = _box_loss(out.boxes[picture, location], truth, config.boxes)
-    count = weights.sum().clamp(min=1)
+    count = mean_of_processes(weights.sum()).clamp(min=1)
     return {
         "object": (object_loss * ~ignore).sum() / count,
         "class": (class_loss * weights).sum() / count,

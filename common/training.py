@@ -1,46 +1,82 @@
-"""What the training scripts share below their visible loop: loaders, schedule, run folder, epoch validation."""
+"""What the training scripts share below their visible loop: loaders, learning rates, progress, epoch validation."""
 
-import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Sampler
 
 from common import metrics
-from common.checkpoint import Checkpoint, load_detector, save_detector
 from common.coco import CocoData, DetectionDataset, collate
 from common.detector import Detector
 from common.errors import InputError
 from common.feature_cache import CachedDataset
-from common.files import atomic_write
-from common.inference import detect
+from common.inference import detect, precision_name, stop_if_asked
+from common.losses import LossConfig, detection_loss
+from common.signals import leave_to_parent
 from common.types import Batch
 
 WARM_UP_SHARE = 0.05  # of all steps
+FP16_MISSES = 20  # steps in a row that fp16 may skip while it looks for a scale that holds its gradients
+UNTOLD = ("resume", "save_steps")  # how often a run was stopped or saved leaves no trace in its checkpoint
 EPOCH_VAL_PICTURES = 100  # the validation after each epoch looks at the first so many
 
 
-def check_objects(data: CocoData) -> None:
-    """Raises InputError where no training picture holds an object to learn from."""
-    if not (~data.crowd).any():
-        raise InputError(f"{data.source}: no box on the {len(data)} training pictures; there is nothing to learn")
+def check_objects(train: CocoData, val: CocoData) -> None:
+    """Say which classes one of the two parts lacks.
+
+    Raises:
+        InputError: no object to learn from, or no class in common: nothing learned could be right.
+    """
+    if not (~train.crowd).any():
+        raise InputError(f"{train.source}: no box on the {len(train)} training pictures; there is nothing to learn")
+    for one, other in ((train, val), (val, train)):
+        missing = [name for name in one.class_names if name not in other.class_names]
+        if len(missing) == len(one.class_names):
+            raise InputError(
+                f"{train.source} and {val.source} have no class in common: {train.class_names[0]}, … and "
+                f"{val.class_names[0]}, …"
+            )
+        if missing:
+            print(f"{other.source} lacks {len(missing)} classes of {one.source}: {', '.join(missing[:3])}", flush=True)
 
 
-def train_loader(dataset: DetectionDataset | CachedDataset, batch_size: int, workers: int) -> DataLoader:
-    """Batches of `dataset` in an order drawn from the epoch; the incomplete last batch is left out."""
-    whole_batches = len(dataset) >= batch_size
-    return DataLoader(
-        dataset, batch_size, shuffle=True, drop_last=whole_batches, collate_fn=collate, num_workers=workers
+class EpochOrder(Sampler[int]):
+    """Every index once, in an order drawn from (seed, epoch) alone, without the first `done` of it."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.epoch = self.done = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
+        yield from torch.randperm(self.count, generator=generator)[self.done :].tolist()
+
+
+def train_loader(
+    dataset: DetectionDataset | CachedDataset, batch_size: int, workers: int, seed: int
+) -> tuple[DataLoader, EpochOrder]:
+    """Batches of `dataset` in an order drawn from the epoch, and that order; an incomplete last batch is left out."""
+    order = EpochOrder(len(dataset), seed)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=order,
+        drop_last=len(dataset) >= batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=leave_to_parent,
     )
+    return loader, order
 
 
 def parameter_groups(
@@ -110,33 +146,161 @@ def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-def check_finite(loss: Tensor, batch: Batch) -> None:
-    """Raises InputError, naming the pictures of the batch, where the loss is infinite or not a number."""
-    if not torch.isfinite(loss):
-        ids = ", ".join(str(target.image_id) for target in batch.targets)
-        raise InputError(f"the loss became {loss.item()} on the pictures {ids}; lower the learning rate, or use fp32")
+class Progress:
+    """One stage of training under way: what its steps change, and where it stands.
+
+    Args:
+        stage: its name.
+        detector: the weights, not wrapped for several processes.
+        optimizer: of the stage, likewise `schedule`.
+        accelerator: of the run.
+        order: of the training pictures; its seed is also that of the random numbers that a step draws (dropout).
+        ema_decay: see `Ema`.
+        epoch: epochs finished before the stage.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        detector: Detector,
+        optimizer: Optimizer,
+        schedule: LambdaLR,
+        order: EpochOrder,
+        accelerator: Accelerator,
+        *,
+        ema_decay: float = 0.0,
+        epoch: int = 0,
+    ):
+        self.stage, self.detector, self.optimizer, self.schedule = stage, detector, optimizer, schedule
+        self.order, self.accelerator, self.ema = order, accelerator, Ema(detector, ema_decay)
+        self.epoch, self.step = epoch, 0  # epochs finished; steps done of the one under way
+        self.sums: dict[str, Tensor] = {}  # of its loss terms so far
+        self.seconds = 0.0  # spent on it so far, validation left out
+        self.skipped = 0  # last steps in a row that fp16 could not take
+
+    def steps(self, loader: DataLoader) -> Iterator[Batch]:
+        """The batches of the epoch under way that are still to be done, each with random numbers of its own.
+
+        Raises:
+            Interrupted: between two steps, where a signal came in the meantime.
+        """
+        began = time.perf_counter() - self.seconds
+        loader.set_epoch(self.epoch + 1)  # which passes it on to the data set when the iteration begins
+        self.order.epoch, self.order.done = self.epoch + 1, self.step * loader.total_batch_size
+        for batch in loader if self.step < len(loader) else ():
+            torch.manual_seed(hash((self.order.seed, self.epoch, self.step, self.accelerator.process_index)))
+            yield batch
+            self.seconds = time.perf_counter() - began
+            stop_if_asked(self.accelerator)
+
+    def mean_of_processes(self, number: Tensor) -> Tensor:
+        """The mean of a scalar over the processes that share the step."""
+        return self.accelerator.reduce(number, "mean")
+
+    def finish_step(self, losses: dict[str, Tensor]) -> None:
+        """The step is done; take in its loss terms, averaged over the processes."""
+        self.step += 1
+        means = self.accelerator.reduce(torch.stack([value.detach() for value in losses.values()]), "mean")
+        for name, value in zip(losses, means, strict=True):
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def mean_losses(self) -> dict[str, float]:
+        """Each loss term, averaged over the steps of the epoch under way."""
+        return {name: float(total) / self.step for name, total in self.sums.items()}
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, {}
+
+    def check_finite(self, losses: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
+        """Stop before a step that would ruin the weights; fp16, whose scale has to be found, may miss a few.
+
+        Args:
+            norm: () of all gradients.
+
+        Raises:
+            InputError: an infinite gradient, or one that is no number; with the pictures of the batch.
+        """
+        bad = self.accelerator.reduce((~torch.isfinite(norm + sum(losses.values()).detach())).float()) > 0
+        self.skipped = self.skipped + 1 if bad else 0
+        if self.skipped > (FP16_MISSES if self.accelerator.scaler else 0):
+            ids = ", ".join(str(target.image_id) for target in batch.targets)
+            terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+            raise InputError(
+                f"the gradients became {norm.item()} (loss: {terms}) in epoch {self.epoch + 1}, step {self.step + 1}, "
+                f"on the pictures {ids}; lower the learning rate, or use --precision fp32"
+            )
+
+    def state_dict(self) -> dict:
+        """Tensors and plain types, the same on all processes."""
+        scaler = self.accelerator.scaler
+        return {
+            **{name: getattr(self, name) for name in ("stage", "epoch", "step", "sums", "seconds", "skipped")},
+            "model": self.detector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": {"average": self.ema.average, "steps": self.ema.steps},
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave. Learning rates stay those that this run was told."""
+        for name in ("epoch", "step", "seconds", "skipped"):
+            setattr(self, name, state[name])
+        device = self.accelerator.device
+        self.sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self.detector.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        rates = self.schedule.base_lrs
+        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.base_lrs = rates
+        self.ema.average = [weight.to(device) for weight in state["ema"]["average"]]
+        self.ema.steps = state["ema"]["steps"]
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-class Means:
-    """Running means of named scalars."""
+@contextmanager
+def memory_explained(batch: Batch, detector: Detector, config: LossConfig) -> Iterator[None]:
+    """Around forward and backward pass of `batch`: where memory runs out, find how many of its pictures fit.
 
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
+    Raises:
+        InputError: memory ran out; with the batch size to take.
+    """
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+    count = len(batch.targets)
+    advice = "not even one fits: take a smaller --image-size or backbone"
+    for fewer in (count >> halvings for halvings in range(1, count.bit_length())):
+        if _fits(Batch(batch.images[:fewer], batch.targets[:fewer]), detector, config):
+            advice = f"{fewer} fit: take --batch-size {fewer}; with --resume the run goes on from its last state"
+            break
+    raise InputError(f"out of memory at a step of {count} pictures; {advice}")
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.count += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def get(self) -> dict[str, float]:
-        return {name: float(total) / self.count for name, total in self.sums.items()}
+def _fits(batch: Batch, detector: Detector, config: LossConfig) -> bool:
+    """Is there memory for a step of `batch`?"""
+    detector.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        sum(detection_loss(detector(batch.images), batch.targets, config).values()).backward()
+    except (RuntimeError, MemoryError):
+        return False
+    return True
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Make order and augmentation of the coming pass those of `epoch`."""
-    loader.set_epoch(epoch)  # accelerate passes it on to the sampler, and then not to the data set
-    loader.dataset.set_epoch(epoch)
+def describe_training(settings: dict, data: CocoData, accelerator: Accelerator) -> dict:
+    """The conditions of a run, for its checkpoints: every setting, and what was made of them."""
+    return {name: value for name, value in settings.items() if name not in UNTOLD} | {
+        "train_pictures": len(data),
+        "train_fingerprint": data.fingerprint(),
+        "precision": precision_name(accelerator),
+        "processes": accelerator.num_processes,
+    }
 
 
 def validate(
@@ -157,49 +321,3 @@ def in_words(numbers: dict[str, float | None]) -> str:
     chosen = {"mAP@0.5": "AP50", "AP": "AP", "accuracy": "accuracy", "mean IoU": "mean_iou"}
     words = {name: "-" if numbers[key] is None else f"{numbers[key]:.3f}" for name, key in chosen.items()}
     return ", ".join(f"{name} {word}" for name, word in words.items())
-
-
-class RunFolder:
-    """A run's files: `settings.json`, `log.jsonl` with one line an epoch, `last.pth` and `best.pth`.
-
-    A new run replaces the files of an earlier one in the same folder. Of several processes only one `writes`.
-    """
-
-    def __init__(self, path: str | Path, settings: dict, writes: bool = True):
-        self.path, self.writes, self.best_score = Path(path), writes, -1.0
-        self.best = self.path / "best.pth"
-        if writes:
-            with atomic_write(self.path / "settings.json", "w") as file:
-                json.dump(settings, file, indent=2)
-            with atomic_write(self.path / "log.jsonl", "w"):
-                pass
-
-    def finish_epoch(self, checkpoint: Checkpoint, losses: dict[str, float], seconds: float, stage: str) -> None:
-        """Log the epoch, write `last.pth`, and `best.pth` where mAP@0.5 is the highest so far (the first of equals)."""
-        if not self.writes:
-            return
-        rounded = {name: round(value, 4) for name, value in losses.items()}
-        line = {"stage": stage, "epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics}
-        with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line | {"seconds": round(seconds, 1)}) + "\n")
-        terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {in_words(checkpoint.metrics)}; {seconds:.0f} s")
-        save_detector(self.path / "last.pth", checkpoint)
-        score = checkpoint.metrics["AP50"] or 0.0
-        if score > self.best_score:
-            self.best_score = score
-            save_detector(self.best, checkpoint)
-
-
-def publish_best(
-    run: RunFolder, val_loader: DataLoader, val_data: CocoData, output: str | Path, accelerator: Accelerator
-) -> dict[str, float | None]:
-    """Validate the best epoch's checkpoint on all of `val_data`, write it to `output` and return its numbers."""
-    accelerator.wait_for_everyone()
-    best = load_detector(run.best)
-    model, val_loader = accelerator.prepare(best.detector, val_loader)
-    numbers = validate(model, val_loader, val_data, best.class_names, accelerator)
-    if run.writes:
-        save_detector(output, replace(best, metrics=numbers))
-        print(f"epoch {best.epoch} on {len(val_data)} validation pictures: {in_words(numbers)}; written to {output}")
-    return numbers

@@ -38,13 +38,13 @@ class Runner:
     def detect(self, checkpoint: Checkpoint, data: CocoData, what: str) -> list[Detections]:
         """Detections on every picture of `data`, in its order, in the checkpoint's own labels."""
         loader = eval_loader(data, checkpoint.detector.config.image_size, self.batch_size, self.workers)
-        model, loader = self.accelerator.prepare(checkpoint.detector, loader)
-        return detect(model, loader, self.accelerator, what, self.flip)
+        model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
+        return detect(model, self.accelerator.prepare(loader), self.accelerator, what, self.flip)
 
     def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
         """Parameters and speed, as `inference.Cost` names them, on the first pictures of `data`."""
         loader = eval_loader(data.first(self.batch_size), checkpoint.detector.config.image_size, self.batch_size, 0)
-        model = self.accelerator.prepare(checkpoint.detector)
+        model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
         batch = next(iter(loader)).to(self.accelerator.device)
         return asdict(measure_cost(model, batch, self.accelerator, self.flip))
 

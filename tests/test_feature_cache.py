@@ -12,7 +12,7 @@ from common.annotations import load_coco
 from common.coco import DetectionDataset, collate
 from common.detector import new_detector
 from common.errors import InputError
-from common.feature_cache import CachedDataset, cached_features, feature_file
+from common.feature_cache import CachedDataset, cached_features, feature_files
 from common.transforms import LetterboxTransform, MirrorTransform
 
 
@@ -29,6 +29,10 @@ def accelerator():
 
 def build(detector, data, accelerator, mirrored=True):
     return cached_features(detector, data, mirrored=mirrored, batch_size=4, workers=0, accelerator=accelerator)
+
+
+def equal(one, other):
+    return all(map(torch.equal, one.shards, other.shards))
 
 
 def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelerator):
@@ -58,8 +62,8 @@ def test_in_bf16_nothing_is_lost(detector, demo_val):
     features = build(detector, demo_val, accelerator, mirrored=False)
     images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).images
     with torch.no_grad(), accelerator.autocast():
-        plain, cached = detector(images), detector(features[:4, 0])
-    assert features.dtype == torch.bfloat16
+        plain, cached = detector(images), detector(features.shards[0][:4, 0])
+    assert features.shards[0].dtype == torch.bfloat16
     assert torch.equal(plain.boxes, cached.boxes) and torch.equal(plain.class_logits, cached.class_logits)
 
 
@@ -67,28 +71,43 @@ def test_a_second_call_reads_what_the_first_wrote(detector, demo_val, accelerato
     randomness = torch.get_rng_state()
     first = build(detector, demo_val, accelerator)
     assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
-    assert first.shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
+    assert first.shards[0].shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
     monkeypatch.setattr(feature_cache, "_build", None)
-    assert (build(detector, demo_val, accelerator) == first).all()
+    assert equal(build(detector, demo_val, accelerator), first)
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(detector, demo_val, accelerator, own_cache, monkeypatch):
-    whole = build(detector, demo_val, accelerator).clone()
-    (path,) = own_cache.iterdir()
-    content = path.read_bytes()
-    half = path.with_suffix(".partial")
-    half.write_bytes(content[: len(content) // 2 + 1])  # three pictures and a part of the fourth
-    path.unlink()
+    monkeypatch.setattr(feature_cache, "SHARD", 4)
+    whole = build(detector, demo_val, accelerator)
+    assert [shard.shape[0] for shard in whole.shards] == [4, 2]
+    first, second = feature_files(detector, demo_val, 2, "fp32").paths
+    content = second.read_bytes()
+    second.unlink()
     seen = []
     forward = detector.backbone.forward
     monkeypatch.setattr(detector.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
-    assert (build(detector, demo_val, accelerator) == whole).all() and not half.exists()
-    assert sum(seen) == 2 * 3
+    assert equal(build(detector, demo_val, accelerator), whole) and sum(seen) == 2 * 2
+    assert second.read_bytes() == content and sorted(own_cache.iterdir()) == sorted([first, second])
+
+
+def test_more_pictures_find_the_shards_of_fewer(detector, demo_val, accelerator, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD", 2)
+    build(detector, demo_val.first(4), accelerator)
+    files = feature_files(detector, demo_val, 2, "fp32")
+    assert files.missing() == [2] and list(files.part(2)) == [4, 5]
+
+
+def test_a_damaged_file_is_refused(detector, demo_val, accelerator, own_cache):
+    build(detector, demo_val, accelerator)
+    (path,) = own_cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="damaged; delete it"):
+        build(detector, demo_val, accelerator)
 
 
 def test_the_name_changes_with_all_that_matters(detector, demo_val, tiny_backbone):
     def name(detector=detector, data=demo_val, views=2, precision="fp32"):
-        return feature_file(detector, data, views, precision).path.name
+        return feature_files(detector, data, views, precision).paths[0].name
 
     options = {"head": "linear", "num_classes": 10}
     others = [
@@ -110,9 +129,9 @@ def test_the_name_changes_with_all_that_matters(detector, demo_val, tiny_backbon
 def test_a_changed_picture_is_noticed(detector, coco_file):
     path, pictures = coco_file([])
     data = load_coco(path, pictures)
-    before = feature_file(detector, data, 1, "fp32").path
+    before = feature_files(detector, data, 1, "fp32").paths
     (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes() + b" ")
-    assert feature_file(detector, data, 1, "fp32").path != before
+    assert feature_files(detector, data, 1, "fp32").paths != before
 
 
 def test_a_full_disk_is_told_beforehand(detector, demo_val, accelerator, own_cache, monkeypatch):
@@ -149,3 +168,21 @@ def test_training_on_the_cache_equals_training_on_mirrored_pictures(demo, tiny_b
     plain = losses("plain", no_feature_cache=True, augmentation="mirror")
     assert "features of 12 pictures" in capsys.readouterr().out
     assert cached == pytest.approx(plain, rel=0.01) and cached[-1] < cached[0]
+
+
+def test_a_cache_beyond_the_limit_is_told_and_not_built(demo, tiny_backbone, tmp_path, own_cache, capsys):
+    paths = {"output": str(tmp_path / "out.pth"), "run_dir": str(tmp_path / "run")}
+    settings = improved_dino_detector.Settings(
+        data=str(demo),
+        backbone=(str(tiny_backbone),),
+        blocks=(2, 4),
+        image_size=56,
+        epochs_frozen=1,
+        stop_after="frozen",
+        feature_cache_limit=1e-5,
+        workers=0,
+        **paths,
+    )
+    improved_dino_detector.main(settings)
+    assert "above --feature-cache-limit 1e-05: stage 1 does without" in capsys.readouterr().out
+    assert not own_cache.exists()
