@@ -1,0 +1,64 @@
+"""What all of COCO costs before the first step: time and memory to read and check 118,287 pictures and 860,001 boxes.
+
+  python tests/benchmark_data.py
+
+The annotations are generated, outlines included, in the form and number of instances_train2017.json; the picture files
+are empty, since of so many none is decoded beforehand.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.inference import PeakMemory
+from common.sources import DataSource, load_split
+
+PICTURES, BOXES, CLASSES, OUTLINE = 118_287, 860_001, 80, 40
+WIDTH, HEIGHT = 64, 48
+
+
+def generate(folder: Path) -> Path:
+    """The annotation file, with its pictures in `folder`/train2017."""
+    rng = np.random.default_rng(0)
+    (folder / "train2017").mkdir()
+    images = []
+    for number in range(1, PICTURES + 1):
+        name = f"{number:012d}.jpg"
+        (folder / "train2017" / name).touch()
+        images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "license": 1})
+    corners = rng.random((BOXES, 2)) * (WIDTH / 2, HEIGHT / 2)
+    boxes = np.concatenate([corners, 1 + rng.random((BOXES, 2)) * 20], axis=1).round(2).tolist()
+    owners, classes = rng.integers(1, PICTURES + 1, BOXES).tolist(), rng.integers(1, CLASSES + 1, BOXES).tolist()
+    outline = [rng.random(2 * OUTLINE).round(2).tolist()]
+    annotations = [
+        {"id": i, "image_id": owner, "category_id": k, "bbox": b, "area": 9.5, "iscrowd": 0, "segmentation": outline}
+        for i, (owner, k, b) in enumerate(zip(owners, classes, boxes, strict=True), 1)
+    ]
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, CLASSES + 1)]
+    path = folder / "annotations" / "instances_train2017.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = multiprocessing.get_context("spawn").Process(target=generate, args=(folder,))
+        process.start()
+        process.join()  # in a process of its own, so that its memory does not count
+        size = (folder / "annotations" / "instances_train2017.json").stat().st_size
+        began = time.perf_counter()
+        with PeakMemory(torch.device("cpu")) as memory:
+            data = load_split(DataSource(str(folder)), "train")
+        seconds = time.perf_counter() - began
+        print(f"{len(data)} pictures, {len(data.labels)} boxes, a file of {size / 1e6:.0f} MB: {seconds:.1f} s")
+        print(f"most memory, libraries included: {memory.megabytes:.0f} MB" if memory.megabytes else "memory not known")
