@@ -79,10 +79,9 @@ def train_one_epoch(
     accelerator = progress.accelerator
     model.train()
     for batch in progress.steps(loader):
-        with training.memory_explained(batch, progress.detector, LOSS):
-            out = model(batch.images)
-            losses = detection_loss(out, batch.targets, LOSS, progress.mean_of_processes)
-            accelerator.backward(sum(losses.values()))
+        out = model(batch.images)
+        losses = detection_loss(out, batch.targets, LOSS, progress.mean_of_processes)
+        accelerator.backward(sum(losses.values()))
         norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         progress.check_finite(losses, norm, batch)
         progress.optimizer.step()
@@ -139,7 +138,7 @@ def main(settings: Settings) -> dict:
     untrained = Checkpoint(detector, train_data.class_names, train_data.category_ids, conditions)
     accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} pictures with {backbone_name}")
     bar = progress_bar(steps, "training", "step", shown=accelerator.is_main_process)
-    with bar, run.keeping(progress):
+    with bar, run.keeping(progress), training.memory_explained(progress, LOSS):
         bar.update(progress.epoch * len(train_loader) + progress.step)
         while progress.epoch < settings.epochs:
             train_one_epoch(model, train_loader, progress, run, bar)

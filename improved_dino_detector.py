@@ -109,10 +109,9 @@ def train_one_epoch(
     accelerator = progress.accelerator
     model.train()
     for batch in progress.steps(loader):
-        with training.memory_explained(batch, progress.detector, loss_config):
-            out = model(batch.images)
-            losses = detection_loss(out, batch.targets, loss_config, progress.mean_of_processes)
-            accelerator.backward(sum(losses.values()))
+        out = model(batch.images)
+        losses = detection_loss(out, batch.targets, loss_config, progress.mean_of_processes)
+        accelerator.backward(sum(losses.values()))
         norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         progress.check_finite(losses, norm, batch)
         progress.optimizer.step()
@@ -223,7 +222,7 @@ def train_stage(
 
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} pictures", flush=True)
     bar = progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process)
-    with bar, run.keeping(progress):
+    with bar, run.keeping(progress), training.memory_explained(progress, loss_config):
         bar.update((progress.epoch - start.epoch) * len(train_loader) + progress.step)
         while progress.epoch < start.epoch + stage.epochs:
             train_one_epoch(model, train_loader, loss_config, progress, run, bar)

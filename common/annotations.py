@@ -26,8 +26,8 @@ NEEDED = {
     "annotations": ("image_id",),
     "categories": ("id", "name"),
 }
-# Outlines fill most of COCO's files and nobody here reads them: they go before they fill the memory. Within a string the
-# quotes would be escaped, so no file name can look like one.
+# Outlines fill most of COCO's files and nobody here reads them: they go before they fill the memory. Within a string
+# the quotes would be escaped, so no file name can look like one.
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')
 DECODED = 20_000  # pictures that are decoded beforehand, a few minutes' worth
 EDGE = 1.0  # pixels that a box may reach beyond its picture before that is worth a word: rounding

@@ -6,6 +6,7 @@ and hands them to `run`; nothing else in `common/` sees flags or a script's sett
 
 import argparse
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from common import signals
 from common.errors import InputError
 
+OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
 SETTINGS = typing.TypeVar("SETTINGS")
 
 
@@ -81,6 +83,10 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
         # A data-loading worker wraps the message in its traceback; the last line is ours.
         message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
         sys.exit(_say_error(message, 2))
+    except (MemoryError, RuntimeError) as error:  # torch tells of memory in either
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        sys.exit(_say_error("out of memory; take a smaller --batch-size or --image-size, or fewer --workers", 2))
     except signals.Interrupted as interrupted:
         advice = f"; {interrupted.advice}" if interrupted.advice else ""
         sys.exit(_say_error(f"interrupted{advice}", signals.STATUS + interrupted.number))

@@ -10,3 +10,11 @@ class InputError(Exception):
 
 class WrongSizeError(InputError):
     """A picture is not of the size that its annotation tells."""
+
+
+class NotFiniteError(InputError):
+    """Training met an infinite number or none; `report` is what is known of the step, plain types."""
+
+    def __init__(self, message: str, report: dict):
+        super().__init__(message)
+        self.report = report

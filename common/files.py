@@ -31,8 +31,11 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the file raised
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"cannot write {path}: {cause.strerror or cause}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

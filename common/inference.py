@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from common.boxes import mirror_boxes
 from common.coco import CocoData, DetectionDataset, collate
+from common.errors import InputError
 from common.postprocess import postprocess
 from common.progress import progress_bar
 from common.signals import Interrupted, leave_to_parent, steps_finished, waiting
@@ -37,8 +38,13 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     Args:
         precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
         deterministic: also on a GPU the same numbers each time, slower; torch names the operations that cannot.
+
+    Raises:
+        InputError: fp16 without a GPU.
     """
     chosen = _fastest_precision() if precision == "auto" else precision
+    if chosen == "fp16" and not torch.accelerator.is_available():
+        raise InputError("--precision fp16 needs a GPU; take bf16, fp32 or auto")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products want for it
         torch.use_deterministic_algorithms(True, warn_only=True)

