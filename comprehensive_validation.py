@@ -55,6 +55,8 @@ class Settings:
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
     val_images_dir: str = flag("", "the folder of their pictures")
     image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the pictures at random by this seed; -1 = take the first", at_least=-1)
+    box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
     val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
     flip: bool = flag(False, "checkpoints look at each picture's mirror image too: half as fast")
     batch_size: int = flag(16, "pictures at once", at_least=1)
@@ -196,7 +198,12 @@ def main(settings: Settings) -> ValidationResults:
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
     source = DataSource(
-        settings.data, val_json=settings.val_json, val_images_dir=settings.val_images_dir, image_ids=settings.image_ids
+        settings.data,
+        val_json=settings.val_json,
+        val_images_dir=settings.val_images_dir,
+        image_ids=settings.image_ids,
+        sample_seed=settings.sample_seed,
+        box_format=settings.box_format,
     )
     with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
         data = load_split(source, "val", settings.val_images, settings.strict)

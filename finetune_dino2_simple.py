@@ -47,6 +47,8 @@ class Settings:
     val_json: str = flag("", "validation annotations, likewise")
     val_images_dir: str = flag("", "the folder of their pictures")
     image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the pictures at random by this seed; -1 = take the first", at_least=-1)
+    box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
     train_images: int = flag(1000, "pictures to train on, the first of the file; 0 = all", at_least=0)
     val_images: int = flag(500, "pictures to validate the best epoch on; 0 = all", at_least=0)
     strict: bool = flag(False, "stop where data would have to be repaired or left out")
@@ -104,6 +106,8 @@ def main(settings: Settings) -> dict:
         settings.val_json,
         settings.val_images_dir,
         settings.image_ids,
+        settings.sample_seed,
+        settings.box_format,
     )
     with accelerator.main_process_first():  # what is fetched or drawn is then there for the others
         train_data = load_split(source, "train", settings.train_images, settings.strict)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +28,7 @@ from common.transforms import LetterboxTransform
 from common.types import Batch, Detections, RawOutput
 
 TIMED, WARM_UP = 15, 3  # pictures timed one at a time, and those before them that are not
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PATIENCE = timedelta(hours=6)  # of the processes that wait while the first fetches data or judges
 LINUX_MEMORY = Path("/proc/self/status")
 
@@ -40,7 +41,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         deterministic: also on a GPU the same numbers each time, slower; torch names the operations that cannot.
 
     Raises:
-        InputError: fp16 without a GPU.
+        InputError: fp16 without a GPU; a way of launching that shards the weights.
     """
     chosen = _fastest_precision() if precision == "auto" else precision
     if chosen == "fp16" and not torch.accelerator.is_available():
@@ -54,6 +55,9 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if accelerator.distributed_type in SHARDING:
+        name = accelerator.distributed_type.value
+        raise InputError(f"{name} cuts the weights apart; launch with --multi_gpu: each process has all of them")
     if not accelerator.is_main_process:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; errors still reach stderr
     return accelerator

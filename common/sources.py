@@ -3,9 +3,12 @@
 `--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
 copy of one as parquet files), `coco-official`, or `demo`. Pictures from a hub are written once to the cache as an
 ordinary COCO-format folder, so every script sees one format and the next run starts at once.
+
+Which of the pictures are taken is decided here too: the first, those of a list of ids, or a random sample.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +20,8 @@ from common.demo import make_demo
 from common.errors import InputError
 from common.files import cache_folder
 from common.formats import find_yaml, is_voc, read_voc, read_yolo
-from common.hub import hub_folder
-from common.official import official_split
+from common.hub import hub_split
+from common.official import official_ids, official_split
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # what layouts call the two parts
 DEMO_SEED = 0
@@ -34,11 +37,15 @@ class DataSource:
     val_json: str = ""
     val_images_dir: str = ""
     image_ids: str = ""  # file of the pictures to take instead of the first
+    sample_seed: int = -1  # of a random sample of the pictures, likewise; -1 for none
+    box_format: str = "auto"  # of a hub data set: xyxy, xywh, or auto for the one that fits
 
 
 def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = False) -> CocoData:
     """The `split` ("train" or "val") of the data set, its first `limit` pictures (0 = all), those that can be used.
 
+    With `source.sample_seed`, a random sample of `limit` pictures, in the order of the data set, and of a hub data set
+    those that `hub.hub_split` tells of; the same in every run. The parts of a data set are drawn apart.
     What was repaired or left out is printed.
 
     Raises:
@@ -55,18 +62,36 @@ def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = Fa
 
 def _read(source: DataSource, split: str, limit: int) -> CocoData:
     """The split as it stands in its files, whatever their format."""
-    folder, explicit = Path(source.data), getattr(source, f"{split}_json")
-    ids = read_image_ids(Path(source.image_ids), split)[: limit or None] if source.image_ids else []
+    folder = Path(source.data)
+    explicit = getattr(source, f"{split}_json") or getattr(source, f"{split}_images_dir")
+    seed, first = source.sample_seed, replace(source, image_ids="", sample_seed=-1)
+    ids = read_image_ids(Path(source.image_ids), split) if source.image_ids else []
     if source.data == "coco-official" and not explicit:
-        return load_coco(*official_split(split, limit, ids))
+        ids = ids or (official_ids(split) if seed >= 0 and limit else [])
+        return load_coco(*official_split(split, limit, _drawn(ids, split, limit, seed)))
     if ids:
-        return _select(_read(replace(source, image_ids=""), split, 0), ids)
+        return _select(_read(first, split, 0), _drawn(ids, split, limit, seed))
+    if not explicit and _is_hub(source.data):
+        *files, notes = hub_split(source.data, split, SPLITS[split], limit, seed, source.box_format)
+        data = load_coco(*files)
+        return replace(data, notes=(*notes, *data.notes))
+    if seed >= 0:
+        data = _read(first, split, 0)
+        return data.select(np.array(_drawn(range(len(data)), split, limit, seed)))
     described = None if explicit else find_yaml(folder)
     if described:
         return coco_data(*read_yolo(described, SPLITS[split], limit), str(described))
     if not explicit and folder.is_dir() and is_voc(folder):
         return coco_data(*read_voc(folder, SPLITS[split], limit), str(folder))
-    return load_coco(*_locate(source, split, limit), limit)
+    return load_coco(*_locate(source, split), limit)
+
+
+def _drawn(items: Sequence[int], split: str, limit: int, seed: int) -> list[int]:
+    """`limit` of the items (0 = all): the first, or those that a seed from 0 on draws, in the order of the items."""
+    if seed < 0 or not limit:
+        return list(items)[: limit or None]
+    places = np.random.default_rng([seed, list(SPLITS).index(split)]).permutation(len(items))[:limit]
+    return [items[place] for place in sorted(places)]
 
 
 def read_image_ids(path: Path, split: str) -> list[int]:
@@ -96,8 +121,16 @@ def _select(data: CocoData, ids: list[int]) -> CocoData:
     return data.select(np.array([place[key] for key in ids]))
 
 
-def _locate(source: DataSource, split: str, limit: int) -> tuple[Path, Path]:
-    """Annotation file and picture folder of a split, fetched or drawn first where they are not on disk yet."""
+def _is_hub(data: str) -> bool:
+    """Is this a local copy of a hub data set, or else, no folder being there, the form of a hub id?"""
+    folder = Path(data)
+    return any(folder.glob("data/*.parquet")) or (
+        not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", data) is not None
+    )
+
+
+def _locate(source: DataSource, split: str) -> tuple[Path, Path]:
+    """Annotation file and picture folder of a split; the demo's are drawn first where they are not on disk yet."""
     json_path, pictures = getattr(source, f"{split}_json"), getattr(source, f"{split}_images_dir")
     if bool(json_path) != bool(pictures):
         raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
@@ -106,11 +139,8 @@ def _locate(source: DataSource, split: str, limit: int) -> tuple[Path, Path]:
     if source.data == "demo":
         return _find_split(_demo_folder(), split)
     folder = Path(source.data)
-    is_hub_copy = bool(list(folder.glob("data/*.parquet")))
-    if folder.is_dir() and not is_hub_copy:
+    if folder.is_dir():
         return _find_split(folder, split)
-    if is_hub_copy or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source.data):
-        return _find_split(hub_folder(source.data, split, SPLITS[split], limit), split)
     raise InputError(
         f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, "
         "and neither coco-official nor demo"

@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, which these do
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import Dinov2Backbone, Dinov2Config
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from common.annotations import load_coco
 from common.coco import CocoData

@@ -185,18 +185,3 @@ def test_picture_of_another_size_than_annotated(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="64x48 pixels, but its annotation says 50x48"):
         open_picture(tmp_path / "a.png", (50, 48))
-
-
-@pytest.mark.real
-def test_hub_data_set_becomes_the_same_coco_data(assets, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path))
-    hub = load_split(DataSource(str(assets / "hub-sample")), "val", limit=8)
-    coco = load_split(DataSource(str(assets / "coco-subset")), "val")
-    assert hub.category_ids == coco.category_ids and hub.class_names == coco.class_names
-    index = {picture.id: i for i, picture in enumerate(coco.pictures)}
-    for i, picture in enumerate(hub.pictures):
-        boxes, labels, crowd = coco.picture_boxes(index[picture.id])
-        found, found_labels, _ = hub.picture_boxes(i)
-        assert torch.allclose(found, boxes[~crowd], atol=0.02) and found_labels.equal(labels[~crowd])
-        assert picture.path.read_bytes() == coco.pictures[index[picture.id]].path.read_bytes()
-    assert load_split(DataSource(str(assets / "hub-sample")), "val", limit=8).fingerprint() == hub.fingerprint()

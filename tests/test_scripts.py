@@ -22,10 +22,11 @@ import finetune_dino2_simple
 import improved_dino_detector
 import plot_results
 import validate_models
-from common import charts, cli
+from common import charts, cli, training
 from common.checkpoint import load_detector, save_detector
 from common.errors import InputError
 from common.results import ValidationRecord, format_table, read_results
+from common.sources import DataSource, load_split
 from common.transforms import LetterboxTransform
 
 MODULES = (
@@ -249,6 +250,7 @@ BAD = {
         **{f"--{part}-json": "{tmp}/empty.json" for part in ("train", "val")},
         **{f"--{part}-images-dir": "{demo}/train2017" for part in ("train", "val")},
     },
+    "no class in common": {"--val-json": "{tmp}/animals.json", "--val-images-dir": "{demo}/val2017"},
     "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
     "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
     "other classes": {"--start-from": "{tmp}/classes.pth", "--data": "{demo}"},
@@ -265,7 +267,7 @@ CASES += [(LOOKS, "no such picture"), (TRAINS, "output is a folder"), (JUDGES, "
 CASES += [(s, "no such place") for s in (TRAINS, IMPROVES, LOOKS, JUDGES)]
 CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
 CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "other classes", "no start")]
-CASES += [(s, "no objects") for s in (TRAINS, IMPROVES)]
+CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("no objects", "no class in common")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "unwritable output")]
 
@@ -277,6 +279,9 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     (tmp_path / "text.json").write_text("hello")
     annotated = json.loads((demo / "annotations" / "instances_train2017.json").read_text())
     (tmp_path / "empty.json").write_text(json.dumps(annotated | {"annotations": []}))
+    animals = [c | {"name": f"animal {c['id']}"} for c in annotated["categories"]]
+    truth = json.loads((demo / "annotations" / "instances_val2017.json").read_text())
+    (tmp_path / "animals.json").write_text(json.dumps(truth | {"categories": animals}))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     known = load_detector(chain / "dino2_detector.pth")
     save_detector(tmp_path / "classes.pth", replace(known, class_names=("a",) * len(known.class_names)))
@@ -355,3 +360,12 @@ def test_drawn_labels_stay_inside_small_and_large_pictures():
         drawn = validate_models.draw_boxes(Image.new("RGB", size), boxes)
         assert min(drawn.size) >= 480 and max(drawn.size) <= 1600
         assert len(drawn.getcolors(100000)) > 3
+
+
+def test_classes_that_one_part_lacks_are_said(demo, capsys):
+    source = DataSource(str(demo))
+    train, val = (load_split(source, split) for split in ("train", "val"))
+    training.check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(f"lacks 1 classes of {train.source}: disc")
+    assert said[1].endswith(f"lacks 1 classes of {val.source}: zebra")

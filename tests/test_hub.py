@@ -1,0 +1,370 @@
+"""Hub data sets from small parquet files, and random samples of whatever kind of data set."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import test_official
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_formats import write_voc, write_yolo
+
+from common import hub
+from common.errors import InputError
+from common.hub import hub_split
+from common.hub_rows import COCO_IDS
+from common.sources import DataSource, load_split
+
+server = test_official.server  # the fixture
+BOXES = [[10.0, 20.0, 30.0, 25.0], [40.0, 5.0, 50.0, 29.0]]  # xyxy in pictures of 60 x 30 pixels
+CATS = datasets.ClassLabel(names=["cat", "dog"])
+
+# What a child process does that reads six rows into the cache, and dies of SIGKILL at the fourth.
+DYING = """
+import os, signal
+from common import hub
+write, keep = hub.atomic_write, hub._keep
+
+def write_until(path, *rest):
+    if "000000000004" in path.name and os.environ["DIES"] == "in a picture":
+        path.write_bytes(b"half a pict")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, *rest)
+
+def keep_until(row, content, folder, number, *rest):
+    entry = keep(row, content, folder, number, *rest)
+    if number == 4 and os.environ["DIES"] == "before the line":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 4 and os.environ["DIES"] == "in the line":
+        with (folder.parent / "index.jsonl").open("ab") as file:
+            file.write(b'{"id": 4, "file_name": "0000')
+        os.kill(os.getpid(), signal.SIGKILL)
+    return entry
+
+hub.atomic_write, hub._keep = write_until, keep_until
+hub.hub_split(os.environ["DATA"], "train", ("train",), 6)
+"""
+
+
+def picture(number, kind="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (60, 30), (number * 9 % 256, 50, 90)).save(file, kind)
+    return file.getvalue()
+
+
+def row(number, **parts):
+    """A row in the manner of detection-datasets/coco."""
+    objects = {"bbox": BOXES, "category": [0, 1], "area": [40.0, 50.0]}
+    image = {"bytes": picture(number), "path": None}
+    return {"image_id": number, "image": image, "width": 60, "height": 30, "objects": objects} | parts
+
+
+def parquet(folder, rows, category=None, split="train", shards=2):
+    """The rows as parquet files of row groups of two; `category`: how `objects.category` is declared."""
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
+        data = datasets.Dataset.from_list([rows[i] for i in part])
+        if category is not None:
+            features = data.features.copy()
+            features["objects"]["category"] = datasets.List(category)
+            data = data.cast(features)
+        path = folder / "data" / f"{split}-{number:05d}-of-{shards:05d}.parquet"
+        data.to_parquet(path, batch_size=2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    return tmp_path / "cache" / "hub"
+
+
+@pytest.fixture
+def twelve(tmp_path):
+    return parquet(tmp_path / "twelve", [row(i) for i in range(1, 13)], CATS)
+
+
+@pytest.fixture
+def no_stream(monkeypatch):
+    """Called, it forbids all streams from then on."""
+
+    def forbid():
+        monkeypatch.setattr(datasets, "load_dataset", None)
+
+    return forbid
+
+
+def read(folder, limit=0, split="train", **source):
+    return load_split(DataSource(str(folder), **source), split, limit)
+
+
+def ids(data):
+    return [p.id for p in data.pictures]
+
+
+def contents(data):
+    """Everything that is told of a data set's pictures and boxes, but for where they lie."""
+    pictures = [(p.id, p.width, p.height, p.path.name, p.path.read_bytes()) for p in data.pictures]
+    return pictures, data.fingerprint(), data.areas.tolist(), data.notes
+
+
+def test_a_larger_limit_fetches_only_what_is_missing(twelve, cache, monkeypatch):
+    whole = contents(read(twelve, 9))
+    shutil.rmtree(cache)
+    first = read(twelve, 4)
+    assert ids(first) == [1, 2, 3, 4] and first.picture_boxes(0)[0].tolist() == BOXES
+    written, asked = [p.path.stat().st_mtime_ns for p in first.pictures], []
+    monkeypatch.setattr(hub, "_content", lambda image, content=hub._content: asked.append(1) or content(image))
+    more = read(twelve, 9)
+    assert contents(more) == whole and len(asked) == 5
+    assert [p.path.stat().st_mtime_ns for p in more.pictures[:4]] == written
+
+
+@pytest.mark.parametrize("seed", [-1, 5])
+def test_what_is_there_needs_no_stream_and_the_end_is_remembered(twelve, no_stream, seed):
+    eight, three = (ids(read(twelve, limit, sample_seed=seed)) for limit in (8, 3))
+    assert eight[:3] == three
+    whole = contents(read(twelve, 99, sample_seed=seed))
+    in_order = ids(read(twelve, sample_seed=seed))
+    no_stream()
+    assert ids(read(twelve, 8, sample_seed=seed)) == eight
+    assert contents(read(twelve, 12, sample_seed=seed)) == contents(read(twelve, 50, sample_seed=seed)) == whole
+    assert ids(read(twelve, sample_seed=seed)) == in_order == sorted(p[0] for p in whole[0]) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("moment", ["in a picture", "before the line", "in the line"])
+def test_a_killed_run_goes_on_as_if_never_interrupted(twelve, cache, moment):
+    whole = contents(read(twelve, 6))
+    shutil.rmtree(cache)
+    died = subprocess.run([sys.executable, "-c", DYING], cwd=ROOT, env=os.environ | {"DATA": twelve, "DIES": moment})
+    assert died.returncode == -signal.SIGKILL
+    left = {path.name for path in cache.rglob("*.png")}
+    assert {f"{i:012d}.png" for i in (1, 2, 3)} <= left
+    assert ids(read(twelve, 3)) == [1, 2, 3]
+    assert contents(read(twelve, 6)) == whole
+    assert len(read(twelve)) == 12
+
+
+def test_processes_at_once_fetch_each_row_once(twelve, cache):
+    code = "import sys; from common.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), int(sys.argv[2]))"
+    children = [subprocess.Popen([sys.executable, "-c", code, twelve, str(n)], cwd=ROOT) for n in (7, 11)]
+    assert [child.wait() for child in children] == [0, 0]
+    lines = next(cache.rglob("index.jsonl")).read_text().splitlines()
+    assert sum('"file_name"' in line for line in lines) == 11
+    assert contents(read(twelve, 11))[0] == [(i, 60, 30, f"{i:012d}.png", picture(i)) for i in range(1, 12)]
+
+
+def test_rows_that_two_processes_wrote_without_a_lock_count_once(twelve, cache):
+    whole = contents(read(twelve, 5))
+    index = next(cache.rglob("index.jsonl"))
+    index.write_bytes(index.read_bytes() * 2)
+    assert contents(read(twelve, 5)) == whole and len(read(twelve)) == 12
+
+
+def test_files_that_were_changed_are_read_anew(twelve):
+    read(twelve, 3)
+    parquet(twelve, [row(i) for i in range(21, 25)], CATS)
+    assert ids(read(twelve, 3)) == [21, 22, 23]
+
+
+def test_a_sample_is_the_same_every_time_and_another_by_each_seed(twelve, cache):
+    drawn = [ids(read(twelve, 6, sample_seed=seed)) for seed in (0, 1, 2)]
+    assert all(len(set(sample)) == 6 for sample in drawn)
+    assert len({tuple(sample) for sample in [*drawn, range(1, 7)]}) == 4
+    shutil.rmtree(cache)
+    assert ids(read(twelve, 3, sample_seed=1)) == drawn[1][:3]
+    assert ids(read(twelve, 6, sample_seed=1)) == drawn[1]
+    code = "import sys; from common.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), 6, 1)"
+    shutil.rmtree(cache)
+    subprocess.run([sys.executable, "-c", code, twelve], cwd=ROOT, check=True)
+    assert ids(read(twelve, 6, sample_seed=1)) == drawn[1]
+
+
+def test_every_row_is_drawn_about_as_often(tmp_path):
+    folder = parquet(tmp_path / "thirty", [row(i) for i in range(30)], CATS, shards=3)
+    stream = datasets.load_dataset(str(folder), streaming=True)["train"].select_columns(["image_id", "image"])
+    counts = np.zeros(30)
+    for seed in range(60):
+        rows = hub._rows(stream, seed, [])
+        counts[[next(rows)[1]["image_id"] for _ in range(10)]] += 1
+    assert counts.min() > 7 and counts.max() < 33  # 20 expected, give or take 3.7
+
+
+def test_samples_of_other_data_sets(demo, demo_val, server, tmp_path):
+    write_yolo(demo_val, tmp_path / "yolo")
+    write_voc(demo_val, tmp_path / "voc" / "train", tmp_path / "voc" / "train")
+    write_voc(demo_val, tmp_path / "voc" / "val", tmp_path / "voc" / "val")
+    explicit = {f"{split}_{part}": str(demo / place) for split in ("train", "val") for part, place in (
+        ("json", f"annotations/instances_{split}2017.json"), ("images_dir", f"{split}2017"))}  # fmt: skip
+    sources = [(demo, {}), ("none", explicit), (tmp_path / "yolo", {}), (tmp_path / "voc", {}), ("coco-official", {})]
+    for data, parts in sources:
+        whole = ids(read(data, **parts))
+        server.asked.clear()
+        samples = [ids(read(data, 3, sample_seed=seed, **parts)) for seed in (0, 0, 1, 2, 3)]
+        assert samples[0] == samples[1] and len({tuple(sample) for sample in samples}) > 2
+        for sample in samples:
+            assert len(sample) == 3 and sample == [key for key in whole if key in sample]
+        assert ids(read(data, sample_seed=1, **parts)) == whole
+        assert set(samples[0]) < set(ids(read(data, 5, sample_seed=0, **parts)))
+    both = [[ids(read(tmp_path / "yolo", 3, split, sample_seed=s)) for s in range(3)] for split in ("train", "val")]
+    assert both[0] != both[1]  # of the same pictures, drawn apart
+
+
+def test_of_official_coco_only_the_sample_is_fetched(server, tmp_path):
+    sample = ids(read("coco-official", 2, sample_seed=4))
+    fetched = sorted(name for name, _ in server.asked if name.endswith(".jpg"))
+    assert fetched == [f"train2017/{key:012d}.jpg" for key in sample]
+    listed = tmp_path / "ids.txt"
+    listed.write_text("train 36\ntrain 285\ntrain 9\ntrain 42\n")
+    sample = ids(read("coco-official", 2, sample_seed=4, image_ids=str(listed)))
+    assert len(sample) == 2 and sample == [key for key in (36, 285, 9, 42) if key in sample]
+
+
+XYWH = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
+SHARES = (np.array(BOXES) / [60, 30, 60, 30]).tolist()
+AS_LIST = [{"bbox": box, "label": name} for box, name in zip(BOXES, ("cat", "dog"), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "objects, said",
+    [
+        ({"bbox": XYWH, "category": [0, 1]}, "boxes read as xywh: 8 of 8 fit so, 0 as xyxy"),
+        ({"bbox": SHARES, "category": [0, 1], "area": [0.1, 0.2]}, "read as shares of their pictures"),
+        ({"bbox": BOXES, "label": [5, 7]}, "numbers and no names: class 5, class 7"),
+        ({"bbox": BOXES, "categories": ["cat", "dog"]}, "boxes read as xyxy: 8 of 8 fit so, 0 as xywh"),
+        (AS_LIST, "boxes read as xyxy"),
+    ],
+)
+def test_what_hub_data_sets_differ_in(tmp_path, capsys, objects, said):
+    rows = [{"image": {"bytes": picture(i), "path": None}, "objects": objects} for i in range(4)]
+    declared = CATS if "category" in objects else None
+    data = read(parquet(tmp_path / "some", rows, declared), 4)
+    names = ("class 5", "class 7") if "label" in objects else ("cat", "dog")
+    assert data.class_names == names and ids(data) == [1, 2, 3, 4] and data.notes == ()
+    for index in range(4):
+        boxes, labels, crowd = data.picture_boxes(index)
+        assert torch.allclose(boxes, torch.tensor(BOXES), atol=1e-3)
+        assert labels.tolist() == [0, 1] and not crowd.any()
+    assert data.areas[:2] == pytest.approx([100, 240])
+    assert said in capsys.readouterr().out
+
+
+def test_the_box_format_may_be_told(twelve, capsys):
+    wrong = read(twelve, 2, box_format="xywh")
+    assert wrong.boxes[:2].tolist() == BOXES and "read as" not in capsys.readouterr().out
+    assert read(twelve, 2, box_format="xyxy").fingerprint() == read(twelve, 2).fingerprint() != wrong.fingerprint()
+
+
+def test_string_ids_are_numbered_and_crowds_kept(tmp_path):
+    objects = {"bbox": BOXES, "category": [0, 1], "iscrowd": [1, 0]}
+    rows = [row(0, image_id=f"beach_{i}", objects=objects) for i in range(4)]
+    data = read(parquet(tmp_path / "some", rows, CATS))
+    assert ids(data) == [1, 2, 3, 4] and data.crowd.tolist() == [True, False] * 4
+
+
+def test_the_names_of_coco_get_its_ids(tmp_path):
+    names = list(COCO_IDS)
+    objects = {"bbox": BOXES, "category": [names.index("person"), names.index("toothbrush")]}
+    data = read(parquet(tmp_path / "some", [row(i, objects=objects) for i in (4, 2)], datasets.ClassLabel(names=names)))
+    assert data.category_ids == tuple(COCO_IDS.values()) and ids(data) == [4, 2]
+    assert [data.category_ids[label] for label in data.labels] == [1, 90, 1, 90]
+
+
+def test_what_is_wrong_with_rows_is_counted(tmp_path, capsys):
+    two = {"bbox": BOXES, "category": [0], "area": None}
+    odd = {"bbox": [[1.0, 2.0], [5.0, 5.0, float("nan"), 9.0], BOXES[0]], "category": [0, 0, -1], "area": [1.0]}
+    rows = [
+        row(1),
+        row(2, image={"bytes": b"no picture", "path": None}),
+        row(3, objects=two),
+        row(4, image=None),
+        row(1, width=60),
+        row(6, image_id=None),
+        row(7, objects=odd),
+        row(8, objects=None),
+        row(9, width=None, height=None, image={"bytes": picture(9, "JPEG"), "path": None}),
+        row(10, width=61),
+    ]
+    folder = parquet(tmp_path / "some", rows, CATS, shards=1)
+    for _ in range(2):  # likewise from the cache
+        data = read(folder)
+        assert ids(data) == [1, 7, 8, 9] and len(data.labels) == 4
+        assert data.pictures[-1].path.suffix == ".jpg" and data.pictures[-1].width == 60
+        said = capsys.readouterr().out
+        for note in (
+            "left out 1 rows that have not as many boxes as categories (row 3)",
+            "left out 2 rows without a picture or without their image_id (row 4, row 6)",
+            "left out 1 rows with the image_id of an earlier one (row 5)",
+            "left out 2 objects without a box (000000000007.png)",
+            "left out 1 boxes of a category that is not listed (000000000007.png)",
+            "left out 1 pictures that cannot be read (000000000002.jpg)",
+            "left out 1 pictures of another size than annotated (000000000010.png)",
+        ):
+            assert note in said
+    with pytest.raises(InputError, match="refused by --strict"):
+        load_split(DataSource(str(folder)), "train", strict=True)
+
+
+def test_pictures_beside_the_metadata(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(picture(i))
+        lines.append(f'{{"file_name": "{i}.png", "objects": {{"bbox": {XYWH}, "categories": [0, 1]}}}}\n')
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    _, pictures, notes = hub_split(str(folder), "train", ("train",), 2)
+    assert sorted(p.read_bytes() for p in pictures.iterdir()) == [picture(0), picture(1)] and not notes
+
+
+def test_other_tables_than_detection_sets_are_refused_in_a_line(twelve, tmp_path):
+    table = parquet(tmp_path / "other", [{"image": {"bytes": picture(i), "path": None}, "label": i} for i in range(2)])
+    with pytest.raises(InputError, match=r"is no detection set: .*, but image, label"):
+        read(table)
+    with pytest.raises(InputError, match="has the splits train, none of val"):
+        read(twelve, split="val")
+
+
+def test_damaged_files_end_in_a_line_and_keep_what_came_before(twelve):
+    second = twelve / "data" / "train-00001-of-00002.parquet"
+    second.write_bytes(second.read_bytes()[:100])
+    with pytest.raises(InputError, match="broke off after 6 rows") as caught:
+        read(twelve)
+    assert "\n" not in str(caught.value) and ids(read(twelve, 6)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_network(cache, twelve, monkeypatch):
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"data some/other: .*hub can't be reached \(give a COCO-format") as caught:
+        read("some/other", 3)
+    assert time.monotonic() - begin < 3 and "\n" not in str(caught.value)
+    expected = contents(read(twelve, 4))
+    shutil.move(next(cache.glob("twelve-*-train")), cache / "some--set-train")
+    assert contents(read("some/set", 4)) == expected
+    with pytest.raises(InputError, match="4 of its pictures are in the cache: ask for no more"):
+        read("some/set", 5)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("split, limit, seed", [("train", 0, -1), ("train", 40, 2), ("val", 8, -1)])
+def test_the_hub_copy_is_the_same_as_coco_itself(assets, split, limit, seed):
+    found = read(assets / "hub-sample", limit, split, sample_seed=seed)
+    whole = read(assets / "coco-subset", 0, split)
+    assert len(found) == (limit or 64) and found.notes == ()
+    index = {picture.id: i for i, picture in enumerate(whole.pictures)}
+    coco = whole.select(np.array([index[key] for key in ids(found)]))
+    single = ~coco.crowd  # the hub has no crowds
+    assert (found.category_ids, found.class_names) == (coco.category_ids, coco.class_names)
+    assert np.allclose(found.boxes, coco.boxes[single], atol=0.02) and not found.crowd.any()
+    assert (found.labels == coco.labels[single]).all() and np.allclose(found.areas, coco.areas[single], atol=1)
+    for ours, theirs in zip(found.pictures, coco.pictures, strict=True):
+        assert (ours.id, ours.width, ours.height) == (theirs.id, theirs.width, theirs.height)
+        assert ours.path.read_bytes() == theirs.path.read_bytes()
