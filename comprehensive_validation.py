@@ -62,7 +62,7 @@ class Settings:
     batch_size: int = flag(16, "pictures at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
     workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of the resampled pictures; detection itself draws nothing", at_least=0)
+    seed: int = flag(0, "of the resampled pictures; detection itself draws nothing", at_least=0, at_most=cli.MAX_SEED)
     strict: bool = flag(
         False, f"exit with {NOT_ALL} where a model could not be evaluated, stop where data would have to be repaired"
     )
@@ -140,6 +140,8 @@ def judge_all(settings: Settings, data: CocoData, runner: Runner) -> list[Judgem
     """
     models = settings.models or (() if settings.from_detections else MODELS)
     paths = (*models, *settings.from_detections)
+    if len(set(paths)) < len(paths):
+        raise InputError(f"a model is named twice: {', '.join(paths)}")
     weights = uncertainty.draws(len(data), settings.seed)
     before, judgements = judged_before(settings, data), []
     try:

@@ -13,6 +13,7 @@ Writes OUTPUT, and in RUN_DIR best.pth, last.pth, settings.json and log.jsonl (o
 """
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
@@ -66,7 +67,7 @@ class Settings:
         "auto", "arithmetic; auto = the fastest of this hardware", choices=("auto", "fp32", "bf16", "fp16")
     )
     workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0)
+    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0, at_most=cli.MAX_SEED)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower; on a CPU they are")
     resume: bool = flag(False, "go on with the stopped run in --run-dir; begin where there is none")
     save_steps: int = flag(0, "save the run's state every so many steps, not at the ends of epochs alone", at_least=0)
@@ -97,6 +98,7 @@ def train_one_epoch(
 def main(settings: Settings) -> dict:
     """Train, keep the best epoch, and return its numbers on the validation pictures."""
     check_writable(settings.output)
+    check_writable(Path(settings.run_dir, "state.pth"))
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     source = DataSource(

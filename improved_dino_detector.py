@@ -17,6 +17,7 @@ Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, s
 
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -66,7 +67,7 @@ class Settings:
     blocks: tuple[int, ...] = flag((-5, -4, -3), "whose features the head reads: 1 = first block, -1 = last")
     image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14)
     head: str = flag("pyramid", "the head; see common/heads.py", choices=HEADS)
-    dropout: float = flag(0.1, "share of the head's hidden units switched off in training", at_least=0)
+    dropout: float = flag(0.1, "share of the head's hidden units switched off in training", at_least=0, at_most=1)
     assignment: str = flag("task-aligned", "which locations answer for an object", choices=ASSIGNMENTS)
     scores: str = flag("quality", "loss of the scores; quality = towards the IoU reached", choices=SCORE_LOSSES)
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
@@ -85,13 +86,13 @@ class Settings:
     )
     stop_after: str = flag("", "frozen = end with stage 1", choices=("frozen",))
     start_from: str = flag("", "checkpoint to go on from; its head, blocks and input size are kept")
-    ema: float = flag(0.99, "decay of the running average of the weights, a step; 0 = no average", at_least=0)
+    ema: float = flag(0.99, "decay of the weights' running average, a step; 0 = none", at_least=0, at_most=1)
     batch_size: int = flag(16, "pictures a step, on each process", at_least=1)
     precision: str = flag(
         "auto", "arithmetic; auto = the fastest of this hardware", choices=("auto", "fp32", "bf16", "fp16")
     )
     workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0)
+    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0, at_most=cli.MAX_SEED)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower; on a CPU they are")
     resume: bool = flag(False, "go on with the stopped run in --run-dir; begin where there is none")
     save_steps: int = flag(0, "save the run's state every so many steps, not at the ends of epochs alone", at_least=0)
@@ -263,6 +264,7 @@ def main(settings: Settings) -> dict:
     """Train the stages, keep the best epoch, and return its numbers on the validation pictures."""
     stages(settings)  # so that what contradicts itself is refused at once
     check_writable(settings.output)
+    check_writable(Path(settings.run_dir, "state.pth"))
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     source = DataSource(
@@ -281,6 +283,8 @@ def main(settings: Settings) -> dict:
     training.check_objects(train_data, val_data)
     conditions = training.describe_training(asdict(settings), train_data, accelerator)
     start = first_detector(settings, train_data, conditions)
+    if settings.unfreeze_blocks > start.detector.backbone.depth:
+        raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {start.detector.backbone.depth}")
     quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
     settings = without_large_cache(settings, start.detector, len(train_data), len(quick_data))
     run = RunFolder(settings.run_dir, asdict(settings), train_data.fingerprint(), accelerator, STAGES)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from common import charts, cli
 from common.cli import flag
+from common.errors import InputError
 from common.files import atomic_write
 from common.results import read_results
 
@@ -32,6 +33,8 @@ class Settings:
 def main(settings: Settings) -> Path:
     """Write the charts and return the path of the comparison."""
     output = Path(settings.output)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")
     for name, figure in charts.figures(read_results(settings.results)).items():
         path = output if name == "comparison" else output.with_stem(f"{output.stem}_{name}")
         with atomic_write(path) as file:

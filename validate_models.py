@@ -55,7 +55,7 @@ class Settings:
     batch_size: int = flag(16, "pictures at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
     workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of the choice of pictures to draw", at_least=0)
+    seed: int = flag(0, "of the choice of pictures to draw", at_least=0, at_most=cli.MAX_SEED)
     output: str = flag("predictions", "folder for the pictures and detections")
 
 

@@ -14,13 +14,22 @@ from collections.abc import Callable
 from common import signals
 from common.errors import InputError
 
+MAX_SEED = 2**32 - 1  # the largest that numpy takes
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
 SETTINGS = typing.TypeVar("SETTINGS")
 
 
-def flag(default, help: str, *, at_least: float | None = None, choices: tuple[str, ...] | None = None):
+def flag(
+    default,
+    help: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] | None = None,
+):
     """A dataclass field that becomes `--name`: `help` gives its unit and reason, the default is added to it."""
-    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "choices": choices})
+    limits = {"at_least": at_least, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,11 +37,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
 
 
-def _checked(kind: type, at_least: float | None) -> Callable[[str], typing.Any]:
+def _checked(kind: type, at_least: float | None, at_most: float | None) -> Callable[[str], typing.Any]:
     def convert(text: str):
         value = kind(text)
         if at_least is not None and not value >= at_least:
             raise argparse.ArgumentTypeError(f"{text} is below {at_least}")
+        if at_most is not None and not value <= at_most:
+            raise argparse.ArgumentTypeError(f"{text} is above {at_most}")
         return value
 
     convert.__name__ = kind.__name__
@@ -51,7 +62,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: t
     metavar = None if metadata["choices"] else {int: "N", float: "X"}.get(element, "TEXT")
     parser.add_argument(
         name,
-        type=_checked(element, metadata["at_least"]),
+        type=_checked(element, metadata["at_least"], metadata["at_most"]),
         nargs="+" if several else None,
         choices=metadata["choices"],
         metavar=metavar,

@@ -258,6 +258,16 @@ BAD = {
     "no results": {"--results": "{tmp}/none.json"},
     "other results": {"--results": "{tmp}/other.json"},
     "no such place": {"--output": "{tmp}/other.json/a"},
+    "run folder is a file": {"--run-dir": "{tmp}/other.json", "--data": "{demo}"},
+    "number too large": {"--seed": "4294967296"},
+    "share above 1": {"--dropout": "1.5"},
+    "more blocks than there are": {
+        "--unfreeze-blocks": "13",
+        "--data": "{demo}",
+        "--start-from": "{chain}/dino2_detector.pth",
+    },
+    "the same model twice": {"--models": "{tmp}/a.pth {tmp}/a.pth", "--data": "{demo}"},
+    "no PNG": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/chart.pdf"},
     "output is a folder": {"--output": "{tmp}"},
     "unwritable output": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/other.json/a.png"},
 }
@@ -269,7 +279,9 @@ CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such f
 CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "other classes", "no start")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("no objects", "no class in common")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
-CASES += [(PLOTS, c) for c in ("no such flag", "no results", "other results", "unwritable output")]
+CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("run folder is a file", "number too large")]
+CASES += [(IMPROVES, "share above 1"), (IMPROVES, "more blocks than there are"), (JUDGES, "the same model twice")]
+CASES += [(PLOTS, c) for c in ("no PNG", "no such flag", "no results", "other results", "unwritable output")]
 
 
 @pytest.mark.parametrize(("script", "case"), CASES)
@@ -298,7 +310,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     if "--checkpoint" in bad:
         bad["--models" if script == JUDGES else "--checkpoints"] = bad.pop("--checkpoint")
     places = {"tmp": tmp_path, "demo": demo, "chain": chain}
-    words = [str(w).format(**places) for pair in (flags | bad).items() for w in pair]
+    words = [word for pair in (flags | bad).items() for w in pair for word in str(w).format(**places).split(" ")]
     module = MODULES[SCRIPTS.index(script)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
