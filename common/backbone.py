@@ -9,6 +9,7 @@ of their meaning, and any number measured with it says so.
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,18 +29,23 @@ KINDS = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
 }
-ARCHITECTURE = (  # the keys of a backbone's config.json that shape its weights and its forward pass
-    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act"),
-    *(
-        "layer_norm_eps",
-        "image_size",
-        "patch_size",
-        "num_channels",
-        "qkv_bias",
-        "use_swiglu_ffn",
-        "num_register_tokens",
-    ),
-)
+# The keys of a backbone's config.json that shape its weights and its forward pass, and what they may be: the types are
+# those of the values named, the numbers have room above the largest DINOv2, of 40 blocks with 1536 channels.
+ARCHITECTURE = {
+    "model_type": tuple(KINDS),
+    "hidden_size": range(1, 8193),
+    "num_hidden_layers": range(1, 65),
+    "num_attention_heads": range(1, 257),
+    "mlp_ratio": range(1, 17),
+    "hidden_act": ("gelu", "relu", "silu"),
+    "layer_norm_eps": (1e-12, 1e-8, 1e-6, 1e-5),
+    "image_size": range(1, 4097),
+    "patch_size": range(1, 129),
+    "num_channels": (3,),
+    "qkv_bias": (False, True),
+    "use_swiglu_ffn": (False, True),
+    "num_register_tokens": range(65),
+}
 
 
 class Backbone(nn.Module):
@@ -51,8 +57,9 @@ class Backbone(nn.Module):
         self.patch_size: int = vit.config.patch_size
         self.channels: int = vit.config.hidden_size
         self.depth: int = vit.config.num_hidden_layers
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        # No checkpoint holds these two, so they are real also where the weights are only shapes (the device "meta").
+        for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_config(cls, config: dict, blocks: Sequence[int]) -> "Backbone":
@@ -115,6 +122,21 @@ def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
     return chosen
 
 
+def check_architecture(config: dict) -> None:
+    """Raises InputError where `config` has a key that is not in ARCHITECTURE, or a value that it must not have."""
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError("a backbone's settings must name its model_type")
+    for key, value in config.items():
+        allowed = ARCHITECTURE.get(key, ())
+        if not allowed or type(value) is not type(allowed[0]) or value not in allowed:
+            among = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(map(str, allowed))
+            raise InputError(
+                f"a backbone's {reprlib.repr(key)} must be {among or 'left out'}, not {reprlib.repr(value)}"
+            )
+    if config.get("hidden_size", 768) % config.get("num_attention_heads", 12):
+        raise InputError("a backbone's hidden_size must be a multiple of its num_attention_heads")
+
+
 def backbone_config(folder: Path) -> dict:
     """The architecture of the DINOv2 in `folder`, plain types only, enough to build it again without the folder.
 
@@ -125,11 +147,14 @@ def backbone_config(folder: Path) -> dict:
         content = json.loads((folder / "config.json").read_text())
     except OSError as error:
         raise InputError(f"{folder} holds no backbone: no readable config.json in it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{folder}/config.json is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("model_type") not in KINDS:
-        raise InputError(f"{folder}/config.json is not of a DINOv2: its model_type must be one of {', '.join(KINDS)}")
-    return {key: content[key] for key in ARCHITECTURE if key in content}
+    config = {key: content[key] for key in ARCHITECTURE if key in content} if isinstance(content, dict) else {}
+    try:
+        check_architecture(config)
+    except InputError as error:
+        raise InputError(f"{folder}/config.json is not of a DINOv2: {error}") from error
+    return config
 
 
 def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
@@ -143,11 +168,20 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
         InputError: no weights in the folder, damaged or incomplete ones.
     """
     config, vit_type = _shorten(backbone_config(folder), blocks)
+    if not (folder / "model.safetensors").is_file():  # transformers would then take a pickle
+        raise InputError(
+            f"{folder} holds no backbone: no model.safetensors in it, and weights are read from no other file"
+        )
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the blocks left out
     try:
         vit, report = vit_type.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # damaged weights surface as a dozen types, some of them foreign to Python
         raise InputError(f"cannot load the backbone in {folder}: {str(error).strip().splitlines()[0]}") from error

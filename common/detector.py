@@ -6,17 +6,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.backbone import Backbone, backbone_config, choose_blocks, load_backbone
+from common.backbone import Backbone, backbone_config, check_architecture, choose_blocks, load_backbone
 from common.errors import InputError
 from common.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.types import RawOutput
 
 HEADS = ("linear", "multi-layer", "pyramid")
+MAX_IMAGE_SIZE = 4096  # pixels
+MAX_CLASSES = 15_000  # the largest vocabulary of boxes, V3Det's, has 13,204
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that shapes a detector; plain types only, stored in its checkpoint."""
+    """Everything that shapes a detector; plain types only, stored in its checkpoint.
+
+    Raises:
+        InputError: a setting of another type, or out of its range.
+    """
 
     head: str  # one of HEADS
     backbone: dict  # architecture, see `backbone_config`
@@ -24,6 +30,25 @@ class DetectorConfig:
     image_size: int  # side of the square input, pixels
     num_classes: int
     dropout: float = 0.0  # in training, of the heads that have hidden layers
+
+    def __post_init__(self) -> None:
+        check_architecture(self.backbone)
+        depth, patch = self.backbone.get("num_hidden_layers", 12), self.backbone.get("patch_size", 14)
+        blocks = self.blocks if isinstance(self.blocks, tuple) else ()
+        rising = tuple(block for block in range(1, depth + 1) if block in blocks)
+        sides, classes = range(patch, MAX_IMAGE_SIZE + 1, patch), range(1, MAX_CLASSES + 1)
+        numbers = (*blocks, self.image_size, self.num_classes)
+        rules = {
+            f"head must be one of {', '.join(HEADS)}": self.head in HEADS,
+            "blocks, image_size and num_classes must be whole numbers": {type(n) for n in numbers} == {int},
+            f"blocks must rise from 1 to {depth}": blocks and blocks == rising,
+            f"image_size must be a multiple of {patch} up to {MAX_IMAGE_SIZE}": self.image_size in sides,
+            f"num_classes must be 1 to {MAX_CLASSES}": self.num_classes in classes,
+            "dropout must be 0 to 1": type(self.dropout) in (int, float) and 0 <= self.dropout <= 1,
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                raise InputError(f"a detector's {rule}")
 
 
 class Detector(nn.Module):
@@ -60,9 +85,7 @@ def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
         return LinearHead(**shape)
     if config.head == "multi-layer":
         return MultiLayerHead(**shape, dropout=config.dropout)
-    if config.head == "pyramid":
-        return PyramidHead(**shape, dropout=config.dropout)
-    raise ValueError(f"no head {config.head!r}: it is one of {', '.join(HEADS)}")
+    return PyramidHead(**shape, dropout=config.dropout)
 
 
 def build_detector(config: DetectorConfig) -> Detector:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from common.coco import CocoData, DetectionDataset, collate, sample_randomness
 from common.detector import Detector
 from common.errors import InputError
-from common.files import atomic_write, cache_folder
+from common.files import atomic_write, cache_folder, remove_leftovers
 from common.inference import precision_name
 from common.progress import progress_bar
 from common.signals import Interrupted, leave_to_parent
@@ -32,6 +32,7 @@ from common.types import Target
 FORMAT_VERSION = 3
 SHARD = 64  # pictures: what an interruption can cost
 SPARE_DISK = 1 << 30  # bytes that a build leaves free
+ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
 CPU_BATCH = 4  # pictures at once while building on a CPU: a tenth faster than 16, as less waits for less
 
 
@@ -134,6 +135,8 @@ def cached_features(
     accelerator.wait_for_everyone()  # all have looked before the first begins to write
     if missing:
         if accelerator.is_main_process:
+            for shard in missing:
+                remove_leftovers(files.paths[shard], ABANDONED)
             _check_room(files, missing)
             begun = len(data) - sum(len(files.part(shard)) for shard in missing)
             there = f", those of {begun} are there already" if begun else ""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path, age: float = 0.0) -> None:
+    """Delete what killed writers of `path` left beside it, not written to for `age` seconds."""
+    for leftover in path.parent.glob(f".{path.name}.????????"):
+        if time.time() - leftover.stat().st_mtime >= age:
+            leftover.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -52,9 +52,10 @@ def write_report(path: Path, results: ValidationResults, data: CocoData, tables:
         *(_pictures(record, data, tables[record.name]) for record in results.models if record.name in tables),
         _conditions(results),
     ]
-    with atomic_write(path, "w") as file:
-        file.write('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Detection results</title>')
-        file.write(f"<style>{STYLE}</style></head><body>\n{chr(10).join(parts)}\n</body></html>\n")
+    head = f'<meta charset="utf-8"><title>Detection results</title><style>{STYLE}</style>'
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(parts)}\n</body></html>\n'
+    with atomic_write(path) as file:
+        file.write(page.encode(errors="replace"))  # names of files need not be text
 
 
 def _escape(text: object) -> str:

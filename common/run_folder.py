@@ -20,7 +20,7 @@ from common import signals
 from common.checkpoint import Checkpoint, load_detector, save_detector
 from common.coco import CocoData
 from common.errors import InputError, NotFiniteError
-from common.files import atomic_write
+from common.files import atomic_write, remove_leftovers
 from common.training import Progress, in_words, validate
 
 STATE_VERSION = 1
@@ -76,6 +76,9 @@ class RunFolder:
             if not self.saved:
                 for name in ("state.pth", "state.previous.pth"):
                     (self.path / name).unlink(missing_ok=True)
+            for name in ("settings.json", "log.jsonl", "last.pth", "state.pth", *(f"{stage}.pth" for stage in stages)):
+                remove_leftovers(self.path / name)
+            remove_leftovers(self.best)
             with atomic_write(self.path / "settings.json", "w") as file:
                 json.dump(settings, file, indent=2)
             self._write_log()
@@ -221,6 +224,7 @@ def publish_best(
         interrupted.advice = run.advice
         raise
     if run.writes:
+        remove_leftovers(Path(output))
         save_detector(output, replace(best, metrics=numbers))
         print(f"epoch {best.epoch} on {len(val_data)} validation pictures: {in_words(numbers)}; written to {output}")
     return numbers

@@ -2,9 +2,9 @@
 
 import math
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 from accelerate import Accelerator
@@ -283,7 +283,9 @@ def memory_explained(progress: Progress, config: LossConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # which hold on to what the step had computed
+        _let_go(error.__traceback__)
+    if progress.batch is None:
+        raise InputError("out of memory before the first step; take a smaller --image-size or backbone")
     count = len(progress.batch.targets)
     advice = "not even one fits: take a smaller --image-size or backbone"
     for fewer in (count >> halvings for halvings in range(1, count.bit_length())):
@@ -291,6 +293,12 @@ def memory_explained(progress: Progress, config: LossConfig) -> Iterator[None]:
             advice = f"{fewer} fit: take --batch-size {fewer}; with --resume the run goes on from its last state"
             break
     raise InputError(f"out of memory at a step of {count} pictures; {advice}")
+
+
+def _let_go(traceback: TracebackType) -> None:
+    """Cut a traceback into pieces: the frames along it would keep what the failed step had computed."""
+    while traceback:
+        traceback.tb_next, traceback = None, traceback.tb_next
 
 
 def _fits(batch: Batch, detector: Detector, config: LossConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, which these do
@@ -24,6 +25,16 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "ml
 def fresh_accelerator():
     """accelerate fixes the precision once for a process; each test is to choose its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """`cli.run` takes signals over for the rest of a process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

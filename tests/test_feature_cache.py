@@ -1,6 +1,7 @@
 """The feature cache: what it holds, that training on it equals training without, and how it is built."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_more_pictures_find_the_shards_of_fewer(detector, demo_val, accelerator,
     build(detector, demo_val.first(4), accelerator)
     files = feature_files(detector, demo_val, 2, "fp32")
     assert files.missing() == [2] and list(files.part(2)) == [4, 5]
+
+
+def test_what_a_killed_build_left_half_written_goes_once_it_is_old(detector, demo_val, accelerator, own_cache):
+    (path,) = feature_files(detector, demo_val, 2, "fp32").paths
+    own_cache.mkdir(parents=True)
+    old, young = (own_cache / f".{path.name}.{name}" for name in ("abcdefgh", "ijklmnop"))
+    for leftover in (old, young):
+        leftover.touch()
+    os.utime(old, (0, 0))
+    build(detector, demo_val, accelerator)
+    assert sorted(own_cache.iterdir()) == sorted([path, young])  # another process may be writing the young one
 
 
 def test_a_damaged_file_is_refused(detector, demo_val, accelerator, own_cache):

@@ -51,9 +51,6 @@ def results(folder):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    yield
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +138,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
         process.join()
         assert process.exitcode == 0, (folder / "output.txt").read_text()[-2000:]
         assert results(folder) == uninterrupted["improved"]
-        assert [p.name for p in (folder / "cache" / "features").iterdir() if p.name.startswith(".")] == []
+        assert [p.name for p in (folder / "run").iterdir() if p.name.startswith(".")] == []
     assert {-1, 1, 4} <= where
 
 

@@ -5,15 +5,17 @@ import multiprocessing
 import resource
 import signal
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import comprehensive_validation
 import finetune_dino2_simple
-from common import cli, signals
+from common import cli, signals, training
 from common.boxes import Letterbox
 from common.checkpoint import Checkpoint, load_detector, save_detector
 from common.detector import HEADS, new_detector
@@ -21,16 +23,13 @@ from common.errors import InputError
 from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
 from common.postprocess import postprocess
 from common.results import read_results
-from common.types import Target
+from common.types import Batch, Target
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def settings_of(demo, tiny_backbone, **options):
@@ -75,6 +74,33 @@ def test_out_of_memory_tells_the_batch_size_that_fits(demo, tiny_backbone):
     fits = int(line.partition("take --batch-size ")[2].partition(";")[0])
     status, text = train_below(limits, replace(settings, batch_size=fits, resume=True))
     assert status == 0 and load_detector("out.pth").epoch == 1, text
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 4])
+def test_what_a_failed_step_computed_is_let_go_before_fewer_pictures_are_tried(pictures, detector, monkeypatch):
+    computed, tried = [], []
+
+    def step():
+        activations = torch.ones(9)
+        computed.append(weakref.ref(activations))
+
+        def failing_layer():  # torch's modules run in such functions, whose frames hold them, and they their variables
+            activations.add_(1)
+            raise torch.OutOfMemoryError
+
+        failing_layer()
+
+    def fits(batch, *_):
+        tried.append(len(batch.targets))
+        return computed[0]() is None
+
+    monkeypatch.setattr(training, "_fits", fits)
+    target = Target(*(torch.zeros(0, *shape) for shape in ((4,), (), ())), 1, None)
+    batch = Batch(torch.zeros(pictures, 3, 112, 112), [target] * pictures) if pictures else None
+    said = {0: "before the first step", 1: "not even one fits", 4: "of 4 pictures; 2 fit: take --batch-size 2;"}
+    with pytest.raises(InputError, match=said[pictures]), training.memory_explained(Mock(batch=batch), LossConfig()):
+        step()
+    assert tried == ([2] if pictures == 4 else [])
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(demo, tiny_backbone):

@@ -1,0 +1,200 @@
+"""What comes from others can neither run, nor write or show what it should not: files of data, weights and results."""
+
+import ast
+import html.parser
+import json
+import os
+import pickle
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_checkpoint import Hostile
+from transformers import Dinov2Backbone, Dinov2Config
+
+from common import uncertainty
+from common.backbone import backbone_config, load_backbone
+from common.checkpoint import Checkpoint, save_detector
+from common.errors import InputError
+from common.files import atomic_write
+from common.report import write_report
+from common.results import ValidationRecord, ValidationResults
+from common.sources import DataSource, load_split
+from common.types import Detections, Found
+from common.validation import judge, unique_names
+
+# What can run what a file says, and the packages that do so.
+RUNS = {
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "np.load",
+}
+RUNS |= {"torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "accelerator.load_state"}
+PICKLES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "joblib", "dill", "cloudpickle"}
+
+
+@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")], ids=lambda path: path.name)
+def test_no_file_is_read_in_a_way_that_can_run_it(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            assert not {str(name).partition(".")[0] for name in names} & PICKLES
+        if isinstance(node, ast.Call):
+            given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+            called = ast.unparse(node.func)
+            assert called not in RUNS and not given.get("shell") and not given.get("trust_remote_code")
+            assert called != "torch.load" or given.get("weights_only") is True
+            assert not called.endswith("from_pretrained") or given.get("use_safetensors") is True
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A folder with a DINOv2 whose weights lie in a pickle, which leaves a file behind where it is run."""
+    folder = tmp_path / "vit"
+    torch.manual_seed(0)
+    Dinov2Backbone(Dinov2Config(**TINY, patch_size=14)).save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+    return folder
+
+
+@pytest.mark.parametrize("listed", [None, "pytorch_model.bin", "other.safetensors"])
+def test_backbones_are_read_from_safetensors_alone(backbone, listed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if listed:
+        index = {"metadata": {}, "weight_map": {"embeddings.cls_token": listed}}
+        (backbone / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"no model\.safetensors in it") as caught:
+        load_backbone(backbone, (1,))
+    assert str(caught.value).isprintable() and not (tmp_path / "hacked").exists()
+    (backbone / "other.safetensors").rename(backbone / "model.safetensors")
+    assert load_backbone(backbone, (1,)).channels == 48 and not (tmp_path / "hacked").exists()
+
+
+SETTINGS = {"model_type": ["dinov2"], "hidden_size": 10**9, "patch_size": [14, 14], "hidden_act": "\x1b[2J"}
+SETTINGS |= {"num_hidden_layers": "12", "num_attention_heads": 0, "mlp_ratio": None, "image_size": -1}
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_settings_of_a_backbone_that_make_no_sense(backbone, key):
+    file = backbone / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: SETTINGS[key]}))
+    with pytest.raises(InputError, match=key) as caught:
+        backbone_config(backbone)
+    assert str(caught.value).isprintable()
+    file.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not JSON"):
+        backbone_config(backbone)
+
+
+def test_what_is_written_over_a_link_leaves_what_it_leads_to(detector, tmp_path):
+    precious, link = tmp_path / "precious", tmp_path / "a.pth"
+    precious.write_text("as it was")
+    link.symlink_to(precious)
+    save_detector(link, Checkpoint(detector, tuple("abcdefghij"), tuple(range(10))))
+    assert precious.read_text() == "as it was" and not link.is_symlink()
+
+
+@pytest.mark.parametrize("path", ["../../etc/a.jpg", "/etc/a.jpg", "a/../../b.jpg", "....jpg", "..", "\\..\\a.jpg"])
+def test_names_made_of_paths_stay_in_their_folder(path, tmp_path):
+    folder = tmp_path / "out" / "model"
+    for name in unique_names([path, f"/b/{path}", f"c/{path}"]):
+        written = Path(folder, f"{name}.jpg")
+        assert written.resolve().parent == folder.resolve()
+        with atomic_write(written) as file:
+            file.write(b"")
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+ENTITIES = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10 if i else "lol"}">' for i in range(12))
+DOCUMENTS = {
+    "billion laughs": f"<!DOCTYPE x [{ENTITIES}]>NAME&a11;",
+    "long laugh": f'<!DOCTYPE x [<!ENTITY a "{"x" * 100_000}">]>NAME{"&a;" * 5000}',
+    "another file": '<!DOCTYPE x [<!ENTITY a SYSTEM "FILE">]>NAME&a;',
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_xml_does_not_grow_and_names_no_other_file(document, demo, tmp_path):
+    (tmp_path / "secret.txt").write_text("SECRET")
+    part = tmp_path / "data" / "val"
+    part.mkdir(parents=True)
+    shutil.copy(demo / "val2017" / "000001.jpg", part / "a.jpg")
+    begin, name = document.replace("FILE", (tmp_path / "secret.txt").as_uri()).split("NAME")
+    body = f"<annotation><filename>a.jpg</filename><object><name>{name}</name></object></annotation>"
+    (part / "a.xml").write_text(begin + body)
+    with pytest.raises(InputError, match=r"cannot read .*a\.xml") as caught:
+        load_split(DataSource(str(tmp_path / "data")), "val")
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["!!python/object/apply:os.system ['touch hacked']", "!!python/name:os.system ''"])
+def test_yaml_runs_nothing(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.yaml").write_text(f"val: images\nnames:\n- cat\n- {call}")
+    with pytest.raises(InputError, match="could not determine a constructor"):
+        load_split(DataSource(str(tmp_path)), "val")
+    assert not (tmp_path / "hacked").exists()
+
+
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt;"
+TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "small"}
+TAGS |= {"br", "img", "figure", "figcaption", "pre"}
+ATTRIBUTES = {"lang", "charset", "class", "colspan", "alt", "src"}
+
+
+class Page(html.parser.HTMLParser):
+    """The tags and attributes of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        assert all(value.startswith("data:image/") for name, value in attrs if name == "src")
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
+    ending = os.fsdecode(b"\xff.jpg") if sys.platform == "linux" else ".jpg"  # such a name is no text
+    pictures = []
+    for picture in demo_val.pictures:
+        pictures.append(replace(picture, path=tmp_path / f'{picture.id} "><script>alert(1)<{ending}'))
+        shutil.copy(picture.path, pictures[-1].path)
+    names = tuple(f"{name} {EVIL}" for name in demo_val.class_names)
+    data = replace(demo_val, pictures=tuple(pictures), class_names=names, source=EVIL)
+    found = []
+    for index, picture in enumerate(pictures):
+        boxes, labels, _ = data.picture_boxes(index)
+        found.append(Detections(picture.id, boxes, torch.full((len(boxes),), 0.9), labels))
+    conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
+    judgements = [
+        judge(name, EVIL, Found(found, names, conditions=conditions), data, uncertainty.draws(len(data), 0))
+        for name in (f"a {EVIL}", f"b {EVIL}")
+    ]
+    records = [replace(j.record, warnings=[f"warned {EVIL}"]) for j in judgements]
+    failed = ValidationRecord(f"c {EVIL}", EVIL, error=f"failed {EVIL}\n{EVIL}")
+    pairs = uncertainty.comparisons({j.record.name: j.samples for j in judgements})
+    dataset = {"source": EVIL, "pictures": len(data), "class_names": list(names), EVIL: EVIL}
+    results = ValidationResults({EVIL: EVIL}, dataset, (*records, failed), pairs)
+    write_report(tmp_path / "r.html", results, data, {j.record.name: j.table for j in judgements})
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.tags == TAGS and page.attributes <= ATTRIBUTES
+    for text in (f"a {EVIL}", f"b {EVIL}", f"c {EVIL}", f"failed {EVIL}", f"warned {EVIL}", f"{EVIL}: {EVIL}"):
+        assert text in page.text
+    assert '"><script>alert(1)<' in page.text.partition("best and worst")[2]
