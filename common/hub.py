@@ -12,6 +12,7 @@ a killed run leaves behind is whole and in the index, or is written anew. The CO
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def _fetch(folder: Path, name: str, split: str, split_names: Iterable[str], limi
         while not index.reaches(limit):
             try:
                 place, row = next(rows, ([], {}))
-                content = _content(row.get("image"))
+                content = _content(row.get("image"), name)
             except Exception as error:  # of a network, of a damaged file: they share no base class
                 reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
                 raise InputError(
@@ -245,13 +246,22 @@ def _rows(stream: datasets.IterableDataset, sample_seed: int, after: list[int]) 
                     yield [part, number, count], row
 
 
-def _content(image: dict | None) -> bytes:
-    """A picture's file, from the row itself or from the path that it names; empty where there is neither."""
+def _content(image: dict | None, name: str) -> bytes:
+    """A picture's file, from the row itself or from the path that it names; empty where there is neither.
+
+    The path must lie in the data set (or in an archive there): a row may come from anybody, and name any file or page.
+    """
     image = image or {}
     if image.get("bytes") or not image.get("path"):
         return image.get("bytes") or b""
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()
+    *archives, file = image["path"].split("::")
+    inside = file.startswith(f"hf://datasets/{name}@")
+    if Path(name).is_dir():
+        inside = Path(os.path.normpath(file)).is_relative_to(Path(name).resolve())
+    if not inside or not all(archive.startswith(("zip://", "tar://")) for archive in archives):
+        return b""
+    with fsspec.open(image["path"], "rb") as opened:
+        return opened.read()
 
 
 def _keep(row: dict, content: bytes, folder: Path, number: int, header: dict, taken: set[int]) -> dict:
@@ -260,7 +270,7 @@ def _keep(row: dict, content: bytes, folder: Path, number: int, header: dict, ta
     columns = {"boxes": "bbox", "categories": header["category"], "areas": "area", "crowds": "iscrowd"}
     objects = {key: _column(row["objects"], name) for key, name in columns.items()}
     if not content or image_id is None:
-        return {"fault": "left out {} rows without a picture or without their image_id"}
+        return {"fault": "left out {} rows without a picture in the data set or without their image_id"}
     if image_id in taken:
         return {"fault": "left out {} rows with the image_id of an earlier one"}
     if len(objects["boxes"]) != len(objects["categories"]):

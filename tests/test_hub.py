@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import datasets
 import numpy as np
@@ -122,7 +123,7 @@ def test_a_larger_limit_fetches_only_what_is_missing(twelve, cache, monkeypatch)
     first = read(twelve, 4)
     assert ids(first) == [1, 2, 3, 4] and first.picture_boxes(0)[0].tolist() == BOXES
     written, asked = [p.path.stat().st_mtime_ns for p in first.pictures], []
-    monkeypatch.setattr(hub, "_content", lambda image, content=hub._content: asked.append(1) or content(image))
+    monkeypatch.setattr(hub, "_content", lambda *row, content=hub._content: asked.append(1) or content(*row))
     more = read(twelve, 9)
     assert contents(more) == whole and len(asked) == 5
     assert [p.path.stat().st_mtime_ns for p in more.pictures[:4]] == written
@@ -301,7 +302,7 @@ def test_what_is_wrong_with_rows_is_counted(tmp_path, capsys):
         said = capsys.readouterr().out
         for note in (
             "left out 1 rows that have not as many boxes as categories (row 3)",
-            "left out 2 rows without a picture or without their image_id (row 4, row 6)",
+            "left out 2 rows without a picture in the data set or without their image_id (row 4, row 6)",
             "left out 1 rows with the image_id of an earlier one (row 5)",
             "left out 2 objects without a box (000000000007.png)",
             "left out 1 boxes of a category that is not listed (000000000007.png)",
@@ -323,6 +324,23 @@ def test_pictures_beside_the_metadata(tmp_path):
     (folder / "metadata.jsonl").write_text("".join(lines))
     _, pictures, notes = hub_split(str(folder), "train", ("train",), 2)
     assert sorted(p.read_bytes() for p in pictures.iterdir()) == [picture(0), picture(1)] and not notes
+
+
+def test_no_row_can_name_a_file_outside_the_data_set(tmp_path):
+    folder = tmp_path / "some"
+    for path in (tmp_path / "secret.png", folder / "own.png"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture(1))
+    with zipfile.ZipFile(tmp_path / "secret.zip", "w") as archive:
+        archive.write(tmp_path / "secret.png", "a.png")
+    shutil.copy(tmp_path / "secret.zip", folder / "own.zip")
+    secret = f"{tmp_path}/secret.png"
+    paths = [secret, f"file://{secret}", f"{folder}/../secret.png", f"zip://a.png::{tmp_path}/secret.zip"]
+    paths += ["secret.png", f"http://a::{folder}/own.png", f"simplecache::{secret}"]
+    paths += [f"{folder}/own.png", f"zip://a.png::{folder}/own.zip"]
+    rows = [row(i, image={"bytes": None, "path": path}) for i, path in enumerate(paths, 1)]
+    data = read(parquet(folder, rows, CATS, shards=1))
+    assert ids(data) == [8, 9] and f"left out {len(paths) - 2} rows without a picture" in " ".join(data.notes)
 
 
 def test_other_tables_than_detection_sets_are_refused_in_a_line(twelve, tmp_path):
