@@ -115,9 +115,8 @@ class RunFolder:
             interrupted.advice = self.advice
             raise
         except NotFiniteError as error:
-            report = (
-                self.path / f"not_finite_{self.accelerator.process_index}.json"
-            )  # each process has pictures of its own
+            # Each process has pictures of its own.
+            report = self.path / f"not_finite_{self.accelerator.process_index}.json"
             with atomic_write(report, "w") as file:
                 json.dump(error.report, file, indent=2)
             raise

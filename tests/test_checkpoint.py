@@ -22,7 +22,7 @@ import improved_dino_detector
 from common.checkpoint import MAX_INSTRUCTIONS, Checkpoint, load_detector, save_detector
 from common.detector import MAX_CLASSES, DetectorConfig, build_detector, new_detector
 from common.errors import InputError
-from common.inference import LINUX_MEMORY, PeakMemory
+from common.inference import FORGET_PEAK, PeakMemory
 
 NAMES, IDS = tuple("abcdefghij"), tuple(range(10, 30, 2))
 
@@ -287,7 +287,7 @@ BOMBS = {  # what they hold, and what is said of them
 }
 
 
-@pytest.mark.skipif(not LINUX_MEMORY.exists(), reason="memory is only measured on Linux")
+@pytest.mark.skipif(not FORGET_PEAK.exists(), reason="memory is only measured on Linux")
 @pytest.mark.parametrize(("bomb", "said"), BOMBS.values(), ids=BOMBS)
 def test_a_small_file_takes_little_memory_and_time(saved, content, bomb, said):
     if bomb is None:
