@@ -80,7 +80,9 @@ class Settings:
     head_lr_factor: float = flag(5.0, "the head learns so many times as fast as that block in stage 2", at_least=0)
     layer_decay: float = flag(0.8, "and each block so many times as fast as the one after it", at_least=0)
     unfreeze_blocks: int = flag(
-        -1, f"stage 2 trains the last so many blocks; 0 = all, -1 = all but on a CPU in fp32: {SLOW_BLOCKS}", at_least=-1
+        -1,
+        f"stage 2 trains the last so many blocks; 0 = all, -1 = all but on a CPU in fp32: {SLOW_BLOCKS}",
+        at_least=-1,
     )
     no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
     feature_cache_limit: float = flag(100.0, "GB; a feature cache that would be larger is not built", at_least=0)
@@ -173,7 +175,9 @@ def with_blocks_chosen(settings: Settings, depth: int, accelerator: Accelerator)
         return settings
     slow = accelerator.device.type == "cpu" and precision_name(accelerator) == "fp32" and depth > SLOW_BLOCKS
     if slow and "unfrozen" in [stage.name for stage in stages(settings)]:
-        told = f"stage 2 trains the last {SLOW_BLOCKS} blocks alone, as this CPU is slow; --unfreeze-blocks 0 trains all"
+        told = (
+            f"stage 2 trains the last {SLOW_BLOCKS} blocks alone, as this CPU is slow; --unfreeze-blocks 0 trains all"
+        )
         accelerator.print(told, flush=True)
     return replace(settings, unfreeze_blocks=SLOW_BLOCKS if slow else 0)
 

@@ -6,9 +6,10 @@ concerned, and repaired or left out; with `strict` it is refused as well.
 
 import hashlib
 import json
-import math
 import os
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ import numpy as np
 
 from common.coco import CocoData, Picture, open_picture, picture_size
 from common.errors import InputError, WrongSizeError
-from common.files import atomic_write, cache_folder
+from common.files import atomic_write, cache_folder, is_file
 from common.progress import progress_bar
 
 NEEDED = {
@@ -35,6 +36,7 @@ UNREADABLE = "left out {} pictures that cannot be read"
 TEXT_IDS = "read {} ids that are written as text"
 SHOWN = 1000  # pictures from which on checking them takes long enough for a progress bar
 NAMED = 3  # pictures that a note names
+LONGEST_NAME = 200  # characters that it gives of each
 
 
 class Problems:
@@ -45,7 +47,8 @@ class Problems:
 
     def add(self, kind: str, place: object) -> None:
         """Note one more case of `kind`, a sentence with {} for their number, at `place`, a picture's file name."""
-        self.places.setdefault(kind, []).append(str(place))
+        shown = "".join(letter if letter.isprintable() else "?" for letter in str(place)[:LONGEST_NAME])
+        self.places.setdefault(kind, []).append(shown)
 
     def notes(self) -> tuple[str, ...]:
         """A line for each kind: how many, and the first pictures."""
@@ -170,10 +173,9 @@ def _check_form(content: object, source: str) -> None:
             raise InputError(
                 f"{source} is not COCO: it has no list {part!r} (give the instances_*.json of a detection set)"
             )
-        bad = next((e for e in entries if not isinstance(e, dict) or any(k not in e for k in keys)), None)
-        if bad is not None:
+        for bad in (e for e in entries if not isinstance(e, dict) or any(k not in e for k in keys)):
             raise InputError(
-                f"{source} is not COCO: an entry of {part!r} lacks one of {', '.join(keys)}: {str(bad)[:80]}"
+                f"{source} is not COCO: an entry of {part!r} lacks one of {', '.join(keys)}: {reprlib.repr(bad)}"
             )
     for part in ("images", "categories"):
         if not content[part]:
@@ -182,18 +184,23 @@ def _check_form(content: object, source: str) -> None:
 
 def _number(value: object, source: str, repaired: Callable[[], None] = lambda: None) -> int:
     """An id as a number; `repaired` is called where it was written as text."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    try:
-        number = int(value) if isinstance(value, str) else None
-    except ValueError:
-        number = None
-    if number is None:
-        raise InputError(f"{source}: the id {str(value)[:40]!r} is not a number; COCO's ids are")
-    repaired()
+    number = _whole(value)
+    if number is None or abs(number) >= 2**63:
+        raise InputError(f"{source}: the id {reprlib.repr(value)} is not a whole number of 64 bits; COCO's ids are")
+    if isinstance(value, str):
+        repaired()
     return number
+
+
+def _whole(value: object) -> int | None:
+    """A whole number, also one written as text or as 1.0; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = int(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if isinstance(value, str) or number == value else None
 
 
 def _categories(categories: list, source: str, problems: Problems) -> tuple[dict[int, int], tuple[str, ...]]:
@@ -227,7 +234,7 @@ def _pictures(images: list, folder: Path, source: str, problems: Problems) -> tu
                 )
             problems.add("left out {} pictures that are listed twice", name)
             continue
-        if not path.is_file():
+        if not is_file(path):
             problems.add(f"left out {{}} pictures that are not in {folder}", name)
             continue
         size = image.get("width"), image.get("height")
@@ -264,7 +271,7 @@ def _boxes(
 ) -> dict[str, np.ndarray]:
     """The arrays of `CocoData`."""
     index_of = {picture.id: index for index, picture in enumerate(pictures)}
-    ids: set[object] = set()
+    ids: set[int | None] = set()
     rows = []
     for annotation in annotations:
         image_id = _number(annotation["image_id"], source, lambda: problems.add(TEXT_IDS, "annotations"))
@@ -274,10 +281,12 @@ def _boxes(
                 problems.add("left out {} boxes of pictures that are not listed", f"picture {image_id}")
             continue
         picture = pictures[index]
-        if "id" in annotation and (annotation["id"] in ids or annotation["id"] == 0):
-            problems.add("gave new ids to {} boxes whose id is 0 or another's", picture.path.name)
-        ids.add(annotation.get("id"))
-        label = label_of.get(_category(annotation.get("category_id")))
+        if "id" in annotation:
+            own = _whole(annotation["id"])
+            if not own or own in ids:
+                problems.add("gave new ids to {} boxes whose id is 0, another's or no number", picture.path.name)
+            ids.add(own)
+        label = label_of.get(_whole(annotation.get("category_id")))
         if label is None:
             problems.add("left out {} boxes of a category that is not listed", picture.path.name)
             continue
@@ -285,6 +294,7 @@ def _boxes(
         if box is None:
             continue
         area, crowd = annotation.get("area"), annotation.get("iscrowd")
+        crowd = crowd if isinstance(crowd, bool) else _whole(crowd)
         if crowd is None:
             problems.add("took {} boxes without iscrowd for single objects", picture.path.name)
         if not _is_number(area) or area <= 0:
@@ -302,21 +312,12 @@ def _boxes(
     }
 
 
-def _category(value: object) -> object:
-    """A category id as it may be looked up: numbers written as text are read."""
-    return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdigit() else _hashable(value)
-
-
-def _hashable(value: object) -> object:
-    return value if isinstance(value, int | float | str) else None
-
-
 def _box(box: object, picture: Picture, problems: Problems) -> list[float] | None:
     """The box as it is, or None where nothing can be learned from it."""
     name = picture.path.name
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
         problems.add("left out {} objects without a box", name)
-    elif not all(map(math.isfinite, box)):
+    elif not all(map(_is_number, box)):
         problems.add("left out {} boxes that are not numbers", name)
     elif box[2] < 0 or box[3] < 0:
         problems.add("left out {} boxes of negative width or height", name)
@@ -333,4 +334,5 @@ def _box(box: object, picture: Picture, problems: Problems) -> list[float] | Non
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

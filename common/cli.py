@@ -91,9 +91,9 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     try:
         main(settings)
     except InputError as error:
-        # A data-loading worker wraps the message in its traceback; the last line is ours.
-        message = str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]
-        sys.exit(_say_error(message, 2))
+        sys.exit(_say_error(_last_line(error).rpartition("InputError: ")[2], 2))
+    except OSError as error:  # a file, folder or connection that nobody had a better word for
+        sys.exit(_say_error(_last_line(error), 2))
     except (MemoryError, RuntimeError) as error:  # torch tells of memory in either
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
@@ -101,6 +101,11 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     except signals.Interrupted as interrupted:
         advice = f"; {interrupted.advice}" if interrupted.advice else ""
         sys.exit(_say_error(f"interrupted{advice}", signals.STATUS + interrupted.number))
+
+
+def _last_line(error: Exception) -> str:
+    """What it says; a data-loading worker wraps that in its traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _say_error(message: str, status: int) -> int:

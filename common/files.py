@@ -81,6 +81,14 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def is_file(path: Path) -> bool:
+    """Is there such a file? None has a name that no file system would take, of which pathlib makes an error."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -14,6 +14,7 @@ import yaml
 
 from common.coco import PICTURE_SUFFIXES, picture_size
 from common.errors import InputError
+from common.files import is_file
 
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
 VOC_SETS = ("ImageSets", "Main")
@@ -60,7 +61,7 @@ def read_yolo(path: Path, split_names: Sequence[str], limit: int = 0) -> tuple[d
         name = picture.relative_to(folder).as_posix()
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         labels = _labels_of(picture)
-        if labels.is_file():
+        if is_file(labels):
             lines = labels.read_text(errors="replace").splitlines()
             annotations += [_yolo_object(line, number, width, height) for line in lines if line.strip()]
     for number, annotation in enumerate(annotations, 1):
@@ -72,7 +73,7 @@ def read_yolo(path: Path, split_names: Sequence[str], limit: int = 0) -> tuple[d
 def _read_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not of a YOLO data set: it names nothing")
@@ -89,7 +90,8 @@ def _listed_pictures(places: str | list, root: Path, path: Path) -> list[Path]:
         if target.is_dir():
             found += [p for p in target.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES]
         elif target.is_file():
-            found += [target.parent / line.strip() for line in target.read_text().splitlines() if line.strip()]
+            lines = target.read_text(errors="replace").splitlines()
+            found += [target.parent / line.strip() for line in lines if line.strip()]
         else:
             raise InputError(f"{path} names the pictures {place}, which are not in {root}")
     if not found:
@@ -111,7 +113,7 @@ def _yolo_object(line: str, picture: int, width: int, height: int) -> dict:
     try:
         category, *numbers = line.split()
         category, numbers = int(float(category)), [float(number) for number in numbers]
-    except ValueError:
+    except (ValueError, OverflowError):
         return unread
     if len(numbers) == 4:
         x, y, w, h = numbers
@@ -157,7 +159,7 @@ def read_voc(folder: Path, split_names: Sequence[str], limit: int = 0) -> tuple[
     for number, file in enumerate(files[:limit] if limit else files, 1):
         tree = _read_xml(file)
         picture = pictures / (Path(_text(tree, "filename")).name or f"{file.stem}.jpg")
-        picture = picture if picture.is_file() else _beside(pictures, file.stem, picture)
+        picture = picture if is_file(picture) else _beside(pictures, file.stem, picture)
         width, height = picture_size(picture) or (0, 0)
         images.append({"id": number, "file_name": picture.name, "width": width, "height": height})
         annotations += [_voc_object(thing, number, number_of) for thing in tree.iter("object")]
@@ -172,9 +174,8 @@ def _voc_set(folder: Path, split_names: Sequence[str]) -> list[Path]:
     listed = next((sets / f"{name}.txt" for name in split_names if (sets / f"{name}.txt").is_file()), None)
     if listed is None:
         raise InputError(f"no {split_names[0]} part in {folder}: no {'/'.join(VOC_SETS)}/{split_names[0]}.txt")
-    return [
-        folder / "Annotations" / f"{Path(line.split()[0]).name}.xml" for line in listed.read_text().splitlines() if line
-    ]
+    rows = [line.split() for line in listed.read_text(errors="replace").splitlines()]
+    return [folder / "Annotations" / f"{Path(words[0]).name}.xml" for words in rows if words]
 
 
 def _beside(folder: Path, stem: str, otherwise: Path) -> Path:

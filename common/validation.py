@@ -80,7 +80,7 @@ def found_in_file(path: str, data: CocoData) -> Found:
         table = table.reshape(-1, 7)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path} does not hold detections: a list of image_id, category_id, bbox and score is wanted ({error!r})"
         ) from error

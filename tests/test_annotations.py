@@ -1,5 +1,7 @@
 """Everything that can be wrong with annotations and pictures: told, and repaired, left out or refused."""
 
+import copy
+import json
 import tracemalloc
 
 import numpy as np
@@ -33,10 +35,12 @@ LEFT_OUT = {
 }
 REPAIRED = {
     "partly outside": ({"bbox": [90, 50, 30, 30]}, "cut 2 boxes at the edge of their picture"),
-    "id 0": ({"id": 0}, "gave new ids to 2 boxes whose id is 0 or another's"),
-    "id of another": ({"id": 1}, "gave new ids to 2 boxes whose id is 0 or another's"),
+    "id 0": ({"id": 0}, "gave new ids to 2 boxes whose id is 0, another's or no number"),
+    "id of another": ({"id": 1}, "gave new ids to 2 boxes whose id is 0, another's or no number"),
+    "id a word": ({"id": "one"}, "gave new ids to 2 boxes whose id is 0, another's or no number"),
     "picture id as text": ({"image_id": "11"}, "read 2 ids that are written as text"),
     "no crowd flag": ({"iscrowd": None}, "took 2 boxes without iscrowd for single objects"),
+    "crowd flag is a word": ({"iscrowd": "no"}, "took 2 boxes without iscrowd for single objects"),
     "no area": ({"area": None}, "took the box's area for 2 objects without one"),
     "area not a number": ({"area": float("nan")}, "took the box's area for 2 objects without one"),
 }
@@ -62,6 +66,12 @@ def test_boxes_that_can_be_understood_are_kept_and_counted(coco_file, case):
     assert np.isfinite(data.areas).all() and (data.areas > 0).all() and not data.crowd.any()
 
 
+@pytest.mark.parametrize(("flag", "crowd"), [(0, False), ("0", False), (False, False), (1, True), ("1", True)])
+def test_crowd_flags_may_be_written_in_many_ways(coco_file, flag, crowd):
+    data = load_coco(*coco_file([annotation(iscrowd=flag)]))
+    assert data.crowd.tolist() == [crowd] and data.notes == ()
+
+
 def test_rounding_at_the_edge_is_not_worth_a_word(coco_file):
     assert load_coco(*coco_file([annotation(bbox=[70, 20, 30.6, 40.4])])).notes == ()
 
@@ -81,7 +91,7 @@ REFUSED = {
     "annotation is a word": ({"annotations": ["box"]}, "lacks one of image_id"),
     "categories share an id": ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "share an id"),
     "categories share a name": ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "are called 'a'"),
-    "category without number": ({"categories": [{"id": "one", "name": "a"}]}, "'one' is not a number"),
+    "category without number": ({"categories": [{"id": "one", "name": "a"}]}, "'one' is not a whole number"),
     "no such picture": ({"images": [{"id": 1, "file_name": "gone.png", "width": 9, "height": 9}]}, "none of its 1"),
     "pictures share an id": (
         {"images": [{"id": 1, "file_name": f"{name}.png", "width": 9, "height": 9} for name in "ab"]},
@@ -113,6 +123,42 @@ def test_file_names_do_not_lead_out_of_the_folder(coco_file, name):
     path, pictures = coco_file([], parts={"images": [good, {"id": 2, "file_name": name, "width": 9, "height": 9}]})
     data = load_coco(path, pictures)
     assert len(data) == 1 and "lead out of their folder" in data.notes[0]
+
+
+ABSURD = [None, True, 0, -1, 1.5, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "-", "--1", "²", "9" * 5000]
+ABSURD += ["a" * 5000, "a\0b", "\ud800", "a\nb", "/", ".", [], [[1]], {}, {"a": 1}]
+
+
+def places_in(content, above=()):
+    """The way to everything in nested lists and dictionaries."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*above, key)
+        if isinstance(value, dict | list):
+            yield from places_in(value, (*above, key))
+
+
+def test_no_value_anywhere_ends_in_a_traceback(coco_file):
+    """Each in turn in the place of each: one line that refuses it, or a data set."""
+    path, pictures = coco_file([annotation()])
+    whole = json.loads(path.read_text())
+    loaded = 0
+    for *way, last in list(places_in(whole)):
+        for value in ABSURD:
+            content = copy.deepcopy(whole)
+            part = content
+            for key in way:
+                part = part[key]
+            part[last] = value
+            path.write_text(json.dumps(content))
+            try:
+                data = load_coco(path, pictures)
+            except InputError as error:
+                assert len(str(error).splitlines()) == 1, (way, last, value)
+                continue
+            loaded += 1
+            assert len(data.fingerprint()) == 16 and all(len(data.target(i).boxes) < 2 for i in range(len(data)))
+            assert all(note.isprintable() for note in data.notes)
+    assert loaded > 100
 
 
 def pictures_of(coco_file, *images):

@@ -80,7 +80,8 @@ def test_yolo_parts_may_be_lists_of_files_and_written_from_a_folder_further_down
 
 
 @pytest.mark.parametrize(
-    "line", ["0 a b c d", "0 0.5 0.5 0.1", "99 0.5 0.5 0.1 0.1", "x 0.5 0.5 0.1 0.1", "0 nan 0 1 1"]
+    "line",
+    ["0 a b c d", "0 0.5 0.5 0.1", "99 0.5 0.5 0.1 0.1", "x 0.5 0.5 0.1 0.1", "0 nan 0 1 1", "inf 0.5 0.5 0.1 0.1"],
 )
 def test_lines_that_cannot_be_read_are_counted(demo_val, tmp_path, line):
     write_yolo(demo_val, tmp_path)
@@ -102,6 +103,8 @@ def test_lines_that_cannot_be_read_are_counted(demo_val, tmp_path, line):
         "val: nowhere\nnames: [a]",
         "val: labels\nnames: [a]",
         "names: 3\nval: x",
+        "[" * 5000,
+        "names: " + "9" * 5000,
     ],
 )
 def test_yaml_files_of_no_yolo_data_set(demo_val, tmp_path, content):

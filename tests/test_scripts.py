@@ -261,6 +261,7 @@ BAD = {
     "run folder is a file": {"--run-dir": "{tmp}/other.json", "--data": "{demo}"},
     "number too large": {"--seed": "4294967296"},
     "share above 1": {"--dropout": "1.5"},
+    "name too long": {"--data": "a" * 5000},
     "more blocks than there are": {
         "--unfreeze-blocks": "13",
         "--data": "{demo}",
@@ -280,6 +281,7 @@ CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "o
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("no objects", "no class in common")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("run folder is a file", "number too large")]
+CASES += [(s, "name too long") for s in (TRAINS, LOOKS, JUDGES)]
 CASES += [(IMPROVES, "share above 1"), (IMPROVES, "more blocks than there are"), (JUDGES, "the same model twice")]
 CASES += [(PLOTS, c) for c in ("no PNG", "no such flag", "no results", "other results", "unwritable output")]
 
