@@ -28,7 +28,7 @@ from common.cli import flag
 from common.coco import DetectionDataset
 from common.detector import new_detector
 from common.files import check_writable
-from common.inference import eval_loader, make_accelerator
+from common.inference import eval_loader, make_accelerator, precision_name
 from common.losses import LossConfig, detection_loss
 from common.progress import progress_bar
 from common.run_folder import RunFolder, publish_best
@@ -101,6 +101,7 @@ def main(settings: Settings) -> dict:
     check_writable(Path(settings.run_dir, "state.pth"))
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
+    settings = replace(settings, precision=precision_name(accelerator))  # on another machine auto may mean another
     source = DataSource(
         settings.data,
         settings.train_json,

@@ -173,7 +173,7 @@ def with_blocks_chosen(settings: Settings, depth: int, accelerator: Accelerator)
         raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {depth}")
     if settings.unfreeze_blocks >= 0:
         return settings
-    slow = accelerator.device.type == "cpu" and precision_name(accelerator) == "fp32" and depth > SLOW_BLOCKS
+    slow = accelerator.device.type == "cpu" and settings.precision == "fp32" and depth > SLOW_BLOCKS
     if slow and "unfrozen" in [stage.name for stage in stages(settings)]:
         told = (
             f"stage 2 trains the last {SLOW_BLOCKS} blocks alone, as this CPU is slow; --unfreeze-blocks 0 trains all"
@@ -291,6 +291,7 @@ def main(settings: Settings) -> dict:
     check_writable(Path(settings.run_dir, "state.pth"))
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
+    settings = replace(settings, precision=precision_name(accelerator))  # on another machine auto may mean another
     source = DataSource(
         settings.data,
         settings.train_json,

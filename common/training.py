@@ -18,7 +18,7 @@ from common.coco import CocoData, DetectionDataset, collate
 from common.detector import Detector
 from common.errors import InputError, NotFiniteError
 from common.feature_cache import CachedDataset
-from common.inference import detect, precision_name, stop_if_asked
+from common.inference import detect, stop_if_asked
 from common.losses import LossConfig, detection_loss
 from common.signals import leave_to_parent
 from common.types import Batch
@@ -318,7 +318,6 @@ def describe_training(settings: dict, data: CocoData, accelerator: Accelerator) 
     return {name: value for name, value in settings.items() if name not in UNTOLD} | {
         "train_pictures": len(data),
         "train_fingerprint": data.fingerprint(),
-        "precision": precision_name(accelerator),
         "processes": accelerator.num_processes,
     }
 

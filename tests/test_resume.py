@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import finetune_dino2_simple
 import improved_dino_detector
@@ -244,12 +245,14 @@ def test_settings_that_do_not_fit_a_resumed_run_are_refused(
 
 
 def test_settings_that_count_are_said(demo, tiny_backbone, tmp_path, monkeypatch, capsys):
-    settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone))
+    settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone, precision="fp32"))
     stopped("simple", tmp_path, monkeypatch, settings)
     capsys.readouterr()
-    finetune_dino2_simple.main(replace(settings, resume=True, lr=5e-4, workers=1, epochs=4))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune_dino2_simple.main(replace(settings, resume=True, lr=5e-4, workers=1, epochs=4, precision="bf16"))
     text = capsys.readouterr().out
-    assert "another run from here on: --epochs (was 3, is 4), --lr (was 0.001, is 0.0005)" in text
+    changes = "--epochs (was 3, is 4), --lr (was 0.001, is 0.0005), --precision (was fp32, is bf16)"
+    assert f"another run from here on: {changes}" in text
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
 
 

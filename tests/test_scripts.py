@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -149,6 +150,28 @@ def test_both_stages_leave_what_they_promise(chain):
     before, after = frozen.detector.state_dict(), last.detector.state_dict()
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == ["backbone.vit.embeddings.mask_token"]  # stage 2 trains all that the features depend on
+    decided = final.train_config["unfreeze_blocks"], final.train_config["precision"]
+    assert decided in ((0, "fp32"), (0, "bf16"))  # not what was left open
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "asked", "trained"),
+    [
+        ("cpu", "fp32", -1, 4),
+        ("cpu", "bf16", -1, 0),
+        ("cuda", "fp32", -1, 0),
+        ("cpu", "fp32", 0, 0),
+        ("cpu", "fp32", 7, 7),
+    ],
+)
+def test_slow_hardware_trains_the_last_blocks_unless_told_otherwise(device, precision, asked, trained, capsys):
+    settings = improved_dino_detector.Settings(unfreeze_blocks=asked, precision=precision)
+    accelerator = Mock(device=torch.device(device), print=print)
+    chosen = improved_dino_detector.with_blocks_chosen(settings, 10, accelerator)
+    assert chosen == replace(settings, unfreeze_blocks=trained)
+    assert ("the last 4 blocks" in capsys.readouterr().out) == (trained == 4)
+    few = improved_dino_detector.with_blocks_chosen(replace(settings, unfreeze_blocks=-1), 4, accelerator)
+    assert few.unfreeze_blocks == 0
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
