@@ -199,14 +199,7 @@ def main(settings: Settings) -> ValidationResults:
         check_writable(settings.report)
     set_seed(settings.seed)
     runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
-    source = DataSource(
-        settings.data,
-        val_json=settings.val_json,
-        val_images_dir=settings.val_images_dir,
-        image_ids=settings.image_ids,
-        sample_seed=settings.sample_seed,
-        box_format=settings.box_format,
-    )
+    source = cli.part(settings, DataSource)
     with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
         data = load_split(source, "val", settings.val_images, settings.strict)
     judgements = judge_all(settings, data, runner)

@@ -292,16 +292,7 @@ def main(settings: Settings) -> dict:
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     settings = replace(settings, precision=precision_name(accelerator))  # on another machine auto may mean another
-    source = DataSource(
-        settings.data,
-        settings.train_json,
-        settings.train_images_dir,
-        settings.val_json,
-        settings.val_images_dir,
-        settings.image_ids,
-        settings.sample_seed,
-        settings.box_format,
-    )
+    source = cli.part(settings, DataSource)
     with accelerator.main_process_first():  # what is fetched or drawn is then there for the others
         train_data = load_split(source, "train", settings.train_images, settings.strict)
         val_data = load_split(source, "val", settings.val_images, settings.strict)

@@ -118,14 +118,7 @@ def main(settings: Settings) -> dict[str, dict]:
         first = checkpoints[0]
         data = pictures_alone([Path(p) for p in settings.images], first.class_names, first.category_ids)
     else:
-        source = DataSource(
-            settings.data,
-            val_json=settings.val_json,
-            val_images_dir=settings.val_images_dir,
-            image_ids=settings.image_ids,
-            sample_seed=settings.sample_seed,
-            box_format=settings.box_format,
-        )
+        source = cli.part(settings, DataSource)
         with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
             data = load_split(source, "val", settings.val_images, settings.strict)
 

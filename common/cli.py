@@ -81,6 +81,12 @@ def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | Non
     return settings_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def part(settings: object, kind: type[SETTINGS]) -> SETTINGS:
+    """The settings that a `kind` of dataclass has fields of the same name for, as one; its other fields' defaults."""
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
+
+
 def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:
     """Parse the command line, call `main`, and exit.
 
