@@ -10,7 +10,7 @@ checkpoint.
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
   python improved_dino_detector.py --head multi-layer --assignment center --scores focal --boxes smooth-l1 --ema 0 \\
-      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5                           the original study's recipe
+      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5 --unfreeze-blocks 0       the original study's recipe
 
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
 """
@@ -45,7 +45,9 @@ from common.transforms import MirrorTransform, TrainTransform
 WEIGHT_DECAY = 0.05
 AUGMENTATIONS = ("auto", "mirror", "crop")
 STAGES = ("frozen", "unfrozen")
-SLOW_BLOCKS = 4  # what --unfreeze-blocks -1 trains where each step takes long: 1.3 s a picture of 448 px instead of 1.8
+HARDWARE = -1  # of a setting: what suits the hardware
+STAGE_2 = {"epochs_unfrozen": 10, "unfreeze_blocks": 0}
+SLOW_STAGE_2 = {"epochs_unfrozen": 7, "unfreeze_blocks": 3}  # on a CPU in fp32: a third of the time
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 
 
@@ -74,15 +76,21 @@ class Settings:
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
     epochs_frozen: int = flag(10, "passes over the training pictures in stage 1; 0 = no stage 1", at_least=0)
-    epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
+    epochs_unfrozen: int = flag(
+        HARDWARE,
+        f"passes in stage 2; 0 = no stage 2, {HARDWARE} = {STAGE_2['epochs_unfrozen']}, but "
+        f"{SLOW_STAGE_2['epochs_unfrozen']} on a CPU in fp32",
+        at_least=HARDWARE,
+    )
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(5.0, "the head learns so many times as fast as that block in stage 2", at_least=0)
     layer_decay: float = flag(0.8, "and each block so many times as fast as the one after it", at_least=0)
     unfreeze_blocks: int = flag(
-        -1,
-        f"stage 2 trains the last so many blocks; 0 = all, -1 = all but on a CPU in fp32: {SLOW_BLOCKS}",
-        at_least=-1,
+        HARDWARE,
+        f"stage 2 trains the last so many blocks; 0 = the whole backbone, {HARDWARE} = the whole, but "
+        f"{SLOW_STAGE_2['unfreeze_blocks']} on a CPU in fp32",
+        at_least=HARDWARE,
     )
     no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
     feature_cache_limit: float = flag(100.0, "GB; a feature cache that would be larger is not built", at_least=0)
@@ -163,23 +171,25 @@ def stages(settings: Settings) -> list[Stage]:
     return wanted
 
 
-def with_blocks_chosen(settings: Settings, depth: int, accelerator: Accelerator) -> Settings:
-    """The settings with the number of blocks that stage 2 trains, where it is left to the hardware.
+def with_hardware_chosen(settings: Settings, depth: int, accelerator: Accelerator) -> Settings:
+    """The settings with the length of stage 2 and the blocks that it trains, as far as they are left to the hardware.
+
+    Args:
+        depth: blocks up to which the backbone is read.
 
     Raises:
-        InputError: more blocks than the backbone is read up to, which is `depth`.
+        InputError: more blocks to train than that.
     """
     if settings.unfreeze_blocks > depth:
         raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {depth}")
-    if settings.unfreeze_blocks >= 0:
-        return settings
-    slow = accelerator.device.type == "cpu" and settings.precision == "fp32" and depth > SLOW_BLOCKS
-    if slow and "unfrozen" in [stage.name for stage in stages(settings)]:
-        told = (
-            f"stage 2 trains the last {SLOW_BLOCKS} blocks alone, as this CPU is slow; --unfreeze-blocks 0 trains all"
-        )
-        accelerator.print(told, flush=True)
-    return replace(settings, unfreeze_blocks=SLOW_BLOCKS if slow else 0)
+    slow = accelerator.device.type == "cpu" and settings.precision == "fp32"
+    usual = SLOW_STAGE_2 | {"unfreeze_blocks": min(depth, SLOW_STAGE_2["unfreeze_blocks"])} if slow else STAGE_2
+    left = {name: value for name, value in usual.items() if getattr(settings, name) == HARDWARE}
+    chosen = replace(settings, **left)
+    if slow and left and "unfrozen" in [stage.name for stage in stages(chosen)]:
+        told = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())
+        accelerator.print(f"this CPU is slow, so stage 2 is trained with {told}", flush=True)
+    return chosen
 
 
 def without_large_cache(settings: Settings, detector: Detector, train_pictures: int, val_pictures: int) -> Settings:
@@ -298,7 +308,7 @@ def main(settings: Settings) -> dict:
         val_data = load_split(source, "val", settings.val_images, settings.strict)
     training.check_objects(train_data, val_data)
     start = first_detector(settings, train_data)
-    settings = with_blocks_chosen(settings, start.detector.backbone.depth, accelerator)
+    settings = with_hardware_chosen(settings, start.detector.backbone.depth, accelerator)
     quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
     settings = without_large_cache(settings, start.detector, len(train_data), len(quick_data))
     conditions = training.describe_training(asdict(settings), train_data, accelerator)

@@ -41,6 +41,7 @@ PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
 TRAINS, IMPROVES, LOOKS, JUDGES, PLOTS = SCRIPTS
 CHECKPOINTS = ("dino2_detector.pth", "improved_dino2_detector.pth")
+STAGES = ("--epochs-frozen", 2, "--epochs-unfrozen", 1, "--unfreeze-blocks", 0)
 JUDGED = (*CHECKPOINTS, "missing.pth", "no<b>model.pt")
 
 
@@ -58,7 +59,7 @@ def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
     training = ("--data", demo, "--backbone", tiny_backbone, *sizes)
     done = [
         run(TRAINS, *training, "--epochs", 2, cwd=folder),
-        run(IMPROVES, *training, "--epochs-frozen", 2, "--epochs-unfrozen", 1, cwd=folder),
+        run(IMPROVES, *training, *STAGES, cwd=folder),
         run(LOOKS, "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
         run(JUDGES, "--data", demo, "--workers", 0, "--report", "r.html", "--models", *JUDGED, cwd=folder),
         run(PLOTS, cwd=folder),
@@ -150,28 +151,34 @@ def test_both_stages_leave_what_they_promise(chain):
     before, after = frozen.detector.state_dict(), last.detector.state_dict()
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == ["backbone.vit.embeddings.mask_token"]  # stage 2 trains all that the features depend on
-    decided = final.train_config["unfreeze_blocks"], final.train_config["precision"]
-    assert decided in ((0, "fp32"), (0, "bf16"))  # not what was left open
+    assert final.train_config["precision"] in ("fp32", "bf16")  # what auto came to
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "asked", "trained"),
+    ("device", "precision", "asked", "chosen", "told"),
     [
-        ("cpu", "fp32", -1, 4),
-        ("cpu", "bf16", -1, 0),
-        ("cuda", "fp32", -1, 0),
-        ("cpu", "fp32", 0, 0),
-        ("cpu", "fp32", 7, 7),
+        ("cpu", "fp32", (-1, -1), (7, 3), "--epochs-unfrozen 7, --unfreeze-blocks 3"),
+        ("cpu", "bf16", (-1, -1), (10, 0), ""),
+        ("cuda", "fp32", (-1, -1), (10, 0), ""),
+        ("cpu", "fp32", (10, -1), (10, 3), "--unfreeze-blocks 3"),
+        ("cpu", "fp32", (-1, 0), (7, 0), "--epochs-unfrozen 7"),
+        ("cpu", "fp32", (2, 5), (2, 5), ""),
+        ("cpu", "fp32", (0, -1), (0, 3), ""),
     ],
 )
-def test_slow_hardware_trains_the_last_blocks_unless_told_otherwise(device, precision, asked, trained, capsys):
-    settings = improved_dino_detector.Settings(unfreeze_blocks=asked, precision=precision)
+def test_slow_hardware_has_a_shorter_second_stage_unless_told_otherwise(device, precision, asked, chosen, told, capsys):
+    epochs, blocks = asked
+    settings = improved_dino_detector.Settings(epochs_unfrozen=epochs, unfreeze_blocks=blocks, precision=precision)
     accelerator = Mock(device=torch.device(device), print=print)
-    chosen = improved_dino_detector.with_blocks_chosen(settings, 10, accelerator)
-    assert chosen == replace(settings, unfreeze_blocks=trained)
-    assert ("the last 4 blocks" in capsys.readouterr().out) == (trained == 4)
-    few = improved_dino_detector.with_blocks_chosen(replace(settings, unfreeze_blocks=-1), 4, accelerator)
-    assert few.unfreeze_blocks == 0
+    found = improved_dino_detector.with_hardware_chosen(settings, 10, accelerator)
+    assert (found.epochs_unfrozen, found.unfreeze_blocks) == chosen
+    assert capsys.readouterr().out == (f"this CPU is slow, so stage 2 is trained with {told}\n" if told else "")
+
+
+def test_slow_hardware_trains_no_more_blocks_than_there_are():
+    settings = improved_dino_detector.Settings(precision="fp32")
+    chosen = improved_dino_detector.with_hardware_chosen(settings, 2, Mock(device=torch.device("cpu")))
+    assert chosen.unfreeze_blocks == 2
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
