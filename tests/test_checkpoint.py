@@ -418,7 +418,7 @@ def test_what_could_not_be_read_again_is_not_written(file, change):
 
 
 def begin(path, data) -> Checkpoint:
-    return improved_dino_detector.first_detector(improved_dino_detector.Settings(start_from=str(path)), data, {})
+    return improved_dino_detector.first_detector(improved_dino_detector.Settings(start_from=str(path)), data)
 
 
 def test_training_starts_from_good_checkpoints_alone(file, saved, content, demo_val):
