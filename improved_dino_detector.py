@@ -255,7 +255,7 @@ def train_stage(
     progress = training.Progress(
         stage.name, detector, optimizer, schedule, order, accelerator, ema_decay=settings.ema, epoch=start.epoch
     )
-    loss_config = LossConfig(settings.assignment, settings.scores, settings.boxes, settings.box_weight)
+    loss_config = cli.part(settings, LossConfig)
 
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} pictures", flush=True)
     bar = progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process)
