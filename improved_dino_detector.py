@@ -10,7 +10,7 @@ checkpoint.
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
   python improved_dino_detector.py --head multi-layer --assignment center --scores focal --boxes smooth-l1 --ema 0 \\
-      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5 --unfreeze-blocks 0       the original study's recipe
+      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5       the original study's recipe
 
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
 """
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import cli, training
-from common.backbone import fetch_backbone
+from common.backbone import Backbone, fetch_backbone
 from common.checkpoint import Checkpoint, load_detector
 from common.cli import flag
 from common.coco import CocoData, DetectionDataset, collate
@@ -45,9 +45,8 @@ from common.transforms import MirrorTransform, TrainTransform
 WEIGHT_DECAY = 0.05
 AUGMENTATIONS = ("auto", "mirror", "crop")
 STAGES = ("frozen", "unfrozen")
-HARDWARE = -1  # of a setting: what suits the hardware
-STAGE_2 = {"epochs_unfrozen": 10, "unfreeze_blocks": 0}
-SLOW_STAGE_2 = {"epochs_unfrozen": 7, "unfreeze_blocks": 3}  # on a CPU in fp32: a third of the time
+BATCH_SIZE = 16
+SLOW_BATCH_SIZE, SLOW_CROP_SIZE = 8, 336  # on a CPU in fp32: a step of a fifth of the time, and twice as many of them
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 
 
@@ -76,31 +75,26 @@ class Settings:
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
     epochs_frozen: int = flag(10, "passes over the training pictures in stage 1; 0 = no stage 1", at_least=0)
-    epochs_unfrozen: int = flag(
-        HARDWARE,
-        f"passes in stage 2; 0 = no stage 2, {HARDWARE} = {STAGE_2['epochs_unfrozen']}, but "
-        f"{SLOW_STAGE_2['epochs_unfrozen']} on a CPU in fp32",
-        at_least=HARDWARE,
-    )
+    epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(5.0, "the head learns so many times as fast as that block in stage 2", at_least=0)
     layer_decay: float = flag(0.8, "and each block so many times as fast as the one after it", at_least=0)
-    unfreeze_blocks: int = flag(
-        HARDWARE,
-        f"stage 2 trains the last so many blocks; 0 = the whole backbone, {HARDWARE} = the whole, but "
-        f"{SLOW_STAGE_2['unfreeze_blocks']} on a CPU in fp32",
-        at_least=HARDWARE,
-    )
+    unfreeze_blocks: int = flag(0, "stage 2 trains the last so many blocks; 0 = the whole backbone", at_least=0)
     no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
     feature_cache_limit: float = flag(100.0, "GB; a feature cache that would be larger is not built", at_least=0)
     augmentation: str = flag(
         "auto", "mirror, or crops with scale and colour jitter; auto = mirror with the cache", choices=AUGMENTATIONS
     )
+    crop_size: int = flag(
+        0, f"side of the crops, pixels; 0 = the input's, but at most {SLOW_CROP_SIZE} on a CPU in fp32", at_least=0
+    )
     stop_after: str = flag("", "frozen = end with stage 1", choices=("frozen",))
     start_from: str = flag("", "checkpoint to go on from; its head, blocks and input size are kept")
     ema: float = flag(0.99, "decay of the weights' running average, a step; 0 = none", at_least=0, at_most=1)
-    batch_size: int = flag(16, "pictures a step, on each process", at_least=1)
+    batch_size: int = flag(
+        0, f"pictures a step, on each process; 0 = {BATCH_SIZE}, but {SLOW_BATCH_SIZE} on a CPU in fp32", at_least=0
+    )
     precision: str = flag(
         "auto", "arithmetic; auto = the fastest of this hardware", choices=("auto", "fp32", "bf16", "fp16")
     )
@@ -171,25 +165,30 @@ def stages(settings: Settings) -> list[Stage]:
     return wanted
 
 
-def with_hardware_chosen(settings: Settings, depth: int, accelerator: Accelerator) -> Settings:
-    """The settings with the length of stage 2 and the blocks that it trains, as far as they are left to the hardware.
+def with_hardware_chosen(settings: Settings, image_size: int, accelerator: Accelerator) -> Settings:
+    """The settings with the sizes of batch and crops, as far as they are left to the hardware.
 
     Args:
-        depth: blocks up to which the backbone is read.
-
-    Raises:
-        InputError: more blocks to train than that.
+        image_size: side of the detector's input, pixels.
     """
-    if settings.unfreeze_blocks > depth:
-        raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {depth}")
     slow = accelerator.device.type == "cpu" and settings.precision == "fp32"
-    usual = SLOW_STAGE_2 | {"unfreeze_blocks": min(depth, SLOW_STAGE_2["unfreeze_blocks"])} if slow else STAGE_2
-    left = {name: value for name, value in usual.items() if getattr(settings, name) == HARDWARE}
-    chosen = replace(settings, **left)
-    if slow and left and "unfrozen" in [stage.name for stage in stages(chosen)]:
-        told = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())
-        accelerator.print(f"this CPU is slow, so stage 2 is trained with {told}", flush=True)
-    return chosen
+    suitable = {
+        "batch_size": SLOW_BATCH_SIZE if slow else BATCH_SIZE,
+        "crop_size": min(image_size, SLOW_CROP_SIZE) if slow else image_size,
+    }
+    left = {name: value for name, value in suitable.items() if getattr(settings, name) == 0}
+    if slow and left:
+        told = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())
+        accelerator.print(f"this CPU is slow, so training takes {told}", flush=True)
+    return replace(settings, **left)
+
+
+def check_backbone(settings: Settings, backbone: Backbone) -> None:
+    """Raises InputError where the second stage asks for what the backbone does not have."""
+    if settings.unfreeze_blocks > backbone.depth:
+        raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {backbone.depth}")
+    if settings.crop_size % backbone.patch_size:
+        raise InputError(f"--crop-size: a multiple of the backbone's patch size, {backbone.patch_size}")
 
 
 def without_large_cache(settings: Settings, detector: Detector, train_pictures: int, val_pictures: int) -> Settings:
@@ -222,7 +221,7 @@ def stage_loaders(
         workers = 0  # a memory map is read faster than another process can hand it over
         val_loader = DataLoader(val_set, batch_size, collate_fn=collate)
     else:
-        transform = TrainTransform(size) if stage.crops else MirrorTransform(size)
+        transform = TrainTransform(size, settings.crop_size) if stage.crops else MirrorTransform(size)
         train_set = DetectionDataset(train_data, transform, seed)
         workers = settings.workers
         val_loader = eval_loader(val_data, size, batch_size, workers)
@@ -308,7 +307,8 @@ def main(settings: Settings) -> dict:
         val_data = load_split(source, "val", settings.val_images, settings.strict)
     training.check_objects(train_data, val_data)
     start = first_detector(settings, train_data)
-    settings = with_hardware_chosen(settings, start.detector.backbone.depth, accelerator)
+    settings = with_hardware_chosen(settings, start.detector.config.image_size, accelerator)
+    check_backbone(settings, start.detector.backbone)
     quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
     settings = without_large_cache(settings, start.detector, len(train_data), len(quick_data))
     conditions = training.describe_training(asdict(settings), train_data, accelerator)

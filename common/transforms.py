@@ -62,18 +62,22 @@ def mirror_drawn() -> bool:
 class TrainTransform(nn.Module):
     """Flip, scale jitter with a fixed-size crop, colour jitter (the large-scale jitter of ViTDet, arXiv 2203.16527).
 
+    A crop smaller than the input of evaluation shows objects at the same scale for less work, and less of the picture.
+
     Args:
-        size: side of the square output, pixels.
+        size: side of the square input of evaluation, pixels.
+        crop_size: side of the square output, pixels; by default `size`.
         scale: the picture's longer side becomes `size` times a factor from this range.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float] = (0.75, 1.33)):
+    def __init__(self, size: int, crop_size: int | None = None, scale: tuple[float, float] = (0.75, 1.33)):
         super().__init__()
+        crop_size = crop_size or size
         self.move = v2.Compose(
             [
                 v2.RandomHorizontalFlip(),
                 v2.ScaleJitter((size, size), scale_range=scale, antialias=True),
-                v2.RandomCrop((size, size), pad_if_needed=True, fill=FILL),
+                v2.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=FILL),
                 v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
                 v2.ClampBoundingBoxes(),
                 v2.SanitizeBoundingBoxes(min_size=SMALLEST_SIDE, labels_getter=_labels_and_crowd),

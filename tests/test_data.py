@@ -131,17 +131,28 @@ def test_letterbox_transform_carries_the_box_along():
     assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1)
 
 
-def test_augmentation_carries_the_box_along():
-    transform, seen = TrainTransform(140), set()
+@pytest.mark.parametrize("crop_size", [140, 112])
+def test_augmentation_carries_the_box_along(crop_size):
+    transform, seen = TrainTransform(140, crop_size), set()
     for seed in range(40):
         torch.manual_seed(seed)
         image, target = transform(*painted())
-        assert image.shape == (3, 140, 140) and image.dtype == torch.uint8
+        assert image.shape == (3, crop_size, crop_size) and image.dtype == torch.uint8
         assert len(target.boxes) == len(target.labels) == len(target.crowd)
         if len(target.boxes):
             assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=2)
             seen.add(tuple(target.boxes[0].round().tolist()))
     assert len(seen) > 30
+
+
+def test_a_smaller_crop_shows_objects_at_the_same_scale():
+    widths = []
+    for crop_size in (140, 56):
+        torch.manual_seed(0)
+        transform = TrainTransform(140, crop_size, scale=(1.0, 1.0))
+        found = [transform(*painted(box=(60, 40, 120, 80)))[1].boxes for _ in range(20)]
+        widths.append(max((boxes[:, 2] - boxes[:, 0]).max() for boxes in found if len(boxes)))
+    assert widths[0] == pytest.approx(widths[1], abs=0.5)
 
 
 def test_augmentation_depends_on_seed_epoch_and_picture_alone(demo):

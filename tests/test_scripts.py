@@ -41,7 +41,7 @@ PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
 TRAINS, IMPROVES, LOOKS, JUDGES, PLOTS = SCRIPTS
 CHECKPOINTS = ("dino2_detector.pth", "improved_dino2_detector.pth")
-STAGES = ("--epochs-frozen", 2, "--epochs-unfrozen", 1, "--unfreeze-blocks", 0)
+STAGES = ("--epochs-frozen", 2, "--epochs-unfrozen", 1)
 JUDGED = (*CHECKPOINTS, "missing.pth", "no<b>model.pt")
 
 
@@ -157,28 +157,26 @@ def test_both_stages_leave_what_they_promise(chain):
 @pytest.mark.parametrize(
     ("device", "precision", "asked", "chosen", "told"),
     [
-        ("cpu", "fp32", (-1, -1), (7, 3), "--epochs-unfrozen 7, --unfreeze-blocks 3"),
-        ("cpu", "bf16", (-1, -1), (10, 0), ""),
-        ("cuda", "fp32", (-1, -1), (10, 0), ""),
-        ("cpu", "fp32", (10, -1), (10, 3), "--unfreeze-blocks 3"),
-        ("cpu", "fp32", (-1, 0), (7, 0), "--epochs-unfrozen 7"),
-        ("cpu", "fp32", (2, 5), (2, 5), ""),
-        ("cpu", "fp32", (0, -1), (0, 3), ""),
+        ("cpu", "fp32", (0, 0), (8, 336), "--batch-size 8 --crop-size 336"),
+        ("cpu", "bf16", (0, 0), (16, 448), ""),
+        ("cuda", "fp32", (0, 0), (16, 448), ""),
+        ("cpu", "fp32", (16, 0), (16, 336), "--crop-size 336"),
+        ("cpu", "fp32", (0, 448), (8, 448), "--batch-size 8"),
+        ("cpu", "fp32", (3, 518), (3, 518), ""),
     ],
 )
-def test_slow_hardware_has_a_shorter_second_stage_unless_told_otherwise(device, precision, asked, chosen, told, capsys):
-    epochs, blocks = asked
-    settings = improved_dino_detector.Settings(epochs_unfrozen=epochs, unfreeze_blocks=blocks, precision=precision)
+def test_slow_hardware_trains_on_smaller_crops_unless_told_otherwise(device, precision, asked, chosen, told, capsys):
+    settings = improved_dino_detector.Settings(batch_size=asked[0], crop_size=asked[1], precision=precision)
     accelerator = Mock(device=torch.device(device), print=print)
-    found = improved_dino_detector.with_hardware_chosen(settings, 10, accelerator)
-    assert (found.epochs_unfrozen, found.unfreeze_blocks) == chosen
-    assert capsys.readouterr().out == (f"this CPU is slow, so stage 2 is trained with {told}\n" if told else "")
+    found = improved_dino_detector.with_hardware_chosen(settings, 448, accelerator)
+    assert (found.batch_size, found.crop_size) == chosen
+    assert capsys.readouterr().out == (f"this CPU is slow, so training takes {told}\n" if told else "")
 
 
-def test_slow_hardware_trains_no_more_blocks_than_there_are():
+def test_slow_hardware_trains_on_whole_pictures_where_they_are_small():
     settings = improved_dino_detector.Settings(precision="fp32")
-    chosen = improved_dino_detector.with_hardware_chosen(settings, 2, Mock(device=torch.device("cpu")))
-    assert chosen.unfreeze_blocks == 2
+    accelerator = Mock(device=torch.device("cpu"))
+    assert improved_dino_detector.with_hardware_chosen(settings, 168, accelerator).crop_size == 168
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
@@ -246,7 +244,7 @@ def test_the_simple_detector_learns_a_few_pictures_by_heart(demo, tmp_path, monk
 
 
 def test_the_improved_detector_learns_a_few_pictures_by_heart(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("improved_dino_detector.TrainTransform", LetterboxTransform)
+    monkeypatch.setattr("improved_dino_detector.TrainTransform", lambda size, _: LetterboxTransform(size))
     rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0, "layer_decay": 1.0}
     numbers = learn_by_heart(
         improved_dino_detector, demo, tmp_path, epochs_frozen=0, epochs_unfrozen=100, dropout=0.0, **rates
@@ -271,7 +269,7 @@ BAD = {
     "no such picture": {"--checkpoint": "{chain}/dino2_detector.pth", "--images": "{tmp}/none.jpg"},
     "no such flag": {"--colour": "red"},
     "no number": {"--batch-size": "many"},
-    "number too small": {"--batch-size": "0"},
+    "number too small": {"--batch-size": "-1"},
     "wrong image size": {"--image-size": "100", "--data": "{demo}"},
     "wrong backbone": {"--backbone": "{tmp}/empty", "--data": "{demo}"},
     "no hub": {"--backbone": "facebook/dinov2-small", "--data": "{demo}"},
@@ -297,6 +295,11 @@ BAD = {
         "--data": "{demo}",
         "--start-from": "{chain}/dino2_detector.pth",
     },
+    "crops of broken patches": {
+        "--crop-size": "100",
+        "--data": "{demo}",
+        "--start-from": "{chain}/dino2_detector.pth",
+    },
     "the same model twice": {"--models": "{tmp}/a.pth {tmp}/a.pth", "--data": "{demo}"},
     "no PNG": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/chart.pdf"},
     "output is a folder": {"--output": "{tmp}"},
@@ -312,7 +315,8 @@ CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("no objects", "no class i
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("run folder is a file", "number too large")]
 CASES += [(s, "name too long") for s in (TRAINS, LOOKS, JUDGES)]
-CASES += [(IMPROVES, "share above 1"), (IMPROVES, "more blocks than there are"), (JUDGES, "the same model twice")]
+CASES += [(IMPROVES, c) for c in ("share above 1", "more blocks than there are", "crops of broken patches")]
+CASES += [(JUDGES, "the same model twice")]
 CASES += [(PLOTS, c) for c in ("no PNG", "no such flag", "no results", "other results", "unwritable output")]
 
 
