@@ -171,15 +171,13 @@ def with_hardware_chosen(settings: Settings, image_size: int, accelerator: Accel
     Args:
         image_size: side of the detector's input, pixels.
     """
-    slow = accelerator.device.type == "cpu" and settings.precision == "fp32"
-    suitable = {
-        "batch_size": SLOW_BATCH_SIZE if slow else BATCH_SIZE,
-        "crop_size": min(image_size, SLOW_CROP_SIZE) if slow else image_size,
-    }
+    suitable = usual = {"batch_size": BATCH_SIZE, "crop_size": image_size}
+    if accelerator.device.type == "cpu" and settings.precision == "fp32":
+        suitable = {"batch_size": SLOW_BATCH_SIZE, "crop_size": min(image_size, SLOW_CROP_SIZE)}
     left = {name: value for name, value in suitable.items() if getattr(settings, name) == 0}
-    if slow and left:
-        told = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())
-        accelerator.print(f"this CPU is slow, so training takes {told}", flush=True)
+    told = [f"--{name.replace('_', '-')} {value}" for name, value in left.items() if value != usual[name]]
+    if told:
+        accelerator.print(f"this CPU is slow, so training takes {' '.join(told)}", flush=True)
     return replace(settings, **left)
 
 

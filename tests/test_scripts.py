@@ -173,10 +173,11 @@ def test_slow_hardware_trains_on_smaller_crops_unless_told_otherwise(device, pre
     assert capsys.readouterr().out == (f"this CPU is slow, so training takes {told}\n" if told else "")
 
 
-def test_slow_hardware_trains_on_whole_pictures_where_they_are_small():
-    settings = improved_dino_detector.Settings(precision="fp32")
-    accelerator = Mock(device=torch.device("cpu"))
+def test_slow_hardware_takes_crops_of_the_input_size_where_that_is_small(capsys):
+    settings = improved_dino_detector.Settings(batch_size=4, precision="fp32")
+    accelerator = Mock(device=torch.device("cpu"), print=print)
     assert improved_dino_detector.with_hardware_chosen(settings, 168, accelerator).crop_size == 168
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
