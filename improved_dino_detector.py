@@ -31,7 +31,7 @@ from common.backbone import Backbone, fetch_backbone
 from common.checkpoint import Checkpoint, load_detector
 from common.cli import flag
 from common.coco import CocoData, DetectionDataset, collate
-from common.detector import HEADS, Detector, new_detector
+from common.detector import HEADS, Detector, check_side, new_detector
 from common.errors import InputError
 from common.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.files import check_writable
@@ -182,11 +182,10 @@ def with_hardware_chosen(settings: Settings, image_size: int, accelerator: Accel
 
 
 def check_backbone(settings: Settings, backbone: Backbone) -> None:
-    """Raises InputError where the second stage asks for what the backbone does not have."""
+    """Raises InputError where more blocks are to be trained than there are, or crops that patches do not fill."""
     if settings.unfreeze_blocks > backbone.depth:
         raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {backbone.depth}")
-    if settings.crop_size % backbone.patch_size:
-        raise InputError(f"--crop-size: a multiple of the backbone's patch size, {backbone.patch_size}")
+    check_side("crop size", settings.crop_size, backbone.patch_size)
 
 
 def without_large_cache(settings: Settings, detector: Detector, train_pictures: int, val_pictures: int) -> Settings:

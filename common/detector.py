@@ -93,6 +93,13 @@ def build_detector(config: DetectorConfig) -> Detector:
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
 
 
+def check_side(what: str, side: int, patch: int) -> None:
+    """Raises InputError where the side of a square of pixels, called `what`, is not one or more patches long."""
+    if side % patch or side <= 0:
+        lower = max(1, side // patch) * patch
+        raise InputError(f"{what} {side} is not a multiple of {patch}; take {lower} or {lower + patch}")
+
+
 def new_detector(
     backbone_folder: Path,
     *,
@@ -109,9 +116,7 @@ def new_detector(
     """
     backbone = backbone_config(backbone_folder)
     patch = backbone.get("patch_size", 14)
-    if image_size % patch or image_size <= 0:
-        lower = max(1, image_size // patch) * patch
-        raise InputError(f"image size {image_size} is not a multiple of {patch}; take {lower} or {lower + patch}")
+    check_side("image size", image_size, patch)
     blocks = choose_blocks(blocks, backbone.get("num_hidden_layers", 12))
     config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout)
     return Detector(config, load_backbone(backbone_folder, blocks))

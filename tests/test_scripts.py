@@ -270,7 +270,8 @@ BAD = {
     "no such picture": {"--checkpoint": "{chain}/dino2_detector.pth", "--images": "{tmp}/none.jpg"},
     "no such flag": {"--colour": "red"},
     "no number": {"--batch-size": "many"},
-    "number too small": {"--batch-size": "-1"},
+    "number too small": {"--batch-size": "0"},
+    "number below 0": {"--batch-size": "-1"},
     "wrong image size": {"--image-size": "100", "--data": "{demo}"},
     "wrong backbone": {"--backbone": "{tmp}/empty", "--data": "{demo}"},
     "no hub": {"--backbone": "facebook/dinov2-small", "--data": "{demo}"},
@@ -310,7 +311,8 @@ CASES = [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in list(BAD)[:4
 CASES += [(s, c) for s in (LOOKS, JUDGES) for c in list(BAD)[4:6]]
 CASES += [(LOOKS, "no such picture"), (TRAINS, "output is a folder"), (JUDGES, "output is a folder")]
 CASES += [(s, "no such place") for s in (TRAINS, IMPROVES, LOOKS, JUDGES)]
-CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number too small")]
+CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number below 0")]
+CASES += [(s, "number too small") for s in (TRAINS, LOOKS, JUDGES)]  # to IMPROVES 0 means what suits the hardware
 CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "other classes", "no start")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("no objects", "no class in common")]
 CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
