@@ -19,25 +19,20 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from common import cli, postprocess, uncertainty
+from common import cli
 from common.cli import flag
-from common.coco import CocoData
-from common.errors import InputError
+from common.console import InputError, Interrupted
+from common.data.coco import CocoData
+from common.data.sources import DataSource, load_split
+from common.evaluate.bootstrap import LEVEL, RESAMPLES, comparisons, draws
+from common.evaluate.detections import coco_detections
+from common.evaluate.evaluation import Judgement, Runner, found_by_checkpoint, found_in_file, judge, unique_names
+from common.evaluate.results import ValidationRecord, ValidationResults, read_results, write_results
 from common.files import atomic_write, check_writable
-from common.inference import make_accelerator
-from common.metrics import coco_detections
-from common.results import (
-    ValidationRecord,
-    ValidationResults,
-    format_comparisons,
-    format_table,
-    read_results,
-    write_results,
-)
-from common.signals import Interrupted
-from common.sources import DataSource, load_split
+from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE, NMS_IOU
+from common.runtime import make_accelerator
+from common.show.tables import format_comparisons, format_table
 from common.types import Found
-from common.validation import Judgement, Runner, found_by_checkpoint, found_in_file, judge, unique_names
 
 MODELS = ("dino2_detector.pth", "improved_dino2_detector.pth", "yolov8n.pt", "yolov8x.pt")
 NOT_ALL = 3  # exit code of --strict where a model could not be evaluated
@@ -77,7 +72,7 @@ def find(path: str, settings: Settings, data: CocoData, runner: Runner) -> Found
         return found_in_file(path, data)
     if path.endswith(".pth"):
         return found_by_checkpoint(path, data, runner)
-    from common.yolo import found_by_yolo  # ultralytics is only needed for its own models
+    from common.evaluate.yolo import found_by_yolo
 
     return found_by_yolo(path, data, settings.batch_size, runner.accelerator.device)
 
@@ -142,7 +137,7 @@ def judge_all(settings: Settings, data: CocoData, runner: Runner) -> list[Judgem
     paths = (*models, *settings.from_detections)
     if len(set(paths)) < len(paths):
         raise InputError(f"a model is named twice: {', '.join(paths)}")
-    weights = uncertainty.draws(len(data), settings.seed)
+    weights = draws(len(data), settings.seed)
     before, judgements = judged_before(settings, data), []
     try:
         for name, path in zip(unique_names(paths), paths, strict=True):
@@ -160,7 +155,7 @@ def judge_all(settings: Settings, data: CocoData, runner: Runner) -> list[Judgem
 
 def summary(settings: Settings, data: CocoData, judgements: Sequence[Judgement]) -> ValidationResults:
     """The content of the results file."""
-    compared = uncertainty.comparisons({j.record.name: j.samples for j in judgements if j.samples})
+    compared = comparisons({j.record.name: j.samples for j in judgements if j.samples})
     records = tuple(judgement.record for judgement in judgements)
     return ValidationResults(describe_protocol(settings.seed), describe_data(settings, data), records, compared)
 
@@ -168,13 +163,13 @@ def summary(settings: Settings, data: CocoData, judgements: Sequence[Judgement])
 def describe_protocol(seed: int) -> dict:
     """What was the same for every model."""
     return {
-        "max_detections": postprocess.MAX_DETECTIONS,
-        "min_score": postprocess.MIN_SCORE,
-        "nms_iou": postprocess.NMS_IOU,
+        "max_detections": MAX_DETECTIONS,
+        "min_score": MIN_SCORE,
+        "nms_iou": NMS_IOU,
         "crowds": "ignored, as COCO does",
         "primary_object": "largest non-crowd box against the highest-scoring detection; class averages by support",
         "evaluator": "faster-coco-eval",
-        "intervals": f"Bayesian bootstrap over pictures, {uncertainty.RESAMPLES} resamples, {uncertainty.LEVEL}%",
+        "intervals": f"Bayesian bootstrap over pictures, {RESAMPLES} resamples, {LEVEL}%",
         "seed": seed,
     }
 
@@ -214,7 +209,7 @@ def main(settings: Settings) -> ValidationResults:
     print(f"{len(data)} validation pictures of {results.dataset['source']}")
     print(format_table(records), format_comparisons(results), f"written to {settings.output}", sep="\n")
     if settings.report:
-        from common.report import write_report  # charts and pictures are only needed here
+        from common.show.report import write_report
 
         write_report(Path(settings.report), results, data, {j.record.name: j.table for j in judgements if j.samples})
         print(f"report written to {settings.report}")

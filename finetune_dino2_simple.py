@@ -21,19 +21,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import cli, training
-from common.backbone import fetch_backbone
-from common.checkpoint import Checkpoint
+from common import cli
 from common.cli import flag
-from common.coco import DetectionDataset
-from common.detector import new_detector
+from common.console import progress_bar
+from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
+from common.data.sources import DataSource, check_objects, load_split
+from common.data.transforms import TrainTransform
+from common.evaluate.detect import validate
 from common.files import check_writable
-from common.inference import eval_loader, make_accelerator, precision_name
-from common.losses import LossConfig, detection_loss
-from common.progress import progress_bar
-from common.run_folder import RunFolder, publish_best
-from common.sources import DataSource, load_split
-from common.transforms import TrainTransform
+from common.model.backbone import fetch_backbone
+from common.model.checkpoint import Checkpoint
+from common.model.detector import new_detector
+from common.model.losses import LossConfig, detection_loss
+from common.runtime import make_accelerator, precision_name
+from common.train.optim import cosine_schedule, parameter_groups
+from common.train.run_folder import RunFolder, publish_best
+from common.train.state import EPOCH_VAL_PICTURES, Progress, describe_training, memory_explained
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -75,9 +78,7 @@ class Settings:
     run_dir: str = flag("runs/simple", "folder for the run's log and its best and last checkpoint")
 
 
-def train_one_epoch(
-    model: nn.Module, loader: DataLoader, progress: training.Progress, run: RunFolder, bar: tqdm
-) -> None:
+def train_one_epoch(model: nn.Module, loader: DataLoader, progress: Progress, run: RunFolder, bar: tqdm) -> None:
     """One pass over the training pictures; what a resumed run did of it before is left out."""
     accelerator = progress.accelerator
     model.train()
@@ -106,7 +107,7 @@ def main(settings: Settings) -> dict:
     with accelerator.main_process_first():  # what is fetched or drawn is then there for the others
         train_data = load_split(source, "train", settings.train_images, settings.strict)
         val_data = load_split(source, "val", settings.val_images, settings.strict)
-    training.check_objects(train_data, val_data)
+    check_objects(train_data, val_data)
     backbone_name, backbone_folder = fetch_backbone(settings.backbone)
     detector = new_detector(
         backbone_folder,
@@ -121,31 +122,31 @@ def main(settings: Settings) -> dict:
         detector.backbone.unfreeze()
 
     train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
-    train_loader, order = training.train_loader(train_set, settings.batch_size, settings.workers, settings.seed)
-    quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
-    quick_loader = eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
-    groups = training.parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
+    train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers, settings.seed)
+    quick_data = val_data.first(EPOCH_VAL_PICTURES)
+    quick_loader = make_eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
+    groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups)
     model, optimizer, train_loader, quick_loader = accelerator.prepare(detector, optimizer, train_loader, quick_loader)
     steps = settings.epochs * len(train_loader)
-    schedule = training.cosine_schedule(optimizer, steps)
-    progress = training.Progress("only", detector, optimizer, schedule, order, accelerator)
+    schedule = cosine_schedule(optimizer, steps)
+    progress = Progress("only", detector, optimizer, schedule, order, accelerator)
 
     run = RunFolder(settings.run_dir, asdict(settings), train_data.fingerprint(), accelerator)
-    conditions = training.describe_training(asdict(settings), train_data, accelerator) | {"backbone": backbone_name}
+    conditions = describe_training(asdict(settings), train_data, accelerator) | {"backbone": backbone_name}
     untrained = Checkpoint(detector, train_data.class_names, train_data.category_ids, conditions)
     accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} pictures with {backbone_name}")
     bar = progress_bar(steps, "training", "step", shown=accelerator.is_main_process)
-    with bar, run.keeping(progress), training.memory_explained(progress, LOSS):
+    with bar, run.keeping(progress), memory_explained(progress, LOSS):
         bar.update(progress.epoch * len(train_loader) + progress.step)
         while progress.epoch < settings.epochs:
             train_one_epoch(model, train_loader, progress, run, bar)
-            numbers = training.validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
+            numbers = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
             run.finish_epoch(progress, replace(untrained, metrics=numbers, epoch=progress.epoch + 1))
             progress.next_epoch()
             run.save(progress)
 
-    full_loader = eval_loader(val_data, settings.image_size, settings.batch_size, settings.workers)
+    full_loader = make_eval_loader(val_data, settings.image_size, settings.batch_size, settings.workers)
     return publish_best(run, full_loader, val_data, settings.output)
 
 

@@ -26,21 +26,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import cli, training
-from common.backbone import Backbone, fetch_backbone
-from common.checkpoint import Checkpoint, load_detector
+from common import cli
 from common.cli import flag
-from common.coco import CocoData, DetectionDataset, collate
-from common.detector import HEADS, Detector, check_side, new_detector
-from common.errors import InputError
-from common.feature_cache import CachedDataset, cached_features, feature_gigabytes
+from common.console import InputError, progress_bar
+from common.data.coco import CocoData
+from common.data.dataset import DetectionDataset, EpochOrder, collate, make_eval_loader, make_train_loader
+from common.data.sources import DataSource, check_objects, load_split
+from common.data.transforms import MirrorTransform, TrainTransform
+from common.evaluate.detect import validate
 from common.files import check_writable
-from common.inference import eval_loader, make_accelerator, precision_name
-from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
-from common.progress import progress_bar
-from common.run_folder import RunFolder, publish_best
-from common.sources import DataSource, load_split
-from common.transforms import MirrorTransform, TrainTransform
+from common.model.assignment import ASSIGNMENTS
+from common.model.backbone import Backbone, fetch_backbone
+from common.model.checkpoint import Checkpoint, load_detector
+from common.model.detector import HEADS, Detector, check_side, new_detector
+from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
+from common.runtime import make_accelerator, precision_name
+from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
+from common.train.optim import cosine_schedule, parameter_groups
+from common.train.run_folder import RunFolder, publish_best
+from common.train.state import EPOCH_VAL_PICTURES, Progress, describe_training, memory_explained
 
 WEIGHT_DECAY = 0.05
 AUGMENTATIONS = ("auto", "mirror", "crop")
@@ -68,7 +72,7 @@ class Settings:
     )
     blocks: tuple[int, ...] = flag((-5, -4, -3), "whose features the head reads: 1 = first block, -1 = last")
     image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14)
-    head: str = flag("pyramid", "the head; see common/heads.py", choices=HEADS)
+    head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS)
     dropout: float = flag(0.1, "share of the head's hidden units switched off in training", at_least=0, at_most=1)
     assignment: str = flag("task-aligned", "which locations answer for an object", choices=ASSIGNMENTS)
     scores: str = flag("quality", "loss of the scores; quality = towards the IoU reached", choices=SCORE_LOSSES)
@@ -111,7 +115,7 @@ def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
     loss_config: LossConfig,
-    progress: training.Progress,
+    progress: Progress,
     run: RunFolder,
     bar: tqdm,
 ) -> None:
@@ -205,7 +209,7 @@ def stage_loaders(
     train_data: CocoData,
     val_data: CocoData,
     accelerator: Accelerator,
-) -> tuple[DataLoader, training.EpochOrder, DataLoader]:
+) -> tuple[DataLoader, EpochOrder, DataLoader]:
     """Training batches and their order, and validation batches, of a stage: pictures, or their cached features."""
     size, batch_size, seed = detector.config.image_size, settings.batch_size, settings.seed
     if stage.cached:
@@ -221,8 +225,8 @@ def stage_loaders(
         transform = TrainTransform(size, settings.crop_size) if stage.crops else MirrorTransform(size)
         train_set = DetectionDataset(train_data, transform, seed)
         workers = settings.workers
-        val_loader = eval_loader(val_data, size, batch_size, workers)
-    return *training.train_loader(train_set, batch_size, workers, seed), val_loader
+        val_loader = make_eval_loader(val_data, size, batch_size, workers)
+    return *make_train_loader(train_set, batch_size, workers, seed), val_loader
 
 
 def train_stage(
@@ -241,26 +245,26 @@ def train_stage(
     else:
         detector.backbone.freeze()
     train_loader, order, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
-    groups = training.parameter_groups(
+    groups = parameter_groups(
         detector, stage.head_lr, stage.backbone_lr, WEIGHT_DECAY, layer_decay=settings.layer_decay
     )
     optimizer = torch.optim.AdamW(groups)
     model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
     steps = stage.epochs * len(train_loader)
-    schedule = training.cosine_schedule(optimizer, steps)
-    progress = training.Progress(
+    schedule = cosine_schedule(optimizer, steps)
+    progress = Progress(
         stage.name, detector, optimizer, schedule, order, accelerator, ema_decay=settings.ema, epoch=start.epoch
     )
     loss_config = cli.part(settings, LossConfig)
 
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} pictures", flush=True)
     bar = progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process)
-    with bar, run.keeping(progress), training.memory_explained(progress, loss_config):
+    with bar, run.keeping(progress), memory_explained(progress, loss_config):
         bar.update((progress.epoch - start.epoch) * len(train_loader) + progress.step)
         while progress.epoch < start.epoch + stage.epochs:
             train_one_epoch(model, train_loader, loss_config, progress, run, bar)
             with progress.ema.applied():
-                numbers = training.validate(model, val_loader, val_data, start.class_names, accelerator)
+                numbers = validate(model, val_loader, val_data, start.class_names, accelerator)
                 run.finish_epoch(progress, replace(start, metrics=numbers, epoch=progress.epoch + 1))
             progress.next_epoch()
             run.save(progress)
@@ -302,13 +306,13 @@ def main(settings: Settings) -> dict:
     with accelerator.main_process_first():  # what is fetched or drawn is then there for the others
         train_data = load_split(source, "train", settings.train_images, settings.strict)
         val_data = load_split(source, "val", settings.val_images, settings.strict)
-    training.check_objects(train_data, val_data)
+    check_objects(train_data, val_data)
     start = first_detector(settings, train_data)
     settings = with_hardware_chosen(settings, start.detector.config.image_size, accelerator)
     check_backbone(settings, start.detector.backbone)
-    quick_data = val_data.first(training.EPOCH_VAL_PICTURES)
+    quick_data = val_data.first(EPOCH_VAL_PICTURES)
     settings = without_large_cache(settings, start.detector, len(train_data), len(quick_data))
-    conditions = training.describe_training(asdict(settings), train_data, accelerator)
+    conditions = describe_training(asdict(settings), train_data, accelerator)
     start = replace(start, train_config=conditions | start.train_config)
     run = RunFolder(settings.run_dir, asdict(settings), train_data.fingerprint(), accelerator, STAGES)
     for stage in stages(settings):
@@ -317,7 +321,7 @@ def main(settings: Settings) -> dict:
             train_stage(settings, stage, start, train_data, quick_data, run, accelerator)
             accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
         start = replace(load_detector(run.best_of(stage.name)), epoch=start.epoch + stage.epochs)
-    full_loader = eval_loader(val_data, start.detector.config.image_size, settings.batch_size, settings.workers)
+    full_loader = make_eval_loader(val_data, start.detector.config.image_size, settings.batch_size, settings.workers)
     return publish_best(run, full_loader, val_data, settings.output)
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from common import charts, cli
+from common import cli
 from common.cli import flag
-from common.errors import InputError
+from common.console import InputError
+from common.evaluate.results import read_results
 from common.files import atomic_write
-from common.results import read_results
+from common.show import charts
 
 DPI = 130
 

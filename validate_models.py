@@ -21,17 +21,18 @@ from accelerate.utils import set_seed
 from PIL import Image
 
 from common import cli
-from common.checkpoint import Checkpoint, load_detector
 from common.cli import flag
-from common.coco import CocoData, open_picture, pictures_alone
-from common.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
+from common.data.coco import CocoData, pictures_alone
+from common.data.images import open_picture
+from common.data.sources import DataSource, load_split
+from common.evaluate.detections import coco_detections, detection_table
+from common.evaluate.evaluation import Runner, judge, unique_names
 from common.files import atomic_write, check_writable
-from common.inference import make_accelerator
-from common.metrics import coco_detections, detection_table
-from common.results import format_table
-from common.sources import DataSource, load_split
+from common.model.checkpoint import Checkpoint, load_detector
+from common.runtime import make_accelerator
+from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
+from common.show.tables import format_table
 from common.types import Detections, Found
-from common.validation import Runner, judge, unique_names
 
 SHEET_PICTURES = 16
 COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "pictures/s")

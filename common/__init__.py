@@ -1,1 +1,23 @@
-"""What two scripts must agree on: conventions, data, model, metrics, file formats."""
+"""What the scripts share, in five rooms.
+
+types.py      the types that travel between the rooms: Target, Batch, RawOutput, Detections; letterbox and boxes
+console.py    how a program talks to its user: errors, progress bars, signals; imports no torch
+cli.py        command-line flags from a dataclass of settings, and one way for every script to end
+files.py      atomic files, the cache folder
+runtime.py    device, precision, processes, stopping between two steps
+data/         whatever --data names -> batches
+              sources, annotations, formats, hub, official, demo | coco (the data set in memory), images (decoding),
+              dataset (samples, order, loaders), transforms
+model/        the detector and what teaches it
+              backbone, img_focus, heads, detector | assignment, losses | postprocess, checkpoint
+train/        one training run
+              optim (learning rates, schedule, EMA), state (what a step changes), run_folder, feature_cache
+evaluate/     detections -> numbers; draws nothing
+              detect, cost | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
+              yolo, evaluation, results
+show/         numbers -> what people look at
+              tables, charts, drawing, report
+
+Imports go one way: scripts -> train, show -> evaluate -> data, model -> the files at the root. data and model do not
+import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.
+"""

@@ -11,8 +11,7 @@ import sys
 import typing
 from collections.abc import Callable
 
-from common import signals
-from common.errors import InputError
+from common.console import STATUS, InputError, Interrupted, take_over
 
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
@@ -93,7 +92,7 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     Status: 0 done; 2 bad input, with one line on stderr; 130 and 143 ended by SIGINT and SIGTERM, likewise.
     """
     settings = parse(settings_type, description or "")
-    signals.take_over()
+    take_over()
     try:
         main(settings)
     except InputError as error:
@@ -104,9 +103,9 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         sys.exit(_say_error("out of memory; take a smaller --batch-size or --image-size, or fewer --workers", 2))
-    except signals.Interrupted as interrupted:
+    except Interrupted as interrupted:
         advice = f"; {interrupted.advice}" if interrupted.advice else ""
-        sys.exit(_say_error(f"interrupted{advice}", signals.STATUS + interrupted.number))
+        sys.exit(_say_error(f"interrupted{advice}", STATUS + interrupted.number))
 
 
 def _last_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from common.errors import InputError
+from common.console import InputError
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.inference import PeakMemory
-from common.sources import DataSource, load_split
+from common.data.sources import DataSource, load_split
+from common.evaluate.cost import PeakMemory
 
 PICTURES, BOXES, CLASSES, OUTLINE = 118_287, 860_001, 80, 40
 WIDTH, HEIGHT = 64, 48

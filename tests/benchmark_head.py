@@ -16,11 +16,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
-from common.checkpoint import load_detector
 from common.cli import flag
-from common.inference import eval_loader, make_accelerator, precision_name
-from common.postprocess import postprocess
-from common.sources import DataSource, load_split
+from common.data.dataset import make_eval_loader
+from common.data.sources import DataSource, load_split
+from common.model.checkpoint import load_detector
+from common.model.postprocess import postprocess
+from common.runtime import make_accelerator, precision_name
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def main(settings: Settings) -> None:
     detector = load_detector(settings.checkpoint).detector.to(accelerator.device)
     data = load_split(DataSource(settings.data), "val", max(settings.batch_sizes))
     for size in settings.batch_sizes:
-        batch = next(iter(eval_loader(data, detector.config.image_size, size, 0))).to(accelerator.device)
+        batch = next(iter(make_eval_loader(data, detector.config.image_size, size, 0))).to(accelerator.device)
         times: dict[str, list[float]] = {"backbone": [], "detector": []}
         for _ in range(settings.rounds + 2):
             for name, seconds in times.items():

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_metrics import pycocotools_numbers
 
 from common import cli
-from common.annotations import load_coco
 from common.cli import flag
-from common.coco import CocoData
-from common.diagnosis import diagnose, self_check
-from common.matching import IOU_THRESHOLDS, match
-from common.metrics import best_of_duplicates, evaluate_table
-from common.uncertainty import comparisons, draws, resampled
+from common.data.annotations import load_coco
+from common.data.coco import CocoData
+from common.evaluate.bootstrap import comparisons, draws, resampled
+from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
+from common.evaluate.diagnosis import diagnose, self_check
+from common.evaluate.matching import IOU_THRESHOLDS, match
 
 DETECTIONS = 100  # a picture
 

@@ -12,10 +12,10 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import Dinov2Backbone, Dinov2Config
 
-from common.annotations import load_coco
-from common.coco import CocoData
-from common.demo import make_demo
-from common.detector import Detector, new_detector
+from common.data.annotations import load_coco
+from common.data.coco import CocoData
+from common.data.demo import make_demo
+from common.model.detector import Detector, new_detector
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}

@@ -29,10 +29,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import improved_dino_detector as script
-from common import cli, signals, training
+from common import cli
 from common.cli import flag
-from common.demo import make_demo
-from common.errors import InputError
+from common.console import InputError, Interrupted
+from common.data.demo import make_demo
+from common.train.state import Progress
 
 SETTLED = 0.25  # share of the rounds after which libraries have loaded and caches are full
 
@@ -46,14 +47,14 @@ class Settings:
 
 def at_step(step: int, act: Callable[[], None]):
     """A patch of training: `act` after so many steps."""
-    finish, steps = training.Progress.finish_step, itertools.count(1)
+    finish, steps = Progress.finish_step, itertools.count(1)
 
-    def finish_step(progress: training.Progress, losses: dict) -> None:
+    def finish_step(progress: Progress, losses: dict) -> None:
         finish(progress, losses)
         if next(steps) == step:
             act()
 
-    return mock.patch.object(training.Progress, "finish_step", finish_step)
+    return mock.patch.object(Progress, "finish_step", finish_step)
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> Non
     """Train until the fault, which must end the run in the way it should."""
     stop = at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
     if fault == "signal" or fault == "damaged state":
-        expected, patch = signals.Interrupted, stop
+        expected, patch = Interrupted, stop
     elif fault == "no number":
         expected, patch = InputError, spoiled(step)
     elif fault == "full disk":
@@ -97,7 +98,7 @@ def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> Non
     elif fault == "interrupted cache":
         for path in itertools.islice(cache.glob("features/*"), 1):
             path.unlink()
-        expected, patch = signals.Interrupted, mock.patch("common.feature_cache.atomic_write", raise_interrupted)
+        expected, patch = Interrupted, mock.patch("common.train.feature_cache.atomic_write", raise_interrupted)
     try:
         with patch:
             script.main(settings)
@@ -109,7 +110,7 @@ def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> Non
 
 
 def raise_interrupted(_path: Path):
-    raise signals.Interrupted(signal.SIGTERM)
+    raise Interrupted(signal.SIGTERM)
 
 
 def weights(settings: script.Settings) -> dict[str, torch.Tensor]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.annotations import load_coco
-from common.coco import open_picture
-from common.errors import InputError
-from common.sources import DataSource, load_split
+from common.console import InputError
+from common.data.annotations import load_coco
+from common.data.images import open_picture
+from common.data.sources import DataSource, load_split
 
 
 def annotation(**parts):

@@ -19,16 +19,16 @@ from torch import nn
 from transformers import Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
 import improved_dino_detector
-from common.checkpoint import MAX_INSTRUCTIONS, Checkpoint, load_detector, save_detector
-from common.detector import MAX_CLASSES, DetectorConfig, build_detector, new_detector
-from common.errors import InputError
-from common.inference import FORGET_PEAK, PeakMemory
+from common.console import InputError
+from common.evaluate.cost import FORGET_PEAK, PeakMemory
+from common.model.checkpoint import MAX_INSTRUCTIONS, Checkpoint, load_detector, save_detector
+from common.model.detector import MAX_CLASSES, DetectorConfig, build_detector, new_detector
 
 NAMES, IDS = tuple("abcdefghij"), tuple(range(10, 30, 2))
 
 DETECT = """
 import sys, torch
-from common.checkpoint import load_detector
+from common.model.checkpoint import load_detector
 checkpoint = load_detector(sys.argv[1])
 with torch.no_grad():
     out = checkpoint.detector(torch.load(sys.argv[2], weights_only=True))

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from common.annotations import load_coco
-from common.boxes import Letterbox
-from common.coco import DetectionDataset, collate, open_picture, pictures_alone
-from common.demo import CATEGORY_IDS, draw_scene, make_demo, visible_boxes
-from common.errors import InputError
-from common.sources import DataSource, load_split
-from common.transforms import LetterboxTransform, TrainTransform
-from common.types import Target
+from common.console import InputError
+from common.data.annotations import load_coco
+from common.data.coco import pictures_alone
+from common.data.dataset import DetectionDataset, collate
+from common.data.demo import CATEGORY_IDS, draw_scene, make_demo, visible_boxes
+from common.data.images import open_picture
+from common.data.sources import DataSource, load_split
+from common.data.transforms import LetterboxTransform, TrainTransform
+from common.types import Letterbox, Target
 
 
 def annotation(**parts):

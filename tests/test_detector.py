@@ -10,19 +10,20 @@ import pytest
 import torch
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
-from common.backbone import choose_blocks, fetch_backbone, load_backbone
-from common.boxes import Letterbox
-from common.coco import DetectionDataset, collate
-from common.detector import HEADS, new_detector
-from common.errors import InputError
-from common.heads import PyramidHead, decode_boxes, locations
-from common.inference import predict
-from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, assign, detection_loss
-from common.metrics import evaluate, label_map
-from common.postprocess import MAX_DETECTIONS, postprocess
-from common.training import Ema, parameter_groups
-from common.transforms import LetterboxTransform
-from common.types import RawOutput, Target
+from common.console import InputError
+from common.data.dataset import DetectionDataset, collate
+from common.data.transforms import LetterboxTransform
+from common.evaluate.coco_metrics import evaluate
+from common.evaluate.detect import predict
+from common.evaluate.detections import label_map
+from common.model.assignment import ASSIGNMENTS, assign
+from common.model.backbone import choose_blocks, fetch_backbone, load_backbone
+from common.model.detector import HEADS, new_detector
+from common.model.heads import PyramidHead, decode_boxes, locations
+from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
+from common.model.postprocess import MAX_DETECTIONS, postprocess
+from common.train.optim import Ema, parameter_groups
+from common.types import Letterbox, RawOutput, Target
 
 
 def target_of(boxes, labels=None, crowd=None, size=112):
@@ -221,7 +222,7 @@ def assign_unseen(grid, target, kind="center"):
     """The assignment on a grid of patches by a detector that predicts one patch at each location."""
     points, strides = locations(grid, 14, torch.device("cpu"))
     boxes = decode_boxes(torch.zeros(len(points), 4), points, strides)
-    return assign(torch.zeros(len(points)), boxes, points, strides, target, LossConfig(kind))
+    return assign(torch.zeros(len(points)), boxes, points, strides, target, kind)
 
 
 def test_assignment_takes_the_smallest_box_and_forgets_none():
@@ -247,7 +248,7 @@ def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
     grids = [locations((32 >> i, 32 >> i), 7 * 2**i, torch.device("cpu")) for i in range(4)]
     points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
     boxes = decode_boxes(torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(points), 1), points, strides)
-    assigned = assign(torch.zeros(len(points)), boxes, points, strides, target, LossConfig(assignment=kind))
+    assigned = assign(torch.zeros(len(points)), boxes, points, strides, target, kind)
     assert set(assigned.box.tolist()) == {-1, 0, 1, 2, 3}
     assert ((assigned.quality > 0) <= (assigned.box >= 0)).all() and assigned.quality.max() <= 1
     side = [strides[assigned.box == i].median() for i in range(4)]
@@ -261,7 +262,7 @@ def test_aligned_assignment_follows_the_detector():
     target = target_of([[0, 0, 112, 112]])
     boxes = decode_boxes(torch.zeros(64, 4), points, strides)
     boxes[17] = torch.tensor([0.0, 0.0, 112.0, 84.0])
-    assigned = assign(torch.zeros(64), boxes, points, strides, target, LossConfig("task-aligned", "quality"))
+    assigned = assign(torch.zeros(64), boxes, points, strides, target, "task-aligned")
     assert assigned.quality.argmax() == 17 and assigned.quality[17] == pytest.approx(0.75)
     assert (assigned.box == 0).sum() == 40
 
@@ -269,7 +270,7 @@ def test_aligned_assignment_follows_the_detector():
 def test_crowd_locations_do_not_change_the_loss(detector):
     out = detector(torch.rand(1, 3, 112, 112))
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
-    ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, LossConfig()).ignore
+    ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, "center").ignore
     louder = out.object_logits + 5 * ignore
     changed = replace(out, object_logits=louder)
     before, after = (detection_loss(o, [target], LossConfig())["object"] for o in (out, changed))

@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 
 import improved_dino_detector
-from common import feature_cache
-from common.annotations import load_coco
-from common.coco import DetectionDataset, collate
-from common.detector import new_detector
-from common.errors import InputError
-from common.feature_cache import CachedDataset, cached_features, feature_files
-from common.transforms import LetterboxTransform, MirrorTransform
+from common.console import InputError
+from common.data.annotations import load_coco
+from common.data.dataset import DetectionDataset, collate
+from common.data.transforms import LetterboxTransform, MirrorTransform
+from common.model.detector import new_detector
+from common.train import feature_cache
+from common.train.feature_cache import CachedDataset, cached_features, feature_files
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import torch
 import yaml
 from PIL import Image
 
-from common.errors import InputError
-from common.sources import DataSource, load_split
+from common.console import InputError
+from common.data.sources import DataSource, load_split
 
 
 def write_yolo(data, root, *, outlines=False, train="images/train"):
@@ -151,7 +151,7 @@ def test_difficult_objects_are_left_aside_and_broken_ones_counted(demo_val, tmp_
 
 
 def test_turned_pictures_keep_their_upright_size(tmp_path):
-    from common.coco import picture_size
+    from common.data.images import picture_size
 
     exif = Image.Exif()
     exif[0x0112] = 6

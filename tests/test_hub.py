@@ -18,11 +18,10 @@ from conftest import ROOT
 from PIL import Image
 from test_formats import write_voc, write_yolo
 
-from common import hub
-from common.errors import InputError
-from common.hub import hub_split
-from common.hub_rows import COCO_IDS
-from common.sources import DataSource, load_split
+from common.console import InputError
+from common.data import hub
+from common.data.hub import COCO_IDS, hub_split
+from common.data.sources import DataSource, load_split
 
 server = test_official.server  # the fixture
 BOXES = [[10.0, 20.0, 30.0, 25.0], [40.0, 5.0, 50.0, 29.0]]  # xyxy in pictures of 60 x 30 pixels
@@ -31,7 +30,7 @@ CATS = datasets.ClassLabel(names=["cat", "dog"])
 # What a child process does that reads six rows into the cache, and dies of SIGKILL at the fourth.
 DYING = """
 import os, signal
-from common import hub
+from common.data import hub
 write, keep = hub.atomic_write, hub._keep
 
 def write_until(path, *rest):
@@ -155,7 +154,7 @@ def test_a_killed_run_goes_on_as_if_never_interrupted(twelve, cache, moment):
 
 
 def test_processes_at_once_fetch_each_row_once(twelve, cache):
-    code = "import sys; from common.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), int(sys.argv[2]))"
+    code = "import sys; from common.data.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), int(sys.argv[2]))"
     children = [subprocess.Popen([sys.executable, "-c", code, twelve, str(n)], cwd=ROOT) for n in (7, 11)]
     assert [child.wait() for child in children] == [0, 0]
     lines = next(cache.rglob("index.jsonl")).read_text().splitlines()
@@ -183,7 +182,7 @@ def test_a_sample_is_the_same_every_time_and_another_by_each_seed(twelve, cache)
     shutil.rmtree(cache)
     assert ids(read(twelve, 3, sample_seed=1)) == drawn[1][:3]
     assert ids(read(twelve, 6, sample_seed=1)) == drawn[1]
-    code = "import sys; from common.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), 6, 1)"
+    code = "import sys; from common.data.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), 6, 1)"
     shutil.rmtree(cache)
     subprocess.run([sys.executable, "-c", code, twelve], cwd=ROOT, check=True)
     assert ids(read(twelve, 6, sample_seed=1)) == drawn[1]

@@ -13,13 +13,14 @@ from conftest import ROOT
 from PIL import Image
 from test_metrics import crowded, random_detections, truth_as_detections
 
-from common.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
-from common.errors import InputError
-from common.matching import IOU_THRESHOLDS, Ranking, average_precision, match, ranking
-from common.metrics import best_of_duplicates, detection_table, evaluate_table
+from common.console import InputError
+from common.evaluate.bootstrap import COMPARED, comparisons, draws, interval, resampled
+from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
+from common.evaluate.detections import detection_table
+from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
+from common.evaluate.evaluation import found_in_file, judge
+from common.evaluate.matching import IOU_THRESHOLDS, Ranking, average_precision, match, ranking
 from common.types import Found
-from common.uncertainty import COMPARED, comparisons, draws, interval, resampled
-from common.validation import found_in_file, judge
 
 LABELS = np.arange(10)
 
@@ -205,7 +206,7 @@ def test_the_self_check_warns_of_shifted_classes_and_misread_boxes(demo_val):
 
 
 def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
-    from common.metrics import coco_detections
+    from common.evaluate.detections import coco_detections
 
     found = random_detections(demo_val, 2)
     table = detection_table(found, LABELS)
@@ -256,8 +257,8 @@ def test_yolo_reproduces_its_known_figure(assets):
     """YOLOv8n int8 with one label a box on 250 pictures: AP 0.398, AP50 0.561, measured elsewhere by pycocotools."""
     if not (find_spec("openvino") and find_spec("ultralytics")):  # importing the latter would replace parts of Pillow
         pytest.skip("needs openvino and ultralytics")
-    from common.sources import DataSource, load_split
-    from common.yolo import found_by_yolo
+    from common.data.sources import DataSource, load_split
+    from common.evaluate.yolo import found_by_yolo
 
     data = load_split(DataSource(str(assets / "coco-subset")), "val")
     found = found_by_yolo(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))

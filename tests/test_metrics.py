@@ -11,22 +11,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from common.boxes import xywh_to_xyxy
-from common.matching import average_precision, match, ranking
-from common.metrics import (
-    COCO_NUMBERS,
-    PrimaryPairs,
-    coco_detections,
-    coco_dict,
-    coco_numbers,
-    detection_table,
-    evaluate,
-    label_map,
-    primary_object,
-    weighted_scores,
-)
-from common.sources import DataSource, load_split
-from common.types import Detections
+from common.data.sources import DataSource, load_split
+from common.evaluate.coco_metrics import COCO_NUMBERS, coco_dict, coco_numbers, evaluate
+from common.evaluate.detections import coco_detections, detection_table, label_map
+from common.evaluate.matching import average_precision, match, ranking
+from common.evaluate.primary import PrimaryPairs, primary_object, weighted_scores
+from common.types import Detections, xywh_to_xyxy
 
 
 def truth_as_detections(data):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import official
-from common.errors import InputError
-from common.sources import DataSource, load_split, read_image_ids
+from common.console import InputError
+from common.data import official
+from common.data.sources import DataSource, load_split, read_image_ids
 
 IDS = {"train": (9, 25, 30, 34, 36, 42), "val": (139, 285, 632)}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.demo import make_demo
+from common.data.demo import make_demo
 
 LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"],

@@ -16,8 +16,10 @@ from accelerate.state import AcceleratorState
 
 import finetune_dino2_simple
 import improved_dino_detector
-from common import cli, feature_cache, signals, training
-from common.errors import InputError
+from common import cli
+from common.console import InputError, Interrupted, take_over
+from common.train import feature_cache
+from common.train.state import Progress
 
 KILLS = 20
 SCRIPTS = {"simple": finetune_dino2_simple, "improved": improved_dino_detector}
@@ -93,7 +95,7 @@ def as_flag(key, value):
 def fork_server():
     """Starts processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune_dino2_simple", "improved_dino_detector", "common.metrics"])
+    context.set_forkserver_preload(["finetune_dino2_simple", "improved_dino_detector", "common.evaluate.coco_metrics"])
     return context
 
 
@@ -152,7 +154,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 ):
     monkeypatch.chdir(tmp_path)
     settings = in_this_folder(settings_of(name, tmp_path, demo, tiny_backbone))
-    finish_step, done = training.Progress.finish_step, []
+    finish_step, done = Progress.finish_step, []
 
     def finish(progress, losses):
         done.append(finish_step(progress, losses))
@@ -160,7 +162,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Progress, "finish_step", finish)
+        patch.setattr(Progress, "finish_step", finish)
         patch.setattr(sys, "argv", ["train.py", *[w for k, v in vars(settings).items() for w in as_flag(k, v)]])
         with pytest.raises(SystemExit) as ended:
             cli.run(SCRIPTS[name].main, type(settings), "")
@@ -173,7 +175,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 def stopped(name, folder, monkeypatch, settings, step=5):
     """Run it until `step` steps are done."""
     steps = iter(range(1, step + 1))
-    finish_step = training.Progress.finish_step
+    finish_step = Progress.finish_step
 
     def finish(progress, losses):
         finish_step(progress, losses)
@@ -181,11 +183,11 @@ def stopped(name, folder, monkeypatch, settings, step=5):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.chdir(folder)
-    signals.take_over()
-    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-        patch.setattr(training.Progress, "finish_step", finish)
+    take_over()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Progress, "finish_step", finish)
         SCRIPTS[name].main(settings)
-    signals.take_over()
+    take_over()
 
 
 @pytest.mark.parametrize("damage", ["cut", "half", "empty", "flipped"])

@@ -23,12 +23,14 @@ import finetune_dino2_simple
 import improved_dino_detector
 import plot_results
 import validate_models
-from common import charts, cli, training
-from common.checkpoint import load_detector, save_detector
-from common.errors import InputError
-from common.results import ValidationRecord, format_table, read_results
-from common.sources import DataSource, load_split
-from common.transforms import LetterboxTransform
+from common import cli
+from common.console import InputError
+from common.data.sources import DataSource, check_objects, load_split
+from common.data.transforms import LetterboxTransform
+from common.evaluate.results import ValidationRecord, read_results
+from common.model.checkpoint import load_detector, save_detector
+from common.show import charts
+from common.show.tables import format_table
 
 MODULES = (
     finetune_dino2_simple,
@@ -416,7 +418,7 @@ def test_drawn_labels_stay_inside_small_and_large_pictures():
 def test_classes_that_one_part_lacks_are_said(demo, capsys):
     source = DataSource(str(demo))
     train, val = (load_split(source, split) for split in ("train", "val"))
-    training.check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
+    check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(f"lacks 1 classes of {train.source}: disc")
     assert said[1].endswith(f"lacks 1 classes of {val.source}: zebra")

@@ -16,16 +16,16 @@ from conftest import ROOT, TINY
 from test_checkpoint import Hostile
 from transformers import Dinov2Backbone, Dinov2Config
 
-from common import uncertainty
-from common.backbone import backbone_config, load_backbone
-from common.checkpoint import Checkpoint, save_detector
-from common.errors import InputError
+from common.console import InputError
+from common.data.sources import DataSource, load_split
+from common.evaluate.bootstrap import comparisons, draws
+from common.evaluate.evaluation import judge, unique_names
+from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
-from common.report import write_report
-from common.results import ValidationRecord, ValidationResults
-from common.sources import DataSource, load_split
+from common.model.backbone import backbone_config, load_backbone
+from common.model.checkpoint import Checkpoint, save_detector
+from common.show.report import write_report
 from common.types import Detections, Found
-from common.validation import judge, unique_names
 
 # What can run what a file says, and the packages that do so.
 RUNS = {
@@ -43,7 +43,7 @@ RUNS |= {"torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "a
 PICKLES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "joblib", "dill", "cloudpickle"}
 
 
-@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")], ids=lambda path: path.name)
+@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py")], ids=lambda path: path.name)
 def test_no_file_is_read_in_a_way_that_can_run_it(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -184,12 +184,12 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
         found.append(Detections(picture.id, boxes, torch.full((len(boxes),), 0.9), labels))
     conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
     judgements = [
-        judge(name, EVIL, Found(found, names, conditions=conditions), data, uncertainty.draws(len(data), 0))
+        judge(name, EVIL, Found(found, names, conditions=conditions), data, draws(len(data), 0))
         for name in (f"a {EVIL}", f"b {EVIL}")
     ]
     records = [replace(j.record, warnings=[f"warned {EVIL}"]) for j in judgements]
     failed = ValidationRecord(f"c {EVIL}", EVIL, error=f"failed {EVIL}\n{EVIL}")
-    pairs = uncertainty.comparisons({j.record.name: j.samples for j in judgements})
+    pairs = comparisons({j.record.name: j.samples for j in judgements})
     dataset = {"source": EVIL, "pictures": len(data), "class_names": list(names), EVIL: EVIL}
     results = ValidationResults({EVIL: EVIL}, dataset, (*records, failed), pairs)
     write_report(tmp_path / "r.html", results, data, {j.record.name: j.table for j in judgements})

@@ -15,15 +15,16 @@ import torch
 
 import comprehensive_validation
 import finetune_dino2_simple
-from common import cli, signals, training
-from common.boxes import Letterbox
-from common.checkpoint import Checkpoint, load_detector, save_detector
-from common.detector import HEADS, new_detector
-from common.errors import InputError
-from common.losses import ASSIGNMENTS, BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
-from common.postprocess import postprocess
-from common.results import read_results
-from common.types import Batch, Target
+from common import cli
+from common.console import InputError, take_over
+from common.evaluate.results import read_results
+from common.model.assignment import ASSIGNMENTS
+from common.model.checkpoint import Checkpoint, load_detector, save_detector
+from common.model.detector import HEADS, new_detector
+from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
+from common.model.postprocess import postprocess
+from common.train import state
+from common.types import Batch, Letterbox, Target
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def limited(limits, settings, out):
     for name, size in limits.items():
         size += used if name == "RLIMIT_AS" else 0
         resource.setrlimit(getattr(resource, name), (size, size))
-    signals.take_over()
+    take_over()
     try:
         finetune_dino2_simple.main(settings)
     except InputError as error:
@@ -56,7 +57,7 @@ def limited(limits, settings, out):
 def train_below(limits, settings):
     """Exit status and output."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune_dino2_simple", "common.metrics"])
+    context.set_forkserver_preload(["finetune_dino2_simple", "common.evaluate.coco_metrics"])
     Path("output.txt").unlink(missing_ok=True)
     process = context.Process(target=limited, args=(limits, settings, "output.txt"))
     process.start()
@@ -94,11 +95,11 @@ def test_what_a_failed_step_computed_is_let_go_before_fewer_pictures_are_tried(p
         tried.append(len(batch.targets))
         return computed[0]() is None
 
-    monkeypatch.setattr(training, "_fits", fits)
+    monkeypatch.setattr(state, "_fits", fits)
     target = Target(*(torch.zeros(0, *shape) for shape in ((4,), (), ())), 1, None)
     batch = Batch(torch.zeros(pictures, 3, 112, 112), [target] * pictures) if pictures else None
     said = {0: "before the first step", 1: "not even one fits", 4: "of 4 pictures; 2 fit: take --batch-size 2;"}
-    with pytest.raises(InputError, match=said[pictures]), training.memory_explained(Mock(batch=batch), LossConfig()):
+    with pytest.raises(InputError, match=said[pictures]), state.memory_explained(Mock(batch=batch), LossConfig()):
         step()
     assert tried == ([2] if pictures == 4 else [])
 
@@ -209,7 +210,7 @@ def test_a_signal_during_validation_keeps_what_is_done(number, demo, tiny_backbo
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.inference.postprocess", counting)
+        patch.setattr("common.evaluate.detect.postprocess", counting)
         with pytest.raises(SystemExit) as ended:
             judge()
     assert ended.value.code == 128 + number

@@ -1,0 +1,90 @@
+"""Samples of a data set, their order, and loaders of batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import functional as F
+
+from common.console import leave_to_parent
+from common.data.coco import CocoData
+from common.data.images import open_picture
+from common.data.transforms import LetterboxTransform
+from common.types import Batch, Target
+
+
+class DetectionDataset(Dataset):
+    """Pictures and targets of a `CocoData`, decoded and transformed when asked for.
+
+    Every item draws its randomness from (seed, epoch, index) alone, so the augmentation of a picture does not depend
+    on the number of workers or processes, or on where a run was taken up again. Call `set_epoch` before each epoch.
+    """
+
+    def __init__(self, data: CocoData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0):
+        self.data, self.transform, self.seed, self.epoch = data, transform, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        """Picture (3, S, S) uint8 and its `Target`."""
+        picture = self.data.pictures[index]
+        image = F.pil_to_tensor(open_picture(picture.path, (picture.width, picture.height)))
+        with sample_randomness(self.seed, self.epoch, index):
+            return self.transform(image, self.data.target(index))
+
+
+@contextmanager
+def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Inside, torch's random numbers are those of this sample in this epoch; outside, nothing has changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash((seed, epoch, index)))
+        yield
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
+    """Stack (3, S, S) uint8 pictures into a `Batch` of floats in 0..1; cached features are stacked as they are."""
+    images, targets = zip(*samples, strict=True)
+    stacked = torch.stack(images)
+    return Batch(stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked, list(targets))
+
+
+def make_eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
+    """Letterboxed pictures of `data`, in its order."""
+    dataset = DetectionDataset(data, LetterboxTransform(image_size))
+    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_to_parent)
+
+
+class EpochOrder(Sampler[int]):
+    """Every index once, in an order drawn from (seed, epoch) alone, without the first `done` of it."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.epoch = self.done = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
+        yield from torch.randperm(self.count, generator=generator)[self.done :].tolist()
+
+
+def make_train_loader(dataset: Dataset, batch_size: int, workers: int, seed: int) -> tuple[DataLoader, EpochOrder]:
+    """Batches of `dataset` in an order drawn from the epoch, and that order; an incomplete last batch is left out."""
+    order = EpochOrder(len(dataset), seed)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=order,
+        drop_last=len(dataset) >= batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=leave_to_parent,
+    )
+    return loader, order

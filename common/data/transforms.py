@@ -1,0 +1,101 @@
+"""Picture and target in, picture and target out: the letterbox of evaluation and the augmentation of training.
+
+`torchvision.transforms.v2` moves the boxes along with the pixels. Pictures are (3, H, W) uint8 RGB on the way in and
+(3, S, S) uint8 on the way out, S being a multiple of the backbone's patch size.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from common.types import Letterbox, Target, clip_to, mirror_boxes
+
+FILL = (124, 116, 104)  # ImageNet's mean colour: zero after the backbone's normalisation
+SMALLEST_SIDE = 2.0  # input pixels; what a crop leaves of an object below that teaches nothing
+
+
+class LetterboxTransform(nn.Module):
+    """Scale to fit a square of `size` pixels, upper-left corner, pad the rest; the way back goes onto the target."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        original = (image.shape[-2], image.shape[-1])
+        target = letterbox_target(target, original, self.size)
+        height, width = target.letterbox.resized
+        canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
+        canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
+        return canvas, target
+
+
+class MirrorTransform(LetterboxTransform):
+    """The letterbox, and every second picture mirrored: what training on cached features sees."""
+
+    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        image, target = super().forward(image, target)
+        return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
+
+
+def letterbox_target(target: Target, original: tuple[int, int], size: int) -> Target:
+    """Boxes from pixels of the `original` (height, width) picture to those of the letterboxed `size` x `size` input."""
+    letterbox = Letterbox.fit(original, size)
+    return replace(target, boxes=letterbox.to_input(clip_to(target.boxes, original)), letterbox=letterbox)
+
+
+def mirror_target(target: Target, size: int) -> Target:
+    """The target of the input mirrored left to right, padding and all."""
+    return replace(target, boxes=mirror_boxes(target.boxes, size), letterbox=None)
+
+
+def mirror_drawn() -> bool:
+    """Heads or tails from torch's random numbers."""
+    return bool(torch.rand(()) < 0.5)
+
+
+class TrainTransform(nn.Module):
+    """Flip, scale jitter with a fixed-size crop, colour jitter (the large-scale jitter of ViTDet, arXiv 2203.16527).
+
+    A crop smaller than the input of evaluation shows objects at the same scale for less work, and less of the picture.
+
+    Args:
+        size: side of the square input of evaluation, pixels.
+        crop_size: side of the square output, pixels; by default `size`.
+        scale: the picture's longer side becomes `size` times a factor from this range.
+    """
+
+    def __init__(self, size: int, crop_size: int | None = None, scale: tuple[float, float] = (0.75, 1.33)):
+        super().__init__()
+        crop_size = crop_size or size
+        self.move = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.ScaleJitter((size, size), scale_range=scale, antialias=True),
+                v2.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=FILL),
+                v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+                v2.ClampBoundingBoxes(),
+                v2.SanitizeBoundingBoxes(min_size=SMALLEST_SIDE, labels_getter=_labels_and_crowd),
+            ]
+        )
+
+    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        size = (image.shape[-2], image.shape[-1])
+        sample = {
+            "image": tv_tensors.Image(image),
+            "boxes": tv_tensors.BoundingBoxes(clip_to(target.boxes, size), format="XYXY", canvas_size=size),
+            "labels": target.labels,
+            "crowd": target.crowd,
+        }
+        sample = self.move(sample)
+        boxes = sample["boxes"].as_subclass(Tensor)
+        moved = replace(target, boxes=boxes, labels=sample["labels"], crowd=sample["crowd"], letterbox=None)
+        return sample["image"].as_subclass(Tensor), moved
+
+
+def _labels_and_crowd(sample: dict) -> tuple[Tensor, Tensor]:
+    return sample["labels"], sample["crowd"]

@@ -1,0 +1,100 @@
+"""How sure the numbers are: Bayesian bootstrap over pictures (Rubin, 1981), paired for two models.
+
+A thousand times the pictures get random weights, and every number is computed anew from what was matched in them;
+nothing is detected or matched again. All models see the same weights, so that two of them can be compared draw by draw:
+what makes a picture hard for both then cancels out. Drawing whole pictures instead would lose in each draw the classes
+that few pictures show, and with them shift mAP upwards by twice as much.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from common.data.coco import CocoData
+from common.evaluate.matching import IOU_THRESHOLDS, Matches, average_precision, ranking
+from common.evaluate.primary import PrimaryPairs, primary_pairs, weighted_scores
+
+RESAMPLES = 1000
+LEVEL = 95  # per cent
+GRAIN = 1024  # weights are multiples of its inverse, so that their sums are exact
+BATCH = 250  # resamples at once, for the memory's sake
+COMPARED = ("accuracy", "precision", "recall", "f1", "mean_iou", "AP50", "AP", "class_agnostic_AP50")
+
+
+def draws(pictures: int, seed: int) -> np.ndarray:
+    """(P, R) float32: how much each picture counts in each of the resamples, 1 on average."""
+    weights = np.random.default_rng(seed).standard_exponential((pictures, RESAMPLES))
+    return (np.round(weights * GRAIN) / GRAIN).astype(np.float32)
+
+
+def resampled(
+    table: np.ndarray, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Each number of COMPARED in each resample, (R,) float64; NaN where it does not exist.
+
+    Args:
+        table: (M, 7) as `detections.detection_table` returns it.
+        matches: of that table, by class, at COCO's thresholds.
+        agnostic: of its `best_of_duplicates`, all classes as one.
+        data: the ground truth.
+        weights: (P, R) as `draws` returns them.
+    """
+    pairs = primary_pairs(table, data)
+    parts = [_numbers(pairs, matches, agnostic, data, part) for part in _batches(weights)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in COMPARED}
+
+
+def _batches(weights: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(weights, max(1, weights.shape[1] // BATCH), axis=1)
+
+
+def _numbers(
+    pairs: PrimaryPairs, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    numbers = weighted_scores(pairs, weights[pairs.picture].astype(np.float64))
+    by_threshold = [
+        _mean_of_classes(average_precision(ranking(matches, t), len(data.class_names), weights))
+        for t in range(len(IOU_THRESHOLDS))
+    ]
+    agnostic_ap = average_precision(ranking(agnostic), 1, weights)[0]
+    return numbers | {
+        "AP50": by_threshold[0],
+        "AP": np.mean(by_threshold, axis=0),
+        "class_agnostic_AP50": agnostic_ap,
+    }
+
+
+def _mean_of_classes(precision: np.ndarray) -> np.ndarray:
+    """(K, R) -> (R,), over the classes that a resample has."""
+    exists = ~np.isnan(precision)
+    count = exists.sum(0)
+    return np.where(count > 0, np.where(exists, precision, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
+def interval(values: np.ndarray) -> list[float] | None:
+    """The central 95% of the resamples, [low, high]; None where the number does not exist."""
+    values = values[~np.isnan(values)]
+    return np.percentile(values, [50 - LEVEL / 2, 50 + LEVEL / 2]).tolist() if len(values) else None
+
+
+def comparisons(models: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
+    """Every pair of models, number by number: the interval of the difference, and what may be said of it.
+
+    Args:
+        models: by name, what `resampled` returned.
+
+    Returns:
+        For each pair `a`, `b` and, under `numbers`, for each number the `interval` of a - b and the `verdict`: better
+        (a's is higher), worse, or not distinguishable, where the interval holds 0.
+    """
+    found = []
+    for (a, ours), (b, theirs) in itertools.combinations(models.items(), 2):
+        numbers = {}
+        for name in COMPARED:
+            between = interval(ours[name] - theirs[name])
+            if between is not None:
+                verdict = "better" if between[0] > 0 else "worse" if between[1] < 0 else "not distinguishable"
+                numbers[name] = {"interval": between, "verdict": verdict}
+        found.append({"a": a, "b": b, "numbers": numbers})
+    return found

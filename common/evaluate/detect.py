@@ -1,0 +1,71 @@
+"""Running a detector: device and precision, loaders, pictures in and `Detections` out, and what that costs.
+
+Training's validation, the validation scripts and users' own pictures all go through `detect`.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from common.console import progress_bar, steps_finished
+from common.data.coco import CocoData
+from common.evaluate.coco_metrics import evaluate, headline
+from common.evaluate.detections import label_map
+from common.model.postprocess import postprocess
+from common.runtime import stop_if_asked
+from common.types import Detections, RawOutput, mirror_boxes
+
+
+def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
+    """What `model` says of `images`; with `flip` also of their mirror images, as further locations of the same picture.
+
+    Post-processing then keeps, of the two views of an object, the one that is surer of it.
+    """
+    out = model(images)
+    if not flip:
+        return out
+    mirrored, width = model(images.flip(-1)), images.shape[-1]
+    x, y = mirrored.points.unbind(1)
+    return RawOutput(
+        torch.cat([out.object_logits, mirrored.object_logits], dim=1),
+        torch.cat([out.class_logits, mirrored.class_logits], dim=1),
+        torch.cat([out.class_rows, mirrored.class_rows + out.class_logits.shape[1]]),
+        torch.cat([out.boxes, mirror_boxes(mirrored.boxes, width)], dim=1),
+        torch.cat([out.points, torch.stack([width - x, y], dim=1)]),
+        torch.cat([out.strides, mirrored.strides]),
+    )
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module, loader: DataLoader, accelerator: Accelerator, what: str = "detecting", flip: bool = False
+) -> list[Detections]:
+    """Detections of every picture of `loader`, each exactly once, also where several processes share the work.
+
+    Args:
+        model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
+        loader: batches of letterboxed pictures, or of cached features, prepared by `accelerator`.
+        what: the progress bar's title.
+        flip: look at the mirrored pictures too; pictures only.
+
+    Raises:
+        Interrupted: between two batches, where a signal came in the meantime.
+    """
+    model.eval()
+    found: list[Detections] = []
+    with steps_finished(), progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
+        for batch in loader:
+            detections = postprocess(predict(model, batch.images, flip), batch.targets)
+            found += accelerator.gather_for_metrics(detections, use_gather_object=True)
+            bar.update(len(found) - bar.n)
+            stop_if_asked(accelerator)
+    return found
+
+
+def validate(
+    model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
+) -> dict[str, float | None]:
+    """The headline numbers of a model with these classes on the pictures of `loader`, which are those of `data`."""
+    found = detect(model, loader, accelerator, what="validating")
+    return headline(evaluate(found, data, label_map(class_names, data)))

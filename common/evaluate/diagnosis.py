@@ -1,0 +1,252 @@
+"""Why a detector scores what it scores: operating point, kinds of errors, confusions, calibration. All at IoU 0.5."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common.data.coco import CocoData
+from common.evaluate.matching import Matches, Ranking, average_precision, box_iou, match, paired_groups, ranking
+
+FOUND = 0.5  # IoU from which on a box counts as found
+TOUCHED = 0.1  # IoU below which a detection has nothing to do with a box (TIDE, arXiv 2008.08115)
+CALIBRATION_BINS = 10  # of equal width
+CALIBRATION_FLOOR = 0.05  # scores below it are not looked at: the many that say "hardly" would drown the rest
+CHECKED = 500  # pictures that tell whether detections are misread
+ENOUGH = 10  # detections on objects, to say anything of their names
+ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
+
+
+def diagnose(table: np.ndarray, matches: Matches, data: CocoData) -> dict:
+    """What there is to say of one model beside its average precision; plain types only.
+
+    Args:
+        table: (M, 7) as `detections.detection_table` returns it.
+        matches: of that table, by class, the first threshold being 0.5.
+        data: the ground truth.
+    """
+    ranked = ranking(matches)
+    point = operating_point(ranked)
+    return {
+        "operating_point": point,
+        "errors": error_breakdown(table, matches, data, point["score"]),
+        "calibration": calibration(ranked),
+        "confusion": confusion(table, data, point["score"]).tolist(),
+    }
+
+
+def operating_point(ranked: Ranking) -> dict[str, float | None]:
+    """The score from which on detections are kept for the best F1 over all objects, and precision, recall and F1 there.
+
+    The threshold is chosen on the pictures that it is reported on. None where there are no objects or no detections.
+    """
+    objects, order = len(ranked.object_label), np.argsort(-ranked.score, kind="stable")
+    if not objects or not len(order):
+        return dict.fromkeys(("score", "precision", "recall", "f1"))
+    score, right = ranked.score[order], ranked.hit[order].cumsum()
+    kept = np.arange(1, len(order) + 1)
+    f1 = np.where(
+        np.append(score[1:] < score[:-1], True), 2 * right / (kept + objects), -1
+    )  # equal scores stay together
+    best = int(np.argmax(f1))
+    numbers = score[best], right[best] / kept[best], right[best] / objects, f1[best]
+    return dict(zip(("score", "precision", "recall", "f1"), map(float, numbers), strict=True))
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """How well each of M detections covers the best object of its own class, and of another: (M,) IoU and box index."""
+
+    same: np.ndarray
+    same_box: np.ndarray
+    other: np.ndarray
+    other_box: np.ndarray
+
+
+def best_overlaps(table: np.ndarray, matches: Matches, data: CocoData) -> Overlaps:
+    """`Overlaps` of the detections of `matches`, in its order; crowds do not count. The box of IoU 0 is any."""
+    count = len(matches.row)
+    found = Overlaps(np.zeros(count), np.full(count, -1), np.zeros(count), np.full(count, -1))
+    for detections, boxes in paired_groups(matches.picture, matches.pictures):
+        iou = box_iou(table[matches.row[detections], 1:5][:, :, None], data.boxes[boxes][:, None], False)
+        iou = np.where((boxes >= 0) & matches.objects[boxes], 1, 0)[:, None] * iou  # (G, D, B)
+        alike = matches.label[detections][:, :, None] == matches.labels[boxes][:, None]
+        real = detections >= 0
+        for best, box, chosen in ((found.same, found.same_box, alike), (found.other, found.other_box, ~alike)):
+            own = np.where(chosen, iou, 0)
+            top = own.argmax(2)
+            best[detections[real]] = own.max(2)[real]
+            box[detections[real]] = np.take_along_axis(boxes, top, 1)[real]
+    return found
+
+
+def error_breakdown(table: np.ndarray, matches: Matches, data: CocoData, score: float | None) -> dict[str, dict]:
+    """What each kind of error costs: by how much AP50 would rise if it alone were mended (TIDE, arXiv 2008.08115).
+
+    A wrong detection is, the first that fits: a duplicate (on an object of its class that a better one found), of wrong
+    localisation (IoU 0.1 to 0.5 with one of its class), of wrong class (IoU from 0.5 with another class), of both
+    (IoU 0.1 to 0.5 with another class), background. An object is missed if no detection found it or was a matter of
+    class or localisation on it. Mending makes the best-scoring such detection of an object right and removes the
+    others; the other kinds are removed; missed objects are not asked for.
+
+    Returns:
+        For each of ERROR_KINDS the gain in AP50, and the number of cases among detections from `score` on.
+    """
+    overlaps = best_overlaps(table, matches, data)
+    wrong = ~matches.hit[0] & ~matches.ignored[0]
+    sure = matches.score >= (np.inf if score is None else score)
+    kinds = {
+        "duplicate": overlaps.same >= FOUND,
+        "localisation": overlaps.same >= TOUCHED,
+        "class": overlaps.other >= FOUND,
+        "both": overlaps.other >= TOUCHED,
+        "background": np.ones_like(wrong),
+    }
+    for name, fits in kinds.items():
+        kinds[name] = fits & wrong
+        wrong = wrong & ~fits
+    plain = np.nanmean(_ap50(ranking(matches), data)) if matches.objects.any() else None
+    errors = {}
+    for name in ERROR_KINDS[:-1]:
+        box = {"class": overlaps.other_box, "localisation": overlaps.same_box}.get(name)
+        mended = _mend(matches, kinds[name], box)
+        errors[name] = {"gain": _gain(mended, data, plain), "count": int((kinds[name] & sure).sum())}
+    errors["missed"] = {
+        "gain": _gain(_without(matches, _missed(matches, kinds, overlaps, np.ones_like(sure))), data, plain),
+        "count": int(_missed(matches, kinds, overlaps, sure).sum()),
+    }
+    return {name: errors[name] for name in ERROR_KINDS}
+
+
+def _missed(matches: Matches, kinds: dict[str, np.ndarray], overlaps: Overlaps, counted: np.ndarray) -> np.ndarray:
+    """(N,) bool: objects that none of the `counted` detections found, misnamed or misplaced."""
+    missed = matches.objects.copy()
+    missed[matches.truth[0, matches.hit[0] & counted]] = False
+    missed[overlaps.other_box[kinds["class"] & counted]] = False
+    missed[overlaps.same_box[kinds["localisation"] & counted]] = False
+    return missed
+
+
+def _mend(matches: Matches, chosen: np.ndarray, box: np.ndarray | None) -> Ranking:
+    """The ranking with the `chosen` detections mended: right where `box` tells the object of each, else removed."""
+    label, truth, gone = matches.label.copy(), matches.truth[0].copy(), chosen | matches.ignored[0]
+    if box is not None:
+        found = np.isin(box, truth[matches.hit[0]])
+        candidates = np.nonzero(chosen & ~found)[0]
+        candidates = candidates[np.argsort(-matches.score[candidates], kind="stable")]
+        _, first = np.unique(box[candidates], return_index=True)
+        best = candidates[first]
+        truth[best], label[best], gone[best] = box[best], matches.labels[box[best]], False
+    mended = replace(matches, label=label, truth=truth[None], ignored=gone[None])
+    return ranking(mended)
+
+
+def _without(matches: Matches, missed: np.ndarray) -> Ranking:
+    return ranking(replace(matches, objects=matches.objects & ~missed))
+
+
+def _gain(mended: Ranking, data: CocoData, plain: float | None) -> float | None:
+    if plain is None:
+        return None
+    after = _ap50(mended, data)
+    return float(np.nanmean(after) - plain) if not np.isnan(after).all() else 0.0
+
+
+def _ap50(ranked: Ranking, data: CocoData) -> np.ndarray:
+    return average_precision(ranked, len(data.class_names), np.ones((len(data), 1), np.float32))[:, 0]
+
+
+def calibration(ranked: Ranking) -> dict:
+    """Do scores say how often a detection is right? Bins of equal width over the scores from 0.05 on.
+
+    Returns:
+        expected_error (mean distance of score and precision, weighted by detections; Guo et al., arXiv 1706.04599) and,
+        for each bin with detections, its mean score, precision and number of detections.
+    """
+    kept = ranked.score >= CALIBRATION_FLOOR
+    score, hit = ranked.score[kept], ranked.hit[kept]
+    place = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins = [
+        {"score": float(score[in_bin].mean()), "precision": float(hit[in_bin].mean()), "count": int(in_bin.sum())}
+        for in_bin in (place == number for number in np.unique(place))
+    ]
+    error = sum(b["count"] * abs(b["score"] - b["precision"]) for b in bins) / len(score) if len(score) else None
+    return {"expected_error": error, "bins": bins}
+
+
+def confusion(table: np.ndarray, data: CocoData, score: float | None) -> np.ndarray:
+    """(K + 1, K + 1) int64 counts, truth by detection from `score` on, matched whatever their class.
+
+    The last row counts detections where no object is, the last column objects without a detection. Detections of
+    crowds are not counted.
+    """
+    classes = len(data.class_names)
+    table = table[table[:, 5] >= (np.inf if score is None else score)]
+    m = match(table, data, np.array([FOUND]), by_class=False)
+    answer, hit = table[m.row, 6].astype(np.int64), m.hit[0]
+    counts = np.zeros((classes + 1, classes + 1), np.int64)
+    np.add.at(counts, (data.labels[m.truth[0, hit]], answer[hit]), 1)
+    np.add.at(counts[classes], answer[~hit & ~m.ignored[0]], 1)
+    missed = m.objects.copy()
+    missed[m.truth[0, hit]] = False
+    np.add.at(counts[:, classes], data.labels[missed], 1)
+    return counts
+
+
+def self_check(table: np.ndarray, data: CocoData) -> list[str]:
+    """Sentences on detections that look misread: as they are they fit badly, read another way they would fit well."""
+    data = data.first(CHECKED)
+    table = table[np.isin(table[:, 0], [picture.id for picture in data.pictures])]
+    scale = {p.id: max(p.width, p.height) for p in data.pictures}
+    longest = np.array([scale[int(image_id)] for image_id in table[:, 0]])[:, None]
+    x, y, width, height = table[:, 1:5].T
+    readings = {
+        "": table[:, 1:5],
+        "corners (x, y, x, y) were taken for (x, y, width, height)": np.stack([x, y, width - x, height - y], 1),
+        "(x, y, width, height) was taken for corners": np.stack([x, y, x + width, y + height], 1),
+        "the boxes' centres were taken for their upper left corners": np.stack(
+            [x - width / 2, y - height / 2, width, height], 1
+        ),
+        "shares of the picture were taken for pixels": table[:, 1:5] * longest,
+    }
+    fits = {reading: _share_that_fits(table, boxes, data) for reading, boxes in readings.items()}
+    warnings = []
+    best = max(fits, key=fits.get)
+    if fits[best] > max(0.2, 1.5 * fits[""]):
+        warnings.append(
+            f"{fits['']:.0%} of the surest detections lie on an object, but {fits[best]:.0%} would if {best}: "
+            "look at how the boxes are written"
+        )
+    return warnings + _check_names(table, data)
+
+
+def _share_that_fits(table: np.ndarray, boxes: np.ndarray, data: CocoData) -> float:
+    """The share of the objects that the surest detections, as many a picture as it has objects, cover (IoU 0.5)."""
+    good = (boxes[:, 2:] > 0).all(1)
+    read = np.column_stack([table[:, :1], boxes, table[:, 5:]])[good]
+    surest = read[np.lexsort((-read[:, 5], read[:, 0]))]
+    counts = {p.id: int(n) for p, n in zip(data.pictures, np.diff(data.starts), strict=True)}
+    _, first, group = np.unique(surest[:, 0], return_index=True, return_inverse=True)
+    rank = np.arange(len(surest)) - first[group]
+    kept = surest[rank < np.array([counts[int(image_id)] for image_id in surest[:, 0]])]
+    asked = sum(counts.values())
+    return float(match(kept, data, np.array([FOUND]), by_class=False).hit.sum() / asked) if asked else 0.0
+
+
+def _check_names(table: np.ndarray, data: CocoData) -> list[str]:
+    """Do detections on objects carry the names of their neighbours in the list of classes?"""
+    m = match(table, data, np.array([FOUND]), by_class=False)
+    hit = m.hit[0]
+    truth, answer = data.labels[m.truth[0, hit]], table[m.row[hit], 6].astype(np.int64)
+    if len(truth) < ENOUGH:
+        return []
+    right = float(np.mean(truth == answer))
+    for step in (1, -1):
+        shifted = float(np.mean(truth == answer + step))
+        if shifted > max(0.2, 1.5 * right):
+            return [
+                f"{right:.0%} of the detections on objects name them rightly, but {shifted:.0%} would with every class "
+                f"id moved by {step:+d}: look at how the ids are mapped"
+            ]
+    if right < 0.02:
+        return [f"only {right:.1%} of the detections on objects name them rightly: look at how the ids are mapped"]
+    return []

@@ -1,0 +1,218 @@
+"""Which detection found which object, and average precision from that: COCO's rules, for all pictures at once.
+
+The official twelve numbers come from a library (metrics.py). What it does not tell, which detection was matched with
+what, is needed for everything else: intervals by resampling pictures, kinds of errors, confusions, calibration.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.data.coco import CocoData
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
+MAX_DETECTIONS = 100  # a picture and class, COCO's limit
+RECALL_STEPS = 100  # AP is the mean of the precision at recalls 0, 1/100, …, 1
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What became of each of M detections and N boxes at T IoU thresholds.
+
+    Detections lie in the order of picture id, class and falling score; those beyond COCO's limit are left
+    out. Shapes: row (M,) int64, its place in the table that was matched; picture (M,) int64, index into
+    `CocoData.pictures`; label (M,) int64; score (M,) float64; truth (T, M) int64, the box that it found, an index into
+    `CocoData.boxes`, or -1; ignored (T, M) bool, found nothing but a crowd, so neither right nor wrong; objects (N,)
+    bool, the boxes that count, that is all but crowds; labels (N,) int64 of the boxes; pictures (N,) int64 likewise.
+    """
+
+    row: np.ndarray
+    picture: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    truth: np.ndarray
+    ignored: np.ndarray
+    objects: np.ndarray
+    labels: np.ndarray
+    pictures: np.ndarray
+
+    @property
+    def hit(self) -> np.ndarray:
+        """(T, M) bool: a detection that found an object."""
+        return self.truth >= 0
+
+
+def match(
+    table: np.ndarray, data: CocoData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
+) -> Matches:
+    """Match detections with boxes as COCO does: by falling score, each with the free box that it overlaps most.
+
+    A crowd box can be found any number of times, and only by detections that find no object.
+
+    Args:
+        table: (M, 7) as `detections.detection_table` returns it.
+        data: the ground truth.
+        thresholds: (T,) least IoU of a match.
+        by_class: a detection finds boxes of its own class alone; else all classes are one, with label 0.
+    """
+    classes = len(data.class_names) if by_class else 1
+    ids = np.array([picture.id for picture in data.pictures], np.int64)
+    by_id = np.argsort(ids)
+    position = np.argsort(by_id)  # of each picture among the rising ids, by which COCO orders equal scores
+    picture = by_id[np.searchsorted(ids, table[:, 0].astype(np.int64), sorter=by_id)]
+    label = table[:, 6].astype(np.int64) if by_class else np.zeros(len(table), np.int64)
+    group = position[picture] * classes + label
+    row = np.lexsort((np.arange(len(table)), -table[:, 5], group))
+    row = row[_rank(group[row]) < MAX_DETECTIONS]
+
+    truth_picture = np.repeat(np.arange(len(data.pictures)), np.diff(data.starts))
+    truth_label = data.labels if by_class else np.zeros_like(data.labels)
+    truth_group = position[truth_picture] * classes + truth_label
+    truth = np.full((len(thresholds), len(row)), -1)
+    ignored = np.zeros(truth.shape, bool)
+    for detections, boxes in paired_groups(group[row], truth_group):
+        found = _match_groups(detections, boxes, table[row, 1:5], data.boxes, data.crowd, thresholds)
+        for place, chosen, in_crowd in found:
+            truth[:, place], ignored[:, place] = chosen.T, in_crowd.T
+    return Matches(
+        row, picture[row], label[row], table[row, 5], truth, ignored, ~data.crowd, truth_label, truth_picture
+    )
+
+
+def _rank(groups: np.ndarray) -> np.ndarray:
+    """Position of each element among those of its group; equal groups lie together."""
+    _, first, counts = np.unique(groups, return_index=True, return_counts=True)
+    return np.arange(len(groups)) - np.repeat(first, counts)
+
+
+def paired_groups(groups: np.ndarray, truth_groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of index arrays (G, D) and (G, B) into detections and boxes: the groups that have both, -1 as filling.
+
+    Groups with similar numbers of boxes share a pair, so that little is filled; those with more detections come first.
+    """
+    order = np.argsort(truth_groups, kind="stable")
+    names, first, counts = np.unique(groups, return_index=True, return_counts=True)
+    truth_names, truth_first, truth_counts = np.unique(truth_groups[order], return_index=True, return_counts=True)
+    _, here, there = np.intersect1d(names, truth_names, assume_unique=True, return_indices=True)
+    width = np.ceil(np.log2(truth_counts[there])).astype(int)
+    for size in np.unique(width):
+        mine, its = here[width == size], there[width == size]
+        by_count = np.argsort(-counts[mine], kind="stable")
+        mine, its = mine[by_count], its[by_count]
+        boxes = _ranges(truth_first[its], truth_counts[its])
+        yield _ranges(first[mine], counts[mine]), np.where(boxes < 0, -1, order[boxes])
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(G, longest) int64: first, first + 1, … as many as counted, then -1."""
+    steps = np.arange(counts.max())
+    return np.where(steps < counts[:, None], first[:, None] + steps, -1)
+
+
+def _match_groups(
+    detections: np.ndarray,
+    boxes: np.ndarray,
+    found_boxes: np.ndarray,
+    true_boxes: np.ndarray,
+    crowd: np.ndarray,
+    thresholds: np.ndarray,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Match the groups of a pair of `paired_groups`, in all of them the first detection, then the second, and so on.
+
+    Yields, for each rank, the detections (n,), the box that each found at each threshold (n, T) or -1, and whether it
+    found but a crowd (n, T).
+    """
+    real = boxes >= 0
+    is_crowd = crowd[boxes] & real
+    free = np.repeat((real & ~is_crowd)[:, None], len(thresholds), axis=1)  # (G, T, B)
+    floor = np.minimum(thresholds, 1 - 1e-10)[None, :, None]
+    for place in detections.T:
+        count = np.count_nonzero(place >= 0)
+        place, rows = place[:count], np.arange(count)[:, None]
+        iou = box_iou(found_boxes[place, None], true_boxes[boxes[:count]], is_crowd[:count])[:, None]
+        good = iou >= floor
+        fit = np.where(free[:count] & good, iou, -1.0)
+        best = fit.shape[2] - 1 - fit[..., ::-1].argmax(2)  # the last of equals, as pycocotools
+        hit = np.take_along_axis(fit, best[..., None], 2)[..., 0] >= 0
+        columns = np.arange(len(thresholds))[None]
+        free[rows, columns, best] &= ~hit
+        in_crowd = (good & is_crowd[:count, None]).any(2) & ~hit
+        yield place, np.where(hit, boxes[rows, best], -1), in_crowd
+
+
+def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """IoU of xywh boxes (..., 4) and (..., 4), broadcast; where `crowd`, the share of `a` that lies in `b`."""
+    overlap = np.maximum(np.minimum(a[..., 0] + a[..., 2], b[..., 0] + b[..., 2]) - np.maximum(a[..., 0], b[..., 0]), 0)
+    overlap *= np.maximum(
+        np.minimum(a[..., 1] + a[..., 3], b[..., 1] + b[..., 3]) - np.maximum(a[..., 1], b[..., 1]), 0
+    )
+    area, other = a[..., 2] * a[..., 3], b[..., 2] * b[..., 3]
+    return overlap / np.maximum(np.where(crowd, area, area + other - overlap), 1e-12)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scored answers, right or wrong, and the objects that there were: all that average precision depends on.
+
+    Shapes: label, picture (M,) int64, score (M,) float64, hit (M,) bool of the answers, no object hit twice;
+    object_label, object_picture (N,) int64.
+    """
+
+    label: np.ndarray
+    picture: np.ndarray
+    score: np.ndarray
+    hit: np.ndarray
+    object_label: np.ndarray
+    object_picture: np.ndarray
+
+
+def ranking(matches: Matches, threshold: int = 0) -> Ranking:
+    """The answers and objects at one of the thresholds that were matched at; what found but a crowd is left out."""
+    counts, objects = ~matches.ignored[threshold], matches.objects
+    answers = (a[counts] for a in (matches.label, matches.picture, matches.score, matches.hit[threshold]))
+    return Ranking(*answers, matches.labels[objects], matches.pictures[objects])
+
+
+def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.ndarray:
+    """COCO's average precision of each class, under any number of weightings of the pictures.
+
+    Precision only peaks where an answer is right, so it is computed there alone.
+
+    Args:
+        ranked: answers and objects; equal scores rank in the order given.
+        classes: K.
+        weights: (P, W) float32, how much each picture counts, in multiples of a power of two so that sums are exact;
+            ones for the plain number.
+
+    Returns:
+        (K, W) float64, NaN where the weighted pictures hold no object of the class.
+    """
+    order = np.lexsort((-ranked.score, ranked.label))
+    label, picture, hit = ranked.label[order], ranked.picture[order], ranked.hit[order]
+    bounds = np.searchsorted(label, np.arange(classes + 1))
+    result = np.full((classes, weights.shape[1]), np.nan)
+    for k in np.unique(ranked.object_label):
+        part = slice(bounds[k], bounds[k + 1])
+        pictures_of_objects = ranked.object_picture[ranked.object_label == k]
+        objects = weights[pictures_of_objects].sum(0, dtype=np.float64)
+        precision = _mean_precision(picture[part], hit[part], objects, weights)
+        result[k] = np.where(objects > 0, precision, np.nan)
+    return result
+
+
+def _mean_precision(picture: np.ndarray, hit: np.ndarray, objects: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,) answers of one class in falling order, (W,) numbers of objects -> (W,) mean precision over recalls."""
+    places = np.nonzero(hit)[0]
+    if len(places) == 0:
+        return np.zeros_like(objects)
+    starts = np.concatenate([[0], places[:-1] + 1])  # of the answers that end with a right one
+    answers = np.add.reduceat(weights[picture[: places[-1] + 1]], starts, axis=0, dtype=np.float64).cumsum(0)
+    right = weights[picture[places]].cumsum(0, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.where(answers > 0, right / answers, 0)
+        recall = np.where(objects > 0, right / objects, 0)
+    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
+    reached = np.searchsorted(np.linspace(0, 1, RECALL_STEPS + 1), recall, side="right")
+    steps = np.diff(reached, axis=0, prepend=0)
+    return (best_from_here * steps).sum(0) / (RECALL_STEPS + 1)

@@ -1,0 +1,134 @@
+"""`validation_results.json`: what the validation writes and the charts read. Imports no torch.
+
+A `ValidationRecord` holds one model's numbers together with the conditions under which they were obtained; a model
+that could not be evaluated keeps a record with its `error`. All numbers are fractions; null where none exists.
+"""
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from common.console import InputError
+from common.files import atomic_write
+
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """One model under one protocol.
+
+    `detection` and `primary` as `coco_metrics.evaluate_table` returns them; `cost` as `cost.Cost` names its parts;
+    `intervals` and `diagnosis` as `uncertainty` and `diagnosis` return them; `detections` is the file that holds what
+    the model found, relative to this one.
+    """
+
+    name: str
+    path: str
+    error: str | None = None
+    detection: dict | None = None
+    primary: dict | None = None
+    cost: dict | None = None
+    conditions: dict = field(default_factory=dict)  # how the model came about: backbone, pictures, seed, epochs, …
+    intervals: dict | None = None
+    diagnosis: dict | None = None
+    warnings: list[str] = field(default_factory=list)
+    detections: str | None = None
+
+
+@dataclass(frozen=True)
+class ValidationResults:
+    """Everything in the file but its version."""
+
+    protocol: dict
+    dataset: dict  # source, split, pictures, boxes, fingerprint
+    models: tuple[ValidationRecord, ...]
+    comparisons: list[dict] = field(default_factory=list)  # as `bootstrap.comparisons` returns them
+    created: str = ""
+    software: dict = field(default_factory=dict)
+    hardware: dict = field(default_factory=dict)
+
+
+def describe_software() -> dict[str, str]:
+    """Versions of Python and of the packages that bear on the numbers."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> dict[str, str | int | None]:
+    """Machine type, system and number of processor cores; the device of each model stands in its cost."""
+    return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
+
+
+def write_results(path: str | Path, results: ValidationResults) -> None:
+    """Write the file, stamped with the time, software and hardware; the earlier one stays until it is whole.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    stamped = {
+        "format_version": FORMAT_VERSION,
+        **asdict(results),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "software": describe_software(),
+        "hardware": describe_hardware(),
+    }
+    with atomic_write(path, "w") as file:
+        json.dump(_without_nan(stamped), file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def read_results(path: str | Path) -> ValidationResults:
+    """Read and check the file.
+
+    Raises:
+        InputError: no such file, not this format, or no models in it.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; comprehensive_validation.py writes it") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
+        raise InputError(f"{path} is not a file of validation results: it has no list 'models'")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}")
+    if not content["models"]:
+        raise InputError(f"{path} holds no models")
+    records = tuple(_record(path, entry) for entry in content["models"])
+    keys = ("protocol", "dataset", "created", "software", "hardware")
+    others = {key: content.get(key) or {} for key in keys}
+    return ValidationResults(models=records, comparisons=content.get("comparisons") or [], **others)
+
+
+def _record(path: str | Path, entry: dict) -> ValidationRecord:
+    """Known fields of one record; fields that later versions added are left out, missing ones are None."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise InputError(f"{path}: a model without a name: {str(entry)[:80]}")
+    known = {part.name: entry.get(part.name) for part in fields(ValidationRecord)}
+    for part in ("detection", "primary", "cost", "conditions", "intervals", "diagnosis"):
+        if not isinstance(known[part], dict | None):
+            raise InputError(f"{path}: {part!r} of the model {entry['name']} is not an object")
+    empty = {"path": "", "conditions": {}, "warnings": []}
+    return ValidationRecord(**known | {key: known[key] or value for key, value in empty.items()})
+
+
+def _without_nan(value):
+    """JSON has no NaN and no infinity; they become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

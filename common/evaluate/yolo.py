@@ -1,0 +1,142 @@
+"""YOLO baselines, and whatever else ultralytics runs: its detections in the same form as everybody's.
+
+ultralytics (AGPL-3.0) is an optional package, imported here alone and only when such a model is asked for. Kept to
+itself: no update checks, no usage statistics, no packages that it installs by itself. Only a weight file that is not
+there yet is fetched.
+"""
+
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.console import InputError, progress_bar
+from common.data.coco import CocoData
+from common.data.images import open_picture
+from common.evaluate.cost import Cost, PeakMemory
+from common.files import cache_folder
+from common.runtime import device_name
+from common.types import Detections, Found
+
+# The usual evaluation settings. `predict` gives each box its best class alone, ultralytics' own validation several.
+SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300}
+TIMED = 20  # pictures, one by one
+
+
+def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.device) -> Found:
+    """What a YOLO finds on every picture of `data`.
+
+    Args:
+        name: a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
+        data: the pictures.
+        batch_size: pictures at once; exported models have their own.
+        device: to run on.
+
+    Raises:
+        InputError: ultralytics is not installed, or the model can't be had, or is no detector.
+    """
+    model = _load(name)
+    options = SETTINGS | {"device": str(device), "verbose": False}
+    pictures = [_pixels(data, index) for index in range(min(len(data), batch_size))]
+    found: list[Detections] = []
+    try:
+        with _as_it_was():
+            names = model.predict(pictures[:1], **options)[0].names  # an exported model is only loaded now
+        exported = not isinstance(model.model, torch.nn.Module)
+        batch = 1 if exported else batch_size
+        with PeakMemory(device) as memory:
+            singles = [_milliseconds(model.predict([p], **options)) for p in (pictures * TIMED)[:TIMED]]
+            together = min(_milliseconds(model.predict(pictures[:batch], **options)) for _ in range(2))
+        with progress_bar(len(data), Path(name).stem) as bar:
+            for first in range(0, len(data), batch):
+                indices = range(first, min(first + batch, len(data)))
+                results = model.predict([_pixels(data, index) for index in indices], **options)
+                found += [_detections(r, data.pictures[i].id) for r, i in zip(results, indices, strict=True)]
+                bar.update(len(indices))
+    except Exception as error:  # damaged files and missing packages surface as many types
+        raise InputError(f"{name}: ultralytics cannot run it: {str(error).strip().splitlines()[0]}") from error
+    cost = Cost(
+        parameters=None if exported else sum(p.numel() for p in model.model.parameters()),
+        ms_per_picture=statistics.median(singles),
+        pictures_per_s=1000 / together,
+        batch_size=batch,
+        peak_memory_mb=memory.megabytes,
+        device=device_name(device),
+        precision="as exported" if exported else "fp32",
+    )
+    conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **SETTINGS}
+    return Found(found, tuple(names[key] for key in sorted(names)), asdict(cost), conditions)
+
+
+def _load(name: str):
+    os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
+    Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    try:
+        with _as_it_was():
+            from ultralytics import YOLO
+    except ImportError as error:
+        raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
+    path = Path(name) if Path(name).exists() else _fetch(name)
+    try:
+        with _as_it_was():
+            model = YOLO(path)
+    except Exception as error:  # likewise
+        raise InputError(f"{name} is no model of ultralytics': {str(error).strip().splitlines()[0]}") from error
+    if model.task != "detect":
+        raise InputError(f"{name} is a model for {model.task}, not for detection")
+    return model
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """ultralytics puts its own `Image.open` and `torch.save` in place of theirs, and leaves out a core: undone here."""
+    opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        Image.open, torch.save = opened, saved
+        torch.set_num_threads(threads)
+
+
+def _fetch(name: str) -> Path:
+    """The published weight file of that name, from the cache or from where ultralytics publishes it."""
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+
+    path = cache_folder("ultralytics", Path(name).name)
+    if path.is_file():
+        return path
+    if name not in GITHUB_ASSETS_NAMES:
+        raise InputError(f"no model {name}: neither a file or folder here nor a weight file that ultralytics publishes")
+    partial = path.with_name(f"{path.stem}.partial") / path.name
+    partial.parent.mkdir(exist_ok=True)
+    try:
+        attempt_download_asset(partial, retry=0, progress=False)
+        partial.replace(path)
+    except Exception as error:
+        raise InputError(f"{name} is not here and cannot be fetched: put the file here and name it") from error
+    return path
+
+
+def _pixels(data: CocoData, index: int) -> np.ndarray:
+    """(H, W, 3) uint8, blue first, as ultralytics takes pictures from memory."""
+    picture = data.pictures[index]
+    return np.ascontiguousarray(np.asarray(open_picture(picture.path, (picture.width, picture.height)))[..., ::-1])
+
+
+def _milliseconds(results: list) -> float:
+    """A picture's network and post-processing; resizing is not counted, as for the other models."""
+    return statistics.mean(r.speed["inference"] + r.speed["postprocess"] for r in results)
+
+
+def _detections(result, image_id: int) -> Detections:
+    boxes = result.boxes.cpu()
+    order = boxes.conf.argsort(descending=True, stable=True)
+    return Detections(image_id, boxes.xyxy[order].float(), boxes.conf[order].float(), boxes.cls[order].long())

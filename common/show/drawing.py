@@ -1,0 +1,132 @@
+"""Boxes on pictures, and contact sheets. Sizes follow the picture's, so that a label can be read on any of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common.data.coco import CocoData
+
+SMALLEST_SIDE = 480  # pixels; smaller pictures are enlarged before anything is drawn
+LARGEST_SIDE = 1600  # pixels; larger ones are reduced
+PALETTE = (  # Okabe and Ito's colours, told apart also by the colour-blind; classes share them in turn
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167), (255, 255, 255)),
+)
+GAP, PAPER, INK = 8, (245, 245, 245), (20, 20, 20)
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """One box to draw: xyxy in pixels of the picture, its colour's number, its caption."""
+
+    box: tuple[float, float, float, float]
+    label: int
+    text: str
+    dashed: bool = False  # crowds
+
+
+def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
+    """The boxes of picture `index` of a data set, crowds dashed."""
+    rows = zip(*(column.tolist() for column in data.picture_boxes(index)), strict=True)
+    return [
+        LabelledBox(tuple(b), k, data.class_names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows
+    ]
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
+    """A copy with the boxes on it, the first in front, captions where they hide no other caption if there is room."""
+    factor = min(max(1.0, SMALLEST_SIDE / min(image.size)), LARGEST_SIDE / max(image.size))
+    canvas = image.convert("RGB").resize([round(side * factor) for side in image.size], Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(canvas)
+    unit = max(canvas.size) / 320  # line width
+    font = ImageFont.load_default(max(12, round(7 * unit)))
+    scaled = [tuple(side * factor for side in b.box) for b in boxes]
+    for corners, b in reversed(list(zip(scaled, boxes, strict=True))):
+        _outline(draw, corners, PALETTE[b.label % len(PALETTE)], max(2, round(unit)), b.dashed)
+    taken: list[tuple[float, float, float, float]] = []
+    for corners, b in zip(scaled, boxes, strict=True):
+        _caption(draw, corners, b, font, canvas.size, taken)
+    return canvas
+
+
+def _outline(draw: ImageDraw.ImageDraw, corners: tuple, color: tuple[int, int, int], width: int, dashed: bool) -> None:
+    x1, y1, x2, y2 = corners
+    if not dashed:
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=width + 2)
+        draw.rectangle(corners, outline=color, width=width)
+        return
+    for start, end in pairwise([(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]):
+        steps = max(2, int(np.hypot(end[0] - start[0], end[1] - start[1]) / (4 * width)))
+        marks = np.linspace(start, end, steps)
+        for a, b in list(pairwise(marks))[::2]:
+            draw.line((*a, *b), fill=color, width=width)
+
+
+def _caption(
+    draw: ImageDraw.ImageDraw, corners: tuple, b: LabelledBox, font, size: tuple[int, int], taken: list
+) -> None:
+    left, top, right, bottom = draw.textbbox((0, 0), b.text, font=font)
+    width, height = right - left + 6, bottom - top + 6
+    x = min(max(0, corners[0]), max(0, size[0] - width))
+    heights = (corners[1] - height, corners[1], corners[3] - height, corners[3], (corners[1] + corners[3] - height) / 2)
+    places = [(x, min(max(0, y), size[1] - height)) for y in heights]
+    free = [p for p in places if not any(_overlap((*p, p[0] + width, p[1] + height), t) for t in taken)]
+    x, y = (free or places)[0]
+    taken.append((x, y, x + width, y + height))
+    color = PALETTE[b.label % len(PALETTE)]
+    luminance = np.dot(color, (0.299, 0.587, 0.114))
+    draw.rectangle(taken[-1], fill=color)
+    draw.text((x + 3 - left, y + 3 - top), b.text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures of equal height in a row, each under its title."""
+    height = max(image.height for _, image in panels)
+    font = ImageFont.load_default(max(14, height // 26))
+    header = round(font.size * 1.6)
+    images = [image.resize((round(image.width * height / image.height), height)) for _, image in panels]
+    strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), PAPER)
+    draw, x = ImageDraw.Draw(strip), 0
+    for (title, _), image in zip(panels, images, strict=True):
+        draw.text((x + 4, header // 6), _shortened(draw, title, font, image.width - 8), font=font, fill=INK)
+        strip.paste(image, (x, header))
+        x += image.width + GAP
+    return strip
+
+
+def _shortened(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font=font) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int = 260) -> Image.Image:
+    """All strips on one sheet, scaled to one height, each on the first line with room for it. Sizes in pixels."""
+    lines: list[list[Image.Image]] = []
+    for strip in strips:
+        factor = min(height / strip.height, (width - 2 * GAP) / strip.width)
+        size = round(strip.width * factor), round(strip.height * factor)
+        image = strip.resize(size, Image.Resampling.LANCZOS)
+        line = next((line for line in lines if _length([*line, image]) <= width + GAP), None)
+        if line is None:
+            lines.append(line := [])
+        line.append(image)
+    sheet = Image.new("RGB", (width, GAP + len(lines) * (height + GAP)), PAPER)
+    for row, line in enumerate(lines):
+        for position, image in enumerate(line):
+            sheet.paste(image, (_length(line[:position]), GAP + row * (height + GAP)))
+    return sheet
+
+
+def _length(line: Sequence[Image.Image]) -> int:
+    """Where the next strip of a line begins, pixels from the left edge."""
+    return GAP + sum(image.width + 2 * GAP for image in line)

@@ -1,0 +1,81 @@
+"""Learning rates, the schedule and the moving average of the weights."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from common.model.detector import Detector
+
+WARM_UP_SHARE = 0.05  # of all steps
+
+
+def parameter_groups(
+    detector: Detector, lr: float, backbone_lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """The learning rate of every weight; weight decay on matrices only, frozen weights left out.
+
+    Args:
+        lr: of the head.
+        backbone_lr: of the backbone's last block and final norm.
+        layer_decay: each block before it learns so many times as fast as the one after it (BEiT, arXiv 2106.08254).
+    """
+    rates = {f"head.{name}": lr for name, _ in detector.head.named_parameters()}
+    depth = detector.backbone.depth
+    for name, _ in detector.backbone.named_parameters():
+        rates[f"backbone.{name}"] = backbone_lr * layer_decay ** (depth - detector.backbone.block_of(name))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in detector.named_parameters():
+        if weight.requires_grad:
+            groups.setdefault((rates[name], weight_decay if weight.ndim > 1 else 0.0), []).append(weight)
+    return [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()]
+
+
+class Ema:
+    """A running average of a detector's trained weights, which is steadier than the weights of any one step.
+
+    Args:
+        decay: weight of the past; it starts lower, so that the first steps are soon forgotten. 0 follows the weights.
+    """
+
+    def __init__(self, detector: nn.Module, decay: float):
+        self.trained = [p for p in detector.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.trained]
+        self.decay, self.steps = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are after a step."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (10 + self.steps))
+        torch._foreach_lerp_(self.average, self.trained, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the detector has the averaged weights; afterwards its own again."""
+        own = [p.detach().clone() for p in self.trained]
+        self._load(self.average)
+        try:
+            yield
+        finally:
+            self._load(own)
+
+    @torch.no_grad()
+    def _load(self, weights: list[Tensor]) -> None:
+        for weight, value in zip(self.trained, weights, strict=True):
+            weight.copy_(value)
+
+
+def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Linear warm-up over the first `WARM_UP_SHARE` of `steps`, then half a cosine to zero."""
+    warm_up = max(1, round(WARM_UP_SHARE * steps))
+
+    def factor(step: int) -> float:
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up)))
+        return min((step + 1) / warm_up, decay)
+
+    return LambdaLR(optimizer, factor)
