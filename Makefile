@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(MODELS) --output $(RUN)/predictions
 	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(MODELS) --output $(RUN)/validation_results.json
 	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png
-	@echo "annotated pictures: $(RUN)/predictions/contact_sheet.jpg and the folders beside it"
+	@echo "annotated images: $(RUN)/predictions/contact_sheet.jpg and the folders beside it"
 
 test: .venv/installed
 	$(BIN)/python -m pytest

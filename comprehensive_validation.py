@@ -1,9 +1,9 @@
 """Judge detectors by one protocol: COCO's numbers, the study's columns, how sure they are, why, and at what cost.
 
-Every model sees the same pictures; its detections are made once, and all numbers come from them, with 95% intervals by
-resampling the pictures. A model that cannot be had keeps a record with its error; the others are still evaluated.
+Every model sees the same images; its detections are made once, and all numbers come from them, with 95% intervals by
+resampling the images. A model that cannot be had keeps a record with its error; the others are still evaluated.
 
-  python comprehensive_validation.py                     both detectors, YOLOv8n and YOLOv8x on 500 pictures of COCO
+  python comprehensive_validation.py                     both detectors, YOLOv8n and YOLOv8x on 500 images of COCO
   python comprehensive_validation.py --models a.pth yolov8n.pt exported_openvino_model --data my_folder --val-images 0
   python comprehensive_validation.py --models a.pth --from-detections other.json --report report.html
 
@@ -46,28 +46,28 @@ class Settings:
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
-    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
+    data: str = flag("detection-datasets/coco", "folder of labelled images, hub data set id, coco-official, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
-    val_images_dir: str = flag("", "the folder of their pictures")
-    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
-    sample_seed: int = flag(-1, "draw the pictures at random by this seed; -1 = take the first", at_least=-1)
+    val_images_dir: str = flag("", "the folder of their images")
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the images at random by this seed; -1 = take the first", at_least=-1)
     box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
-    val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
-    flip: bool = flag(False, "checkpoints look at each picture's mirror image too: half as fast")
-    batch_size: int = flag(16, "pictures at once", at_least=1)
+    val_images: int = flag(500, "validation images, the first of the file; 0 = all", at_least=0)
+    flip: bool = flag(False, "checkpoints look at each image's mirror image too: half as fast")
+    batch_size: int = flag(16, "images at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
-    workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of the resampled pictures; detection itself draws nothing", at_least=0, at_most=cli.MAX_SEED)
+    workers: int = flag(2, "processes that decode images", at_least=0)
+    seed: int = flag(0, "of the resampled images; detection itself draws nothing", at_least=0, at_most=cli.MAX_SEED)
     strict: bool = flag(
         False, f"exit with {NOT_ALL} where a model could not be evaluated, stop where data would have to be repaired"
     )
     output: str = flag("validation_results.json", "the results to write")
-    resume: bool = flag(False, "go on where an interrupted validation of the same pictures stopped")
-    report: str = flag("", "also write a report with charts and pictures, one HTML file")
+    resume: bool = flag(False, "go on where an interrupted validation of the same images stopped")
+    report: str = flag("", "also write a report with charts and images, one HTML file")
 
 
 def find(path: str, settings: Settings, data: CocoData, runner: Runner) -> Found:
-    """What the model in `path` finds on the pictures."""
+    """What the model in `path` finds on the images."""
     if path in settings.from_detections:
         return found_in_file(path, data)
     if path.endswith(".pth"):
@@ -80,7 +80,7 @@ def find(path: str, settings: Settings, data: CocoData, runner: Runner) -> Found
 def judge_model(name: str, path: str, settings: Settings, data: CocoData, runner: Runner, weights) -> Judgement:
     """The judgement of one model: with numbers and detections written, or with its error.
 
-    Several processes look at the pictures together; the first alone judges, and runs what is not of this project.
+    Several processes look at the images together; the first alone judges, and runs what is not of this project.
     """
     try:
         together = path.endswith(".pth") and path not in settings.from_detections
@@ -103,14 +103,14 @@ def judged_before(settings: Settings, data: CocoData) -> dict[str, ValidationRec
     """By path: the records that an interrupted validation left, with --resume, of models that have not changed since.
 
     Raises:
-        InputError: it was of other pictures, or by another protocol.
+        InputError: it was of other images, or by another protocol.
     """
     path = partial_file(settings)
     if not settings.resume or not path.is_file():
         return {}
     before = read_results(path)
     if (before.dataset.get("fingerprint"), before.protocol) != (data.fingerprint(), describe_protocol(settings.seed)):
-        raise InputError(f"--resume: {path} is of other pictures or another protocol; begin again, without --resume")
+        raise InputError(f"--resume: {path} is of other images or another protocol; begin again, without --resume")
     since = path.stat().st_mtime
     whole = [record for record in before.models if record.detections]
     return {r.path: r for r in whole if not Path(r.path).exists() or Path(r.path).stat().st_mtime < since}
@@ -169,7 +169,7 @@ def describe_protocol(seed: int) -> dict:
         "crowds": "ignored, as COCO does",
         "primary_object": "largest non-crowd box against the highest-scoring detection; class averages by support",
         "evaluator": "faster-coco-eval",
-        "intervals": f"Bayesian bootstrap over pictures, {RESAMPLES} resamples, {LEVEL}%",
+        "intervals": f"Bayesian bootstrap over images, {RESAMPLES} resamples, {LEVEL}%",
         "seed": seed,
     }
 
@@ -179,7 +179,7 @@ def describe_data(settings: Settings, data: CocoData) -> dict:
     return {
         "source": settings.val_json or settings.data,
         "split": "val",
-        "pictures": len(data),
+        "images": len(data),
         "boxes": int((~data.crowd).sum()),
         "classes": len(data.class_names),
         "class_names": list(data.class_names),
@@ -206,7 +206,7 @@ def main(settings: Settings) -> ValidationResults:
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
     write_results(settings.output, results)
     partial_file(settings).unlink(missing_ok=True)
-    print(f"{len(data)} validation pictures of {results.dataset['source']}")
+    print(f"{len(data)} validation images of {results.dataset['source']}")
     print(format_table(records), format_comparisons(results), f"written to {settings.output}", sep="\n")
     if settings.report:
         from common.show.report import write_report

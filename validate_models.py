@@ -1,13 +1,13 @@
-"""Look at trained detectors: a few numbers, and their boxes on pictures.
+"""Look at trained detectors: a few numbers, and their boxes on images.
 
-On validation pictures, prints the study's columns, mAP@0.5 and speed, and draws predictions beside the ground truth.
-With --images no ground truth is needed: it draws what is found on your own pictures and writes it as COCO detections.
+On validation images, prints the study's columns, mAP@0.5 and speed, and draws predictions beside the ground truth.
+With --images no ground truth is needed: it draws what is found on your own images and writes it as COCO detections.
 
-  python validate_models.py                                        both detectors on 500 pictures of COCO
+  python validate_models.py                                        both detectors on 500 images of COCO
   python validate_models.py --checkpoints a.pth b.pth --data my_folder --val-images 0
   python validate_models.py --checkpoints a.pth --images holiday/ cat.jpg
 
-Writes into OUTPUT: contact_sheet.jpg, and in a folder for each model the annotated pictures and, with --images,
+Writes into OUTPUT: contact_sheet.jpg, and in a folder for each model the annotated images and, with --images,
 detections.json (COCO results format, with file_name and category_name beside the ids).
 """
 
@@ -22,8 +22,8 @@ from PIL import Image
 
 from common import cli
 from common.cli import flag
-from common.data.coco import CocoData, pictures_alone
-from common.data.images import open_picture
+from common.data.coco import CocoData, unlabelled_images
+from common.data.images import open_image
 from common.data.sources import DataSource, load_split
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.evaluation import Runner, judge, unique_names
@@ -34,30 +34,30 @@ from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_
 from common.show.tables import format_table
 from common.types import Detections, Found
 
-SHEET_PICTURES = 16
-COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "pictures/s")
+SHEET_IMAGES = 16
+COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "images/s")
 
 
 @dataclass(frozen=True)
 class Settings:
     checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to look at")
-    images: tuple[str, ...] = flag((), "your own picture files and folders, instead of validation pictures")
-    data: str = flag("detection-datasets/coco", "folder of labelled pictures, hub data set id, coco-official, or demo")
+    images: tuple[str, ...] = flag((), "your own image files and folders, instead of validation images")
+    data: str = flag("detection-datasets/coco", "folder of labelled images, hub data set id, coco-official, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
-    val_images_dir: str = flag("", "the folder of their pictures")
-    image_ids: str = flag("", "file of the pictures to take, a line each: train or val, and the id")
-    sample_seed: int = flag(-1, "draw the pictures at random by this seed; -1 = take the first", at_least=-1)
+    val_images_dir: str = flag("", "the folder of their images")
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the images at random by this seed; -1 = take the first", at_least=-1)
     box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
-    val_images: int = flag(500, "validation pictures, the first of the file; 0 = all", at_least=0)
+    val_images: int = flag(500, "validation images, the first of the file; 0 = all", at_least=0)
     strict: bool = flag(False, "stop where data would have to be repaired or left out")
-    draw: int = flag(24, "validation pictures to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
+    draw: int = flag(24, "validation images to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
     min_score: float = flag(0.3, "draw detections from this score on, 0..1", at_least=0)
-    flip: bool = flag(False, "look at each picture's mirror image too: more accurate, half as fast")
-    batch_size: int = flag(16, "pictures at once", at_least=1)
+    flip: bool = flag(False, "look at each image's mirror image too: more accurate, half as fast")
+    batch_size: int = flag(16, "images at once", at_least=1)
     precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
-    workers: int = flag(2, "processes that decode pictures", at_least=0)
-    seed: int = flag(0, "of the choice of pictures to draw", at_least=0, at_most=cli.MAX_SEED)
-    output: str = flag("predictions", "folder for the pictures and detections")
+    workers: int = flag(2, "processes that decode images", at_least=0)
+    seed: int = flag(0, "of the choice of images to draw", at_least=0, at_most=cli.MAX_SEED)
+    output: str = flag("predictions", "folder for the images and detections")
 
 
 def predicted_boxes(found: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
@@ -65,24 +65,24 @@ def predicted_boxes(found: Detections, class_names: Sequence[str], min_score: fl
     return [LabelledBox(tuple(b), k, f"{class_names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
 
 
-def write_pictures(settings: Settings, data: CocoData, models: dict[str, tuple[Checkpoint, list[Detections]]]) -> Path:
-    """Annotated pictures of each model and one contact sheet with all models; returns the sheet's path."""
+def write_images(settings: Settings, data: CocoData, models: dict[str, tuple[Checkpoint, list[Detections]]]) -> Path:
+    """Annotated images of each model and one contact sheet with all models; returns the sheet's path."""
     chosen = np.arange(len(data))
     if settings.draw and not settings.images and settings.draw < len(data):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
     truth = bool(len(data.labels))
-    names = dict(zip(chosen.tolist(), unique_names([str(data.pictures[i].path) for i in chosen]), strict=True))
+    names = dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
     sheet = []
     for index, name in names.items():
-        picture = data.pictures[index]
-        image = open_picture(picture.path, (picture.width, picture.height))
+        file = data.images[index]
+        image = open_image(file.path, (file.width, file.height))
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
         panels = []
         for model, (checkpoint, found) in models.items():
             boxes = predicted_boxes(found[index], checkpoint.class_names, settings.min_score)
             panels.append((model, draw_boxes(image, boxes)))
             save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
-        if len(sheet) < SHEET_PICTURES:
+        if len(sheet) < SHEET_IMAGES:
             sheet.append(side_by_side([*left, *panels]))
     path = Path(settings.output, "contact_sheet.jpg")
     save_jpeg(contact_sheet(sheet), path)
@@ -95,9 +95,9 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
 
 
 def write_detections(path: Path, checkpoint: Checkpoint, found: list[Detections], data: CocoData) -> int:
-    """COCO results JSON of one model on pictures without ground truth; returns the number of detections."""
+    """COCO results JSON of one model on images without ground truth; returns the number of detections."""
     table = detection_table(found, np.arange(len(checkpoint.class_names)))
-    files = {picture.id: str(picture.path) for picture in data.pictures}
+    files = {image.id: str(image.path) for image in data.images}
     names = dict(zip(checkpoint.category_ids, checkpoint.class_names, strict=True))
     entries = [
         e | {"file_name": files[e["image_id"]], "category_name": names[e["category_id"]]}
@@ -117,7 +117,7 @@ def main(settings: Settings) -> dict[str, dict]:
     names = unique_names(settings.checkpoints)
     if settings.images:
         first = checkpoints[0]
-        data = pictures_alone([Path(p) for p in settings.images], first.class_names, first.category_ids)
+        data = unlabelled_images([Path(p) for p in settings.images], first.class_names, first.category_ids)
     else:
         source = cli.part(settings, DataSource)
         with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
@@ -138,7 +138,7 @@ def main(settings: Settings) -> dict[str, dict]:
     if records:
         print(format_table(tuple(records), COLUMNS))
     if runner.accelerator.is_main_process:
-        print(f"annotated pictures in {settings.output}/, all at a glance in {write_pictures(settings, data, models)}")
+        print(f"annotated images in {settings.output}/, all at a glance in {write_images(settings, data, models)}")
     return {r.name: r.primary | {"AP50": r.detection["AP50"]} for r in records}
 
 

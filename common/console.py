@@ -16,7 +16,7 @@ class InputError(Exception):
 
 
 class WrongSizeError(InputError):
-    """A picture is not of the size that its annotation tells."""
+    """An image is not of the size that its annotation tells."""
 
 
 class NotFiniteError(InputError):
@@ -27,7 +27,7 @@ class NotFiniteError(InputError):
         self.report = report
 
 
-def progress_bar(total: int, what: str, unit: str = "picture", shown: bool = True) -> tqdm:
+def progress_bar(total: int, what: str, unit: str = "image", shown: bool = True) -> tqdm:
     """A bar with the time left on stderr; in a log file, a line every half minute."""
     interactive = sys.stderr.isatty()
     return tqdm(

@@ -4,9 +4,9 @@
   model sees); only `postprocess.py` maps back to *original* pixels, by the letterbox that travels on each `Target`.
 - Labels are contiguous, 0..K-1, K being the data set's own number of categories. The way back to category ids is
   stored in the checkpoint and taken once, in `metrics.py`.
-- Pictures are plain RGB in 0..1; normalisation is the backbone's own business.
+- Images are plain RGB in 0..1; normalisation is the backbone's own business.
 
-Letters in shapes: B pictures, N boxes of one picture, L locations of the head, K classes, S input size in pixels.
+Letters in shapes: B images, N boxes of one image, L locations of the head, K classes, S input size in pixels.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,17 +17,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How one picture was fitted into the square model input: scaled, put in the upper-left corner, padded.
+    """How one image was fitted into the square model input: scaled, put in the upper-left corner, padded.
 
     The two axes carry their own scale, because the scaled size is rounded to whole pixels.
     """
 
-    original: tuple[int, int]  # (height, width) of the picture, pixels
+    original: tuple[int, int]  # (height, width) of the image, pixels
     resized: tuple[int, int]  # (height, width) of the part of the input that it covers, pixels
 
     @classmethod
     def fit(cls, original: tuple[int, int], size: int) -> "Letterbox":
-        """The largest scaling of an `original` (height, width) picture that fits a square of `size` pixels."""
+        """The largest scaling of an `original` (height, width) image that fits a square of `size` pixels."""
         scale = size / max(original)
         height, width = (max(1, round(side * scale)) for side in original)
         return cls(original, (height, width))
@@ -47,10 +47,10 @@ class Letterbox:
 
 @dataclass(frozen=True)
 class Target:
-    """What is known of one picture.
+    """What is known of one image.
 
     Shapes: boxes (N, 4) float32 xyxy input pixels; labels (N,) int64; crowd (N,) bool. A crowd box covers many
-    objects at once: it is neither an object to find nor background. `letterbox` is None on augmented pictures,
+    objects at once: it is neither an object to find nor background. `letterbox` is None on augmented images,
     whose predictions have no way back to the original.
     """
 
@@ -97,9 +97,9 @@ class RawOutput:
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects found in one picture, best score first, on the CPU.
+    """The objects found in one image, best score first, on the CPU.
 
-    Shapes: boxes (N, 4) float32 xyxy *original* pixels, clipped to the picture; scores (N,) float32 in 0..1;
+    Shapes: boxes (N, 4) float32 xyxy *original* pixels, clipped to the image; scores (N,) float32 in 0..1;
     labels (N,) int64.
     """
 
@@ -111,7 +111,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Found:
-    """What a model found on every picture of a data set, in its own labels, and what is known of the model."""
+    """What a model found on every image of a data set, in its own labels, and what is known of the model."""
 
     detections: list[Detections]
     class_names: tuple[str, ...]
@@ -125,12 +125,12 @@ def xywh_to_xyxy(boxes: Tensor) -> Tensor:
 
 
 def clip_to(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Clip (..., 4) xyxy boxes to a picture of `size` = (height, width) pixels."""
+    """Clip (..., 4) xyxy boxes to an image of `size` = (height, width) pixels."""
     height, width = size
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
 def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
-    """(..., 4) xyxy boxes in a picture of that width, pixels -> the same in its mirror image."""
+    """(..., 4) xyxy boxes in an image of that width, pixels -> the same in its mirror image."""
     left, top, right, bottom = boxes.unbind(-1)
     return torch.stack([width - right, top, width - left, bottom], dim=-1)

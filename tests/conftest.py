@@ -10,15 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, whi
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import ROOT, TINY
 from transformers import Dinov2Backbone, Dinov2Config
 
 from common.data.annotations import load_coco
 from common.data.coco import CocoData
 from common.data.demo import make_demo
 from common.model.detector import Detector, new_detector
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +37,10 @@ def own_signals():
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Real pictures and weights; skips where they are absent."""
+    """Real images and weights; skips where they are absent."""
     folder = Path(os.environ.get("DETECTION_ASSETS", ROOT.parent / "shared"))
     if not (folder / "coco-subset").is_dir():
-        pytest.skip(f"no real pictures in {folder} (DETECTION_ASSETS names their place)")
+        pytest.skip(f"no real images in {folder} (DETECTION_ASSETS names their place)")
     return folder
 
 
@@ -77,13 +75,13 @@ def detector(tiny_backbone) -> Detector:
 
 @pytest.fixture
 def coco_file(tmp_path):
-    """Writes a COCO JSON beside two grey pictures (100 x 60 and 40 x 80) and returns (json path, pictures' folder)."""
+    """Writes a COCO JSON beside two grey images (100 x 60 and 40 x 80) and returns (json path, images' folder)."""
     from PIL import Image
 
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    Image.new("RGB", (100, 60), "grey").save(pictures / "a.png")
-    Image.new("RGB", (40, 80), "grey").save(pictures / "b.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (100, 60), "grey").save(images / "a.png")
+    Image.new("RGB", (40, 80), "grey").save(images / "b.png")
 
     def write(annotations, categories=((3, "cat"), (7, "dog")), parts=None):
         content = {
@@ -96,6 +94,6 @@ def coco_file(tmp_path):
         }
         path = tmp_path / "instances.json"
         path.write_text(json.dumps(content | (parts or {})))
-        return path, pictures
+        return path, images
 
     return write

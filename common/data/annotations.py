@@ -1,6 +1,6 @@
 """COCO-format annotations -> `CocoData`: everything wrong with them is found, and repaired, left out or refused.
 
-What makes training meaningless is refused in one line. The rest is counted, said with the names of the first pictures
+What makes training meaningless is refused in one line. The rest is counted, said with the names of the first images
 concerned, and repaired or left out; with `strict` it is refused as well.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from common.console import InputError, WrongSizeError, progress_bar
-from common.data.coco import CocoData, Picture
-from common.data.images import open_picture, picture_size
+from common.data.coco import CocoData, ImageFile
+from common.data.images import open_image, read_size
 from common.files import atomic_write, cache_folder, is_file
 
 NEEDED = {
@@ -30,12 +30,12 @@ NEEDED = {
 # Outlines fill most of COCO's files and nobody here reads them: they go before they fill the memory. Within a string
 # the quotes would be escaped, so no file name can look like one.
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')
-DECODED = 20_000  # pictures that are decoded beforehand, a few minutes' worth
-EDGE = 1.0  # pixels that a box may reach beyond its picture before that is worth a word: rounding
-UNREADABLE = "left out {} pictures that cannot be read"
+DECODED = 20_000  # images that are decoded beforehand, a few minutes' worth
+EDGE = 1.0  # pixels that a box may reach beyond its image before that is worth a word: rounding
+UNREADABLE = "left out {} images that cannot be read"
 TEXT_IDS = "read {} ids that are written as text"
-SHOWN = 1000  # pictures from which on checking them takes long enough for a progress bar
-NAMED = 3  # pictures that a note names
+SHOWN = 1000  # images from which on checking them takes long enough for a progress bar
+NAMED = 3  # images that a note names
 LONGEST_NAME = 200  # characters that it gives of each
 
 
@@ -46,12 +46,12 @@ class Problems:
         self.places: dict[str, list[str]] = {}
 
     def add(self, kind: str, place: object) -> None:
-        """Note one more case of `kind`, a sentence with {} for their number, at `place`, a picture's file name."""
+        """Note one more case of `kind`, a sentence with {} for their number, at `place`, an image's file name."""
         shown = "".join(letter if letter.isprintable() else "?" for letter in str(place)[:LONGEST_NAME])
         self.places.setdefault(kind, []).append(shown)
 
     def notes(self) -> tuple[str, ...]:
-        """A line for each kind: how many, and the first pictures."""
+        """A line for each kind: how many, and the first images."""
         lines = []
         for kind, places in self.places.items():
             names = list(dict.fromkeys(places))
@@ -60,18 +60,18 @@ class Problems:
         return tuple(lines)
 
 
-def load_coco(json_path: Path, pictures_folder: Path, limit: int = 0) -> CocoData:
+def load_coco(json_path: Path, images_folder: Path, limit: int = 0) -> CocoData:
     """Read and check one annotation file.
 
     Args:
         json_path: COCO instances JSON (`images`, `annotations`, `categories`).
-        pictures_folder: the folder that the `file_name`s are relative to.
-        limit: keep the first `limit` pictures; 0 keeps all.
+        images_folder: the folder that the `file_name`s are relative to.
+        limit: keep the first `limit` images; 0 keeps all.
 
     Raises:
         InputError: no such file, not JSON, and what `coco_data` raises.
     """
-    return coco_data(read_json(json_path), pictures_folder, str(json_path), limit)
+    return coco_data(read_json(json_path), images_folder, str(json_path), limit)
 
 
 def coco_data(content: dict, folder: Path, source: str, limit: int = 0) -> CocoData:
@@ -81,50 +81,50 @@ def coco_data(content: dict, folder: Path, source: str, limit: int = 0) -> CocoD
         content: `images`, `annotations`, `categories`, as in a COCO JSON.
         folder: the folder that the `file_name`s are relative to.
         source: what to call it in messages.
-        limit: keep the first `limit` pictures; 0 keeps all.
+        limit: keep the first `limit` images; 0 keeps all.
 
     Raises:
-        InputError: not COCO, no pictures, or ids that leave open which is which.
+        InputError: not COCO, no images, or ids that leave open which is which.
     """
     _check_form(content, source)
     if not folder.is_dir():
-        raise InputError(f"{source} needs the pictures' folder {folder}, which is not there")
+        raise InputError(f"{source} needs the images' folder {folder}, which is not there")
     problems = Problems()
     label_of, names = _categories(content["categories"], source, problems)
-    images = content["images"][:limit] if limit else content["images"]
-    pictures = _pictures(images, folder, source, problems)
+    listed = content["images"][: limit or None]
+    image_files = _image_files(listed, folder, source, problems)
     known = {_number(image["id"], source) for image in content["images"]}
-    arrays = _boxes(content["annotations"], pictures, known, label_of, source, problems)
-    return CocoData(pictures, tuple(label_of), names, **arrays, source=source, notes=problems.notes())
+    arrays = _boxes(content["annotations"], image_files, known, label_of, source, problems)
+    return CocoData(image_files, tuple(label_of), names, **arrays, source=source, notes=problems.notes())
 
 
 def without_unreadable(data: CocoData) -> CocoData:
-    """The data set without the pictures that cannot be decoded, or are of another size than annotated.
+    """The data set without the images that cannot be decoded, or are of another size than annotated.
 
-    Every picture is decoded once; the outcome is kept in the cache, by path, length and time of change. Beyond
-    DECODED pictures that would take too long: they are then only found out as they are read.
+    Every image is decoded once; the outcome is kept in the cache, by path, length and time of change. Beyond
+    DECODED images that would take too long: they are then only found out as they are read.
 
     Raises:
-        InputError: no picture is left.
+        InputError: no image is left.
     """
     if len(data) > DECODED:
-        note = f"did not decode {len(data)} pictures beforehand; a damaged one will stop the run"
+        note = f"did not decode {len(data)} images beforehand; a damaged one will stop the run"
         return replace(data, notes=(*data.notes, note))
     faults = _faults(data)
     problems = Problems()
-    for picture, fault in zip(data.pictures, faults, strict=True):
+    for image, fault in zip(data.images, faults, strict=True):
         if fault:
-            problems.add(fault, picture.path.name)
+            problems.add(fault, image.path.name)
     good = np.nonzero([not fault for fault in faults])[0]
     if not len(good):
-        raise InputError(f"{data.source}: none of its {len(data)} pictures can be used: {'; '.join(problems.notes())}")
+        raise InputError(f"{data.source}: none of its {len(data)} images can be used: {'; '.join(problems.notes())}")
     return replace(data if len(good) == len(data) else data.select(good), notes=(*data.notes, *problems.notes()))
 
 
 def _faults(data: CocoData) -> list[str]:
-    """What is wrong with each picture, "" where nothing is."""
+    """What is wrong with each image, "" where nothing is."""
     digest = hashlib.sha256()
-    for p in data.pictures:
+    for p in data.images:
         digest.update(repr((*p.file_state(), p.width, p.height)).encode())
     known = cache_folder("checked", f"{digest.hexdigest()[:24]}.json")
     try:
@@ -132,9 +132,9 @@ def _faults(data: CocoData) -> list[str]:
     except (OSError, ValueError):
         pass
     faults = []
-    bar = progress_bar(len(data), "checking pictures", shown=len(data) > SHOWN)
+    bar = progress_bar(len(data), "checking images", shown=len(data) > SHOWN)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for fault in pool.map(_fault, data.pictures):
+        for fault in pool.map(_fault, data.images):
             faults.append(fault)
             bar.update()
     with atomic_write(known, "w") as file:
@@ -142,11 +142,11 @@ def _faults(data: CocoData) -> list[str]:
     return faults
 
 
-def _fault(picture: Picture) -> str:
+def _fault(image: ImageFile) -> str:
     try:
-        open_picture(picture.path, (picture.width, picture.height))
+        open_image(image.path, (image.width, image.height))
     except WrongSizeError:
-        return "left out {} pictures of another size than annotated"
+        return "left out {} images of another size than annotated"
     except InputError:
         return UNREADABLE
     return ""
@@ -220,40 +220,40 @@ def _categories(categories: list, source: str, problems: Problems) -> tuple[dict
     return {number: label for label, number in enumerate(ids)}, names
 
 
-def _pictures(images: list, folder: Path, source: str, problems: Problems) -> tuple[Picture, ...]:
-    kept: dict[int, Picture] = {}
+def _image_files(images: list, folder: Path, source: str, problems: Problems) -> tuple[ImageFile, ...]:
+    kept: dict[int, ImageFile] = {}
     for image in images:
         name = str(image["file_name"])
         number = _number(image["id"], source, lambda n=name: problems.add(TEXT_IDS, n))
         if _leads_out(name):
-            problems.add("left out {} pictures whose file names lead out of their folder", name)
+            problems.add("left out {} images whose file names lead out of their folder", name)
             continue
         path = folder / name
         if number in kept:
             if kept[number].path != path:
                 raise InputError(
-                    f"{source}: two pictures share the id {number}: {kept[number].path.name} and {path.name}"
+                    f"{source}: two images share the id {number}: {kept[number].path.name} and {path.name}"
                 )
-            problems.add("left out {} pictures that are listed twice", name)
+            problems.add("left out {} images that are listed twice", name)
             continue
         if not is_file(path):
-            problems.add(f"left out {{}} pictures that are not in {folder}", name)
+            problems.add(f"left out {{}} images that are not in {folder}", name)
             continue
         size = image.get("width"), image.get("height")
         if not all(isinstance(side, int) and side > 0 for side in size):
             size = _size_of(path, problems)
         if size is not None:
-            kept[number] = Picture(number, path, *size)
+            kept[number] = ImageFile(number, path, *size)
     if not kept:
         reasons = "; ".join(problems.notes())
-        raise InputError(f"{source}: none of its {len(images)} pictures can be used: {reasons}")
+        raise InputError(f"{source}: none of its {len(images)} images can be used: {reasons}")
     return tuple(kept.values())
 
 
 def _size_of(path: Path, problems: Problems) -> tuple[int, int] | None:
     """(width, height) of the file itself."""
-    size = picture_size(path)
-    found = "took the sizes of {} pictures from their files"
+    size = read_size(path)
+    found = "took the sizes of {} images from their files"
     problems.add(found if size else UNREADABLE, path.name)
     return size
 
@@ -265,14 +265,14 @@ def _leads_out(name: str) -> bool:
 
 def _boxes(
     annotations: list,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     known: set[int],
     label_of: dict[int, int],
     source: str,
     problems: Problems,
 ) -> dict[str, np.ndarray]:
     """The arrays of `CocoData`."""
-    index_of = {picture.id: index for index, picture in enumerate(pictures)}
+    index_of = {image.id: index for index, image in enumerate(images)}
     ids: set[int | None] = set()
     rows = []
     for annotation in annotations:
@@ -280,27 +280,27 @@ def _boxes(
         index = index_of.get(image_id)
         if index is None:
             if image_id not in known:
-                problems.add("left out {} boxes of pictures that are not listed", f"picture {image_id}")
+                problems.add("left out {} boxes of images that are not listed", f"image {image_id}")
             continue
-        picture = pictures[index]
+        image = images[index]
         if "id" in annotation:
             own = _whole(annotation["id"])
             if not own or own in ids:
-                problems.add("gave new ids to {} boxes whose id is 0, another's or no number", picture.path.name)
+                problems.add("gave new ids to {} boxes whose id is 0, another's or no number", image.path.name)
             ids.add(own)
         label = label_of.get(_whole(annotation.get("category_id")))
         if label is None:
-            problems.add("left out {} boxes of a category that is not listed", picture.path.name)
+            problems.add("left out {} boxes of a category that is not listed", image.path.name)
             continue
-        box = _box(annotation.get("bbox"), picture, problems)
+        box = _box(annotation.get("bbox"), image, problems)
         if box is None:
             continue
         area, crowd = annotation.get("area"), annotation.get("iscrowd")
         crowd = crowd if isinstance(crowd, bool) else _whole(crowd)
         if crowd is None:
-            problems.add("took {} boxes without iscrowd for single objects", picture.path.name)
+            problems.add("took {} boxes without iscrowd for single objects", image.path.name)
         if not _is_number(area) or area <= 0:
-            problems.add("took the box's area for {} objects without one", picture.path.name)
+            problems.add("took the box's area for {} objects without one", image.path.name)
             area = box[2] * box[3]
         rows.append((index, label, bool(crowd), area, *box))
     table = np.array(rows, np.float64).reshape(-1, 8)
@@ -310,13 +310,13 @@ def _boxes(
         "labels": table[:, 1].astype(np.int64),
         "crowd": table[:, 2].astype(bool),
         "areas": np.ascontiguousarray(table[:, 3]),
-        "starts": np.searchsorted(table[:, 0], np.arange(len(pictures) + 1)),
+        "starts": np.searchsorted(table[:, 0], np.arange(len(images) + 1)),
     }
 
 
-def _box(box: object, picture: Picture, problems: Problems) -> list[float] | None:
+def _box(box: object, image: ImageFile, problems: Problems) -> list[float] | None:
     """The box as it is, or None where nothing can be learned from it."""
-    name = picture.path.name
+    name = image.path.name
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
         problems.add("left out {} objects without a box", name)
     elif not all(map(_is_number, box)):
@@ -325,12 +325,12 @@ def _box(box: object, picture: Picture, problems: Problems) -> list[float] | Non
         problems.add("left out {} boxes of negative width or height", name)
     elif box[2] == 0 or box[3] == 0:
         problems.add("left out {} boxes without area", name)
-    elif box[0] >= picture.width or box[1] >= picture.height or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
-        problems.add("left out {} boxes that lie outside their picture", name)
+    elif box[0] >= image.width or box[1] >= image.height or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
+        problems.add("left out {} boxes that lie outside their image", name)
     else:
-        beyond = max(-box[0], -box[1], box[0] + box[2] - picture.width, box[1] + box[3] - picture.height)
+        beyond = max(-box[0], -box[1], box[0] + box[2] - image.width, box[1] + box[3] - image.height)
         if beyond > EDGE:
-            problems.add("cut {} boxes at the edge of their picture, for training", name)
+            problems.add("cut {} boxes at the edge of their image, for training", name)
         return box
     return None
 

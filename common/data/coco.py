@@ -1,8 +1,8 @@
 """A detection data set in memory, and from there to training samples; annotations.py reads it.
 
-COCO stores boxes as (left, top, width, height) in pixels of the original picture and numbers its categories with gaps
+COCO stores boxes as (left, top, width, height) in pixels of the original image and numbers its categories with gaps
 (80 ids between 1 and 90). Both stay in this file and in `metrics.py`; everything else sees xyxy boxes and labels
-0..K-1. Decoded pictures are never kept: memory is the annotations' alone.
+0..K-1. Decoded images are never kept: memory is the annotations' alone.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from common.console import InputError
-from common.data.images import PICTURE_SUFFIXES, open_picture
+from common.data.images import IMAGE_SUFFIXES, open_image
 from common.types import Target, xywh_to_xyxy
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture file: COCO id, where it lies, its size in pixels as the annotations give it."""
+class ImageFile:
+    """One image file: COCO id, where it lies, its size in pixels as the annotations give it."""
 
     id: int
     path: Path
@@ -36,14 +36,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class CocoData:
-    """Pictures and the boxes on them, boxes in flat arrays ordered by picture.
+    """Images and the boxes on them, boxes in flat arrays ordered by image.
 
     Shapes: boxes (A, 4) float64 COCO xywh original pixels, as the file has them; labels (A,) int64 in 0..K-1;
     crowd (A,) bool; areas (A,) float64 square pixels (COCO: of the mask, which is what it calls small or large);
-    starts (P + 1,) int64: the boxes of picture i are starts[i] up to starts[i + 1].
+    starts (P + 1,) int64: the boxes of image i are starts[i] up to starts[i + 1].
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
     boxes: np.ndarray
@@ -55,67 +55,67 @@ class CocoData:
     notes: tuple[str, ...] = ()  # what was left out or repaired, for people to read
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def first(self, count: int) -> "CocoData":
-        """The first `count` pictures in file order; all of them where `count` is 0 or there are no more."""
+        """The first `count` images in file order; all of them where `count` is 0 or there are no more."""
         return self if count == 0 or count >= len(self) else self.select(np.arange(count))
 
     def select(self, indices: np.ndarray) -> "CocoData":
-        """The pictures at `indices` (N,) int64, in that order, with their boxes."""
+        """The images at `indices` (N,) int64, in that order, with their boxes."""
         counts = np.diff(self.starts)[indices]
         starts = np.concatenate([[0], counts.cumsum()])
         rows = np.repeat(self.starts[indices] - starts[:-1], counts) + np.arange(starts[-1])
         kept = {k: getattr(self, k)[rows] for k in ("boxes", "labels", "crowd", "areas")}
-        return replace(self, pictures=tuple(self.pictures[i] for i in indices), starts=starts, **kept)
+        return replace(self, images=tuple(self.images[i] for i in indices), starts=starts, **kept)
 
     def fingerprint(self) -> str:
-        """Hex digest of picture ids, boxes, labels and classes: equal where the ground truth is equal."""
+        """Hex digest of image ids, boxes, labels and classes: equal where the ground truth is equal."""
         digest = hashlib.sha256(repr((self.category_ids, self.class_names)).encode())
-        for array in (np.array([p.id for p in self.pictures], np.int64), self.boxes, self.labels, self.crowd):
+        for array in (np.array([p.id for p in self.images], np.int64), self.boxes, self.labels, self.crowd):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of picture `index`, pixels."""
-        return self.pictures[index].height, self.pictures[index].width
+        """(height, width) of image `index`, pixels."""
+        return self.images[index].height, self.images[index].width
 
     def target(self, index: int) -> Target:
-        """What is known of picture `index`; boxes still in *original* pixels, for a transform to move."""
-        return Target(*self.picture_boxes(index), self.pictures[index].id, letterbox=None)
+        """What is known of image `index`; boxes still in *original* pixels, for a transform to move."""
+        return Target(*self.image_boxes(index), self.images[index].id, letterbox=None)
 
-    def picture_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of picture `index`."""
+    def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""
         part = slice(self.starts[index], self.starts[index + 1])
         boxes = xywh_to_xyxy(torch.from_numpy(self.boxes[part])).float()
         return boxes, torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
 
 
-def pictures_alone(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> CocoData:
-    """A data set of picture files without any ground truth, numbered 1, 2, … in the order given.
+def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> CocoData:
+    """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
 
     Args:
-        paths: picture files, and folders whose pictures (not those of their subfolders) are taken in name order.
+        paths: image files, and folders whose images (not those of their subfolders) are taken in name order.
 
     Raises:
-        InputError: a path that is not there, a folder without pictures, a file that is no picture.
+        InputError: a path that is not there, a folder without images, a file that is no image.
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES) if path.is_dir() else [path]
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise InputError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) in the folder {path}")
+            raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in the folder {path}")
         files += found
-    pictures = []
+    images = []
     for number, path in enumerate(files, 1):
-        width, height = open_picture(path).size
-        pictures.append(Picture(number, path, width, height))
+        width, height = open_image(path).size
+        images.append(ImageFile(number, path, width, height))
     empty = {
         "boxes": np.zeros((0, 4)),
         "labels": np.zeros(0, np.int64),
         "crowd": np.zeros(0, bool),
         "areas": np.zeros(0),
     }
-    starts = np.zeros(len(pictures) + 1, np.int64)
+    starts = np.zeros(len(images) + 1, np.int64)
     source = ", ".join(map(str, paths))
-    return CocoData(tuple(pictures), tuple(category_ids), tuple(class_names), **empty, starts=starts, source=source)
+    return CocoData(tuple(images), tuple(category_ids), tuple(class_names), **empty, starts=starts, source=source)

@@ -10,15 +10,15 @@ from torchvision.transforms.v2 import functional as F
 
 from common.console import leave_to_parent
 from common.data.coco import CocoData
-from common.data.images import open_picture
+from common.data.images import open_image
 from common.data.transforms import LetterboxTransform
 from common.types import Batch, Target
 
 
 class DetectionDataset(Dataset):
-    """Pictures and targets of a `CocoData`, decoded and transformed when asked for.
+    """Images and targets of a `CocoData`, decoded and transformed when asked for.
 
-    Every item draws its randomness from (seed, epoch, index) alone, so the augmentation of a picture does not depend
+    Every item draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
     on the number of workers or processes, or on where a run was taken up again. Call `set_epoch` before each epoch.
     """
 
@@ -32,9 +32,9 @@ class DetectionDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Picture (3, S, S) uint8 and its `Target`."""
-        picture = self.data.pictures[index]
-        image = F.pil_to_tensor(open_picture(picture.path, (picture.width, picture.height)))
+        """Image (3, S, S) uint8 and its `Target`."""
+        file = self.data.images[index]
+        image = F.pil_to_tensor(open_image(file.path, (file.width, file.height)))
         with sample_randomness(self.seed, self.epoch, index):
             return self.transform(image, self.data.target(index))
 
@@ -48,14 +48,14 @@ def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Stack (3, S, S) uint8 pictures into a `Batch` of floats in 0..1; cached features are stacked as they are."""
+    """Stack (3, S, S) uint8 images into a `Batch` of floats in 0..1; cached features are stacked as they are."""
     images, targets = zip(*samples, strict=True)
     stacked = torch.stack(images)
     return Batch(stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked, list(targets))
 
 
 def make_eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
-    """Letterboxed pictures of `data`, in its order."""
+    """Letterboxed images of `data`, in its order."""
     dataset = DetectionDataset(data, LetterboxTransform(image_size))
     return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_to_parent)
 

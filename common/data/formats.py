@@ -1,8 +1,8 @@
-"""Other layouts of labelled pictures, read as what a COCO file would say: YOLO's text files, Pascal VOC's XML.
+"""Other layouts of labelled images, read as what a COCO file would say: YOLO's text files, Pascal VOC's XML.
 
 Both give (content, folder): a dictionary with `images`, `annotations` and `categories`, and the folder that the file
 names are relative to; `annotations.coco_data` checks them as it checks a file. What can't be read becomes an object
-without a box, or a picture without a size, and is counted there.
+without a box, or an image without a size, and is counted there.
 """
 
 import os
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import yaml
 
 from common.console import InputError
-from common.data.images import PICTURE_SUFFIXES, picture_size
+from common.data.images import IMAGE_SUFFIXES, read_size
 from common.files import is_file
 
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
@@ -28,19 +28,19 @@ def find_yaml(folder: Path) -> Path | None:
 
 
 def read_yolo(path: Path, split_names: Sequence[str], limit: int = 0) -> tuple[dict, Path]:
-    """A split of a YOLO data set: `path`, `train`, `val` and `names` in a YAML file, a text file for each picture.
+    """A split of a YOLO data set: `path`, `train`, `val` and `names` in a YAML file, a text file for each image.
 
-    A line holds a class number and then, in shares of the picture, centre, width and height of a box, or the corners
-    of an outline, of which the box is taken. The text file lies beside the picture, `images` in the last place of its
-    path replaced by `labels`; a picture without one has no objects. Class numbers become category ids.
+    A line holds a class number and then, in shares of the image, centre, width and height of a box, or the corners
+    of an outline, of which the box is taken. The text file lies beside the image, `images` in the last place of its
+    path replaced by `labels`; an image without one has no objects. Class numbers become category ids.
 
     Args:
         path: the YAML file.
         split_names: what it may call the split.
-        limit: the first so many pictures in the order of their names; 0 for all.
+        limit: the first so many images in the order of their names; 0 for all.
 
     Raises:
-        InputError: not such a file, or no pictures where it points.
+        InputError: not such a file, or no images where it points.
     """
     settings = _read_yaml(path)
     names = settings.get("names")
@@ -49,18 +49,18 @@ def read_yolo(path: Path, split_names: Sequence[str], limit: int = 0) -> tuple[d
         raise InputError(f"{path} is not of a YOLO data set: it has no names of classes")
     split = next((name for name in split_names if settings.get(name)), None)
     if split is None:
-        raise InputError(f"{path} names no {split_names[0]} pictures: it has {', '.join(map(str, settings))}")
+        raise InputError(f"{path} names no {split_names[0]} images: it has {', '.join(map(str, settings))}")
     root = path.parent / str(settings.get("path") or "")
     root = root if root.is_dir() else path.parent
-    pictures = _listed_pictures(settings[split], root, path)
-    pictures = pictures[:limit] if limit else pictures
-    folder = Path(os.path.commonpath([p.parent for p in pictures]))
+    files = _listed_images(settings[split], root, path)
+    files = files[: limit or None]
+    folder = Path(os.path.commonpath([file.parent for file in files]))
     images, annotations = [], []
-    for number, picture in enumerate(pictures, 1):
-        width, height = picture_size(picture) or (0, 0)
-        name = picture.relative_to(folder).as_posix()
+    for number, file in enumerate(files, 1):
+        width, height = read_size(file) or (0, 0)
+        name = file.relative_to(folder).as_posix()
         images.append({"id": number, "file_name": name, "width": width, "height": height})
-        labels = _labels_of(picture)
+        labels = _labels_of(file)
         if is_file(labels):
             lines = labels.read_text(errors="replace").splitlines()
             annotations += [_yolo_object(line, number, width, height) for line in lines if line.strip()]
@@ -80,36 +80,36 @@ def _read_yaml(path: Path) -> dict:
     return content
 
 
-def _listed_pictures(places: str | list, root: Path, path: Path) -> list[Path]:
-    """The pictures of folders, or of text files with one picture a line."""
+def _listed_images(places: str | list, root: Path, path: Path) -> list[Path]:
+    """The images of folders, or of text files with one image a line."""
     found: list[Path] = []
     for place in places if isinstance(places, list) else [places]:
         target = root / str(place)
         if not target.exists():  # exports are often written as if from one folder further down
             target = root / str(place).removeprefix("../")
         if target.is_dir():
-            found += [p for p in target.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES]
+            found += [p for p in target.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
         elif target.is_file():
             lines = target.read_text(errors="replace").splitlines()
             found += [target.parent / line.strip() for line in lines if line.strip()]
         else:
-            raise InputError(f"{path} names the pictures {place}, which are not in {root}")
+            raise InputError(f"{path} names the images {place}, which are not in {root}")
     if not found:
-        raise InputError(f"{path} names {places}, where there are no pictures")
+        raise InputError(f"{path} names {places}, where there are no images")
     return sorted(set(found))
 
 
-def _labels_of(picture: Path) -> Path:
-    parts = list(picture.with_suffix(".txt").parts)
+def _labels_of(image: Path) -> Path:
+    parts = list(image.with_suffix(".txt").parts)
     places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
     if places:
         parts[places[-1]] = "labels"
     return Path(*parts)
 
 
-def _yolo_object(line: str, picture: int, width: int, height: int) -> dict:
+def _yolo_object(line: str, image: int, width: int, height: int) -> dict:
     """An annotation; without a box where the line can't be understood."""
-    unread = {"image_id": picture, "category_id": None, "iscrowd": 0, "area": None}
+    unread = {"image_id": image, "category_id": None, "iscrowd": 0, "area": None}
     try:
         category, *numbers = line.split()
         category, numbers = int(float(category)), [float(number) for number in numbers]
@@ -128,7 +128,7 @@ def _yolo_object(line: str, picture: int, width: int, height: int) -> dict:
 
 
 def is_voc(folder: Path) -> bool:
-    """Is this a Pascal VOC data set: Annotations and JPEGImages, or parts with XML files beside the pictures?"""
+    """Is this a Pascal VOC data set: Annotations and JPEGImages, or parts with XML files beside the images?"""
     return (folder / "Annotations").is_dir() or any(folder.glob("*/*.xml"))
 
 
@@ -145,12 +145,12 @@ def read_voc(folder: Path, split_names: Sequence[str], limit: int = 0) -> tuple[
     own_layout = (folder / "Annotations").is_dir()
     if own_layout:
         files = _voc_set(folder, split_names)
-        pictures, everything = folder / "JPEGImages", sorted((folder / "Annotations").glob("*.xml"))
+        folder_of_images, everything = folder / "JPEGImages", sorted((folder / "Annotations").glob("*.xml"))
     else:
         part = next((folder / name for name in split_names if any((folder / name).glob("*.xml"))), None)
         if part is None:
             raise InputError(f"no {split_names[0]} part in {folder}: no folder of that name has XML files")
-        files, pictures, everything = sorted(part.glob("*.xml")), part, sorted(folder.glob("*/*.xml"))
+        files, folder_of_images, everything = sorted(part.glob("*.xml")), part, sorted(folder.glob("*/*.xml"))
     names = sorted({_text(thing, "name") for file in everything for thing in _read_xml(file).iter("object")} - {""})
     number_of = {name: number for number, name in enumerate(names, 1)}
     if not names:
@@ -158,15 +158,15 @@ def read_voc(folder: Path, split_names: Sequence[str], limit: int = 0) -> tuple[
     images, annotations = [], []
     for number, file in enumerate(files[:limit] if limit else files, 1):
         tree = _read_xml(file)
-        picture = pictures / (Path(_text(tree, "filename")).name or f"{file.stem}.jpg")
-        picture = picture if is_file(picture) else _beside(pictures, file.stem, picture)
-        width, height = picture_size(picture) or (0, 0)
-        images.append({"id": number, "file_name": picture.name, "width": width, "height": height})
+        named = folder_of_images / (Path(_text(tree, "filename")).name or f"{file.stem}.jpg")
+        named = named if is_file(named) else _beside(folder_of_images, file.stem, named)
+        width, height = read_size(named) or (0, 0)
+        images.append({"id": number, "file_name": named.name, "width": width, "height": height})
         annotations += [_voc_object(thing, number, number_of) for thing in tree.iter("object")]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
     categories = [{"id": number, "name": name} for name, number in number_of.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}, pictures
+    return {"images": images, "annotations": annotations, "categories": categories}, folder_of_images
 
 
 def _voc_set(folder: Path, split_names: Sequence[str]) -> list[Path]:
@@ -179,8 +179,8 @@ def _voc_set(folder: Path, split_names: Sequence[str]) -> list[Path]:
 
 
 def _beside(folder: Path, stem: str, otherwise: Path) -> Path:
-    """The picture of that name with whatever ending; XML files often name one that has been renamed since."""
-    return next((folder / f"{stem}{s}" for s in PICTURE_SUFFIXES if (folder / f"{stem}{s}").is_file()), otherwise)
+    """The image of that name with whatever ending; XML files often name one that has been renamed since."""
+    return next((folder / f"{stem}{s}" for s in IMAGE_SUFFIXES if (folder / f"{stem}{s}").is_file()), otherwise)
 
 
 def _read_xml(file: Path) -> ElementTree.Element:
@@ -194,8 +194,8 @@ def _text(element: ElementTree.Element, name: str) -> str:
     return (element.findtext(name) or "").strip()
 
 
-def _voc_object(thing: ElementTree.Element, picture: int, number_of: dict[str, int]) -> dict:
-    annotation = {"image_id": picture, "category_id": number_of.get(_text(thing, "name"))}
+def _voc_object(thing: ElementTree.Element, image: int, number_of: dict[str, int]) -> dict:
+    annotation = {"image_id": image, "category_id": number_of.get(_text(thing, "name"))}
     crowd = int(_text(thing, "difficult") == "1")
     try:
         left, top, right, bottom = (float(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))

@@ -1,12 +1,12 @@
-"""Hub data sets: only the pictures asked for are streamed, into a COCO-format folder in the cache that grows.
+"""Hub data sets: only the images asked for are streamed, into a COCO-format folder in the cache that grows.
 
 A data set needs the columns `image` and `objects`, the latter with `bbox` and a category for each box. What hub data
-sets differ in is understood: boxes xyxy or xywh, in pixels or in shares of the picture; categories as class labels,
+sets differ in is understood: boxes xyxy or xywh, in pixels or in shares of the image; categories as class labels,
 numbers or names; objects as a list or as a dictionary of lists; with `image_id`, `width`, `height`, `area`, `iscrowd`
-or without. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no pictures without objects,
+or without. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no images without objects,
 so official AP can't be computed from it.
 
-The folder holds the pictures, and `index.jsonl` with a line for each row of the stream, written after its picture: what
+The folder holds the images, and `index.jsonl` with a line for each row of the stream, written after its image: what
 a killed run leaves behind is whole and in the index, or is written anew. The COCO file is made from the index.
 """
 
@@ -28,7 +28,7 @@ from PIL import Image
 
 from common.console import InputError, Interrupted, progress_bar
 from common.data.annotations import Problems
-from common.data.images import picture_size
+from common.data.images import read_size
 from common.files import atomic_write, cache_folder
 
 try:
@@ -57,7 +57,7 @@ class _Index:
 def hub_split(
     name: str, split: str, split_names: Iterable[str], limit: int = 0, sample_seed: int = -1, box_format: str = "auto"
 ) -> tuple[Path, Path, tuple[str, ...]]:
-    """Annotation file and picture folder of a hub data set's split, and notes on rows that were left out.
+    """Annotation file and image folder of a hub data set's split, and notes on rows that were left out.
 
     Rows in the cache are not asked for again: a run that was interrupted, or wants more, goes on behind them, and one
     that wants no more needs no network.
@@ -72,7 +72,7 @@ def hub_split(
         split_names: what the data set may call that split.
         limit: so many rows; 0 for all.
         sample_seed: of the random order; -1 for the order of the files.
-        box_format: "xyxy", "xywh", or "auto": the one that keeps more boxes inside their pictures, which is said.
+        box_format: "xyxy", "xywh", or "auto": the one that keeps more boxes inside their images, which is said.
 
     Raises:
         InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, or a
@@ -88,7 +88,7 @@ def hub_split(
         except OSError as error:
             raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
         except Interrupted as interrupted:
-            interrupted.advice = f"the pictures so far are kept in {folder}; the same command goes on from there"
+            interrupted.advice = f"the images so far are kept in {folder}; the same command goes on from there"
             raise
     rows, problems = index.rows[: limit or None], Problems()
     for number, row in enumerate(rows, 1):
@@ -150,7 +150,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _fetch(folder: Path, name: str, split: str, split_names: Iterable[str], limit: int, sample_seed: int) -> _Index:
-    """Go on behind the last row of the index: first each row's picture, then its line."""
+    """Go on behind the last row of the index: first each row's image, then its line."""
     index = _read_index(folder)
     if index.reaches(limit):  # another process did it
         return index
@@ -158,8 +158,8 @@ def _fetch(folder: Path, name: str, split: str, split_names: Iterable[str], limi
     index.header = index.header or header
     wanted, taken = max(limit - len(index.rows), 0), {row.get("id") for row in index.rows}
     rows = _rows(stream, sample_seed, index.rows[-1]["place"] if index.rows else [])
-    print(f"fetching {wanted or 'all'} pictures of {name} into {folder} ({len(index.rows)} are there)", flush=True)
-    with (folder / "index.jsonl").open("ab") as file, progress_bar(wanted or None, "fetching pictures") as bar:
+    print(f"fetching {wanted or 'all'} images of {name} into {folder} ({len(index.rows)} are there)", flush=True)
+    with (folder / "index.jsonl").open("ab") as file, progress_bar(wanted or None, "fetching images") as bar:
         file.write(b"\n" + json.dumps(index.header).encode() + b"\n")  # the first \n ends a killed run's half line
         while not index.reaches(limit):
             try:
@@ -196,7 +196,7 @@ def _open(name: str, split_names: Iterable[str], index: _Index) -> tuple[dataset
     except Exception as error:  # the hub library's network errors share no base class
         refused = isinstance(error, huggingface_hub.errors.HfHubHTTPError | datasets.exceptions.DatasetNotFoundError)
         reason = "the hub has no such data set, or wants a token for it" if refused else "the hub can't be reached"
-        there = f"{len(index.rows)} of its pictures are in the cache: ask for no more" if index.rows else ""
+        there = f"{len(index.rows)} of its images are in the cache: ask for no more" if index.rows else ""
         raise InputError(
             f"data {name}: no such folder here, and {reason} ({there or 'give a COCO-format folder, or demo'})"
         ) from error
@@ -244,7 +244,7 @@ def _rows(stream: datasets.IterableDataset, sample_seed: int, after: list[int]) 
 
 
 def _content(image: dict | None, name: str) -> bytes:
-    """A picture's file, from the row itself or from the path that it names; empty where there is neither.
+    """An image's file, from the row itself or from the path that it names; empty where there is neither.
 
     The path must lie in the data set (or in an archive there): a row may come from anybody, and name any file or page.
     """
@@ -262,12 +262,12 @@ def _content(image: dict | None, name: str) -> bytes:
 
 
 def _keep(row: dict, content: bytes, folder: Path, number: int, header: dict, taken: set[int]) -> dict:
-    """Write a row's picture; returns what the index is to tell of the row, or as `fault` why it can't be used."""
+    """Write a row's image; returns what the index is to tell of the row, or as `fault` why it can't be used."""
     image_id = number if header["numbered"] else row["image_id"]
     columns = {"boxes": "bbox", "categories": header["category"], "areas": "area", "crowds": "iscrowd"}
     objects = {key: _column(row["objects"], name) for key, name in columns.items()}
     if not content or image_id is None:
-        return {"fault": "left out {} rows without a picture in the data set or without their image_id"}
+        return {"fault": "left out {} rows without an image in the data set or without their image_id"}
     if image_id in taken:
         return {"fault": "left out {} rows with the image_id of an earlier one"}
     if len(objects["boxes"]) != len(objects["categories"]):
@@ -277,7 +277,7 @@ def _keep(row: dict, content: bytes, folder: Path, number: int, header: dict, ta
         file.write(content)
     size = row.get("width"), row.get("height")
     if not all(isinstance(side, int) and side > 0 for side in size):
-        size = picture_size(path) or (0, 0)
+        size = read_size(path) or (0, 0)
     return {"id": image_id, "file_name": path.name, "width": size[0], "height": size[1]} | objects
 
 
@@ -289,7 +289,7 @@ def _column(objects: list | dict | None, name: str) -> list:
 
 
 def _suffix(content: bytes) -> str:
-    """What a file of this content is called; what is no picture will be found out, and told of, where it is read."""
+    """What a file of this content is called; what is no image will be found out, and told of, where it is read."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.format.lower().replace("jpeg", "jpg")
@@ -339,7 +339,7 @@ def _categories(rows: list[dict], names: list[str] | None, source: str) -> tuple
 
 
 def _boxes(rows: list[dict], box_format: str, source: str) -> tuple[list[list[float] | None], bool]:
-    """All boxes as COCO's xywh in pixels, None for what is no box; and whether they came in shares of pictures."""
+    """All boxes as COCO's xywh in pixels, None for what is no box; and whether they came in shares of images."""
     listed = [box if _is_box(box) else [np.nan] * 4 for row in rows for box in row["boxes"]]
     boxes = np.array(listed, np.float64).reshape(-1, 4)
     sizes = np.array([(row["width"], row["height"]) for row in rows for _ in row["boxes"]]).reshape(-1, 2)
@@ -347,7 +347,7 @@ def _boxes(rows: list[dict], box_format: str, source: str) -> tuple[list[list[fl
     in_shares = bool(real.any()) and boxes[real].max() <= 1 and sizes[real].max() > 2
     if in_shares:
         boxes *= np.tile(sizes, 2)
-        print(f"{source}: no box reaches beyond 1; read as shares of their pictures", flush=True)
+        print(f"{source}: no box reaches beyond 1; read as shares of their images", flush=True)
     fits = {
         "xyxy": ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sizes + 1)).all(1).sum(),
         "xywh": (boxes[:, :2] + boxes[:, 2:] <= sizes + 1).all(1).sum(),

@@ -1,4 +1,4 @@
-"""Official COCO 2017: the annotation archive once, and of the 123,000 pictures only those that are asked for.
+"""Official COCO 2017: the annotation archive once, and of the 123,000 images only those that are asked for.
 
 Everything lands in the cache folder, file by file under its final name only when whole, so that an interrupted fetch
 goes on where it stopped. `COCO_URL` names a mirror.
@@ -34,12 +34,12 @@ PIECE = 1 << 20  # bytes
 
 
 def official_split(split: str, limit: int, image_ids: Sequence[int] = ()) -> tuple[Path, Path]:
-    """Annotation file and picture folder of a part of official COCO, fetched as far as they are not there yet.
+    """Annotation file and image folder of a part of official COCO, fetched as far as they are not there yet.
 
     Args:
         split: "train" or "val".
-        limit: its first so many pictures in the order of its file; 0 for all.
-        image_ids: these pictures instead, of either part, in this order.
+        limit: its first so many images in the order of its file; 0 for all.
+        image_ids: these images instead, of either part, in this order.
 
     Raises:
         InputError: COCO can't be reached, a file is damaged time and again, or an id that it does not have.
@@ -53,12 +53,12 @@ def official_split(split: str, limit: int, image_ids: Sequence[int] = ()) -> tup
         _fetch_annotations(folder)
         _write_subset(subset, folder, PARTS if image_ids else (f"{split}2017",), limit, image_ids)
     names = [image["file_name"] for image in json.loads(subset.read_text())["images"]]
-    _fetch_pictures(folder, [name for name in names if not (folder / name).is_file()])
+    _fetch_images(folder, [name for name in names if not (folder / name).is_file()])
     return subset, folder
 
 
 def official_ids(split: str) -> list[int]:
-    """The ids of all pictures of "train" or "val", in the order of its file; raises what `official_split` does."""
+    """The ids of all images of "train" or "val", in the order of its file; raises what `official_split` does."""
     folder = cache_folder("coco-official")
     listed = folder / "subsets" / f"{split}-ids.json"  # the annotations are large, and slow to read
     if not listed.is_file():
@@ -84,7 +84,7 @@ def _write_subset(subset: Path, folder: Path, parts: Sequence[str], limit: int, 
     strangers = [key for key in image_ids if key not in images]
     if strangers:
         raise InputError(
-            f"COCO 2017 has no picture {strangers[0]}, and {len(strangers) - 1} more of these ids not either"
+            f"COCO 2017 has no image {strangers[0]}, and {len(strangers) - 1} more of these ids not either"
         )
     ordered = [images[key] for key in (image_ids or images)]
     with atomic_write(subset, "w") as file:
@@ -92,9 +92,9 @@ def _write_subset(subset: Path, folder: Path, parts: Sequence[str], limit: int, 
 
 
 def _checked(name: str) -> str:
-    """A picture's place in the cache and on the server; nothing else may be asked for or written."""
+    """An image's place in the cache and on the server; nothing else may be asked for or written."""
     if not re.fullmatch(r"(train|val)2017/\w+\.jpg", name):
-        raise InputError(f"the annotations name a picture {name!r}, which is not how COCO's are called")
+        raise InputError(f"the annotations name an image {name!r}, which is not how COCO's are called")
     return name
 
 
@@ -117,26 +117,24 @@ def _fetch_annotations(folder: Path) -> None:
     archive.unlink()
 
 
-def _fetch_pictures(folder: Path, names: Sequence[str]) -> None:
+def _fetch_images(folder: Path, names: Sequence[str]) -> None:
     if not names:
         return
     failed: dict[str, str] = {}
 
     def fetch(name: str) -> None:
         try:
-            _fetch(name, folder / name, _is_picture)
+            _fetch(name, folder / name, _is_image)
         except InputError as error:
             failed[name] = str(error)
 
-    print(f"fetching {len(names)} pictures of COCO into {folder}", flush=True)
-    with progress_bar(len(names), "fetching pictures") as bar, ThreadPoolExecutor(AT_ONCE) as pool:
+    print(f"fetching {len(names)} images of COCO into {folder}", flush=True)
+    with progress_bar(len(names), "fetching images") as bar, ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in pool.map(fetch, names):
             bar.update()
     if failed:
         first = next(iter(failed.values()))
-        raise InputError(
-            f"{len(failed)} of {len(names)} pictures could not be fetched; run this again to go on: {first}"
-        )
+        raise InputError(f"{len(failed)} of {len(names)} images could not be fetched; run this again to go on: {first}")
 
 
 def _host() -> str:
@@ -206,7 +204,7 @@ def _append(url: str, partial: Path) -> str:
     return answer.headers.get("ETag", "")
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.load()

@@ -1,10 +1,10 @@
-"""Where the pictures come from: whatever `--data` names becomes a COCO-format folder on disk.
+"""Where the images come from: whatever `--data` names becomes a COCO-format folder on disk.
 
 `--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
-copy of one as parquet files), `coco-official`, or `demo`. Pictures from a hub are written once to the cache as an
+copy of one as parquet files), `coco-official`, or `demo`. Images from a hub are written once to the cache as an
 ordinary COCO-format folder, so every script sees one format and the next run starts at once.
 
-Which of the pictures are taken is decided here too: the first, those of a list of ids, or a random sample.
+Which of the images are taken is decided here too: the first, those of a list of ids, or a random sample.
 """
 
 import re
@@ -29,22 +29,22 @@ DEMO_SEED = 0
 
 @dataclass(frozen=True)
 class DataSource:
-    """Which data: `data` as `--data` takes it, or explicit annotation files and picture folders."""
+    """Which data: `data` as `--data` takes it, or explicit annotation files and image folders."""
 
     data: str
     train_json: str = ""
     train_images_dir: str = ""
     val_json: str = ""
     val_images_dir: str = ""
-    image_ids: str = ""  # file of the pictures to take instead of the first
-    sample_seed: int = -1  # of a random sample of the pictures, likewise; -1 for none
+    image_ids: str = ""  # file of the images to take instead of the first
+    sample_seed: int = -1  # of a random sample of the images, likewise; -1 for none
     box_format: str = "auto"  # of a hub data set: xyxy, xywh, or auto for the one that fits
 
 
 def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = False) -> CocoData:
-    """The `split` ("train" or "val") of the data set, its first `limit` pictures (0 = all), those that can be used.
+    """The `split` ("train" or "val") of the data set, its first `limit` images (0 = all), those that can be used.
 
-    With `source.sample_seed`, a random sample of `limit` pictures, in the order of the data set, and of a hub data set
+    With `source.sample_seed`, a random sample of `limit` images, in the order of the data set, and of a hub data set
     those that `hub.hub_split` tells of; the same in every run. The parts of a data set are drawn apart.
     What was repaired or left out is printed.
 
@@ -95,29 +95,29 @@ def _drawn(items: Sequence[int], split: str, limit: int, seed: int) -> list[int]
 
 
 def read_image_ids(path: Path, split: str) -> list[int]:
-    """The ids of a split's pictures in a file with lines such as "train 9" and "val 285"; # begins a remark.
+    """The ids of a split's images in a file with lines such as "train 9" and "val 285"; # begins a remark.
 
     Raises:
-        InputError: no such file, a line of another kind, or no picture of that split.
+        InputError: no such file, a line of another kind, or no image of that split.
     """
     try:
         lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the picture ids in {path}: {error}") from error
+        raise InputError(f"cannot read the image ids in {path}: {error}") from error
     for number, words in enumerate(lines, 1):
         if words and (len(words) != 2 or words[0] not in SPLITS or not words[1].isdecimal()):
-            raise InputError(f"{path}, line {number}: wanted are train or val and a picture's id, such as: train 9")
+            raise InputError(f"{path}, line {number}: wanted are train or val and an image's id, such as: train 9")
     ids = [int(words[1]) for words in lines if words and words[0] == split]
     if not ids:
-        raise InputError(f"{path} names no {split} pictures")
+        raise InputError(f"{path} names no {split} images")
     return ids
 
 
 def _select(data: CocoData, ids: list[int]) -> CocoData:
-    place = {picture.id: index for index, picture in enumerate(data.pictures)}
+    place = {image.id: index for index, image in enumerate(data.images)}
     missing = [key for key in ids if key not in place]
     if missing:
-        raise InputError(f"{data.source} lacks {len(missing)} of the {len(ids)} pictures asked for, {missing[0]} first")
+        raise InputError(f"{data.source} lacks {len(missing)} of the {len(ids)} images asked for, {missing[0]} first")
     return data.select(np.array([place[key] for key in ids]))
 
 
@@ -130,12 +130,12 @@ def _is_hub(data: str) -> bool:
 
 
 def _locate(source: DataSource, split: str) -> tuple[Path, Path]:
-    """Annotation file and picture folder of a split; the demo's are drawn first where they are not on disk yet."""
-    json_path, pictures = getattr(source, f"{split}_json"), getattr(source, f"{split}_images_dir")
-    if bool(json_path) != bool(pictures):
+    """Annotation file and image folder of a split; the demo's are drawn first where they are not on disk yet."""
+    json_path, images = getattr(source, f"{split}_json"), getattr(source, f"{split}_images_dir")
+    if bool(json_path) != bool(images):
         raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
     if json_path:
-        return Path(json_path), Path(pictures)
+        return Path(json_path), Path(images)
     if source.data == "demo":
         return _find_split(_demo_folder(), split)
     folder = Path(source.data)
@@ -148,7 +148,7 @@ def _locate(source: DataSource, split: str) -> tuple[Path, Path]:
 
 
 def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and picture folder of a split: COCO's layout, else Roboflow's."""
+    """Annotation file and image folder of a split: COCO's layout, else Roboflow's."""
     for name in SPLITS[split]:
         for year in ("2017", "2014", ""):
             annotations = folder / "annotations" / f"instances_{name}{year}.json"
@@ -158,7 +158,7 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
         annotations = folder / name / "_annotations.coco.json"
         if annotations.is_file():
             return annotations, annotations.parent
-    expected = f"annotations/instances_{split}2017.json with the pictures in {split}2017/, or Roboflow's {name}/"
+    expected = f"annotations/instances_{split}2017.json with the images in {split}2017/, or Roboflow's {name}/"
     raise InputError(f"no {split} part in {folder}: expected {expected}")
 
 
@@ -177,7 +177,7 @@ def check_objects(train: CocoData, val: CocoData) -> None:
         InputError: no object to learn from, or no class in common: nothing learned could be right.
     """
     if not (~train.crowd).any():
-        raise InputError(f"{train.source}: no box on the {len(train)} training pictures; there is nothing to learn")
+        raise InputError(f"{train.source}: no box on the {len(train)} training images; there is nothing to learn")
     for one, other in ((train, val), (val, train)):
         missing = [name for name in one.class_names if name not in other.class_names]
         if len(missing) == len(one.class_names):

@@ -1,6 +1,6 @@
-"""Picture and target in, picture and target out: the letterbox of evaluation and the augmentation of training.
+"""Image and target in, image and target out: the letterbox of evaluation and the augmentation of training.
 
-`torchvision.transforms.v2` moves the boxes along with the pixels. Pictures are (3, H, W) uint8 RGB on the way in and
+`torchvision.transforms.v2` moves the boxes along with the pixels. Images are (3, H, W) uint8 RGB on the way in and
 (3, S, S) uint8 on the way out, S being a multiple of the backbone's patch size.
 """
 
@@ -35,7 +35,7 @@ class LetterboxTransform(nn.Module):
 
 
 class MirrorTransform(LetterboxTransform):
-    """The letterbox, and every second picture mirrored: what training on cached features sees."""
+    """The letterbox, and every second image mirrored: what training on cached features sees."""
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         image, target = super().forward(image, target)
@@ -43,7 +43,7 @@ class MirrorTransform(LetterboxTransform):
 
 
 def letterbox_target(target: Target, original: tuple[int, int], size: int) -> Target:
-    """Boxes from pixels of the `original` (height, width) picture to those of the letterboxed `size` x `size` input."""
+    """Boxes from pixels of the `original` (height, width) image to those of the letterboxed `size` x `size` input."""
     letterbox = Letterbox.fit(original, size)
     return replace(target, boxes=letterbox.to_input(clip_to(target.boxes, original)), letterbox=letterbox)
 
@@ -61,12 +61,12 @@ def mirror_drawn() -> bool:
 class TrainTransform(nn.Module):
     """Flip, scale jitter with a fixed-size crop, colour jitter (the large-scale jitter of ViTDet, arXiv 2203.16527).
 
-    A crop smaller than the input of evaluation shows objects at the same scale for less work, and less of the picture.
+    A crop smaller than the input of evaluation shows objects at the same scale for less work, and less of the image.
 
     Args:
         size: side of the square input of evaluation, pixels.
         crop_size: side of the square output, pixels; by default `size`.
-        scale: the picture's longer side becomes `size` times a factor from this range.
+        scale: the image's longer side becomes `size` times a factor from this range.
     """
 
     def __init__(self, size: int, crop_size: int | None = None, scale: tuple[float, float] = (0.75, 1.33)):

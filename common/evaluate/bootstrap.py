@@ -1,9 +1,9 @@
-"""How sure the numbers are: Bayesian bootstrap over pictures (Rubin, 1981), paired for two models.
+"""How sure the numbers are: Bayesian bootstrap over images (Rubin, 1981), paired for two models.
 
-A thousand times the pictures get random weights, and every number is computed anew from what was matched in them;
+A thousand times the images get random weights, and every number is computed anew from what was matched in them;
 nothing is detected or matched again. All models see the same weights, so that two of them can be compared draw by draw:
-what makes a picture hard for both then cancels out. Drawing whole pictures instead would lose in each draw the classes
-that few pictures show, and with them shift mAP upwards by twice as much.
+what makes an image hard for both then cancels out. Drawing whole images instead would lose in each draw the classes
+that few images show, and with them shift mAP upwards by twice as much.
 """
 
 import itertools
@@ -22,9 +22,9 @@ BATCH = 250  # resamples at once, for the memory's sake
 COMPARED = ("accuracy", "precision", "recall", "f1", "mean_iou", "AP50", "AP", "class_agnostic_AP50")
 
 
-def draws(pictures: int, seed: int) -> np.ndarray:
-    """(P, R) float32: how much each picture counts in each of the resamples, 1 on average."""
-    weights = np.random.default_rng(seed).standard_exponential((pictures, RESAMPLES))
+def draws(images: int, seed: int) -> np.ndarray:
+    """(P, R) float32: how much each image counts in each of the resamples, 1 on average."""
+    weights = np.random.default_rng(seed).standard_exponential((images, RESAMPLES))
     return (np.round(weights * GRAIN) / GRAIN).astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def _batches(weights: np.ndarray) -> list[np.ndarray]:
 def _numbers(
     pairs: PrimaryPairs, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    numbers = weighted_scores(pairs, weights[pairs.picture].astype(np.float64))
+    numbers = weighted_scores(pairs, weights[pairs.image].astype(np.float64))
     by_threshold = [
         _mean_of_classes(average_precision(ranking(matches, t), len(data.class_names), weights))
         for t in range(len(IOU_THRESHOLDS))

@@ -21,7 +21,7 @@ CURVES = {"0.5": 0, "0.75": 5}  # IoU and its place among COCO's thresholds
 
 
 def evaluate(detections: list[Detections], data: CocoData, labels: np.ndarray) -> dict:
-    """What `evaluate_table` returns, of one entry a picture of `data`; `labels` as `label_map` returns it."""
+    """What `evaluate_table` returns, of one entry an image of `data`; `labels` as `label_map` returns it."""
     return evaluate_table(detection_table(detections, labels), data)
 
 
@@ -46,7 +46,7 @@ def coco_dict(data: CocoData, category_ids: tuple[int, ...] | None = None) -> di
     """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
     category_ids = category_ids or data.category_ids
     counts = np.diff(data.starts)
-    image_ids = np.repeat([p.id for p in data.pictures], counts)
+    image_ids = np.repeat([p.id for p in data.images], counts)
     columns = (image_ids, data.labels, data.boxes, data.areas, data.crowd)
     annotations = [
         {
@@ -59,7 +59,7 @@ def coco_dict(data: CocoData, category_ids: tuple[int, ...] | None = None) -> di
         }
         for number, (image, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
     ]
-    images = [{"id": p.id, "file_name": p.path.name, "width": p.width, "height": p.height} for p in data.pictures]
+    images = [{"id": p.id, "file_name": p.path.name, "width": p.width, "height": p.height} for p in data.images]
     names = dict(zip(category_ids, data.class_names, strict=False))
     return {
         "images": images,
@@ -104,7 +104,7 @@ def class_agnostic_ap50(table: np.ndarray, data: CocoData) -> float | None:
 
 
 def best_of_duplicates(table: np.ndarray) -> np.ndarray:
-    """Keep the best-scoring row of those that name one box of a picture several times, by different classes."""
+    """Keep the best-scoring row of those that name one box of an image several times, by different classes."""
     order = np.argsort(-table[:, 5], kind="stable")
     _, first = np.unique(table[order][:, :5], axis=0, return_index=True)
     return table[order[np.sort(first)]]

@@ -15,17 +15,17 @@ from common.model.postprocess import postprocess
 from common.runtime import device_name, precision_name
 from common.types import Batch
 
-TIMED, WARM_UP = 15, 3  # pictures timed one at a time, and those before them that are not
+TIMED, WARM_UP = 15, 3  # images timed one at a time, and those before them that are not
 LINUX_MEMORY, FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What detection costs here. Decoding and resizing of the picture files are not counted; post-processing is."""
+    """What detection costs here. Decoding and resizing of the image files are not counted; post-processing is."""
 
     parameters: int | None  # of an exported model they are not known
-    ms_per_picture: float  # batch of one, median
-    pictures_per_s: float  # at `batch_size`
+    ms_per_image: float  # batch of one, median
+    images_per_s: float  # at `batch_size`
     batch_size: int
     peak_memory_mb: float | None  # see `PeakMemory`
     device: str
@@ -57,7 +57,7 @@ class PeakMemory:
 
 @torch.inference_mode()
 def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip: bool = False) -> Cost:
-    """Time a prepared model on the pictures of one batch that is on its device already."""
+    """Time a prepared model on the images of one batch that is on its device already."""
     model.eval()
 
     def seconds(images: torch.Tensor, targets: list) -> float:
@@ -71,8 +71,8 @@ def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip:
         whole = min(seconds(batch.images, batch.targets) for _ in range(2))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        ms_per_picture=1000 * statistics.median(times),
-        pictures_per_s=len(batch.images) / whole,
+        ms_per_image=1000 * statistics.median(times),
+        images_per_s=len(batch.images) / whole,
         batch_size=len(batch.images),
         peak_memory_mb=memory.megabytes,
         device=device_name(accelerator.device),

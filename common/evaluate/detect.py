@@ -1,6 +1,6 @@
-"""Running a detector: device and precision, loaders, pictures in and `Detections` out, and what that costs.
+"""Running a detector: device and precision, loaders, images in and `Detections` out, and what that costs.
 
-Training's validation, the validation scripts and users' own pictures all go through `detect`.
+Training's validation, the validation scripts and users' own images all go through `detect`.
 """
 
 import torch
@@ -18,7 +18,7 @@ from common.types import Detections, RawOutput, mirror_boxes
 
 
 def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
-    """What `model` says of `images`; with `flip` also of their mirror images, as further locations of the same picture.
+    """What `model` says of `images`; with `flip` also of their mirror images, as further locations of the same image.
 
     Post-processing then keeps, of the two views of an object, the one that is surer of it.
     """
@@ -41,13 +41,13 @@ def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
 def detect(
     model: nn.Module, loader: DataLoader, accelerator: Accelerator, what: str = "detecting", flip: bool = False
 ) -> list[Detections]:
-    """Detections of every picture of `loader`, each exactly once, also where several processes share the work.
+    """Detections of every image of `loader`, each exactly once, also where several processes share the work.
 
     Args:
         model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
-        loader: batches of letterboxed pictures, or of cached features, prepared by `accelerator`.
+        loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
         what: the progress bar's title.
-        flip: look at the mirrored pictures too; pictures only.
+        flip: look at the mirrored images too; images only.
 
     Raises:
         Interrupted: between two batches, where a signal came in the meantime.
@@ -66,6 +66,6 @@ def detect(
 def validate(
     model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> dict[str, float | None]:
-    """The headline numbers of a model with these classes on the pictures of `loader`, which are those of `data`."""
+    """The headline numbers of a model with these classes on the images of `loader`, which are those of `data`."""
     found = detect(model, loader, accelerator, what="validating")
     return headline(evaluate(found, data, label_map(class_names, data)))

@@ -11,7 +11,7 @@ FOUND = 0.5  # IoU from which on a box counts as found
 TOUCHED = 0.1  # IoU below which a detection has nothing to do with a box (TIDE, arXiv 2008.08115)
 CALIBRATION_BINS = 10  # of equal width
 CALIBRATION_FLOOR = 0.05  # scores below it are not looked at: the many that say "hardly" would drown the rest
-CHECKED = 500  # pictures that tell whether detections are misread
+CHECKED = 500  # images that tell whether detections are misread
 ENOUGH = 10  # detections on objects, to say anything of their names
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
@@ -37,7 +37,7 @@ def diagnose(table: np.ndarray, matches: Matches, data: CocoData) -> dict:
 def operating_point(ranked: Ranking) -> dict[str, float | None]:
     """The score from which on detections are kept for the best F1 over all objects, and precision, recall and F1 there.
 
-    The threshold is chosen on the pictures that it is reported on. None where there are no objects or no detections.
+    The threshold is chosen on the images that it is reported on. None where there are no objects or no detections.
     """
     objects, order = len(ranked.object_label), np.argsort(-ranked.score, kind="stable")
     if not objects or not len(order):
@@ -66,7 +66,7 @@ def best_overlaps(table: np.ndarray, matches: Matches, data: CocoData) -> Overla
     """`Overlaps` of the detections of `matches`, in its order; crowds do not count. The box of IoU 0 is any."""
     count = len(matches.row)
     found = Overlaps(np.zeros(count), np.full(count, -1), np.zeros(count), np.full(count, -1))
-    for detections, boxes in paired_groups(matches.picture, matches.pictures):
+    for detections, boxes in paired_groups(matches.image, matches.images):
         iou = box_iou(table[matches.row[detections], 1:5][:, :, None], data.boxes[boxes][:, None], False)
         iou = np.where((boxes >= 0) & matches.objects[boxes], 1, 0)[:, None] * iou  # (G, D, B)
         alike = matches.label[detections][:, :, None] == matches.labels[boxes][:, None]
@@ -195,8 +195,8 @@ def confusion(table: np.ndarray, data: CocoData, score: float | None) -> np.ndar
 def self_check(table: np.ndarray, data: CocoData) -> list[str]:
     """Sentences on detections that look misread: as they are they fit badly, read another way they would fit well."""
     data = data.first(CHECKED)
-    table = table[np.isin(table[:, 0], [picture.id for picture in data.pictures])]
-    scale = {p.id: max(p.width, p.height) for p in data.pictures}
+    table = table[np.isin(table[:, 0], [image.id for image in data.images])]
+    scale = {p.id: max(p.width, p.height) for p in data.images}
     longest = np.array([scale[int(image_id)] for image_id in table[:, 0]])[:, None]
     x, y, width, height = table[:, 1:5].T
     readings = {
@@ -206,7 +206,7 @@ def self_check(table: np.ndarray, data: CocoData) -> list[str]:
         "the boxes' centres were taken for their upper left corners": np.stack(
             [x - width / 2, y - height / 2, width, height], 1
         ),
-        "shares of the picture were taken for pixels": table[:, 1:5] * longest,
+        "shares of the image were taken for pixels": table[:, 1:5] * longest,
     }
     fits = {reading: _share_that_fits(table, boxes, data) for reading, boxes in readings.items()}
     warnings = []
@@ -220,11 +220,11 @@ def self_check(table: np.ndarray, data: CocoData) -> list[str]:
 
 
 def _share_that_fits(table: np.ndarray, boxes: np.ndarray, data: CocoData) -> float:
-    """The share of the objects that the surest detections, as many a picture as it has objects, cover (IoU 0.5)."""
+    """The share of the objects that the surest detections, as many an image as it has objects, cover (IoU 0.5)."""
     good = (boxes[:, 2:] > 0).all(1)
     read = np.column_stack([table[:, :1], boxes, table[:, 5:]])[good]
     surest = read[np.lexsort((-read[:, 5], read[:, 0]))]
-    counts = {p.id: int(n) for p, n in zip(data.pictures, np.diff(data.starts), strict=True)}
+    counts = {p.id: int(n) for p, n in zip(data.images, np.diff(data.starts), strict=True)}
     _, first, group = np.unique(surest[:, 0], return_index=True, return_inverse=True)
     rank = np.arange(len(surest)) - first[group]
     kept = surest[rank < np.array([counts[int(image_id)] for image_id in surest[:, 0]])]

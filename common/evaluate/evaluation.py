@@ -30,21 +30,21 @@ from common.types import Detections, Found, xywh_to_xyxy
 
 @dataclass(frozen=True)
 class Runner:
-    """How detectors are run: where, how many pictures at once, decoded by how many processes, mirrored too?"""
+    """How detectors are run: where, how many images at once, decoded by how many processes, mirrored too?"""
 
     accelerator: Accelerator
     batch_size: int
     workers: int
-    flip: bool = False  # look at the mirrored pictures too
+    flip: bool = False  # look at the mirrored images too
 
     def detect(self, checkpoint: Checkpoint, data: CocoData, what: str) -> list[Detections]:
-        """Detections on every picture of `data`, in its order, in the checkpoint's own labels."""
+        """Detections on every image of `data`, in its order, in the checkpoint's own labels."""
         loader = make_eval_loader(data, checkpoint.detector.config.image_size, self.batch_size, self.workers)
         model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
         return detect(model, self.accelerator.prepare(loader), self.accelerator, what, self.flip)
 
     def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
-        """Parameters and speed, as `cost.Cost` names them, on the first pictures of `data`."""
+        """Parameters and speed, as `cost.Cost` names them, on the first images of `data`."""
         loader = make_eval_loader(
             data.first(self.batch_size), checkpoint.detector.config.image_size, self.batch_size, 0
         )
@@ -76,7 +76,7 @@ def found_in_file(path: str, data: CocoData) -> Found:
     """What a file in COCO's results format holds: a list of image_id, category_id, bbox (xywh, original pixels), score.
 
     Raises:
-        InputError: no such file, not that format, or of pictures that are not in `data`.
+        InputError: no such file, not that format, or of images that are not in `data`.
     """
     try:
         rows = json.loads(Path(path).read_text())
@@ -90,19 +90,19 @@ def found_in_file(path: str, data: CocoData) -> Found:
         ) from error
     if not np.isfinite(table).all():
         raise InputError(f"{path}: some numbers are infinite or not numbers")
-    strangers = np.setdiff1d(table[:, 0], [picture.id for picture in data.pictures])
+    strangers = np.setdiff1d(table[:, 0], [image.id for image in data.images])
     if len(strangers):
-        raise InputError(f"{path}: {len(strangers)} pictures are not in {data.source}, {strangers[0]:g} among them")
+        raise InputError(f"{path}: {len(strangers)} images are not in {data.source}, {strangers[0]:g} among them")
     label_of = {category: label for label, category in enumerate(data.category_ids)}
     labels = np.array([label_of.get(int(category), -1) for category in table[:, 6]], np.int64)
     order = np.lexsort((-table[:, 5], table[:, 0]))
     order = order[labels[order] >= 0]
     image_ids, found = table[order, 0], []
-    for picture in data.pictures:
-        own = order[slice(*np.searchsorted(image_ids, (picture.id, picture.id + 1)))]
+    for image in data.images:
+        own = order[slice(*np.searchsorted(image_ids, (image.id, image.id + 1)))]
         boxes = xywh_to_xyxy(torch.from_numpy(table[own, 1:5]).float())
         scores, names = torch.from_numpy(table[own, 5]).float(), torch.from_numpy(labels[own])
-        found.append(Detections(picture.id, boxes, scores, names))
+        found.append(Detections(image.id, boxes, scores, names))
     return Found(found, data.class_names, conditions={"detections_of_unknown_categories": int((labels < 0).sum())})
 
 

@@ -1,7 +1,7 @@
-"""Which detection found which object, and average precision from that: COCO's rules, for all pictures at once.
+"""Which detection found which object, and average precision from that: COCO's rules, for all images at once.
 
 The official twelve numbers come from a library (metrics.py). What it does not tell, which detection was matched with
-what, is needed for everything else: intervals by resampling pictures, kinds of errors, confusions, calibration.
+what, is needed for everything else: intervals by resampling images, kinds of errors, confusions, calibration.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import numpy as np
 from common.data.coco import CocoData
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
-MAX_DETECTIONS = 100  # a picture and class, COCO's limit
+MAX_DETECTIONS = 100  # an image and class, COCO's limit
 RECALL_STEPS = 100  # AP is the mean of the precision at recalls 0, 1/100, …, 1
 
 
@@ -20,22 +20,22 @@ RECALL_STEPS = 100  # AP is the mean of the precision at recalls 0, 1/100, …, 
 class Matches:
     """What became of each of M detections and N boxes at T IoU thresholds.
 
-    Detections lie in the order of picture id, class and falling score; those beyond COCO's limit are left
-    out. Shapes: row (M,) int64, its place in the table that was matched; picture (M,) int64, index into
-    `CocoData.pictures`; label (M,) int64; score (M,) float64; truth (T, M) int64, the box that it found, an index into
+    Detections lie in the order of image id, class and falling score; those beyond COCO's limit are left
+    out. Shapes: row (M,) int64, its place in the table that was matched; image (M,) int64, index into
+    `CocoData.images`; label (M,) int64; score (M,) float64; truth (T, M) int64, the box that it found, an index into
     `CocoData.boxes`, or -1; ignored (T, M) bool, found nothing but a crowd, so neither right nor wrong; objects (N,)
-    bool, the boxes that count, that is all but crowds; labels (N,) int64 of the boxes; pictures (N,) int64 likewise.
+    bool, the boxes that count, that is all but crowds; labels (N,) int64 of the boxes; images (N,) int64 likewise.
     """
 
     row: np.ndarray
-    picture: np.ndarray
+    image: np.ndarray
     label: np.ndarray
     score: np.ndarray
     truth: np.ndarray
     ignored: np.ndarray
     objects: np.ndarray
     labels: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
 
     @property
     def hit(self) -> np.ndarray:
@@ -57,27 +57,25 @@ def match(
         by_class: a detection finds boxes of its own class alone; else all classes are one, with label 0.
     """
     classes = len(data.class_names) if by_class else 1
-    ids = np.array([picture.id for picture in data.pictures], np.int64)
+    ids = np.array([image.id for image in data.images], np.int64)
     by_id = np.argsort(ids)
-    position = np.argsort(by_id)  # of each picture among the rising ids, by which COCO orders equal scores
-    picture = by_id[np.searchsorted(ids, table[:, 0].astype(np.int64), sorter=by_id)]
+    position = np.argsort(by_id)  # of each image among the rising ids, by which COCO orders equal scores
+    image = by_id[np.searchsorted(ids, table[:, 0].astype(np.int64), sorter=by_id)]
     label = table[:, 6].astype(np.int64) if by_class else np.zeros(len(table), np.int64)
-    group = position[picture] * classes + label
+    group = position[image] * classes + label
     row = np.lexsort((np.arange(len(table)), -table[:, 5], group))
     row = row[_rank(group[row]) < MAX_DETECTIONS]
 
-    truth_picture = np.repeat(np.arange(len(data.pictures)), np.diff(data.starts))
+    truth_image = np.repeat(np.arange(len(data.images)), np.diff(data.starts))
     truth_label = data.labels if by_class else np.zeros_like(data.labels)
-    truth_group = position[truth_picture] * classes + truth_label
+    truth_group = position[truth_image] * classes + truth_label
     truth = np.full((len(thresholds), len(row)), -1)
     ignored = np.zeros(truth.shape, bool)
     for detections, boxes in paired_groups(group[row], truth_group):
         found = _match_groups(detections, boxes, table[row, 1:5], data.boxes, data.crowd, thresholds)
         for place, chosen, in_crowd in found:
             truth[:, place], ignored[:, place] = chosen.T, in_crowd.T
-    return Matches(
-        row, picture[row], label[row], table[row, 5], truth, ignored, ~data.crowd, truth_label, truth_picture
-    )
+    return Matches(row, image[row], label[row], table[row, 5], truth, ignored, ~data.crowd, truth_label, truth_image)
 
 
 def _rank(groups: np.ndarray) -> np.ndarray:
@@ -155,60 +153,60 @@ def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
 class Ranking:
     """Scored answers, right or wrong, and the objects that there were: all that average precision depends on.
 
-    Shapes: label, picture (M,) int64, score (M,) float64, hit (M,) bool of the answers, no object hit twice;
-    object_label, object_picture (N,) int64.
+    Shapes: label, image (M,) int64, score (M,) float64, hit (M,) bool of the answers, no object hit twice;
+    object_label, object_image (N,) int64.
     """
 
     label: np.ndarray
-    picture: np.ndarray
+    image: np.ndarray
     score: np.ndarray
     hit: np.ndarray
     object_label: np.ndarray
-    object_picture: np.ndarray
+    object_image: np.ndarray
 
 
 def ranking(matches: Matches, threshold: int = 0) -> Ranking:
     """The answers and objects at one of the thresholds that were matched at; what found but a crowd is left out."""
     counts, objects = ~matches.ignored[threshold], matches.objects
-    answers = (a[counts] for a in (matches.label, matches.picture, matches.score, matches.hit[threshold]))
-    return Ranking(*answers, matches.labels[objects], matches.pictures[objects])
+    answers = (a[counts] for a in (matches.label, matches.image, matches.score, matches.hit[threshold]))
+    return Ranking(*answers, matches.labels[objects], matches.images[objects])
 
 
 def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.ndarray:
-    """COCO's average precision of each class, under any number of weightings of the pictures.
+    """COCO's average precision of each class, under any number of weightings of the images.
 
     Precision only peaks where an answer is right, so it is computed there alone.
 
     Args:
         ranked: answers and objects; equal scores rank in the order given.
         classes: K.
-        weights: (P, W) float32, how much each picture counts, in multiples of a power of two so that sums are exact;
+        weights: (P, W) float32, how much each image counts, in multiples of a power of two so that sums are exact;
             ones for the plain number.
 
     Returns:
-        (K, W) float64, NaN where the weighted pictures hold no object of the class.
+        (K, W) float64, NaN where the weighted images hold no object of the class.
     """
     order = np.lexsort((-ranked.score, ranked.label))
-    label, picture, hit = ranked.label[order], ranked.picture[order], ranked.hit[order]
+    label, image, hit = ranked.label[order], ranked.image[order], ranked.hit[order]
     bounds = np.searchsorted(label, np.arange(classes + 1))
     result = np.full((classes, weights.shape[1]), np.nan)
     for k in np.unique(ranked.object_label):
         part = slice(bounds[k], bounds[k + 1])
-        pictures_of_objects = ranked.object_picture[ranked.object_label == k]
-        objects = weights[pictures_of_objects].sum(0, dtype=np.float64)
-        precision = _mean_precision(picture[part], hit[part], objects, weights)
+        images_of_objects = ranked.object_image[ranked.object_label == k]
+        objects = weights[images_of_objects].sum(0, dtype=np.float64)
+        precision = _mean_precision(image[part], hit[part], objects, weights)
         result[k] = np.where(objects > 0, precision, np.nan)
     return result
 
 
-def _mean_precision(picture: np.ndarray, hit: np.ndarray, objects: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _mean_precision(image: np.ndarray, hit: np.ndarray, objects: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(n,) answers of one class in falling order, (W,) numbers of objects -> (W,) mean precision over recalls."""
     places = np.nonzero(hit)[0]
     if len(places) == 0:
         return np.zeros_like(objects)
     starts = np.concatenate([[0], places[:-1] + 1])  # of the answers that end with a right one
-    answers = np.add.reduceat(weights[picture[: places[-1] + 1]], starts, axis=0, dtype=np.float64).cumsum(0)
-    right = weights[picture[places]].cumsum(0, dtype=np.float64)
+    answers = np.add.reduceat(weights[image[: places[-1] + 1]], starts, axis=0, dtype=np.float64).cumsum(0)
+    right = weights[image[places]].cumsum(0, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.where(answers > 0, right / answers, 0)
         recall = np.where(objects > 0, right / objects, 0)

@@ -9,28 +9,28 @@ from common.data.coco import CocoData
 
 @dataclass(frozen=True)
 class PrimaryPairs:
-    """The largest object of each of V pictures beside the model's surest detection there.
+    """The largest object of each of V images beside the model's surest detection there.
 
-    Shapes: picture (V,) int64, index into `CocoData.pictures`; truth, answer (V,) int64 labels, the answer -1 where
+    Shapes: image (V,) int64, index into `CocoData.images`; truth, answer (V,) int64 labels, the answer -1 where
     nothing was detected; iou (V,) float64 of the two boxes, 0 likewise.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     truth: np.ndarray
     answer: np.ndarray
     iou: np.ndarray
 
 
 def primary_pairs(table: np.ndarray, data: CocoData) -> PrimaryPairs:
-    """The pairs of all pictures with at least one non-crowd box."""
+    """The pairs of all images with at least one non-crowd box."""
     best, rows = _best_rows(table), []
-    for index, picture in enumerate(data.pictures):
+    for index, image in enumerate(data.images):
         part = np.arange(data.starts[index], data.starts[index + 1])
         part = part[~data.crowd[part]]
         if len(part) == 0:
             continue
         largest = part[np.argmax(data.boxes[part, 2] * data.boxes[part, 3])]
-        found = best.get(picture.id)
+        found = best.get(image.id)
         answer, iou = (-1, 0.0) if found is None else (int(found[6]), _iou(data.boxes[largest], found[1:5]))
         rows.append((index, data.labels[largest], answer, iou))
     columns = np.array(rows, np.float64).reshape(-1, 4).T
@@ -38,13 +38,13 @@ def primary_pairs(table: np.ndarray, data: CocoData) -> PrimaryPairs:
 
 
 def primary_object(table: np.ndarray, data: CocoData) -> dict:
-    """The study's columns: the picture's largest object against the model's highest-scoring detection.
+    """The study's columns: the image's largest object against the model's highest-scoring detection.
 
-    Only pictures with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
-    weighted by how many pictures have that class (so recall equals accuracy). IoU is 0 where nothing was detected.
+    Only images with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
+    weighted by how many images have that class (so recall equals accuracy). IoU is 0 where nothing was detected.
     """
     pairs = primary_pairs(table, data)
-    scores = weighted_scores(pairs, np.ones((len(pairs.picture), 1)))
+    scores = weighted_scores(pairs, np.ones((len(pairs.image), 1)))
     return {name: None if np.isnan(value) else float(value) for name, (value,) in scores.items()}
 
 

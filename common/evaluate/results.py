@@ -35,7 +35,7 @@ class ValidationRecord:
     detection: dict | None = None
     primary: dict | None = None
     cost: dict | None = None
-    conditions: dict = field(default_factory=dict)  # how the model came about: backbone, pictures, seed, epochs, …
+    conditions: dict = field(default_factory=dict)  # how the model came about: backbone, images, seed, epochs, …
     intervals: dict | None = None
     diagnosis: dict | None = None
     warnings: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class ValidationResults:
     """Everything in the file but its version."""
 
     protocol: dict
-    dataset: dict  # source, split, pictures, boxes, fingerprint
+    dataset: dict  # source, split, images, boxes, fingerprint
     models: tuple[ValidationRecord, ...]
     comparisons: list[dict] = field(default_factory=list)  # as `bootstrap.comparisons` returns them
     created: str = ""

@@ -18,7 +18,7 @@ from PIL import Image
 
 from common.console import InputError, progress_bar
 from common.data.coco import CocoData
-from common.data.images import open_picture
+from common.data.images import open_image
 from common.evaluate.cost import Cost, PeakMemory
 from common.files import cache_folder
 from common.runtime import device_name
@@ -26,16 +26,16 @@ from common.types import Detections, Found
 
 # The usual evaluation settings. `predict` gives each box its best class alone, ultralytics' own validation several.
 SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300}
-TIMED = 20  # pictures, one by one
+TIMED = 20  # images, one by one
 
 
 def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.device) -> Found:
-    """What a YOLO finds on every picture of `data`.
+    """What a YOLO finds on every image of `data`.
 
     Args:
         name: a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
-        data: the pictures.
-        batch_size: pictures at once; exported models have their own.
+        data: the images.
+        batch_size: images at once; exported models have their own.
         device: to run on.
 
     Raises:
@@ -43,28 +43,28 @@ def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.devi
     """
     model = _load(name)
     options = SETTINGS | {"device": str(device), "verbose": False}
-    pictures = [_pixels(data, index) for index in range(min(len(data), batch_size))]
+    images = [_pixels(data, index) for index in range(min(len(data), batch_size))]
     found: list[Detections] = []
     try:
         with _as_it_was():
-            names = model.predict(pictures[:1], **options)[0].names  # an exported model is only loaded now
+            names = model.predict(images[:1], **options)[0].names  # an exported model is only loaded now
         exported = not isinstance(model.model, torch.nn.Module)
         batch = 1 if exported else batch_size
         with PeakMemory(device) as memory:
-            singles = [_milliseconds(model.predict([p], **options)) for p in (pictures * TIMED)[:TIMED]]
-            together = min(_milliseconds(model.predict(pictures[:batch], **options)) for _ in range(2))
+            singles = [_milliseconds(model.predict([p], **options)) for p in (images * TIMED)[:TIMED]]
+            together = min(_milliseconds(model.predict(images[:batch], **options)) for _ in range(2))
         with progress_bar(len(data), Path(name).stem) as bar:
             for first in range(0, len(data), batch):
                 indices = range(first, min(first + batch, len(data)))
                 results = model.predict([_pixels(data, index) for index in indices], **options)
-                found += [_detections(r, data.pictures[i].id) for r, i in zip(results, indices, strict=True)]
+                found += [_detections(r, data.images[i].id) for r, i in zip(results, indices, strict=True)]
                 bar.update(len(indices))
     except Exception as error:  # damaged files and missing packages surface as many types
         raise InputError(f"{name}: ultralytics cannot run it: {str(error).strip().splitlines()[0]}") from error
     cost = Cost(
         parameters=None if exported else sum(p.numel() for p in model.model.parameters()),
-        ms_per_picture=statistics.median(singles),
-        pictures_per_s=1000 / together,
+        ms_per_image=statistics.median(singles),
+        images_per_s=1000 / together,
         batch_size=batch,
         peak_memory_mb=memory.megabytes,
         device=device_name(device),
@@ -126,13 +126,13 @@ def _fetch(name: str) -> Path:
 
 
 def _pixels(data: CocoData, index: int) -> np.ndarray:
-    """(H, W, 3) uint8, blue first, as ultralytics takes pictures from memory."""
-    picture = data.pictures[index]
-    return np.ascontiguousarray(np.asarray(open_picture(picture.path, (picture.width, picture.height)))[..., ::-1])
+    """(H, W, 3) uint8, blue first, as ultralytics takes images from memory."""
+    image = data.images[index]
+    return np.ascontiguousarray(np.asarray(open_image(image.path, (image.width, image.height)))[..., ::-1])
 
 
 def _milliseconds(results: list) -> float:
-    """A picture's network and post-processing; resizing is not counted, as for the other models."""
+    """An image's network and post-processing; resizing is not counted, as for the other models."""
     return statistics.mean(r.speed["inference"] + r.speed["postprocess"] for r in results)
 
 

@@ -20,7 +20,7 @@ ALIGNED_POWER = 6.0  # of the IoU, beside the first power of the score (TOOD, ar
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each of the L locations answers for in one picture.
+    """What each of the L locations answers for in one image.
 
     Shapes: box (L,) int64, index into `Target.boxes`, -1 where it is none; quality (L,) float32 in 0..1, the score
     that the location should give, 0 where there is no box; ignore (L,) bool, neither object nor background.
@@ -34,7 +34,7 @@ class Assignment:
 def assign(
     object_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor, target: Target, kind: str
 ) -> Assignment:
-    """Which object each location of one picture answers for.
+    """Which object each location of one image answers for.
 
     Every object gets at least the location nearest to its centre, at the level of its size, so that none goes
     unlearned. Where several objects claim a location, center gives it to the smallest, the others to the best fit.

@@ -52,7 +52,7 @@ class Checkpoint:
     class_names: tuple[str, ...]  # of the labels 0..K-1
     category_ids: tuple[int, ...]  # of the data set that it was trained on
     train_config: dict = field(default_factory=dict)  # settings and conditions of its training
-    metrics: dict = field(default_factory=dict)  # on the validation pictures of its training
+    metrics: dict = field(default_factory=dict)  # on the validation images of its training
     epoch: int = 0  # finished epochs
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Detection heads: patch features of the backbone, those of several blocks side by side -> `RawOutput`.
 
 Every head scores an object at a location as sigmoid(object) x softmax(class). One object logit shared by all classes
-learns "something is here" from every box, which a handful of pictures of each class could not teach K separate
+learns "something is here" from every box, which a handful of images of each class could not teach K separate
 detectors; the softmax then only has to tell classes apart, and is trained where there is an object.
 """
 
@@ -71,7 +71,7 @@ class PyramidHead(nn.Module):
     The patch tokens are one plain map, from which pooling makes the coarser levels (ViTDet, arXiv 2203.16527). One
     tower, shared by the levels, finds and places objects (FCOS, arXiv 1904.01355); on the patch grid it also predicts
     for the four quarters of each patch, which is the finest level without a map of its own. What a class looks like is
-    read from the raw tokens by one linear layer, the most that few pictures of each class can teach; the quarters of a
+    read from the raw tokens by one linear layer, the most that few images of each class can teach; the quarters of a
     patch share its class.
 
     Args:

@@ -51,7 +51,7 @@ def detection_loss(
 
     Args:
         mean_of_processes: the mean of a scalar over all processes that share the step. The divisor is such a mean, so
-            that the mean of their gradients is that of one process with all of their pictures.
+            that the mean of their gradients is that of one process with all of their images.
 
     Returns:
         object: is an object here? At every location but the ignored; class: which, at the locations with an object;
@@ -64,7 +64,7 @@ def detection_loss(
     ]
     positive = torch.stack([a.box >= 0 for a in assigned])  # (B, L)
     ignore = torch.stack([a.ignore for a in assigned])
-    picture, location = torch.nonzero(positive, as_tuple=True)
+    image, location = torch.nonzero(positive, as_tuple=True)
     chosen = [a.box[a.box >= 0] for a in assigned]
     labels = torch.cat([t.labels[index] for t, index in zip(targets, chosen, strict=True)])
     truth = torch.cat([t.boxes[index] for t, index in zip(targets, chosen, strict=True)])
@@ -74,12 +74,12 @@ def detection_loss(
         wanted = torch.stack([a.quality for a in assigned])
         weights = wanted[positive]
     object_loss = F.binary_cross_entropy_with_logits(out.object_logits, wanted, reduction="none")
-    class_loss = F.cross_entropy(out.class_logits[picture, out.class_rows[location]], labels, reduction="none")
+    class_loss = F.cross_entropy(out.class_logits[image, out.class_rows[location]], labels, reduction="none")
     if config.scores == "focal":
         surprise = (out.object_logits.sigmoid() - wanted).abs()
         object_loss = object_loss * surprise**FOCAL_GAMMA * torch.where(positive, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
         class_loss = class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
-    box_loss = _box_loss(out.boxes[picture, location], truth, config.boxes)
+    box_loss = _box_loss(out.boxes[image, location], truth, config.boxes)
     count = mean_of_processes(weights.sum()).clamp(min=1)
     return {
         "object": (object_loss * ~ignore).sum() / count,

@@ -8,11 +8,11 @@ from common.types import Detections, RawOutput, Target, clip_to
 MIN_SCORE = 0.001  # detections below it are dropped: ultralytics' evaluation setting
 CANDIDATES = 1000  # best (location, class) pairs that enter NMS
 NMS_IOU = 0.5
-MAX_DETECTIONS = 100  # a picture: COCO's limit
+MAX_DETECTIONS = 100  # an image: COCO's limit
 
 
 def postprocess(out: RawOutput, targets: list[Target]) -> list[Detections]:
-    """The best detections of each picture of a batch, after class-wise NMS. A location may name several classes.
+    """The best detections of each image of a batch, after class-wise NMS. A location may name several classes.
 
     Args:
         out: what the detector said of the batch.

@@ -123,13 +123,11 @@ def draw_bars(
 
 
 def draw_speed(axes: Axes, models: Models) -> None:
-    """mAP@0.5 with its interval against pictures per second, one marker a model, named by the figure's legend."""
-    known = [
-        r for r in models if value_of(r, "cost", "pictures_per_s") and value_of(r, "detection", "AP50") is not None
-    ]
+    """mAP@0.5 with its interval against images per second, one marker a model, named by the figure's legend."""
+    known = [r for r in models if value_of(r, "cost", "images_per_s") and value_of(r, "detection", "AP50") is not None]
     for record in known:
         position = models.index(record)
-        x, y = value_of(record, "cost", "pictures_per_s"), value_of(record, "detection", "AP50")
+        x, y = value_of(record, "cost", "images_per_s"), value_of(record, "detection", "AP50")
         low, high = interval_of(record, "AP50") or (y, y)
         axes.plot([x, x], [low, high], color="0.4", linewidth=1)
         axes.plot(x, y, **marker_of(position, style_of(position, len(models))), markersize=11)
@@ -137,7 +135,7 @@ def draw_speed(axes: Axes, models: Models) -> None:
         axes.text(0.5, 0.5, "no speeds were measured", ha="center", transform=axes.transAxes, color="0.4")
         axes.set_axis_off()
         return
-    speeds = [value_of(r, "cost", "pictures_per_s") for r in known]
+    speeds = [value_of(r, "cost", "images_per_s") for r in known]
     axes.set_xscale("log")
     low, high = min(speeds) / 3, max(speeds) * 3
     axes.set_xlim(low, high)
@@ -147,7 +145,7 @@ def draw_speed(axes: Axes, models: Models) -> None:
     tops = [max(value_of(r, "detection", "AP50"), (interval_of(r, "AP50") or (0, 0))[1]) for r in known]
     axes.set_ylim(0, 1.15 * max([*tops, 0.05]))
     devices = {str((r.cost or {}).get("device")) for r in known}
-    axes.set_xlabel("pictures per second" + (f"\n{devices.pop()}" if len(devices) == 1 else ""))
+    axes.set_xlabel("images per second" + (f"\n{devices.pop()}" if len(devices) == 1 else ""))
     axes.set_ylabel("mAP@0.5")
     axes.grid(alpha=0.4)
 
@@ -173,7 +171,7 @@ def add_legend(figure: Figure, models: Models, shown: Models) -> None:
 def caption(results: ValidationResults, width: int = 150) -> str:
     """What the numbers were measured on, and which models are missing from the chart."""
     data = results.dataset
-    measured = f"{data.get('pictures', '?')} validation pictures of {data.get('source', '?')}"
+    measured = f"{data.get('images', '?')} validation images of {data.get('source', '?')}"
     lines = [f"{measured}, {data.get('boxes', '?')} boxes"]
     for record in results.models:
         if record.error:
@@ -378,7 +376,7 @@ def training(results: ValidationResults, logs: dict[str, Path]) -> Figure | None
         plt.close(figure)
         return None
     left.set(xlabel="epoch", ylabel="loss", title="Training loss, all terms")
-    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first 100 validation pictures")
+    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first 100 validation images")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.4)

@@ -1,4 +1,4 @@
-"""Boxes on pictures, and contact sheets. Sizes follow the picture's, so that a label can be read on any of them."""
+"""Boxes on images, and contact sheets. Sizes follow the image's, so that a label can be read on any of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.data.coco import CocoData
 
-SMALLEST_SIDE = 480  # pixels; smaller pictures are enlarged before anything is drawn
+SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
 PALETTE = (  # Okabe and Ito's colours, told apart also by the colour-blind; classes share them in turn
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
@@ -20,7 +20,7 @@ GAP, PAPER, INK = 8, (245, 245, 245), (20, 20, 20)
 
 @dataclass(frozen=True)
 class LabelledBox:
-    """One box to draw: xyxy in pixels of the picture, its colour's number, its caption."""
+    """One box to draw: xyxy in pixels of the image, its colour's number, its caption."""
 
     box: tuple[float, float, float, float]
     label: int
@@ -29,8 +29,8 @@ class LabelledBox:
 
 
 def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
-    """The boxes of picture `index` of a data set, crowds dashed."""
-    rows = zip(*(column.tolist() for column in data.picture_boxes(index)), strict=True)
+    """The boxes of image `index` of a data set, crowds dashed."""
+    rows = zip(*(column.tolist() for column in data.image_boxes(index)), strict=True)
     return [
         LabelledBox(tuple(b), k, data.class_names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows
     ]
@@ -87,7 +87,7 @@ def _overlap(a: tuple, b: tuple) -> bool:
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures of equal height in a row, each under its title."""
+    """Images of equal height in a row, each under its title."""
     height = max(image.height for _, image in panels)
     font = ImageFont.load_default(max(14, height // 26))
     header = round(font.size * 1.6)

@@ -1,4 +1,4 @@
-"""The results as one self-contained HTML file: table, verdicts, charts, best and worst pictures, all conditions."""
+"""The results as one self-contained HTML file: table, verdicts, charts, best and worst images, all conditions."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from common.data.coco import CocoData
-from common.data.images import open_picture
+from common.data.images import open_image
 from common.evaluate.matching import match
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
@@ -19,8 +19,8 @@ from common.show import charts
 from common.show.drawing import LabelledBox, draw_boxes, side_by_side, true_boxes
 from common.show.tables import NAMES, TABLE, cell
 
-EXTREMES = 4  # best pictures, and as many worst ones, of each model
-PICTURE_WIDTH = 900  # pixels
+EXTREMES = 4  # best images, and as many worst ones, of each model
+IMAGE_WIDTH = 900  # pixels
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -41,7 +41,7 @@ def write_report(path: Path, results: ValidationResults, data: CocoData, tables:
     Args:
         path: the HTML file.
         results: what the report is about.
-        data: the validation pictures and their ground truth.
+        data: the validation images and their ground truth.
         tables: the (M, 7) detections of each model that has numbers, by name.
     """
     parts = [
@@ -51,7 +51,7 @@ def write_report(path: Path, results: ValidationResults, data: CocoData, tables:
         _table(results),
         _verdicts(results),
         *(_chart(name, figure) for name, figure in charts.figures(results).items()),
-        *(_pictures(record, data, tables[record.name]) for record in results.models if record.name in tables),
+        *(_images(record, data, tables[record.name]) for record in results.models if record.name in tables),
         _conditions(results),
     ]
     head = f'<meta charset="utf-8"><title>Detection results</title><style>{STYLE}</style>'
@@ -87,7 +87,7 @@ def _interval(record: ValidationRecord, key: str | tuple[str, ...], form: str) -
 
 
 def _verdicts(results: ValidationResults) -> str:
-    """For each pair of models, which is better in what, as far as the pictures tell."""
+    """For each pair of models, which is better in what, as far as the images tell."""
     if not results.comparisons:
         return ""
     head = "<tr><th>is … better?</th>" + "".join(f"<th>{_escape(name)}</th>" for name in NAMES.values()) + "</tr>"
@@ -105,9 +105,9 @@ def _verdicts(results: ValidationResults) -> str:
 
 def _chart(name: str, figure) -> str:
     title = name.replace("_", " ").capitalize()
-    picture = _embedded("png", lambda stream: figure.savefig(stream, format="png", dpi=90), title)
+    image = _embedded("png", lambda stream: figure.savefig(stream, format="png", dpi=90), title)
     plt.close(figure)
-    return f"<h2>{title}</h2>{picture}"
+    return f"<h2>{title}</h2>{image}"
 
 
 def _embedded(kind: str, save: Callable[[io.BytesIO], object], alt: str) -> str:
@@ -117,47 +117,47 @@ def _embedded(kind: str, save: Callable[[io.BytesIO], object], alt: str) -> str:
     return f'<img alt="{_escape(alt)}" src="data:image/{kind};base64,{encoded}">'
 
 
-def _pictures(record: ValidationRecord, data: CocoData, table: np.ndarray) -> str:
-    """The pictures with the best and the worst F1 at the model's own threshold, beside the truth."""
+def _images(record: ValidationRecord, data: CocoData, table: np.ndarray) -> str:
+    """The images with the best and the worst F1 at the model's own threshold, beside the truth."""
     score = record.diagnosis["operating_point"]["score"]
     if score is None:
         return ""
     sure = table[table[:, 5] >= score]
-    f1, objects = _f1_of_pictures(sure, data)
+    f1, objects = _f1_of_images(sure, data)
     asked = np.nonzero(objects > 0)[0]
     ranked = asked[np.lexsort((-objects[asked], -f1[asked]))]
     worst = asked[np.lexsort((-objects[asked], f1[asked]))]
     chosen = {"best": ranked[:EXTREMES], "worst": worst[:EXTREMES]}
-    parts = [f"<h2>{_escape(record.name)}: best and worst pictures</h2><p>By F1 at scores from {score:.2f}.</p>"]
+    parts = [f"<h2>{_escape(record.name)}: best and worst images</h2><p>By F1 at scores from {score:.2f}.</p>"]
     for title, indices in chosen.items():
-        parts += [_picture(title, record.name, int(index), sure, data, f1[index]) for index in indices]
+        parts += [_image(title, record.name, int(index), sure, data, f1[index]) for index in indices]
     return "\n".join(parts)
 
 
-def _f1_of_pictures(table: np.ndarray, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
-    """F1 at IoU 0.5 of each picture, and its number of objects."""
+def _f1_of_images(table: np.ndarray, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
+    """F1 at IoU 0.5 of each image, and its number of objects."""
     m = match(table, data, np.array([0.5]))
     count = len(data)
-    objects = np.bincount(m.pictures[m.objects], minlength=count)
-    found = np.bincount(m.picture[~m.ignored[0]], minlength=count)
-    right = np.bincount(m.picture[m.hit[0]], minlength=count)
+    objects = np.bincount(m.images[m.objects], minlength=count)
+    found = np.bincount(m.image[~m.ignored[0]], minlength=count)
+    right = np.bincount(m.image[m.hit[0]], minlength=count)
     return 2 * right / np.maximum(objects + found, 1), objects
 
 
-def _picture(title: str, name: str, index: int, table: np.ndarray, data: CocoData, f1: float) -> str:
-    picture = data.pictures[index]
-    image = open_picture(picture.path, (picture.width, picture.height))
-    rows = table[table[:, 0] == picture.id]
+def _image(title: str, name: str, index: int, table: np.ndarray, data: CocoData, f1: float) -> str:
+    file = data.images[index]
+    image = open_image(file.path, (file.width, file.height))
+    rows = table[table[:, 0] == file.id]
     boxes = [
         LabelledBox((x, y, x + w, y + h), int(label), f"{data.class_names[int(label)]} {score:.2f}")
         for x, y, w, h, score, label in rows[np.argsort(-rows[:, 5]), 1:].tolist()
     ]
     panels = [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     strip = side_by_side(panels)
-    size = (PICTURE_WIDTH, round(strip.height * PICTURE_WIDTH / strip.width))
+    size = (IMAGE_WIDTH, round(strip.height * IMAGE_WIDTH / strip.width))
     strip = strip.resize(size, Image.Resampling.LANCZOS)
-    embedded = _embedded("jpeg", lambda stream: strip.save(stream, "JPEG", quality=80), picture.path.name)
-    text = f"{title}: {picture.path.name}, F1 {f1:.2f}"
+    embedded = _embedded("jpeg", lambda stream: strip.save(stream, "JPEG", quality=80), file.path.name)
+    text = f"{title}: {file.path.name}, F1 {f1:.2f}"
     return f"<figure>{embedded}<figcaption>{_escape(text)}</figcaption></figure>"
 
 

@@ -11,8 +11,8 @@ TABLE = (  # heading, part, key, format
     ("mAP@0.5", "detection", "AP50", "{:.3f}"),
     ("AP", "detection", "AP", "{:.3f}"),
     ("S / M / L", "detection", ("AP_small", "AP_medium", "AP_large"), "{:.3f}"),
-    ("pictures/s", "cost", "pictures_per_s", "{:.1f}"),
-    ("ms", "cost", "ms_per_picture", "{:.0f}"),
+    ("images/s", "cost", "images_per_s", "{:.1f}"),
+    ("ms", "cost", "ms_per_image", "{:.0f}"),
 )
 
 

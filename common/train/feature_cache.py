@@ -1,10 +1,10 @@
-"""Features of a frozen backbone on disk: each picture goes through it once, later epochs read memory maps.
+"""Features of a frozen backbone on disk: each image goes through it once, later epochs read memory maps.
 
-The pictures are taken in shards of `SHARD`. A shard's file holds (pictures, views, rows, columns, blocks, channels)
+The images are taken in shards of `SHARD`. A shard's file holds (images, views, rows, columns, blocks, channels)
 features of 16 bits, bfloat16 where the run computes in it, so that nothing is lost, else float16: view 0 is the
-letterboxed picture, view 1 the same mirrored. Its name is a digest of all that the features depend on, given to it when
+letterboxed image, view 1 the same mirrored. Its name is a digest of all that the features depend on, given to it when
 it is whole: an interrupted build goes on where it stopped, several processes share the shards among them, and a run on
-more pictures finds those of an earlier one.
+more images finds those of an earlier one.
 """
 
 import hashlib
@@ -29,24 +29,24 @@ from common.runtime import precision_name
 from common.types import Target
 
 FORMAT_VERSION = 3
-SHARD = 64  # pictures: what an interruption can cost
+SHARD = 64  # images: what an interruption can cost
 SPARE_DISK = 1 << 30  # bytes that a build leaves free
 ABANDONED = 3600.0  # seconds after which a half-written file belongs to nobody
-CPU_BATCH = 4  # pictures at once while building on a CPU: a tenth faster than 16, as less waits for less
+CPU_BATCH = 4  # images at once while building on a CPU: a tenth faster than 16, as less waits for less
 
 
 @dataclass(frozen=True)
 class FeatureFiles:
-    """Where the features of some pictures belong, and their form; the files themselves need not be there yet."""
+    """Where the features of some images belong, and their form; the files themselves need not be there yet."""
 
-    paths: tuple[Path, ...]  # of the shards, in the pictures' order
-    pictures: int
-    shape: tuple[int, int, int, int, int]  # of a picture: views, rows, columns, blocks, channels
+    paths: tuple[Path, ...]  # of the shards, in the images' order
+    images: int
+    shape: tuple[int, int, int, int, int]  # of an image: views, rows, columns, blocks, channels
     dtype: torch.dtype
 
     def part(self, shard: int) -> range:
-        """The pictures of a shard."""
-        return range(shard * SHARD, min(self.pictures, (shard + 1) * SHARD))
+        """The images of a shard."""
+        return range(shard * SHARD, min(self.images, (shard + 1) * SHARD))
 
     def missing(self) -> list[int]:
         """The shards whose files are not there."""
@@ -54,7 +54,7 @@ class FeatureFiles:
 
     def gigabytes(self, shards: Sequence[int] | None = None) -> float:
         """Size of all files, or of those of some shards."""
-        count = self.pictures if shards is None else sum(len(self.part(shard)) for shard in shards)
+        count = self.images if shards is None else sum(len(self.part(shard)) for shard in shards)
         return count * math.prod(self.shape) * self.dtype.itemsize / 1e9
 
     def open(self) -> "Features":
@@ -72,25 +72,25 @@ class FeatureFiles:
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a data set's pictures in memory maps, each (pictures, views, rows, columns, blocks, channels)."""
+    """The features of a data set's images in memory maps, each (images, views, rows, columns, blocks, channels)."""
 
     shards: tuple[Tensor, ...]
 
-    def of(self, picture: int, view: int) -> Tensor:
-        """(rows, columns, blocks, channels) of one view of a picture."""
-        return self.shards[picture // SHARD][picture % SHARD, view]
+    def of(self, image: int, view: int) -> Tensor:
+        """(rows, columns, blocks, channels) of one view of an image."""
+        return self.shards[image // SHARD][image % SHARD, view]
 
 
 def feature_files(detector: Detector, data: CocoData, views: int, precision: str) -> FeatureFiles:
-    """Names and form of the features that the backbone of `detector` gives for the pictures of `data`.
+    """Names and form of the features that the backbone of `detector` gives for the images of `data`.
 
     A name is a digest of the backbone's weights, the blocks, the input size, the precision, the number of views, and
-    the path, length and time of change of each picture in the shard.
+    the path, length and time of change of each image in the shard.
 
     Args:
         detector: its backbone and configuration; the head does not matter.
-        data: the pictures; their boxes do not matter.
-        views: 1 the picture, 2 also its mirror image.
+        data: the images; their boxes do not matter.
+        views: 1 the image, 2 also its mirror image.
         precision: the arithmetic that the features are computed in, as `precision_name` gives it.
     """
     config = detector.config
@@ -101,30 +101,30 @@ def feature_files(detector: Detector, data: CocoData, views: int, precision: str
     paths = []
     for begin in range(0, len(data), SHARD):
         digest = common.copy()
-        for picture in data.pictures[begin : begin + SHARD]:
-            digest.update(repr(picture.file_state()).encode())
+        for image in data.images[begin : begin + SHARD]:
+            digest.update(repr(image.file_state()).encode())
         paths.append(cache_folder("features", f"{digest.hexdigest()[:24]}.features"))
     side = config.image_size // detector.backbone.patch_size
     shape = (views, side, side, len(config.blocks), detector.backbone.channels)
     return FeatureFiles(tuple(paths), len(data), shape, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def feature_gigabytes(detector: Detector, pictures: int, views: int) -> float:
-    """What the cache of so many pictures takes, without looking at them."""
+def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
+    """What the cache of so many images takes, without looking at them."""
     side = detector.config.image_size // detector.backbone.patch_size
-    return pictures * views * side**2 * len(detector.config.blocks) * detector.backbone.channels * 2 / 1e9
+    return images * views * side**2 * len(detector.config.blocks) * detector.backbone.channels * 2 / 1e9
 
 
 def cached_features(
     detector: Detector, data: CocoData, *, mirrored: bool, batch_size: int, workers: int, accelerator: Accelerator
 ) -> Features:
-    """The features of `data`'s pictures, built where they are not there yet, by all processes together.
+    """The features of `data`'s images, built where they are not there yet, by all processes together.
 
     Args:
         detector: on the accelerator's device; its backbone is run in the accelerator's precision.
-        mirrored: also keep those of the mirrored pictures (twice the size).
-        batch_size: pictures at once while building, at most; on a CPU fewer.
-        workers: processes that decode pictures while building.
+        mirrored: also keep those of the mirrored images (twice the size).
+        batch_size: images at once while building, at most; on a CPU fewer.
+        workers: processes that decode images while building.
 
     Raises:
         InputError: the disk has no room for them, or can't be written.
@@ -140,7 +140,7 @@ def cached_features(
             begun = len(data) - sum(len(files.part(shard)) for shard in missing)
             there = f", those of {begun} are there already" if begun else ""
             size, folder = f"{files.gigabytes():.1f} GB", files.paths[0].parent
-            print(f"features of {len(data)} pictures: {size} in {folder}{there}", flush=True)
+            print(f"features of {len(data)} images: {size} in {folder}{there}", flush=True)
         with torch.random.fork_rng():  # what training draws must not depend on whether the cache was there
             _build(files, missing, detector, data, min(batch_size, len(data)), workers, accelerator)
         accelerator.wait_for_everyone()
@@ -202,16 +202,16 @@ def _check_room(files: FeatureFiles, missing: Sequence[int]) -> None:
 
 
 class CachedDataset(Dataset):
-    """What `DetectionDataset` gives, with a picture's features in its place.
+    """What `DetectionDataset` gives, with an image's features in its place.
 
     Whether a view is mirrored is drawn as `MirrorTransform` draws it, so that training on the cache sees the same
-    views in the same order as training on the pictures.
+    views in the same order as training on the images.
 
     Args:
-        data: the pictures and boxes.
+        data: the images and boxes.
         features: of them, as `cached_features` returns them.
         image_size: side of the square input, pixels.
-        mirror: draw mirrored views, for training; else the letterboxed pictures alone.
+        mirror: draw mirrored views, for training; else the letterboxed images alone.
         seed: of the draw.
     """
 
@@ -226,7 +226,7 @@ class CachedDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Features (h, w, blocks, C) and the picture's `Target`."""
+        """Features (h, w, blocks, C) and the image's `Target`."""
         target = letterbox_target(self.data.target(index), self.data.size(index), self.image_size)
         with sample_randomness(self.seed, self.epoch, index):
             mirrored = self.mirror and mirror_drawn()

@@ -1,7 +1,7 @@
 """A training run's folder: its log, its checkpoints, and the state from which a stopped run goes on.
 
 What a resumed run computes is, to the bit, what the uninterrupted one would have: weights, optimizer, schedule, average
-and position are kept, and all random numbers are functions of (seed, epoch, step or picture, process).
+and position are kept, and all random numbers are functions of (seed, epoch, step or image, process).
 """
 
 import json
@@ -44,7 +44,7 @@ class RunFolder:
     Args:
         path: the folder.
         settings: of the run, plain types. With `resume` it goes on from `state.pth`, or begins where there is none.
-        fingerprint: of the training pictures and boxes.
+        fingerprint: of the training images and boxes.
         accelerator: of the run.
         stages: the names of its stages, in order. The best of each but the last is also kept as NAME.pth.
 
@@ -116,7 +116,7 @@ class RunFolder:
             interrupted.advice = self.advice
             raise
         except NotFiniteError as error:
-            # Each process has pictures of its own.
+            # Each process has images of its own.
             report = self.path / f"not_finite_{self.accelerator.process_index}.json"
             with atomic_write(report, "w") as file:
                 json.dump(error.report, file, indent=2)
@@ -195,14 +195,14 @@ class RunFolder:
         """Refuse to go on with what does not fit, and say which changes count."""
         before, now = self.saved["settings"], self.run["settings"]
         if self.saved["train_fingerprint"] != self.run["train_fingerprint"]:
-            raise InputError(f"--resume: the run in {self.path} was trained on other pictures or boxes")
+            raise InputError(f"--resume: the run in {self.path} was trained on other images or boxes")
         changed = sorted(key for key in now if now[key] != before.get(key) and key not in FREE)
         words = {key: f"--{key.replace('_', '-')} (was {before.get(key)}, is {now[key]})" for key in changed}
         if fixed := [words[key] for key in changed if key in FIXED]:
             raise InputError(f"--resume: the run in {self.path} cannot go on with another {', '.join(fixed)}")
         if self.saved["at_once"] != self.run["at_once"] and self.saved["progress"]["step"]:
             raise InputError(
-                f"--resume: the run in {self.path} stopped inside an epoch of {self.saved['at_once']} pictures a step, "
+                f"--resume: the run in {self.path} stopped inside an epoch of {self.saved['at_once']} images a step, "
                 f"over all processes, and not {self.run['at_once']}"
             )
         if changed:
@@ -226,5 +226,5 @@ def publish_best(
     if run.writes:
         remove_leftovers(Path(output))
         save_detector(output, replace(best, metrics=numbers))
-        print(f"epoch {best.epoch} on {len(val_data)} validation pictures: {in_words(numbers)}; written to {output}")
+        print(f"epoch {best.epoch} on {len(val_data)} validation images: {in_words(numbers)}; written to {output}")
     return numbers

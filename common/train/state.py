@@ -23,7 +23,7 @@ from common.types import Batch
 
 FP16_MISSES = 20  # steps in a row that fp16 may skip while it looks for a scale that holds its gradients
 UNTOLD = ("resume", "save_steps")  # how often a run was stopped or saved leaves no trace in its checkpoint
-EPOCH_VAL_PICTURES = 100  # the validation after each epoch looks at the first so many
+EPOCH_VAL_IMAGES = 100  # the validation after each epoch looks at the first so many
 
 
 class Progress:
@@ -34,7 +34,7 @@ class Progress:
         detector: the weights, not wrapped for several processes.
         optimizer: of the stage, likewise `schedule`.
         accelerator: of the run.
-        order: of the training pictures; its seed is also that of the random numbers that a step draws (dropout).
+        order: of the training images; its seed is also that of the random numbers that a step draws (dropout).
         ema_decay: see `Ema`.
         epoch: epochs finished before the stage.
     """
@@ -116,7 +116,7 @@ class Progress:
             ids = ", ".join(map(str, report["image_ids"]))
             raise NotFiniteError(
                 f"the gradients became {norm.item()} in epoch {self.epoch + 1}, step {self.step + 1}, "
-                f"on the pictures {ids}; lower the learning rate, or use --precision fp32",
+                f"on the images {ids}; lower the learning rate, or use --precision fp32",
                 report,
             )
 
@@ -151,7 +151,7 @@ class Progress:
 
 @contextmanager
 def memory_explained(progress: Progress, config: LossConfig) -> Iterator[None]:
-    """Around training steps: where memory runs out, find how many pictures of the batch fit.
+    """Around training steps: where memory runs out, find how many images of the batch fit.
 
     Raises:
         InputError: memory ran out; with the batch size to take.
@@ -171,7 +171,7 @@ def memory_explained(progress: Progress, config: LossConfig) -> Iterator[None]:
         if _fits(Batch(progress.batch.images[:fewer], progress.batch.targets[:fewer]), progress.detector, config):
             advice = f"{fewer} fit: take --batch-size {fewer}; with --resume the run goes on from its last state"
             break
-    raise InputError(f"out of memory at a step of {count} pictures; {advice}")
+    raise InputError(f"out of memory at a step of {count} images; {advice}")
 
 
 def _let_go(traceback: TracebackType) -> None:
@@ -195,7 +195,7 @@ def _fits(batch: Batch, detector: Detector, config: LossConfig) -> bool:
 def describe_training(settings: dict, data: CocoData, accelerator: Accelerator) -> dict:
     """The conditions of a run, for its checkpoints: every setting, and what was made of them."""
     return {name: value for name, value in settings.items() if name not in UNTOLD} | {
-        "train_pictures": len(data),
+        "train_images_used": len(data),
         "train_fingerprint": data.fingerprint(),
         "processes": accelerator.num_processes,
     }

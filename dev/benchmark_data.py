@@ -1,14 +1,13 @@
-"""What all of COCO costs before the first step: time and memory to read and check 118,287 pictures and 860,001 boxes.
+"""What all of COCO costs before the first step: time and memory to read and check 118,287 images and 860,001 boxes.
 
-  python tests/benchmark_data.py
+  python -m dev.benchmark_data
 
-The annotations are generated, outlines included, in the form and number of instances_train2017.json; the picture files
+The annotations are generated, outlines included, in the form and number of instances_train2017.json; the image files
 are empty, since of so many none is decoded beforehand.
 """
 
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,27 +15,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from common.data.sources import DataSource, load_split
 from common.evaluate.cost import PeakMemory
 
-PICTURES, BOXES, CLASSES, OUTLINE = 118_287, 860_001, 80, 40
+IMAGES, BOXES, CLASSES, OUTLINE = 118_287, 860_001, 80, 40
 WIDTH, HEIGHT = 64, 48
 
 
 def generate(folder: Path) -> Path:
-    """The annotation file, with its pictures in `folder`/train2017."""
+    """The annotation file, with its images in `folder`/train2017."""
     rng = np.random.default_rng(0)
     (folder / "train2017").mkdir()
     images = []
-    for number in range(1, PICTURES + 1):
+    for number in range(1, IMAGES + 1):
         name = f"{number:012d}.jpg"
         (folder / "train2017" / name).touch()
         images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "license": 1})
     corners = rng.random((BOXES, 2)) * (WIDTH / 2, HEIGHT / 2)
     boxes = np.concatenate([corners, 1 + rng.random((BOXES, 2)) * 20], axis=1).round(2).tolist()
-    owners, classes = rng.integers(1, PICTURES + 1, BOXES).tolist(), rng.integers(1, CLASSES + 1, BOXES).tolist()
+    owners, classes = rng.integers(1, IMAGES + 1, BOXES).tolist(), rng.integers(1, CLASSES + 1, BOXES).tolist()
     outline = [rng.random(2 * OUTLINE).round(2).tolist()]
     annotations = [
         {"id": i, "image_id": owner, "category_id": k, "bbox": b, "area": 9.5, "iscrowd": 0, "segmentation": outline}
@@ -60,5 +57,5 @@ if __name__ == "__main__":
         with PeakMemory(torch.device("cpu")) as memory:
             data = load_split(DataSource(str(folder)), "train")
         seconds = time.perf_counter() - began
-        print(f"{len(data)} pictures, {len(data.labels)} boxes, a file of {size / 1e6:.0f} MB: {seconds:.1f} s")
+        print(f"{len(data)} images, {len(data.labels)} boxes, a file of {size / 1e6:.0f} MB: {seconds:.1f} s")
         print(f"most memory, libraries included: {memory.megabytes:.0f} MB" if memory.megabytes else "memory not known")

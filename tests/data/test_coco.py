@@ -10,10 +10,10 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.annotations import load_coco
-from common.data.coco import pictures_alone
+from common.data.coco import unlabelled_images
 from common.data.dataset import DetectionDataset, collate
 from common.data.demo import CATEGORY_IDS, draw_scene, make_demo, visible_boxes
-from common.data.images import open_picture
+from common.data.images import open_image
 from common.data.sources import DataSource, load_split
 from common.data.transforms import LetterboxTransform, TrainTransform
 from common.types import Letterbox, Target
@@ -29,17 +29,17 @@ def test_categories_with_gaps_become_contiguous_labels(coco_file):
     assert data.labels.tolist() == [1, 0]
 
 
-def test_boxes_stay_with_their_picture_whatever_the_order_of_the_file(coco_file):
+def test_boxes_stay_with_their_image_whatever_the_order_of_the_file(coco_file):
     data = load_coco(*coco_file([annotation(image_id=5, bbox=[1, 2, 3, 4]), annotation(), annotation(iscrowd=1)]))
-    boxes, _, crowd = data.picture_boxes(0)
+    boxes, _, crowd = data.image_boxes(0)
     assert boxes.tolist() == [[10, 20, 40, 25]] * 2 and crowd.tolist() == [False, True]
-    assert data.picture_boxes(1)[0].tolist() == [[1, 2, 4, 6]]
+    assert data.image_boxes(1)[0].tolist() == [[1, 2, 4, 6]]
 
 
-def test_pictures_without_boxes_stay(coco_file):
+def test_images_without_boxes_stay(coco_file):
     data = load_coco(*coco_file([annotation(image_id=5)]))
-    assert len(data) == 2 and data.picture_boxes(0)[0].shape == (0, 4)
-    assert load_coco(*coco_file([])).picture_boxes(1)[0].shape == (0, 4)
+    assert len(data) == 2 and data.image_boxes(0)[0].shape == (0, 4)
+    assert load_coco(*coco_file([])).image_boxes(1)[0].shape == (0, 4)
 
 
 def test_missing_area_and_crowd_flag_have_defaults(coco_file):
@@ -49,9 +49,9 @@ def test_missing_area_and_crowd_flag_have_defaults(coco_file):
     assert data.areas.tolist() == [150] and not data.crowd.any()
 
 
-def test_limit_keeps_the_first_pictures_and_their_boxes(coco_file):
-    path, pictures = coco_file([annotation(), annotation(id=2, image_id=5)])
-    limited, whole = load_coco(path, pictures, limit=1), load_coco(path, pictures)
+def test_limit_keeps_the_first_images_and_their_boxes(coco_file):
+    path, images = coco_file([annotation(), annotation(id=2, image_id=5)])
+    limited, whole = load_coco(path, images, limit=1), load_coco(path, images)
     assert len(limited) == 1 and len(limited.labels) == 1 and not limited.notes
     assert whole.first(1).fingerprint() == limited.fingerprint() != whole.fingerprint()
 
@@ -60,8 +60,8 @@ def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
     expected = load_split(DataSource(str(demo)), "val").fingerprint()
     roboflow = tmp_path / "roboflow" / "valid"
     roboflow.mkdir(parents=True)
-    for picture in (demo / "val2017").iterdir():
-        (roboflow / picture.name).write_bytes(picture.read_bytes())
+    for image in (demo / "val2017").iterdir():
+        (roboflow / image.name).write_bytes(image.read_bytes())
     annotations = demo / "annotations" / "instances_val2017.json"
     (roboflow / "_annotations.coco.json").write_bytes(annotations.read_bytes())
     assert load_split(DataSource(str(roboflow.parent)), "val").fingerprint() == expected
@@ -74,8 +74,8 @@ def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
 
 
 def test_what_was_left_out_is_said(coco_file, capsys):
-    path, pictures = coco_file([annotation(), annotation(id=2, bbox=[1, 1, 0, 0])])
-    load_split(DataSource("", val_json=str(path), val_images_dir=str(pictures)), "val")
+    path, images = coco_file([annotation(), annotation(id=2, bbox=[1, 1, 0, 0])])
+    load_split(DataSource("", val_json=str(path), val_images_dir=str(images)), "val")
     assert "left out 1 boxes without area (a.png)" in capsys.readouterr().out
 
 
@@ -113,7 +113,7 @@ def test_letterbox_round_trip(size):
 
 
 def painted(width=300, height=200, box=(60, 40, 180, 120)):
-    """A black picture with a red rectangle, and its target."""
+    """A black image with a red rectangle, and its target."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[0, box[1] : box[3], box[0] : box[2]] = 255
     target = Target(torch.tensor([box]).float(), torch.tensor([4]), torch.tensor([False]), 1, None)
@@ -156,7 +156,7 @@ def test_a_smaller_crop_shows_objects_at_the_same_scale():
     assert widths[0] == pytest.approx(widths[1], abs=0.5)
 
 
-def test_augmentation_depends_on_seed_epoch_and_picture_alone(demo):
+def test_augmentation_depends_on_seed_epoch_and_image_alone(demo):
     data = load_split(DataSource(str(demo)), "train")
     first, second = (DetectionDataset(data, TrainTransform(56), seed=3) for _ in range(2))
     _ = torch.rand(7), first[0]
@@ -172,28 +172,28 @@ def test_collate_gives_floats_and_keeps_empty_targets(coco_file):
     assert [len(t.boxes) for t in batch.targets] == [1, 0]
 
 
-def test_user_pictures_are_turned_upright(tmp_path):
+def test_user_images_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.new("L", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    data = pictures_alone([tmp_path], ("cat",), (1,))
-    assert (data.pictures[0].width, data.pictures[0].height) == (40, 80)
-    assert open_picture(tmp_path / "turned.jpg", (40, 80)).size == (40, 80)
-    assert open_picture(tmp_path / "turned.jpg", (80, 40)).size == (80, 40)
+    data = unlabelled_images([tmp_path], ("cat",), (1,))
+    assert (data.images[0].width, data.images[0].height) == (40, 80)
+    assert open_image(tmp_path / "turned.jpg", (40, 80)).size == (40, 80)
+    assert open_image(tmp_path / "turned.jpg", (80, 40)).size == (80, 40)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None])
-def test_damaged_pictures_are_named(tmp_path, content):
+def test_damaged_images_are_named(tmp_path, content):
     path = tmp_path / "bad.jpg"
     if content is None:
         Image.new("RGB", (64, 64), "red").save(path)
         content = path.read_bytes()[:-200]
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"bad\.jpg"):
-        open_picture(path)
+        open_image(path)
 
 
-def test_picture_of_another_size_than_annotated(tmp_path):
+def test_image_of_another_size_than_annotated(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="64x48 pixels, but its annotation says 50x48"):
-        open_picture(tmp_path / "a.png", (50, 48))
+        open_image(tmp_path / "a.png", (50, 48))

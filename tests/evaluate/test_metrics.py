@@ -1,73 +1,25 @@
 """The evaluator against its references: pycocotools, scikit-learn, and the ground truth itself."""
 
-import contextlib
-import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from helpers import crowded, pycocotools_numbers, random_detections, truth_as_detections
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from common.data.sources import DataSource, load_split
-from common.evaluate.coco_metrics import COCO_NUMBERS, coco_dict, coco_numbers, evaluate
-from common.evaluate.detections import coco_detections, detection_table, label_map
+from common.evaluate.coco_metrics import COCO_NUMBERS, coco_numbers, evaluate
+from common.evaluate.detections import detection_table, label_map
 from common.evaluate.matching import average_precision, match, ranking
 from common.evaluate.primary import PrimaryPairs, primary_object, weighted_scores
 from common.types import Detections, xywh_to_xyxy
 
 
-def truth_as_detections(data):
-    """Every non-crowd box as a detection of score 1."""
-    found = []
-    for index, picture in enumerate(data.pictures):
-        boxes, labels, crowd = data.picture_boxes(index)
-        keep = ~crowd
-        found.append(Detections(picture.id, boxes[keep], torch.ones(int(keep.sum())), labels[keep]))
-    return found
-
-
-def random_detections(data, seed, count=30):
-    """True boxes, shaken, with some wrong labels, among random boxes; scores with ties."""
-    rng, found = np.random.default_rng(seed), []
-    for index, picture in enumerate(data.pictures):
-        boxes, labels, _ = data.picture_boxes(index)
-        shaken = boxes.numpy() + rng.normal(0, 6, boxes.shape)
-        shaken[:, 2:] = np.maximum(shaken[:, 2:], shaken[:, :2] + 1)
-        corner = rng.uniform(0, 200, (count, 2))
-        boxes = np.concatenate([shaken, np.hstack([corner, corner + rng.uniform(5, 150, (count, 2))])])
-        labels = np.concatenate([labels.numpy(), rng.integers(0, len(data.class_names), count)])
-        wrong = rng.random(len(labels)) < 0.2
-        labels[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
-        scores = rng.integers(1, 60, len(labels)) / 60
-        tensors = torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), torch.from_numpy(labels)
-        found.append(Detections(picture.id, *tensors))
-    return found
-
-
-def crowded(data):
-    """The same data with every fifth box a crowd."""
-    return replace(data, crowd=np.arange(len(data.crowd)) % 5 == 0)
-
-
-def pycocotools_numbers(table, data):
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = coco_dict(data)
-        truth.createIndex()
-        judge = COCOeval(truth, truth.loadRes(coco_detections(table, data.category_ids)), "bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return judge.stats
-
-
 def numbered_from_zero(data):
-    """The same data with picture and category ids from 0."""
-    pictures = tuple(replace(picture, id=index) for index, picture in enumerate(data.pictures))
-    return replace(data, pictures=pictures, category_ids=tuple(range(len(data.class_names))))
+    """The same data with image and category ids from 0."""
+    images = tuple(replace(image, id=index) for index, image in enumerate(data.images))
+    return replace(data, images=images, category_ids=tuple(range(len(data.class_names))))
 
 
 def half_empty(data):
@@ -77,11 +29,11 @@ def half_empty(data):
     return replace(data, starts=np.minimum(data.starts, end), **kept)
 
 
-SITUATIONS = {  # what happens to the data, and how many random boxes are among the detections of a picture
+SITUATIONS = {  # what happens to the data, and how many random boxes are among the detections of an image
     "random": (lambda data: data, 30),
     "crowds": (crowded, 30),
     "ids from 0": (numbered_from_zero, 30),
-    "pictures without objects": (half_empty, 30),
+    "images without objects": (half_empty, 30),
     "more than 100 detections": (crowded, 1500),
     "perfect": (lambda data: data, None),
 }
@@ -117,7 +69,7 @@ def test_mean_of_the_classes_is_the_whole(demo_val):
 
 
 def test_no_detections_score_zero_and_no_objects_have_no_score(demo_val):
-    nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.pictures]
+    nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.images]
     numbers = evaluate(nothing, demo_val, np.arange(10))
     assert numbers["detection"]["AP"] == numbers["detection"]["class_agnostic_AP50"] == 0
     assert numbers["primary"] == dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou"), 0)
@@ -146,7 +98,7 @@ def test_wrong_boxes_and_wrong_classes_are_punished(demo_val):
     assert evaluate(misread, demo_val, np.arange(10))["detection"]["AP50"] < 0.5
 
 
-def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_pictures():
+def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
     rng = np.random.default_rng(0)
     for _ in range(20):
         truth, answer, iou = rng.integers(0, 6, 40), rng.integers(-1, 8, 40), rng.random(40)
@@ -164,11 +116,11 @@ def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_pictures(
 def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_val):
     data, right = demo_val.first(2), []
     for index in range(2):
-        boxes, labels, _ = data.picture_boxes(index)
+        boxes, labels, _ = data.image_boxes(index)
         largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
         boxes = torch.stack([boxes[largest] + 1000, boxes[largest]])
         tensors = boxes, torch.tensor([0.2, 0.9]), labels[largest].repeat(2)
-        right.append(Detections(data.pictures[index].id, *tensors))
+        right.append(Detections(data.images[index].id, *tensors))
     scores = primary_object(detection_table(right, np.arange(10)), data)
     assert scores["accuracy"] == 1 and scores["mean_iou"] == pytest.approx(1)
     scores = primary_object(detection_table(right[:1], np.arange(10)), data)

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with annotations and pictures: told, and repaired, left out or refused."""
+"""Everything that can be wrong with annotations and images: told, and repaired, left out or refused."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.annotations import load_coco
-from common.data.images import open_picture
+from common.data.images import open_image
 from common.data.sources import DataSource, load_split
 
 
@@ -26,19 +26,19 @@ LEFT_OUT = {
     "negative height": ({"bbox": [1, 20, 5, -9]}, "left out 2 boxes of negative width or height"),
     "not a number": ({"bbox": [1, 2, float("nan"), 9]}, "left out 2 boxes that are not numbers"),
     "infinite": ({"bbox": [1, 2, float("inf"), 9]}, "left out 2 boxes that are not numbers"),
-    "wholly outside": ({"bbox": [100, 2, 5, 9]}, "left out 2 boxes that lie outside their picture"),
-    "wholly above": ({"bbox": [10, -9, 5, 9]}, "left out 2 boxes that lie outside their picture"),
-    "unknown picture": ({"image_id": 99}, "left out 2 boxes of pictures that are not listed"),
+    "wholly outside": ({"bbox": [100, 2, 5, 9]}, "left out 2 boxes that lie outside their image"),
+    "wholly above": ({"bbox": [10, -9, 5, 9]}, "left out 2 boxes that lie outside their image"),
+    "unknown image": ({"image_id": 99}, "left out 2 boxes of images that are not listed"),
     "unknown category": ({"category_id": 99}, "left out 2 boxes of a category that is not listed"),
     "no category": ({"category_id": None}, "left out 2 boxes of a category that is not listed"),
     "a list for a category": ({"category_id": [3]}, "left out 2 boxes of a category that is not listed"),
 }
 REPAIRED = {
-    "partly outside": ({"bbox": [90, 50, 30, 30]}, "cut 2 boxes at the edge of their picture"),
+    "partly outside": ({"bbox": [90, 50, 30, 30]}, "cut 2 boxes at the edge of their image"),
     "id 0": ({"id": 0}, "gave new ids to 2 boxes whose id is 0, another's or no number"),
     "id of another": ({"id": 1}, "gave new ids to 2 boxes whose id is 0, another's or no number"),
     "id a word": ({"id": "one"}, "gave new ids to 2 boxes whose id is 0, another's or no number"),
-    "picture id as text": ({"image_id": "11"}, "read 2 ids that are written as text"),
+    "image id as text": ({"image_id": "11"}, "read 2 ids that are written as text"),
     "no crowd flag": ({"iscrowd": None}, "took 2 boxes without iscrowd for single objects"),
     "crowd flag is a word": ({"iscrowd": "no"}, "took 2 boxes without iscrowd for single objects"),
     "no area": ({"area": None}, "took the box's area for 2 objects without one"),
@@ -77,8 +77,8 @@ def test_rounding_at_the_edge_is_not_worth_a_word(coco_file):
 
 
 def test_text_that_is_a_number_is_one(coco_file):
-    path, pictures = coco_file([annotation(category_id="7")], categories=(("3", "cat"), ("7", "dog")))
-    data = load_coco(path, pictures)
+    path, images = coco_file([annotation(category_id="7")], categories=(("3", "cat"), ("7", "dog")))
+    data = load_coco(path, images)
     assert data.category_ids == (3, 7) and data.labels.tolist() == [1]
 
 
@@ -92,10 +92,10 @@ REFUSED = {
     "categories share an id": ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "share an id"),
     "categories share a name": ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "are called 'a'"),
     "category without number": ({"categories": [{"id": "one", "name": "a"}]}, "'one' is not a whole number"),
-    "no such picture": ({"images": [{"id": 1, "file_name": "gone.png", "width": 9, "height": 9}]}, "none of its 1"),
-    "pictures share an id": (
+    "no such image": ({"images": [{"id": 1, "file_name": "gone.png", "width": 9, "height": 9}]}, "none of its 1"),
+    "images share an id": (
         {"images": [{"id": 1, "file_name": f"{name}.png", "width": 9, "height": 9} for name in "ab"]},
-        "two pictures share the id 1: a.png and b.png",
+        "two images share the id 1: a.png and b.png",
     ),
 }
 
@@ -110,18 +110,18 @@ def test_what_makes_no_sense_is_refused_in_one_line(coco_file, case):
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[" * 100_000, b"[]", b"3"])
 def test_files_that_are_no_annotations(coco_file, content):
-    path, pictures = coco_file([])
+    path, images = coco_file([])
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        load_coco(path, pictures)
+        load_coco(path, images)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "x/../../a.png", "C:\\a.png", "..\\a.png"])
 def test_file_names_do_not_lead_out_of_the_folder(coco_file, name):
     good = {"id": 11, "file_name": "a.png", "width": 100, "height": 60}
-    path, pictures = coco_file([], parts={"images": [good, {"id": 2, "file_name": name, "width": 9, "height": 9}]})
-    data = load_coco(path, pictures)
+    path, images = coco_file([], parts={"images": [good, {"id": 2, "file_name": name, "width": 9, "height": 9}]})
+    data = load_coco(path, images)
     assert len(data) == 1 and "lead out of their folder" in data.notes[0]
 
 
@@ -139,7 +139,7 @@ def places_in(content, above=()):
 
 def test_no_value_anywhere_ends_in_a_traceback(coco_file):
     """Each in turn in the place of each: one line that refuses it, or a data set."""
-    path, pictures = coco_file([annotation()])
+    path, images = coco_file([annotation()])
     whole = json.loads(path.read_text())
     loaded = 0
     for *way, last in list(places_in(whole)):
@@ -151,7 +151,7 @@ def test_no_value_anywhere_ends_in_a_traceback(coco_file):
             part[last] = value
             path.write_text(json.dumps(content))
             try:
-                data = load_coco(path, pictures)
+                data = load_coco(path, images)
             except InputError as error:
                 assert len(str(error).splitlines()) == 1, (way, last, value)
                 continue
@@ -161,14 +161,14 @@ def test_no_value_anywhere_ends_in_a_traceback(coco_file):
     assert loaded > 100
 
 
-def pictures_of(coco_file, *images):
+def images_of(coco_file, *images):
     good = {"id": 11, "file_name": "a.png", "width": 100, "height": 60}
-    path, pictures = coco_file([annotation()], parts={"images": [good, *images]})
-    return DataSource("", val_json=str(path), val_images_dir=str(pictures)), pictures
+    path, images = coco_file([annotation()], parts={"images": [good, *images]})
+    return DataSource("", val_json=str(path), val_images_dir=str(images)), images
 
 
-def test_missing_pictures_and_pictures_listed_twice(coco_file):
-    source, _ = pictures_of(
+def test_missing_images_and_images_listed_twice(coco_file):
+    source, _ = images_of(
         coco_file,
         {"id": 12, "file_name": "gone.png", "width": 9, "height": 9},
         {"id": 11, "file_name": "a.png", "width": 100, "height": 60},
@@ -179,14 +179,14 @@ def test_missing_pictures_and_pictures_listed_twice(coco_file):
 
 
 def test_sizes_that_are_not_annotated_are_read_from_the_files(coco_file):
-    source, _ = pictures_of(coco_file, {"id": 12, "file_name": "b.png"}, {"id": 13, "file_name": "b.png", "width": 0})
+    source, _ = images_of(coco_file, {"id": 12, "file_name": "b.png"}, {"id": 13, "file_name": "b.png", "width": 0})
     data = load_split(source, "val")
-    assert [(p.width, p.height) for p in data.pictures] == [(100, 60), (40, 80), (40, 80)]
-    assert data.notes[0].startswith("took the sizes of 2 pictures from their files")
+    assert [(p.width, p.height) for p in data.images] == [(100, 60), (40, 80), (40, 80)]
+    assert data.notes[0].startswith("took the sizes of 2 images from their files")
 
 
 def damaged(path, kind):
-    """A file that calls itself a picture of 40 x 80 pixels."""
+    """A file that calls itself an image of 40 x 80 pixels."""
     noise = np.random.default_rng(0).integers(0, 255, (80, 40, 3), np.uint8)
     Image.fromarray(noise).save(path, "JPEG")
     content = path.read_bytes()
@@ -200,43 +200,43 @@ def damaged(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "a web page", "noise"])
-def test_damaged_pictures_are_left_out_and_counted(coco_file, kind, tmp_path, monkeypatch, capsys):
+def test_damaged_images_are_left_out_and_counted(coco_file, kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    source, pictures = pictures_of(coco_file, {"id": 12, "file_name": "c.jpg", "width": 40, "height": 80})
-    damaged(pictures / "c.jpg", kind)
+    source, images = images_of(coco_file, {"id": 12, "file_name": "c.jpg", "width": 40, "height": 80})
+    damaged(images / "c.jpg", kind)
     for _ in range(2):  # the second time it is known
         data = load_split(source, "val")
-        assert len(data) == 1 and data.notes == ("left out 1 pictures that cannot be read (c.jpg)",)
+        assert len(data) == 1 and data.notes == ("left out 1 images that cannot be read (c.jpg)",)
         assert "c.jpg" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"c\.jpg.*--strict"):
         load_split(source, "val", strict=True)
-    Image.new("RGB", (40, 80)).save(pictures / "c.jpg")
+    Image.new("RGB", (40, 80)).save(images / "c.jpg")
     assert len(load_split(source, "val", strict=True)) == 2
 
 
-def test_pictures_of_another_size_are_left_out_unless_they_are_turned(coco_file, tmp_path, monkeypatch):
+def test_images_of_another_size_are_left_out_unless_they_are_turned(coco_file, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = {"id": 12, "file_name": "turned.jpg", "width": 40, "height": 80}
-    source, pictures = pictures_of(coco_file, turned, {"id": 13, "file_name": "b.png", "width": 50, "height": 80})
-    Image.new("RGB", (80, 40)).save(pictures / "turned.jpg", exif=exif)
+    source, images = images_of(coco_file, turned, {"id": 13, "file_name": "b.png", "width": 50, "height": 80})
+    Image.new("RGB", (80, 40)).save(images / "turned.jpg", exif=exif)
     data = load_split(source, "val")
-    assert [p.id for p in data.pictures] == [11, 12]
-    assert data.notes == ("left out 1 pictures of another size than annotated (b.png)",)
+    assert [p.id for p in data.images] == [11, 12]
+    assert data.notes == ("left out 1 images of another size than annotated (b.png)",)
 
 
-def test_no_usable_picture_at_all(coco_file, tmp_path, monkeypatch):
+def test_no_usable_image_at_all(coco_file, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    source, pictures = pictures_of(coco_file)
-    (pictures / "a.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"none of its 1 pictures can be used: .*cannot be read \(a\.png\)"):
+    source, images = images_of(coco_file)
+    (images / "a.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of its 1 images can be used: .*cannot be read \(a\.png\)"):
         load_split(source, "val")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
 def test_every_kind_of_pixels_becomes_rgb(tmp_path, mode):
-    """A picture whose left half is dark and whose right half is bright stays so."""
+    """An image whose left half is dark and whose right half is bright stays so."""
     grey = np.zeros((20, 40), np.uint8)
     grey[:, 20:] = 200
     if mode == "I;16":
@@ -247,27 +247,27 @@ def test_every_kind_of_pixels_becomes_rgb(tmp_path, mode):
         image = Image.fromarray(grey).convert("RGB").convert(mode)
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(path)
-    pixels = np.asarray(open_picture(path, (40, 20)))
+    pixels = np.asarray(open_image(path, (40, 20)))
     assert pixels.shape == (20, 40, 3) and pixels[:, :15].max() < 20 and 180 < pixels[:, 25:].mean() < 256
     assert mode == "1" or pixels[:, 25:].mean() < 220
 
 
-def test_pictures_whose_range_is_unknown_or_whose_size_is_absurd_are_refused(tmp_path, monkeypatch):
+def test_images_whose_range_is_unknown_or_whose_size_is_absurd_are_refused(tmp_path, monkeypatch):
     Image.fromarray(np.ones((20, 40), np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(InputError, match="range is unknown"):
-        open_picture(tmp_path / "a.tiff")
+        open_image(tmp_path / "a.tiff")
     Image.new("1", (400, 400)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match=r"bomb\.png"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
 
 
 def test_outlines_do_not_fill_the_memory(coco_file):
     """3,000 outlined boxes; the file is read whole, what is kept of it is small."""
     outline = [[float(j) for j in range(400)]]
-    path, pictures = coco_file([annotation(id=i + 1, segmentation=outline) for i in range(3000)])
+    path, images = coco_file([annotation(id=i + 1, segmentation=outline) for i in range(3000)])
     tracemalloc.start()
-    data = load_coco(path, pictures)
+    data = load_coco(path, images)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(data.labels) == 3000 and peak < 2.5 * path.stat().st_size

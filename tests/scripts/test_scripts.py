@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import jsonschema
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -80,7 +80,7 @@ def test_training_leaves_what_it_promises(chain):
     best, last = (load_detector(chain / "runs/simple" / name) for name in ("best.pth", "last.pth"))
     final = load_detector(chain / "dino2_detector.pth")
     assert last.epoch == 2 and final.epoch == best.epoch
-    assert final.category_ids == (1, 2, 3, 5, 8, 10, 11, 12, 20, 33) and final.train_config["train_pictures"] == 12
+    assert final.category_ids == (1, 2, 3, 5, 8, 10, 11, 12, 20, 33) and final.train_config["train_images_used"] == 12
     scores = [line["val"]["AP50"] for line in lines]
     assert best.metrics["AP50"] == max(scores) and best.epoch == scores.index(max(scores)) + 1
 
@@ -91,7 +91,7 @@ def test_results_have_their_documented_form(chain):
     jsonschema.validate(content, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(content | {"models": [content["models"][0] | {"primary": {"accuracy": 50}}]}, schema)
-    assert content["dataset"]["pictures"] == 6
+    assert content["dataset"]["images"] == 6
     simple, improved, missing, unknown = content["models"]
     assert simple["conditions"]["seed"] == 0 and simple["conditions"]["image_size"] == 112
     (pair,) = content["comparisons"]
@@ -196,14 +196,14 @@ def test_stage_2_starts_from_any_checkpoint(chain, demo, tmp_path, checkpoint):
     assert after.train_config["started_from"] == str(chain / checkpoint)
 
 
-def test_pictures_are_drawn(chain):
+def test_images_are_drawn(chain):
     assert len(list((chain / "predictions" / "dino2_detector").glob("*.jpg"))) == 3
     for path in [chain / "predictions" / "contact_sheet.jpg", chain / "model_comparison_charts.png"]:
         with Image.open(path) as image:
             assert min(image.size) > 100 and len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 50
 
 
-def test_own_pictures_need_no_ground_truth(chain, demo, tmp_path):
+def test_own_images_need_no_ground_truth(chain, demo, tmp_path):
     files = [demo / "val2017" / "000001.jpg", demo / "train2017"]
     checkpoint = chain / "dino2_detector.pth"
     flags = ("--checkpoints", checkpoint, "--images", *files, "--workers", 0, "--output", tmp_path)
@@ -239,14 +239,14 @@ def learn_by_heart(script, demo, folder, **options):
     return script.main(settings)
 
 
-def test_the_simple_detector_learns_a_few_pictures_by_heart(demo, tmp_path, monkeypatch):
+def test_the_simple_detector_learns_a_few_images_by_heart(demo, tmp_path, monkeypatch):
     """End to end from random weights: the whole of assignment, loss, box decoding, post-processing and metrics."""
     monkeypatch.setattr("finetune_dino2_simple.TrainTransform", LetterboxTransform)
     numbers = learn_by_heart(finetune_dino2_simple, demo, tmp_path, epochs=100, lr=2e-3, backbone_lr=1e-3)
     assert numbers["AP50"] >= 0.9
 
 
-def test_the_improved_detector_learns_a_few_pictures_by_heart(demo, tmp_path, monkeypatch):
+def test_the_improved_detector_learns_a_few_images_by_heart(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("improved_dino_detector.TrainTransform", lambda size, _: LetterboxTransform(size))
     rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0, "layer_decay": 1.0}
     numbers = learn_by_heart(
@@ -269,7 +269,7 @@ BAD = {
     "json that is not JSON": {"--val-json": "{tmp}/text.json", "--val-images-dir": "{tmp}"},
     "checkpoint of another kind": {"--checkpoint": "{tmp}/other.pth", "--data": "{demo}"},
     "no checkpoint": {"--checkpoint": "{tmp}/none.pth", "--data": "{demo}"},
-    "no such picture": {"--checkpoint": "{chain}/dino2_detector.pth", "--images": "{tmp}/none.jpg"},
+    "no such image": {"--checkpoint": "{chain}/dino2_detector.pth", "--images": "{tmp}/none.jpg"},
     "no such flag": {"--colour": "red"},
     "no number": {"--batch-size": "many"},
     "number too small": {"--batch-size": "0"},
@@ -311,7 +311,7 @@ BAD = {
 }
 CASES = [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in list(BAD)[:4]]
 CASES += [(s, c) for s in (LOOKS, JUDGES) for c in list(BAD)[4:6]]
-CASES += [(LOOKS, "no such picture"), (TRAINS, "output is a folder"), (JUDGES, "output is a folder")]
+CASES += [(LOOKS, "no such image"), (TRAINS, "output is a folder"), (JUDGES, "output is a folder")]
 CASES += [(s, "no such place") for s in (TRAINS, IMPROVES, LOOKS, JUDGES)]
 CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number below 0")]
 CASES += [(s, "number too small") for s in (TRAINS, LOOKS, JUDGES)]  # to IMPROVES 0 means what suits the hardware
@@ -342,7 +342,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     flags |= {"--checkpoints": chain / "dino2_detector.pth"} if script == LOOKS else {}
     if (
         script in (TRAINS, IMPROVES) and "--val-json" in BAD[case]
-    ):  # with good training pictures, so that the bad ones are reached
+    ):  # with good training images, so that the bad ones are reached
         flags = {
             "--train-json": "{demo}/annotations/instances_train2017.json",
             "--train-images-dir": "{demo}/train2017",
@@ -407,7 +407,7 @@ def test_table_names_failed_models():
     assert "50.0%" in table[2] and table[3] == "bad    not evaluated: no such file"
 
 
-def test_drawn_labels_stay_inside_small_and_large_pictures():
+def test_drawn_labels_stay_inside_small_and_large_images():
     for size in ((60, 40), (3000, 2000)):
         boxes = [validate_models.LabelledBox((0, 0, size[0], size[1]), 0, "hippopotamus 0.99")]
         drawn = validate_models.draw_boxes(Image.new("RGB", size), boxes)

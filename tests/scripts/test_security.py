@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from test_checkpoint import Hostile
+from helpers import ROOT, TINY, Hostile
 from transformers import Dinov2Backbone, Dinov2Config
 
 from common.console import InputError
@@ -172,16 +171,16 @@ class Page(html.parser.HTMLParser):
 
 def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
     ending = os.fsdecode(b"\xff.jpg") if sys.platform == "linux" else ".jpg"  # such a name is no text
-    pictures = []
-    for picture in demo_val.pictures:
-        pictures.append(replace(picture, path=tmp_path / f'{picture.id} "><script>alert(1)<{ending}'))
-        shutil.copy(picture.path, pictures[-1].path)
+    images = []
+    for image in demo_val.images:
+        images.append(replace(image, path=tmp_path / f'{image.id} "><script>alert(1)<{ending}'))
+        shutil.copy(image.path, images[-1].path)
     names = tuple(f"{name} {EVIL}" for name in demo_val.class_names)
-    data = replace(demo_val, pictures=tuple(pictures), class_names=names, source=EVIL)
+    data = replace(demo_val, images=tuple(images), class_names=names, source=EVIL)
     found = []
-    for index, picture in enumerate(pictures):
-        boxes, labels, _ = data.picture_boxes(index)
-        found.append(Detections(picture.id, boxes, torch.full((len(boxes),), 0.9), labels))
+    for index, image in enumerate(images):
+        boxes, labels, _ = data.image_boxes(index)
+        found.append(Detections(image.id, boxes, torch.full((len(boxes),), 0.9), labels))
     conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
     judgements = [
         judge(name, EVIL, Found(found, names, conditions=conditions), data, draws(len(data), 0))
@@ -190,7 +189,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
     records = [replace(j.record, warnings=[f"warned {EVIL}"]) for j in judgements]
     failed = ValidationRecord(f"c {EVIL}", EVIL, error=f"failed {EVIL}\n{EVIL}")
     pairs = comparisons({j.record.name: j.samples for j in judgements})
-    dataset = {"source": EVIL, "pictures": len(data), "class_names": list(names), EVIL: EVIL}
+    dataset = {"source": EVIL, "images": len(data), "class_names": list(names), EVIL: EVIL}
     results = ValidationResults({EVIL: EVIL}, dataset, (*records, failed), pairs)
     write_report(tmp_path / "r.html", results, data, {j.record.name: j.table for j in judgements})
     page = Page((tmp_path / "r.html").read_text())

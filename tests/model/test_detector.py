@@ -243,7 +243,7 @@ def test_crowds_are_neither_object_nor_background(kind):
 
 @pytest.mark.parametrize("kind", ASSIGNMENTS)
 def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
-    """A speck, a small, a middling and a picture-wide box on four levels."""
+    """A speck, a small, a middling and an image-wide box on four levels."""
     target = target_of([[50, 50, 51, 51], [100, 100, 121, 121], [150, 20, 210, 80], [0, 0, 224, 224]], size=224)
     grids = [locations((32 >> i, 32 >> i), 7 * 2**i, torch.device("cpu")) for i in range(4)]
     points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
@@ -281,7 +281,7 @@ def loss_configs():
     yield from (LossConfig(*kinds) for kinds in itertools.product(ASSIGNMENTS, SCORE_LOSSES, BOX_LOSSES))
 
 
-def test_pictures_without_objects_have_a_finite_loss_and_gradient(detector):
+def test_images_without_objects_have_a_finite_loss_and_gradient(detector):
     for config in loss_configs():
         losses = detection_loss(detector(torch.rand(2, 3, 112, 112)), [target_of([]), target_of([])], config)
         assert losses["class"] == losses["box"] == 0 and losses["object"] > 0
@@ -314,7 +314,7 @@ def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
 
 
 def test_flip_adds_the_mirrored_view_in_place(detector):
-    """A symmetrical picture looks the same mirrored; each location is there twice, its boxes where its objects are."""
+    """A symmetrical image looks the same mirrored; each location is there twice, its boxes where its objects are."""
     half = torch.rand(1, 3, 112, 56)
     images = torch.cat([half, half.flip(-1)], dim=-1)
     with torch.no_grad():
@@ -340,7 +340,7 @@ def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
 
 
 @pytest.mark.real
-def test_real_backbone_loads_and_its_features_tell_pictures_apart(assets):
+def test_real_backbone_loads_and_its_features_tell_images_apart(assets):
     backbone = load_backbone(Path(assets, "dinov2-small-saliency"), (9,)).eval()
     with torch.no_grad():
         black, noise = backbone(torch.stack([torch.zeros(3, 224, 224), torch.rand(3, 224, 224)]))[0]

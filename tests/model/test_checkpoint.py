@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, Hostile
 from torch import nn
 from transformers import Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
@@ -191,13 +191,6 @@ def test_a_flipped_bit_changes_nothing_or_is_called_damage(file, saved):
             assert same(load_detector(saved), good) and place not in within
         except InputError as error:
             assert "damaged" in str(error) or "larger than the file" in str(error)
-
-
-class Hostile:
-    """Leaves a file behind where it is unpickled as pickle would."""
-
-    def __reduce__(self):
-        return (eval, ("open('hacked', 'w')",))
 
 
 class Calls:

@@ -3,56 +3,21 @@
 import shutil
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import write_voc, write_yolo
 from PIL import Image
 
 from common.console import InputError
 from common.data.sources import DataSource, load_split
 
 
-def write_yolo(data, root, *, outlines=False, train="images/train"):
-    """The data set as both parts of a YOLO data set; returns its YAML file's path."""
-    for folder in ("images/train", "labels/train", "images/val", "labels/val"):
-        (root / folder).mkdir(parents=True)
-    for index, picture in enumerate(data.pictures):
-        lines = []
-        for box, label in zip(*(column.tolist() for column in data.picture_boxes(index)[:2]), strict=True):
-            x1, y1, x2, y2 = np.array(box) / ([picture.width, picture.height] * 2)
-            numbers = [x1, y1, x2, y1, x2, y2, x1, y2] if outlines else [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
-            lines.append(" ".join(map(str, [label, *numbers])))
-        for part in ("train", "val"):
-            shutil.copy(picture.path, root / "images" / part / picture.path.name)
-            (root / "labels" / part / f"{picture.path.stem}.txt").write_text("\n".join(lines) + "\n")
-    path = root / "data.yaml"
-    path.write_text(yaml.safe_dump({"train": train, "val": "images/val", "names": list(data.class_names)}))
-    return path
-
-
-def write_voc(data, annotations, pictures):
-    for folder in (annotations, pictures):
-        folder.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(data.pictures):
-        shutil.copy(picture.path, pictures / picture.path.name)
-        tree = ElementTree.Element("annotation")
-        ElementTree.SubElement(tree, "filename").text = picture.path.name
-        for box, label in zip(*(column.tolist() for column in data.picture_boxes(index)[:2]), strict=True):
-            thing = ElementTree.SubElement(tree, "object")
-            ElementTree.SubElement(thing, "name").text = data.class_names[label]
-            corners = ElementTree.SubElement(thing, "bndbox")
-            sides = {"xmin": box[0] + 1, "ymin": box[1] + 1, "xmax": box[2], "ymax": box[3]}
-            for side, value in sides.items():
-                ElementTree.SubElement(corners, side).text = str(round(value))
-        ElementTree.ElementTree(tree).write(annotations / f"{picture.path.stem}.xml")
-
-
 def same_boxes(found, expected):
-    assert [p.path.name for p in found.pictures] == [p.path.name for p in expected.pictures] and found.notes == ()
+    assert [p.path.name for p in found.images] == [p.path.name for p in expected.images] and found.notes == ()
     for index in range(len(expected)):
-        boxes, labels, crowd = found.picture_boxes(index)
-        true_boxes, true_labels, _ = expected.picture_boxes(index)
+        boxes, labels, crowd = found.image_boxes(index)
+        true_boxes, true_labels, _ = expected.image_boxes(index)
         assert torch.allclose(boxes, true_boxes, atol=0.01) and not crowd.any()
         names = [found.class_names[label] for label in labels.tolist()]
         assert names == [expected.class_names[label] for label in true_labels.tolist()]
@@ -65,15 +30,15 @@ def test_yolo_text_files(demo_val, tmp_path, outlines):
         for split in ("train", "val"):
             same_boxes(load_split(DataSource(data), split), demo_val)
     assert len(load_split(DataSource(data), "val", limit=2)) == 2
-    (tmp_path / "labels" / "val" / f"{demo_val.pictures[0].path.stem}.txt").unlink()
+    (tmp_path / "labels" / "val" / f"{demo_val.images[0].path.stem}.txt").unlink()
     found = load_split(DataSource(data), "val")
-    assert len(found) == len(demo_val) and len(found.picture_boxes(0)[0]) == 0
+    assert len(found) == len(demo_val) and len(found.image_boxes(0)[0]) == 0
 
 
 def test_yolo_parts_may_be_lists_of_files_and_written_from_a_folder_further_down(demo_val, tmp_path):
     write_yolo(demo_val, tmp_path, train="../images/train")
     same_boxes(load_split(DataSource(str(tmp_path)), "train"), demo_val)
-    (tmp_path / "train.txt").write_text("".join(f"./images/train/{p.path.name}\n" for p in demo_val.pictures[:3]))
+    (tmp_path / "train.txt").write_text("".join(f"./images/train/{p.path.name}\n" for p in demo_val.images[:3]))
     settings = yaml.safe_load((tmp_path / "data.yaml").read_text()) | {"train": "train.txt"}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
     same_boxes(load_split(DataSource(str(tmp_path)), "train"), demo_val.first(3))
@@ -85,7 +50,7 @@ def test_yolo_parts_may_be_lists_of_files_and_written_from_a_folder_further_down
 )
 def test_lines_that_cannot_be_read_are_counted(demo_val, tmp_path, line):
     write_yolo(demo_val, tmp_path)
-    labels = tmp_path / "labels" / "val" / f"{demo_val.pictures[0].path.stem}.txt"
+    labels = tmp_path / "labels" / "val" / f"{demo_val.images[0].path.stem}.txt"
     labels.write_text(f"{labels.read_text()}{line}\n")
     found = load_split(DataSource(str(tmp_path)), "val")
     assert len(found.labels) == len(demo_val.labels)
@@ -119,7 +84,7 @@ def test_pascal_voc_in_its_own_layout_and_in_a_folder_for_each_part(demo_val, tm
     write_voc(demo_val, own / "Annotations", own / "JPEGImages")
     (own / "ImageSets" / "Main").mkdir(parents=True)
     for part in ("train", "val"):
-        (own / "ImageSets" / "Main" / f"{part}.txt").write_text("".join(f"{p.path.stem}\n" for p in demo_val.pictures))
+        (own / "ImageSets" / "Main" / f"{part}.txt").write_text("".join(f"{p.path.stem}\n" for p in demo_val.images))
     write_voc(demo_val, parts / "valid", parts / "valid")
     write_voc(demo_val, parts / "train", parts / "train")
     for folder in (own, parts):
@@ -143,19 +108,19 @@ def test_difficult_objects_are_left_aside_and_broken_ones_counted(demo_val, tmp_
     next(tree.getroot().iter("object")).find("bndbox/xmax").text = "wide"
     tree.write(files[1])
     found = load_split(DataSource(str(tmp_path)), "val")
-    assert found.picture_boxes(0)[2].all() and len(found.labels) == len(demo_val.labels) - 1
+    assert found.image_boxes(0)[2].all() and len(found.labels) == len(demo_val.labels) - 1
     assert found.notes[0].startswith("left out 1 objects without a box")
     files[2].write_text("<annotation>")
     with pytest.raises(InputError, match=r"cannot read .*xml"):
         load_split(DataSource(str(tmp_path)), "val")
 
 
-def test_turned_pictures_keep_their_upright_size(tmp_path):
-    from common.data.images import picture_size
+def test_turned_images_keep_their_upright_size(tmp_path):
+    from common.data.images import read_size
 
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert picture_size(tmp_path / "turned.jpg") == (40, 80)
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    assert picture_size(tmp_path / "bad.jpg") is None and picture_size(tmp_path / "none.jpg") is None
+    assert read_size(tmp_path / "turned.jpg") == (40, 80)
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    assert read_size(tmp_path / "bad.jpg") is None and read_size(tmp_path / "none.jpg") is None

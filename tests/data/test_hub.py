@@ -12,19 +12,16 @@ import zipfile
 import datasets
 import numpy as np
 import pytest
-import test_official
 import torch
-from conftest import ROOT
+from helpers import ROOT, write_voc, write_yolo
 from PIL import Image
-from test_formats import write_voc, write_yolo
 
 from common.console import InputError
 from common.data import hub
 from common.data.hub import COCO_IDS, hub_split
 from common.data.sources import DataSource, load_split
 
-server = test_official.server  # the fixture
-BOXES = [[10.0, 20.0, 30.0, 25.0], [40.0, 5.0, 50.0, 29.0]]  # xyxy in pictures of 60 x 30 pixels
+BOXES = [[10.0, 20.0, 30.0, 25.0], [40.0, 5.0, 50.0, 29.0]]  # xyxy in images of 60 x 30 pixels
 CATS = datasets.ClassLabel(names=["cat", "dog"])
 
 # What a child process does that reads six rows into the cache, and dies of SIGKILL at the fourth.
@@ -34,7 +31,7 @@ from common.data import hub
 write, keep = hub.atomic_write, hub._keep
 
 def write_until(path, *rest):
-    if "000000000004" in path.name and os.environ["DIES"] == "in a picture":
+    if "000000000004" in path.name and os.environ["DIES"] == "in an image":
         path.write_bytes(b"half a pict")
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, *rest)
@@ -54,7 +51,7 @@ hub.hub_split(os.environ["DATA"], "train", ("train",), 6)
 """
 
 
-def picture(number, kind="PNG"):
+def png(number, kind="PNG"):
     file = io.BytesIO()
     Image.new("RGB", (60, 30), (number * 9 % 256, 50, 90)).save(file, kind)
     return file.getvalue()
@@ -63,7 +60,7 @@ def picture(number, kind="PNG"):
 def row(number, **parts):
     """A row in the manner of detection-datasets/coco."""
     objects = {"bbox": BOXES, "category": [0, 1], "area": [40.0, 50.0]}
-    image = {"bytes": picture(number), "path": None}
+    image = {"bytes": png(number), "path": None}
     return {"image_id": number, "image": image, "width": 60, "height": 30, "objects": objects} | parts
 
 
@@ -107,25 +104,25 @@ def read(folder, limit=0, split="train", **source):
 
 
 def ids(data):
-    return [p.id for p in data.pictures]
+    return [p.id for p in data.images]
 
 
 def contents(data):
-    """Everything that is told of a data set's pictures and boxes, but for where they lie."""
-    pictures = [(p.id, p.width, p.height, p.path.name, p.path.read_bytes()) for p in data.pictures]
-    return pictures, data.fingerprint(), data.areas.tolist(), data.notes
+    """Everything that is told of a data set's images and boxes, but for where they lie."""
+    images = [(p.id, p.width, p.height, p.path.name, p.path.read_bytes()) for p in data.images]
+    return images, data.fingerprint(), data.areas.tolist(), data.notes
 
 
 def test_a_larger_limit_fetches_only_what_is_missing(twelve, cache, monkeypatch):
     whole = contents(read(twelve, 9))
     shutil.rmtree(cache)
     first = read(twelve, 4)
-    assert ids(first) == [1, 2, 3, 4] and first.picture_boxes(0)[0].tolist() == BOXES
-    written, asked = [p.path.stat().st_mtime_ns for p in first.pictures], []
+    assert ids(first) == [1, 2, 3, 4] and first.image_boxes(0)[0].tolist() == BOXES
+    written, asked = [p.path.stat().st_mtime_ns for p in first.images], []
     monkeypatch.setattr(hub, "_content", lambda *row, content=hub._content: asked.append(1) or content(*row))
     more = read(twelve, 9)
     assert contents(more) == whole and len(asked) == 5
-    assert [p.path.stat().st_mtime_ns for p in more.pictures[:4]] == written
+    assert [p.path.stat().st_mtime_ns for p in more.images[:4]] == written
 
 
 @pytest.mark.parametrize("seed", [-1, 5])
@@ -140,7 +137,7 @@ def test_what_is_there_needs_no_stream_and_the_end_is_remembered(twelve, no_stre
     assert ids(read(twelve, sample_seed=seed)) == in_order == sorted(p[0] for p in whole[0]) == list(range(1, 13))
 
 
-@pytest.mark.parametrize("moment", ["in a picture", "before the line", "in the line"])
+@pytest.mark.parametrize("moment", ["in an image", "before the line", "in the line"])
 def test_a_killed_run_goes_on_as_if_never_interrupted(twelve, cache, moment):
     whole = contents(read(twelve, 6))
     shutil.rmtree(cache)
@@ -154,12 +151,14 @@ def test_a_killed_run_goes_on_as_if_never_interrupted(twelve, cache, moment):
 
 
 def test_processes_at_once_fetch_each_row_once(twelve, cache):
-    code = "import sys; from common.data.hub import hub_split; hub_split(sys.argv[1], 'train', ('train',), int(sys.argv[2]))"
+    code = (
+        "import sys; from common.data.hub import hub_split as s; s(sys.argv[1], 'train', ('train',), int(sys.argv[2]))"
+    )
     children = [subprocess.Popen([sys.executable, "-c", code, twelve, str(n)], cwd=ROOT) for n in (7, 11)]
     assert [child.wait() for child in children] == [0, 0]
     lines = next(cache.rglob("index.jsonl")).read_text().splitlines()
     assert sum('"file_name"' in line for line in lines) == 11
-    assert contents(read(twelve, 11))[0] == [(i, 60, 30, f"{i:012d}.png", picture(i)) for i in range(1, 12)]
+    assert contents(read(twelve, 11))[0] == [(i, 60, 30, f"{i:012d}.png", png(i)) for i in range(1, 12)]
 
 
 def test_rows_that_two_processes_wrote_without_a_lock_count_once(twelve, cache):
@@ -215,7 +214,7 @@ def test_samples_of_other_data_sets(demo, demo_val, server, tmp_path):
         assert ids(read(data, sample_seed=1, **parts)) == whole
         assert set(samples[0]) < set(ids(read(data, 5, sample_seed=0, **parts)))
     both = [[ids(read(tmp_path / "yolo", 3, split, sample_seed=s)) for s in range(3)] for split in ("train", "val")]
-    assert both[0] != both[1]  # of the same pictures, drawn apart
+    assert both[0] != both[1]  # of the same images, drawn apart
 
 
 def test_of_official_coco_only_the_sample_is_fetched(server, tmp_path):
@@ -237,20 +236,20 @@ AS_LIST = [{"bbox": box, "label": name} for box, name in zip(BOXES, ("cat", "dog
     "objects, said",
     [
         ({"bbox": XYWH, "category": [0, 1]}, "boxes read as xywh: 8 of 8 fit so, 0 as xyxy"),
-        ({"bbox": SHARES, "category": [0, 1], "area": [0.1, 0.2]}, "read as shares of their pictures"),
+        ({"bbox": SHARES, "category": [0, 1], "area": [0.1, 0.2]}, "read as shares of their images"),
         ({"bbox": BOXES, "label": [5, 7]}, "numbers and no names: class 5, class 7"),
         ({"bbox": BOXES, "categories": ["cat", "dog"]}, "boxes read as xyxy: 8 of 8 fit so, 0 as xywh"),
         (AS_LIST, "boxes read as xyxy"),
     ],
 )
 def test_what_hub_data_sets_differ_in(tmp_path, capsys, objects, said):
-    rows = [{"image": {"bytes": picture(i), "path": None}, "objects": objects} for i in range(4)]
+    rows = [{"image": {"bytes": png(i), "path": None}, "objects": objects} for i in range(4)]
     declared = CATS if "category" in objects else None
     data = read(parquet(tmp_path / "some", rows, declared), 4)
     names = ("class 5", "class 7") if "label" in objects else ("cat", "dog")
     assert data.class_names == names and ids(data) == [1, 2, 3, 4] and data.notes == ()
     for index in range(4):
-        boxes, labels, crowd = data.picture_boxes(index)
+        boxes, labels, crowd = data.image_boxes(index)
         assert torch.allclose(boxes, torch.tensor(BOXES), atol=1e-3)
         assert labels.tolist() == [0, 1] and not crowd.any()
     assert data.areas[:2] == pytest.approx([100, 240])
@@ -283,53 +282,53 @@ def test_what_is_wrong_with_rows_is_counted(tmp_path, capsys):
     odd = {"bbox": [[1.0, 2.0], [5.0, 5.0, float("nan"), 9.0], BOXES[0]], "category": [0, 0, -1], "area": [1.0]}
     rows = [
         row(1),
-        row(2, image={"bytes": b"no picture", "path": None}),
+        row(2, image={"bytes": b"no image", "path": None}),
         row(3, objects=two),
         row(4, image=None),
         row(1, width=60),
         row(6, image_id=None),
         row(7, objects=odd),
         row(8, objects=None),
-        row(9, width=None, height=None, image={"bytes": picture(9, "JPEG"), "path": None}),
+        row(9, width=None, height=None, image={"bytes": png(9, "JPEG"), "path": None}),
         row(10, width=61),
     ]
     folder = parquet(tmp_path / "some", rows, CATS, shards=1)
     for _ in range(2):  # likewise from the cache
         data = read(folder)
         assert ids(data) == [1, 7, 8, 9] and len(data.labels) == 4
-        assert data.pictures[-1].path.suffix == ".jpg" and data.pictures[-1].width == 60
+        assert data.images[-1].path.suffix == ".jpg" and data.images[-1].width == 60
         said = capsys.readouterr().out
         for note in (
             "left out 1 rows that have not as many boxes as categories (row 3)",
-            "left out 2 rows without a picture in the data set or without their image_id (row 4, row 6)",
+            "left out 2 rows without an image in the data set or without their image_id (row 4, row 6)",
             "left out 1 rows with the image_id of an earlier one (row 5)",
             "left out 2 objects without a box (000000000007.png)",
             "left out 1 boxes of a category that is not listed (000000000007.png)",
-            "left out 1 pictures that cannot be read (000000000002.jpg)",
-            "left out 1 pictures of another size than annotated (000000000010.png)",
+            "left out 1 images that cannot be read (000000000002.jpg)",
+            "left out 1 images of another size than annotated (000000000010.png)",
         ):
             assert note in said
     with pytest.raises(InputError, match="refused by --strict"):
         load_split(DataSource(str(folder)), "train", strict=True)
 
 
-def test_pictures_beside_the_metadata(tmp_path):
-    folder = tmp_path / "pictures"
+def test_images_beside_the_metadata(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     lines = []
     for i in range(3):
-        (folder / f"{i}.png").write_bytes(picture(i))
+        (folder / f"{i}.png").write_bytes(png(i))
         lines.append(f'{{"file_name": "{i}.png", "objects": {{"bbox": {XYWH}, "categories": [0, 1]}}}}\n')
     (folder / "metadata.jsonl").write_text("".join(lines))
-    _, pictures, notes = hub_split(str(folder), "train", ("train",), 2)
-    assert sorted(p.read_bytes() for p in pictures.iterdir()) == [picture(0), picture(1)] and not notes
+    _, images, notes = hub_split(str(folder), "train", ("train",), 2)
+    assert sorted(p.read_bytes() for p in images.iterdir()) == [png(0), png(1)] and not notes
 
 
 def test_no_row_can_name_a_file_outside_the_data_set(tmp_path):
     folder = tmp_path / "some"
     for path in (tmp_path / "secret.png", folder / "own.png"):
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture(1))
+        path.write_bytes(png(1))
     with zipfile.ZipFile(tmp_path / "secret.zip", "w") as archive:
         archive.write(tmp_path / "secret.png", "a.png")
     shutil.copy(tmp_path / "secret.zip", folder / "own.zip")
@@ -339,11 +338,11 @@ def test_no_row_can_name_a_file_outside_the_data_set(tmp_path):
     paths += [f"{folder}/own.png", f"zip://a.png::{folder}/own.zip"]
     rows = [row(i, image={"bytes": None, "path": path}) for i, path in enumerate(paths, 1)]
     data = read(parquet(folder, rows, CATS, shards=1))
-    assert ids(data) == [8, 9] and f"left out {len(paths) - 2} rows without a picture" in " ".join(data.notes)
+    assert ids(data) == [8, 9] and f"left out {len(paths) - 2} rows without an image" in " ".join(data.notes)
 
 
 def test_other_tables_than_detection_sets_are_refused_in_a_line(twelve, tmp_path):
-    table = parquet(tmp_path / "other", [{"image": {"bytes": picture(i), "path": None}, "label": i} for i in range(2)])
+    table = parquet(tmp_path / "other", [{"image": {"bytes": png(i), "path": None}, "label": i} for i in range(2)])
     with pytest.raises(InputError, match=r"is no detection set: .*, but image, label"):
         read(table)
     with pytest.raises(InputError, match="has the splits train, none of val"):
@@ -366,7 +365,7 @@ def test_without_network(cache, twelve, monkeypatch):
     expected = contents(read(twelve, 4))
     shutil.move(next(cache.glob("twelve-*-train")), cache / "some--set-train")
     assert contents(read("some/set", 4)) == expected
-    with pytest.raises(InputError, match="4 of its pictures are in the cache: ask for no more"):
+    with pytest.raises(InputError, match="4 of its images are in the cache: ask for no more"):
         read("some/set", 5)
 
 
@@ -376,12 +375,12 @@ def test_the_hub_copy_is_the_same_as_coco_itself(assets, split, limit, seed):
     found = read(assets / "hub-sample", limit, split, sample_seed=seed)
     whole = read(assets / "coco-subset", 0, split)
     assert len(found) == (limit or 64) and found.notes == ()
-    index = {picture.id: i for i, picture in enumerate(whole.pictures)}
+    index = {image.id: i for i, image in enumerate(whole.images)}
     coco = whole.select(np.array([index[key] for key in ids(found)]))
     single = ~coco.crowd  # the hub has no crowds
     assert (found.category_ids, found.class_names) == (coco.category_ids, coco.class_names)
     assert np.allclose(found.boxes, coco.boxes[single], atol=0.02) and not found.crowd.any()
     assert (found.labels == coco.labels[single]).all() and np.allclose(found.areas, coco.areas[single], atol=1)
-    for ours, theirs in zip(found.pictures, coco.pictures, strict=True):
+    for ours, theirs in zip(found.images, coco.images, strict=True):
         assert (ours.id, ours.width, ours.height) == (theirs.id, theirs.width, theirs.height)
         assert ours.path.read_bytes() == theirs.path.read_bytes()

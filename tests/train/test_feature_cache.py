@@ -36,7 +36,7 @@ def equal(one, other):
     return all(map(torch.equal, one.shards, other.shards))
 
 
-def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelerator):
+def test_cached_samples_equal_those_of_the_images(detector, demo_val, accelerator):
     """The same views in the same epochs, the same boxes, and features that agree to float16's precision."""
     cached = CachedDataset(demo_val, build(detector, demo_val, accelerator), 112, mirror=True, seed=3)
     plain = DetectionDataset(demo_val, MirrorTransform(112), seed=3)
@@ -44,13 +44,13 @@ def test_cached_samples_equal_those_of_the_pictures(detector, demo_val, accelera
     for epoch in (1, 2):
         cached.set_epoch(epoch)
         plain.set_epoch(epoch)
-        from_cache, from_pictures = (collate([dataset[i] for i in range(6)]) for dataset in (cached, plain))
+        from_cache, from_images = (collate([dataset[i] for i in range(6)]) for dataset in (cached, plain))
         with torch.no_grad():
-            features = detector.patch_features(from_pictures.images)
-            ours, theirs = detector(from_cache.images), detector(from_pictures.images)
+            features = detector.patch_features(from_images.images)
+            ours, theirs = detector(from_cache.images), detector(from_images.images)
         assert torch.allclose(from_cache.images.float(), features, atol=5e-3, rtol=1e-3)
         assert torch.allclose(ours.boxes, theirs.boxes, atol=0.1)
-        for one, other in zip(from_cache.targets, from_pictures.targets, strict=True):
+        for one, other in zip(from_cache.targets, from_images.targets, strict=True):
             assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
             assert one.letterbox == other.letterbox
             mirrored += one.letterbox is None
@@ -91,7 +91,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(detector, demo_val, accel
     assert second.read_bytes() == content and sorted(own_cache.iterdir()) == sorted([first, second])
 
 
-def test_more_pictures_find_the_shards_of_fewer(detector, demo_val, accelerator, monkeypatch):
+def test_more_images_find_the_shards_of_fewer(detector, demo_val, accelerator, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD", 2)
     build(detector, demo_val.first(4), accelerator)
     files = feature_files(detector, demo_val, 2, "fp32")
@@ -138,11 +138,11 @@ def test_the_name_changes_with_all_that_matters(detector, demo_val, tiny_backbon
     assert len({name(), *others}) == 1 + len(others)
 
 
-def test_a_changed_picture_is_noticed(detector, coco_file):
-    path, pictures = coco_file([])
-    data = load_coco(path, pictures)
+def test_a_changed_image_is_noticed(detector, coco_file):
+    path, images = coco_file([])
+    data = load_coco(path, images)
     before = feature_files(detector, data, 1, "fp32").paths
-    (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes() + b" ")
+    (images / "a.png").write_bytes((images / "a.png").read_bytes() + b" ")
     assert feature_files(detector, data, 1, "fp32").paths != before
 
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_beforehand(detector, demo_val, accelerator, own_cac
     assert list(own_cache.iterdir()) == []
 
 
-def test_training_on_the_cache_equals_training_on_mirrored_pictures(demo, tiny_backbone, tmp_path, capsys):
+def test_training_on_the_cache_equals_training_on_mirrored_images(demo, tiny_backbone, tmp_path, capsys):
     """The whole of stage 1, twice: the same losses, to what float16 takes away."""
 
     def losses(name, **options):
@@ -178,7 +178,7 @@ def test_training_on_the_cache_equals_training_on_mirrored_pictures(demo, tiny_b
 
     cached = losses("cached")
     plain = losses("plain", no_feature_cache=True, augmentation="mirror")
-    assert "features of 12 pictures" in capsys.readouterr().out
+    assert "features of 12 images" in capsys.readouterr().out
     assert cached == pytest.approx(plain, rel=0.01) and cached[-1] < cached[0]
 
 

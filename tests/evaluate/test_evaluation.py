@@ -9,9 +9,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, crowded, random_detections, truth_as_detections
 from PIL import Image
-from test_metrics import crowded, random_detections, truth_as_detections
 
 from common.console import InputError
 from common.evaluate.bootstrap import COMPARED, comparisons, draws, interval, resampled
@@ -35,30 +34,30 @@ def samples_of(table, data, weights):
 
 
 def repeated(data, counts):
-    """The data set in which picture i occurs `counts[i]` times, each time under an id of its own."""
+    """The data set in which image i occurs `counts[i]` times, each time under an id of its own."""
     index = np.repeat(np.arange(len(data)), counts)
     parts = [np.arange(data.starts[i], data.starts[i + 1]) for i in index]
     rows = np.concatenate(parts)
     arrays = {k: getattr(data, k)[rows] for k in ("boxes", "labels", "crowd", "areas")}
-    pictures = tuple(replace(data.pictures[i], id=1000 + n) for n, i in enumerate(index))
-    return replace(data, pictures=pictures, starts=np.cumsum([0, *map(len, parts)]), **arrays), index
+    images = tuple(replace(data.images[i], id=1000 + n) for n, i in enumerate(index))
+    return replace(data, images=images, starts=np.cumsum([0, *map(len, parts)]), **arrays), index
 
 
-def test_a_resample_is_the_data_set_with_its_pictures_repeated(demo_val):
-    """The vectorised numbers against the ordinary evaluation of a data set that really holds pictures twice."""
+def test_a_resample_is_the_data_set_with_its_images_repeated(demo_val):
+    """The vectorised numbers against the ordinary evaluation of a data set that really holds images twice."""
     data, found = crowded(demo_val), random_detections(demo_val, 1)
     found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties: order is free
     counts = np.array([0, 2, 1, 3, 0, 1])
     ours = samples_of(detection_table(found, LABELS), data, counts[:, None].astype(np.float32))
     large, index = repeated(data, counts)
-    copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.pictures, strict=True)]
+    copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
     expected = evaluate_table(detection_table(copies, LABELS), large)
     for name in COMPARED:
         value = (expected["primary"] | expected["detection"])[name]
         assert ours[name][0] == pytest.approx(value, abs=1e-6), name
 
 
-def test_intervals_cover_the_number_and_shrink_with_more_pictures(demo_val):
+def test_intervals_cover_the_number_and_shrink_with_more_images(demo_val):
     table = table_of(demo_val)
     numbers = evaluate_table(table, demo_val)["detection"]
     samples = samples_of(table, demo_val, draws(len(demo_val), seed=0))
@@ -66,7 +65,7 @@ def test_intervals_cover_the_number_and_shrink_with_more_pictures(demo_val):
     assert low < numbers["AP50"] < high and high - low > 0.02
     large, index = repeated(demo_val, np.full(6, 8))
     found = random_detections(demo_val, 0)
-    copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.pictures, strict=True)]
+    copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
     low2, high2 = interval(samples_of(detection_table(copies, LABELS), large, draws(48, seed=0))["AP50"])
     assert high2 - low2 < (high - low) / 2
 
@@ -192,10 +191,10 @@ def test_the_self_check_warns_of_shifted_classes_and_misread_boxes(demo_val):
         (warning,) = self_check(np.column_stack([table[:, :6], table[:, 6] + step]), demo_val)
         assert f"moved by {-step:+d}" in warning
     x, y, width, height = table[:, 1:5].T
-    sides = {picture.id: max(picture.width, picture.height) for picture in demo_val.pictures}
+    sides = {image.id: max(image.width, image.height) for image in demo_val.images}
     longest = np.array([sides[int(image_id)] for image_id in table[:, 0]])
     misread = {
-        "shares of the picture": [x / longest, y / longest, width / longest, height / longest],
+        "shares of the image": [x / longest, y / longest, width / longest, height / longest],
         "(x, y, width, height) was taken for corners": [x, y, width - x, height - y],
         "corners (x, y, x, y) were taken": [x, y, x + width, y + height],
         "centres": [x + width / 2, y + height / 2, width, height],
@@ -254,7 +253,7 @@ def test_average_precision_by_hand():
 
 @pytest.mark.real
 def test_yolo_reproduces_its_known_figure(assets):
-    """YOLOv8n int8 with one label a box on 250 pictures: AP 0.398, AP50 0.561, measured elsewhere by pycocotools."""
+    """YOLOv8n int8 with one label a box on 250 images: AP 0.398, AP50 0.561, measured elsewhere by pycocotools."""
     if not (find_spec("openvino") and find_spec("ultralytics")):  # importing the latter would replace parts of Pillow
         pytest.skip("needs openvino and ultralytics")
     from common.data.sources import DataSource, load_split

@@ -1,6 +1,6 @@
 """Train again and again in one process, with faults: does it always recover, and does anything grow?
 
-  python tests/soak.py --minutes 30
+  python -m dev.soak --minutes 30
 
 Each round trains both stages on a few scenes of the demo and meets one fault: a signal, gradients that are no numbers,
 a full disk, a damaged state, an interrupted cache. It is then resumed, and must end with the weights of the run without
@@ -15,7 +15,6 @@ import random
 import resource
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +24,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import improved_dino_detector as script
 from common import cli

@@ -1,19 +1,15 @@
 """What the head and post-processing cost on top of the backbone: a command, not a test.
 
-  python tests/benchmark_head.py --data COCO --checkpoint improved_dino2_detector.pth
+  python -m dev.benchmark_head --data COCO --checkpoint improved_dino2_detector.pth
 
-Backbone alone and whole detector take turns on the same pictures; medians are printed, and their ratio.
+Backbone alone and whole detector take turns on the same images; medians are printed, and their ratio.
 """
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 from common.cli import flag
@@ -28,7 +24,7 @@ from common.runtime import make_accelerator, precision_name
 class Settings:
     data: str = flag("demo", "COCO-format folder, hub data set id, or demo")
     checkpoint: str = flag("improved_dino2_detector.pth", "the detector")
-    batch_sizes: tuple[int, ...] = flag((1, 8), "pictures at once")
+    batch_sizes: tuple[int, ...] = flag((1, 8), "images at once")
     rounds: int = flag(15, "times that each is measured", at_least=1)
     precision: str = flag("auto", "arithmetic", choices=("auto", "fp32", "bf16", "fp16"))
 
@@ -53,7 +49,7 @@ def main(settings: Settings) -> None:
         backbone, whole = (statistics.median(seconds[2:]) for seconds in times.values())
         print(
             f"batch {size}, {detector.config.image_size} px, {precision_name(accelerator)}: backbone "
-            f"{1000 * backbone / size:.1f} ms/picture, head and post-processing {whole / backbone - 1:.1%} on top"
+            f"{1000 * backbone / size:.1f} ms/image, head and post-processing {whole / backbone - 1:.1%} on top"
         )
 
 

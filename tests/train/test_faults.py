@@ -71,14 +71,14 @@ def test_out_of_memory_tells_the_batch_size_that_fits(demo, tiny_backbone):
     status, text = train_below(limits, settings)
     assert status == 1 and "Traceback" not in text, text[-2000:]
     line = text.strip().splitlines()[-1]
-    assert "out of memory at a step of 12 pictures" in line
+    assert "out of memory at a step of 12 images" in line
     fits = int(line.partition("take --batch-size ")[2].partition(";")[0])
     status, text = train_below(limits, replace(settings, batch_size=fits, resume=True))
     assert status == 0 and load_detector("out.pth").epoch == 1, text
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 4])
-def test_what_a_failed_step_computed_is_let_go_before_fewer_pictures_are_tried(pictures, detector, monkeypatch):
+@pytest.mark.parametrize("images", [0, 1, 4])
+def test_what_a_failed_step_computed_is_let_go_before_fewer_images_are_tried(images, detector, monkeypatch):
     computed, tried = [], []
 
     def step():
@@ -97,11 +97,11 @@ def test_what_a_failed_step_computed_is_let_go_before_fewer_pictures_are_tried(p
 
     monkeypatch.setattr(state, "_fits", fits)
     target = Target(*(torch.zeros(0, *shape) for shape in ((4,), (), ())), 1, None)
-    batch = Batch(torch.zeros(pictures, 3, 112, 112), [target] * pictures) if pictures else None
-    said = {0: "before the first step", 1: "not even one fits", 4: "of 4 pictures; 2 fit: take --batch-size 2;"}
-    with pytest.raises(InputError, match=said[pictures]), state.memory_explained(Mock(batch=batch), LossConfig()):
+    batch = Batch(torch.zeros(images, 3, 112, 112), [target] * images) if images else None
+    said = {0: "before the first step", 1: "not even one fits", 4: "of 4 images; 2 fit: take --batch-size 2;"}
+    with pytest.raises(InputError, match=said[images]), state.memory_explained(Mock(batch=batch), LossConfig()):
         step()
-    assert tried == ([2] if pictures == 4 else [])
+    assert tried == ([2] if images == 4 else [])
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(demo, tiny_backbone):
@@ -135,7 +135,7 @@ def test_numbers_that_are_none_stop_the_run_before_they_reach_the_weights(kind, 
         return losses
 
     monkeypatch.setattr(finetune_dino2_simple, "detection_loss", spoiled)
-    with pytest.raises(InputError, match=f"epoch 1, step 2, on the pictures {', '.join(map(str, seen[1:]))}"):
+    with pytest.raises(InputError, match=f"epoch 1, step 2, on the images {', '.join(map(str, seen[1:]))}"):
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone))
     report = json.loads(Path("run/not_finite_0.json").read_text())
     assert report["image_ids"] == seen[1] and report["step"] == 2

@@ -1,4 +1,4 @@
-"""Several processes on one machine: what one process with all of their pictures would do."""
+"""Several processes on one machine: what one process with all of their images would do."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from common.data.demo import make_demo
 
@@ -80,7 +80,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(trained):
     assert (trained[2] / "output.txt").read_text().count("stage frozen took") == 1  # one of them speaks
 
 
-def test_two_processes_judge_every_picture_once(trained, odd):
+def test_two_processes_judge_every_image_once(trained, odd):
     flags = ("--data", odd, "--workers", 0, "--precision", "fp32", "--models", "out.pth", "missing.pth")
     found = {}
     for processes, batch in ((1, 4), (2, 2)):

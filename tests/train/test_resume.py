@@ -231,8 +231,8 @@ def test_nothing_whole_to_resume_is_refused_and_nothing_at_all_begins(
         ({"blocks": (3, 4)}, "another --blocks"),
         ({"image_size": 70}, "another --image-size"),
         ({"freeze_backbone": True}, "another --freeze-backbone"),
-        ({"train_images": 8}, "other pictures or boxes"),
-        ({"batch_size": 2}, "inside an epoch of 4 pictures a step"),
+        ({"train_images": 8}, "other images or boxes"),
+        ({"batch_size": 2}, "inside an epoch of 4 images a step"),
     ],
 )
 def test_settings_that_do_not_fit_a_resumed_run_are_refused(

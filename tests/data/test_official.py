@@ -1,0 +1,126 @@
+"""Fetching official COCO from a small server on this machine that has bad days."""
+
+import io
+import zipfile
+
+import pytest
+from helpers import ROOT, jpeg, official_archive, official_instances
+
+from common.console import InputError
+from common.data import official
+from common.data.sources import DataSource, load_split, read_image_ids
+
+
+def read(split, limit=0, ids=""):
+    return load_split(DataSource("coco-official", image_ids=str(ids)), split, limit)
+
+
+def test_only_what_is_asked_for_is_fetched_and_only_once(server):
+    data = read("train", limit=3)
+    assert [p.id for p in data.images] == [9, 25, 30] and data.class_names == ("dog",) and len(data.labels) == 3
+    assert sorted(name for name, _ in server.asked) == sorted(
+        [official.ARCHIVE, *(f"train2017/{i:012d}.jpg" for i in (9, 25, 30))]
+    )
+    server.asked.clear()
+    assert read("train", limit=3).fingerprint() == data.fingerprint() and not server.asked
+    read("train", limit=4)
+    read("val", limit=1)
+    assert [name for name, _ in server.asked] == ["train2017/000000000034.jpg", "val2017/000000000139.jpg"]
+
+
+@pytest.mark.parametrize("mood", ["drop", "slow", "damaged", "web page", "busy"])
+def test_bad_days_of_the_server_are_borne(server, mood):
+    server.moods = {name: [mood, mood] for name in server.files}
+    data = read("train")
+    assert len(data) == 6 and data.notes == ()
+    assert all(p.path.read_bytes() == jpeg(p.id) for p in data.images)
+
+
+def test_without_digests_images_must_at_least_be_decodable(server):
+    server.tagged = False
+    server.moods = {name: ["web page"] for name in server.files}
+    assert len(read("train")) == 6
+
+
+def test_a_broken_connection_goes_on_where_it_stopped(server):
+    server.moods = {official.ARCHIVE: ["drop"]}
+    read("val")
+    ranges = [bytes_ for name, bytes_ in server.asked if name == official.ARCHIVE]
+    assert ranges == [None, f"bytes={len(server.files[official.ARCHIVE]) // 2}-"]
+
+
+def test_what_cannot_be_fetched_is_said_and_the_next_run_goes_on(server):
+    good = server.files.pop("train2017/000000000030.jpg")
+    with pytest.raises(InputError, match=r"1 of 6 images could not be fetched.*the server says 404") as caught:
+        read("train")
+    assert "\n" not in str(caught.value)
+    server.files["train2017/000000000030.jpg"] = good
+    server.asked.clear()
+    assert len(read("train")) == 6 and len(server.asked) == 1
+
+
+def test_no_server_at_all(server, monkeypatch):
+    monkeypatch.setenv("COCO_URL", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="cannot fetch") as caught:
+        read("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_is_none_or_lacks_a_part(server):
+    server.files[official.ARCHIVE] = b"no archive"
+    with pytest.raises(InputError, match="it came damaged"):
+        read("train")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as packed:
+        packed.writestr("other", "")
+    server.files[official.ARCHIVE] = file.getvalue()
+    with pytest.raises(InputError, match="was damaged"):
+        read("train")
+
+
+def test_annotations_cannot_write_elsewhere(server, tmp_path):
+    def hostile(part):
+        content = official_instances(part)
+        content["images"][0]["file_name"] = "../../evil.jpg"
+        return content
+
+    server.files[official.ARCHIVE] = official_archive(hostile)
+    with pytest.raises(InputError, match=r"evil\.jpg"):
+        read("train")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_images_by_id_from_both_parts_and_from_a_folder(server, demo_val, tmp_path):
+    ids = tmp_path / "ids.txt"
+    ids.write_text("# a remark\ntrain 285\ntrain 9  # from the other part\n\nval 42\n")
+    assert [p.id for p in read("train", ids=ids).images] == [285, 9]
+    assert [p.id for p in read("val", ids=ids).images] == [42]
+    assert [p.id for p in read("train", limit=1, ids=ids).images] == [285]
+    ids.write_text("train 7777")
+    with pytest.raises(InputError, match="has no image 7777"):
+        read("train", ids=ids)
+    folder = demo_val.images[0].path.parent.parent
+    chosen = [demo_val.images[i].id for i in (4, 1)]
+    ids.write_text("".join(f"val {key}\n" for key in chosen))
+    assert [p.id for p in load_split(DataSource(str(folder), image_ids=str(ids)), "val").images] == chosen
+    ids.write_text("val 999")
+    with pytest.raises(InputError, match="lacks 1 of the 1 images"):
+        load_split(DataSource(str(folder), image_ids=str(ids)), "val")
+
+
+@pytest.mark.parametrize("content", ["9", "train nine", "test 9", "train 9 9", "", "val 3"])
+def test_files_of_no_ids(tmp_path, content):
+    (tmp_path / "ids.txt").write_text(content)
+    with pytest.raises(InputError):
+        read_image_ids(tmp_path / "ids.txt", "train")
+    with pytest.raises(InputError):
+        read_image_ids(tmp_path / "none.txt", "train")
+
+
+@pytest.mark.real
+def test_the_ids_of_the_table_are_those_of_its_images(assets):
+
+    for split in ("train", "val"):
+        plain = load_split(DataSource(str(assets / "coco-subset")), split)
+        by_id = DataSource(str(assets / "coco-subset"), image_ids=str(ROOT / "docs" / "coco_subset_ids.txt"))
+        assert load_split(by_id, split).fingerprint() == plain.fingerprint()

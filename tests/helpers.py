@@ -1,0 +1,142 @@
+"""What several test modules use: data sets in other formats, detections to evaluate, the reference evaluation."""
+
+import contextlib
+import io
+import json
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from common.evaluate.coco_metrics import coco_dict
+from common.evaluate.detections import coco_detections
+from common.types import Detections
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
+
+
+def truth_as_detections(data):
+    """Every non-crowd box as a detection of score 1."""
+    found = []
+    for index, image in enumerate(data.images):
+        boxes, labels, crowd = data.image_boxes(index)
+        keep = ~crowd
+        found.append(Detections(image.id, boxes[keep], torch.ones(int(keep.sum())), labels[keep]))
+    return found
+
+
+def random_detections(data, seed, count=30):
+    """True boxes, shaken, with some wrong labels, among random boxes; scores with ties."""
+    rng, found = np.random.default_rng(seed), []
+    for index, image in enumerate(data.images):
+        boxes, labels, _ = data.image_boxes(index)
+        shaken = boxes.numpy() + rng.normal(0, 6, boxes.shape)
+        shaken[:, 2:] = np.maximum(shaken[:, 2:], shaken[:, :2] + 1)
+        corner = rng.uniform(0, 200, (count, 2))
+        boxes = np.concatenate([shaken, np.hstack([corner, corner + rng.uniform(5, 150, (count, 2))])])
+        labels = np.concatenate([labels.numpy(), rng.integers(0, len(data.class_names), count)])
+        wrong = rng.random(len(labels)) < 0.2
+        labels[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
+        scores = rng.integers(1, 60, len(labels)) / 60
+        tensors = torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), torch.from_numpy(labels)
+        found.append(Detections(image.id, *tensors))
+    return found
+
+
+def crowded(data):
+    """The same data with every fifth box a crowd."""
+    return replace(data, crowd=np.arange(len(data.crowd)) % 5 == 0)
+
+
+def pycocotools_numbers(table, data):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = coco_dict(data)
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(coco_detections(table, data.category_ids)), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats
+
+
+def write_yolo(data, root, *, outlines=False, train="images/train"):
+    """The data set as both parts of a YOLO data set; returns its YAML file's path."""
+    for folder in ("images/train", "labels/train", "images/val", "labels/val"):
+        (root / folder).mkdir(parents=True)
+    for index, image in enumerate(data.images):
+        lines = []
+        for box, label in zip(*(column.tolist() for column in data.image_boxes(index)[:2]), strict=True):
+            x1, y1, x2, y2 = np.array(box) / ([image.width, image.height] * 2)
+            numbers = [x1, y1, x2, y1, x2, y2, x1, y2] if outlines else [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+            lines.append(" ".join(map(str, [label, *numbers])))
+        for part in ("train", "val"):
+            shutil.copy(image.path, root / "images" / part / image.path.name)
+            (root / "labels" / part / f"{image.path.stem}.txt").write_text("\n".join(lines) + "\n")
+    path = root / "data.yaml"
+    path.write_text(yaml.safe_dump({"train": train, "val": "images/val", "names": list(data.class_names)}))
+    return path
+
+
+def write_voc(data, annotations, images):
+    for folder in (annotations, images):
+        folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(data.images):
+        shutil.copy(image.path, images / image.path.name)
+        tree = ElementTree.Element("annotation")
+        ElementTree.SubElement(tree, "filename").text = image.path.name
+        for box, label in zip(*(column.tolist() for column in data.image_boxes(index)[:2]), strict=True):
+            thing = ElementTree.SubElement(tree, "object")
+            ElementTree.SubElement(thing, "name").text = data.class_names[label]
+            corners = ElementTree.SubElement(thing, "bndbox")
+            sides = {"xmin": box[0] + 1, "ymin": box[1] + 1, "xmax": box[2], "ymax": box[3]}
+            for side, value in sides.items():
+                ElementTree.SubElement(corners, side).text = str(round(value))
+        ElementTree.ElementTree(tree).write(annotations / f"{image.path.stem}.xml")
+
+
+class Hostile:
+    """Leaves a file behind where it is unpickled as pickle would."""
+
+    def __reduce__(self):
+        return (eval, ("open('hacked', 'w')",))
+
+
+OFFICIAL_IDS = {"train": (9, 25, 30, 34, 36, 42), "val": (139, 285, 632)}
+
+
+def jpeg(number):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 255, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def official_instances(part):
+    ids = OFFICIAL_IDS[part]
+    return {
+        "images": [{"id": i, "file_name": f"{i:012d}.jpg", "width": 40, "height": 30} for i in ids],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 18, "bbox": [1, 2, 10, 9], "area": 90, "iscrowd": 0} for i in ids
+        ],
+        "categories": [{"id": 18, "name": "dog"}],
+    }
+
+
+def official_archive(content=official_instances):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in OFFICIAL_IDS:
+            packed.writestr(f"annotations/instances_{part}2017.json", json.dumps(content(part)))
+    return file.getvalue()

@@ -1,0 +1,59 @@
+"""The layout of the code: which room may import which, and how large a folder and a function may be."""
+
+import ast
+
+import pytest
+from helpers import ROOT
+
+MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside their own; "" are the files at its root
+    "": set(),
+    "data": {""},
+    "model": {""},
+    "evaluate": {"", "data", "model"},
+    "train": {"", "data", "model", "evaluate"},
+    "show": {"", "data", "model", "evaluate"},
+}
+MODULES = 12  # in one folder
+LINES = 60  # of one function
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("dev/*.py")]
+TESTS = sorted(ROOT.glob("tests/**/*.py"))
+
+
+def imported(file):
+    """The modules that a file imports, with their dots."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def room_of(parts):
+    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else ""
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("common/**/*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way(file):
+    own = room_of(file.relative_to(ROOT).parts)
+    for module in imported(file):
+        parts = module.split(".")
+        if parts[0] == "common":
+            assert room_of(parts) in MAY_IMPORT[own] | {own}, module
+
+
+def test_no_script_imports_a_script_and_no_test_a_test():
+    scripts = {file.stem for file in ROOT.glob("*.py")}
+    for file in ROOT.glob("*.py"):
+        assert not scripts & {module.split(".")[0] for module in imported(file)}, file
+    tests = {file.stem for file in TESTS} - {"helpers"}
+    for file in TESTS:
+        assert not tests & {part for module in imported(file) for part in module.split(".")}, file
+
+
+def test_no_folder_is_crowded_and_no_function_long():
+    for folder in {file.parent for file in CODE}:
+        assert len(list(folder.glob("*.py"))) <= MODULES, folder
+    for file in [*CODE, *TESTS]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < LINES, f"{file}: {node.name}"
