@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Callable
 
-from common.console import STATUS, InputError, Interrupted, take_over
+from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers
 
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
@@ -92,7 +92,7 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     Status: 0 done; 2 bad input, with one line on stderr; 130 and 143 ended by SIGINT and SIGTERM, likewise.
     """
     settings = parse(settings_type, description or "")
-    take_over()
+    install_handlers()
     try:
         main(settings)
     except InputError as error:
@@ -105,7 +105,7 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
         sys.exit(_say_error("out of memory; take a smaller --batch-size or --image-size, or fewer --workers", 2))
     except Interrupted as interrupted:
         advice = f"; {interrupted.advice}" if interrupted.advice else ""
-        sys.exit(_say_error(f"interrupted{advice}", STATUS + interrupted.number))
+        sys.exit(_say_error(f"interrupted{advice}", SIGNAL_STATUS + interrupted.number))
 
 
 def _last_line(error: Exception) -> str:

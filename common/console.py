@@ -35,7 +35,7 @@ def progress_bar(total: int, what: str, unit: str = "image", shown: bool = True)
     )
 
 
-STATUS = 128  # a shell's exit status for a signal: this and its number
+SIGNAL_STATUS = 128  # a shell's exit status for a signal: this and its number
 
 
 class Interrupted(BaseException):
@@ -50,27 +50,27 @@ class Interrupted(BaseException):
 
 
 _loops = 0  # loops under way that finish their step first
-_waiting: int | None = None  # the signal that they have not acted on yet
+_pending: int | None = None  # the signal that they have not acted on yet
 
 
-def take_over() -> None:
+def install_handlers() -> None:
     """From now on SIGINT and SIGTERM raise `Interrupted`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _receive)
 
 
 def _receive(number: int, _frame: object) -> None:
-    global _waiting
-    if _loops and _waiting is None:
-        _waiting = number
+    global _pending
+    if _loops and _pending is None:
+        _pending = number
     else:  # nothing to finish, or asked for a second time
         raise Interrupted(number, at_once=True)
 
 
 @contextmanager
-def steps_finished() -> Iterator[None]:
-    """Inside, a first signal is only noted, for `waiting` to tell; where nobody asked, it is obeyed at the end."""
-    global _loops, _waiting
+def finish_step_first() -> Iterator[None]:
+    """Inside the block a first signal is only recorded for `pending_signal`; `Interrupted` is raised when it ends."""
+    global _loops, _pending
     _loops += 1
     number = None
     try:
@@ -78,17 +78,17 @@ def steps_finished() -> Iterator[None]:
     finally:
         _loops -= 1
         if not _loops:
-            number, _waiting = _waiting, None
+            number, _pending = _pending, None
     if number is not None:
         raise Interrupted(number)
 
 
-def waiting() -> int | None:
+def pending_signal() -> int | None:
     """The number of the signal that came in the meantime, if any."""
-    return _waiting
+    return _pending
 
 
-def leave_to_parent(_worker: int) -> None:
+def ignore_in_worker(_worker: int) -> None:
     """In a process that loads data: the signals are its parent's business, which still wants the batch under way."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

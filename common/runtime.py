@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from common.console import InputError, Interrupted, waiting
+from common.console import InputError, Interrupted, pending_signal
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PATIENCE = timedelta(hours=6)  # of the processes that wait while the first fetches data or judges
@@ -61,7 +61,7 @@ def precision_name(accelerator: Accelerator) -> str:
 
 def stop_if_asked(accelerator: Accelerator) -> None:
     """Between two steps: raises `Interrupted`, on all processes at once, where one of them got a signal."""
-    number = torch.tensor(float(waiting() or 0), device=accelerator.device)
+    number = torch.tensor(float(pending_signal() or 0), device=accelerator.device)
     if accelerator.num_processes > 1:
         number = accelerator.gather(number[None]).max()
     if number:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from common.console import leave_to_parent
+from common.console import ignore_in_worker
 from common.data.coco import CocoData
 from common.data.images import open_image
 from common.data.transforms import LetterboxTransform
@@ -57,7 +57,7 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
 def make_eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
     """Letterboxed images of `data`, in its order."""
     dataset = DetectionDataset(data, LetterboxTransform(image_size))
-    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_to_parent)
+    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_in_worker)
 
 
 class EpochOrder(Sampler[int]):
@@ -85,6 +85,6 @@ def make_train_loader(dataset: Dataset, batch_size: int, workers: int, seed: int
         drop_last=len(dataset) >= batch_size,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_in_worker,
     )
     return loader, order

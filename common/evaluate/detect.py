@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.console import progress_bar, steps_finished
+from common.console import finish_step_first, progress_bar
 from common.data.coco import CocoData
 from common.evaluate.coco_metrics import evaluate, headline
 from common.evaluate.detections import label_map
@@ -54,7 +54,7 @@ def detect(
     """
     model.eval()
     found: list[Detections] = []
-    with steps_finished(), progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
+    with finish_step_first(), progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
         for batch in loader:
             detections = postprocess(predict(model, batch.images, flip), batch.targets)
             found += accelerator.gather_for_metrics(detections, use_gather_object=True)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from common.console import InputError, Interrupted, leave_to_parent, progress_bar
+from common.console import InputError, Interrupted, ignore_in_worker, progress_bar
 from common.data.coco import CocoData
 from common.data.dataset import DetectionDataset, collate, sample_randomness
 from common.data.transforms import LetterboxTransform, letterbox_target, mirror_drawn, mirror_target
@@ -171,7 +171,7 @@ def _build(
                     at_once,
                     collate_fn=collate,
                     num_workers=workers,
-                    worker_init_fn=leave_to_parent,
+                    worker_init_fn=ignore_in_worker,
                 )
                 with atomic_write(files.paths[shard]) as out:
                     for batch in loader:

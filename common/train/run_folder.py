@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.console import InputError, Interrupted, NotFiniteError, steps_finished
+from common.console import InputError, Interrupted, NotFiniteError, finish_step_first
 from common.data.coco import CocoData
 from common.evaluate.coco_metrics import in_words
 from common.evaluate.detect import validate
@@ -108,7 +108,7 @@ class RunFolder:
         else:
             self.save(progress)
         try:
-            with steps_finished():
+            with finish_step_first():
                 yield
         except Interrupted as interrupted:
             if not interrupted.at_once:

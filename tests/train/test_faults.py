@@ -16,7 +16,7 @@ import torch
 import comprehensive_validation
 import finetune_dino2_simple
 from common import cli
-from common.console import InputError, take_over
+from common.console import InputError, install_handlers
 from common.evaluate.results import read_results
 from common.model.assignment import ASSIGNMENTS
 from common.model.checkpoint import Checkpoint, load_detector, save_detector
@@ -47,7 +47,7 @@ def limited(limits, settings, out):
     for name, size in limits.items():
         size += used if name == "RLIMIT_AS" else 0
         resource.setrlimit(getattr(resource, name), (size, size))
-    take_over()
+    install_handlers()
     try:
         finetune_dino2_simple.main(settings)
     except InputError as error:

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 import finetune_dino2_simple
 import improved_dino_detector
 from common import cli
-from common.console import InputError, Interrupted, take_over
+from common.console import InputError, Interrupted, install_handlers
 from common.train import feature_cache
 from common.train.state import Progress
 
@@ -183,11 +183,11 @@ def stopped(name, folder, monkeypatch, settings, step=5):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.chdir(folder)
-    take_over()
+    install_handlers()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Progress, "finish_step", finish)
         SCRIPTS[name].main(settings)
-    take_over()
+    install_handlers()
 
 
 @pytest.mark.parametrize("damage", ["cut", "half", "empty", "flipped"])
