@@ -24,39 +24,27 @@ from common import cli
 from common.cli import flag
 from common.data.coco import CocoData, unlabelled_images
 from common.data.images import open_image
-from common.data.sources import DataSource, load_split
+from common.data.sources import DataFlags, load_split
 from common.evaluate.detections import coco_detections, detection_table
-from common.evaluate.evaluation import Runner, judge, unique_names
+from common.evaluate.evaluation import Predictor, evaluate, unique_names
 from common.files import atomic_write, check_writable
 from common.model.checkpoint import Checkpoint, load_detector
-from common.runtime import make_accelerator
+from common.runtime import RuntimeFlags, make_accelerator
 from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
 from common.show.tables import format_table
-from common.types import Detections, Found
+from common.types import Detections, Predictions
 
 SHEET_IMAGES = 16
 COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "images/s")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RuntimeFlags, DataFlags):
     checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to look at")
     images: tuple[str, ...] = flag((), "your own image files and folders, instead of validation images")
-    data: str = flag("detection-datasets/coco", "folder of labelled images, hub data set id, coco-official, or demo")
-    val_json: str = flag("", "validation annotations, where the folder has no known layout")
-    val_images_dir: str = flag("", "the folder of their images")
-    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
-    sample_seed: int = flag(-1, "draw the images at random by this seed; -1 = take the first", at_least=-1)
-    box_format: str = flag("auto", "boxes of hub data; auto = what fits best, said", choices=("auto", "xyxy", "xywh"))
-    val_images: int = flag(500, "validation images, the first of the file; 0 = all", at_least=0)
-    strict: bool = flag(False, "stop where data would have to be repaired or left out")
     draw: int = flag(24, "validation images to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
-    min_score: float = flag(0.3, "draw detections from this score on, 0..1", at_least=0)
-    flip: bool = flag(False, "look at each image's mirror image too: more accurate, half as fast")
-    batch_size: int = flag(16, "images at once", at_least=1)
-    precision: str = flag("auto", "arithmetic; auto = the fastest here", choices=("auto", "fp32", "bf16", "fp16"))
-    workers: int = flag(2, "processes that decode images", at_least=0)
-    seed: int = flag(0, "of the choice of images to draw", at_least=0, at_most=cli.MAX_SEED)
+    min_score: float = flag(0.3, "draw detections with this score or a higher one, 0..1", at_least=0)
+    flip: bool = flag(False, "look at the mirror image of each image too: more accurate, half as fast")
     output: str = flag("predictions", "folder for the images and detections")
 
 
@@ -112,32 +100,31 @@ def main(settings: Settings) -> dict[str, dict]:
     """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
     check_writable(Path(settings.output, "contact_sheet.jpg"))
     set_seed(settings.seed)
-    runner = Runner(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
+    predictor = Predictor(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
     checkpoints = [load_detector(path) for path in settings.checkpoints]
     names = unique_names(settings.checkpoints)
     if settings.images:
         first = checkpoints[0]
         data = unlabelled_images([Path(p) for p in settings.images], first.class_names, first.category_ids)
     else:
-        source = cli.part(settings, DataSource)
-        with runner.accelerator.main_process_first():  # what is fetched or drawn is then there for the others
-            data = load_split(source, "val", settings.val_images, settings.strict)
+        with predictor.accelerator.main_process_first():  # what is fetched or drawn then exists for the others
+            data = load_split(settings, "val")
 
     models, records = {}, []
     for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):
-        found = runner.detect(checkpoint, data, name)
+        found = predictor.detect(checkpoint, data, name)
         models[name] = (checkpoint, found)
-        if not runner.accelerator.is_main_process:
+        if not predictor.accelerator.is_main_process:
             continue
         if settings.images:
             detections = Path(settings.output, name, "detections.json")
             print(f"{name}: {write_detections(detections, checkpoint, found, data)} detections in {detections}")
         else:
-            judged = judge(name, path, Found(found, checkpoint.class_names, runner.cost(checkpoint, data)), data)
-            records.append(judged.record)
+            predictions = Predictions(found, checkpoint.class_names, predictor.cost(checkpoint, data))
+            records.append(evaluate(name, path, predictions, data).record)
     if records:
         print(format_table(tuple(records), COLUMNS))
-    if runner.accelerator.is_main_process:
+    if predictor.accelerator.is_main_process:
         print(f"annotated images in {settings.output}/, all at a glance in {write_images(settings, data, models)}")
     return {r.name: r.primary | {"AP50": r.detection["AP50"]} for r in records}
 

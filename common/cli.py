@@ -1,7 +1,8 @@
-"""Flags from a dataclass of settings, and one way for every script to end.
+"""Command-line flags from a dataclass of settings, and one way for every script to end.
 
 The only module that knows argparse. A script declares its settings once, as a frozen dataclass of `flag(...)` fields,
-and hands them to `run`; nothing else in `common/` sees flags or a script's settings.
+and hands it to `run`. Flags that several scripts share are frozen dataclasses beside the code that reads them, from
+which the script's settings inherit; nothing in `common/` sees a script's own settings.
 """
 
 import argparse
@@ -13,22 +14,36 @@ from collections.abc import Callable
 
 from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers
 
-MAX_SEED = 2**32 - 1  # the largest that numpy takes
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
+# What a resumed run may do with a flag: change it, as it changes no number; change it, which makes it another run from
+# there on and is printed; not change it, as weights or optimizer state would not fit; change it, and the checkpoint
+# does not record it.
+ON_RESUME = ("free", "warn", "refuse", "unrecorded")
 SETTINGS = typing.TypeVar("SETTINGS")
 
 
 def flag(
-    default,
+    default: typing.Any,
     help: str,
     *,
     at_least: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
-):
-    """A dataclass field that becomes `--name`: `help` gives its unit and reason, the default is added to it."""
+    on_resume: str = "warn",
+) -> typing.Any:
+    """A dataclass field that becomes `--name`.
+
+    Args:
+        default: of a plain type, or a tuple for a flag with several values.
+        help: the unit and the reason; the default is added to it.
+        at_least: the least number allowed, likewise `at_most`.
+        choices: the values allowed.
+        on_resume: one of ON_RESUME, what a resumed run may do with it.
+    """
     limits = {"at_least": at_least, "at_most": at_most}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "on_resume": on_resume} | limits
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,8 +64,14 @@ def _checked(kind: type, at_least: float | None, at_most: float | None) -> Calla
     return convert
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
-    name, metadata = "--" + field.name.replace("_", "-"), field.metadata
+def _group_title(settings_type: type, name: str) -> str:
+    """The first line of the docstring of the class that declares the flag first, "this script" for the script's own."""
+    declared_in = next(kind for kind in reversed(settings_type.__mro__) if name in getattr(kind, "__annotations__", {}))
+    return "this script" if declared_in is settings_type else (declared_in.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, kind: type) -> None:
+    name, metadata = flag_name(field.name), field.metadata
     shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     help = metadata["help"].replace("%", "%%") + ("" if shown is False or shown == "" else f" (default: {shown})")
     if kind is bool:
@@ -73,17 +94,18 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: t
 def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | None = None) -> SETTINGS:
     """Read `argv` (default: the command line) into `settings_type`; `--help` prints `description` and the flags."""
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    kinds = typing.get_type_hints(settings_type)
+    kinds, groups = typing.get_type_hints(settings_type), {}
     for field in dataclasses.fields(settings_type):
-        _add_flag(parser, field, kinds[field.name])
+        title = _group_title(settings_type, field.name)
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        _add_flag(groups[title], field, kinds[field.name])
     values = vars(parser.parse_args(argv))
     return settings_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def part(settings: object, kind: type[SETTINGS]) -> SETTINGS:
-    """The settings that a `kind` of dataclass has fields of the same name for, as one; its other fields' defaults."""
-    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
+def flag_name(field: str) -> str:
+    """--batch-size for batch_size."""
+    return "--" + field.replace("_", "-")
 
 
 def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,10 +10,23 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+from common.cli import flag
 from common.console import InputError, Interrupted, pending_signal
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-PATIENCE = timedelta(hours=6)  # of the processes that wait while the first fetches data or judges
+PROCESS_TIMEOUT = timedelta(hours=6)  # the other processes wait while the first fetches data or evaluates
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MAX_SEED = 2**32 - 1  # the largest that numpy takes
+
+
+@dataclass(frozen=True)
+class RuntimeFlags:
+    """Computation."""
+
+    batch_size: int = flag(16, "images a step, on each process", at_least=1)
+    workers: int = flag(2, "processes that decode images", at_least=0, on_resume="free")
+    precision: str = flag("auto", "arithmetic; auto = the fastest of this hardware", choices=PRECISIONS)
+    seed: int = flag(0, "of all random numbers", at_least=0, at_most=MAX_SEED)
 
 
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
@@ -29,19 +43,19 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     if chosen == "fp16" and not torch.accelerator.is_available():
         raise InputError("--precision fp16 needs a GPU; take bf16, fp32 or auto")
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products want for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by CUDA's matrix products
         torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(chosen, chosen),
-        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+        cpu=not torch.accelerator.is_available(),  # otherwise several processes without a GPU run apart
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     if accelerator.distributed_type in SHARDING:
         name = accelerator.distributed_type.value
-        raise InputError(f"{name} cuts the weights apart; launch with --multi_gpu: each process has all of them")
+        raise InputError(f"{name} shards the weights; launch with --multi_gpu, where each process has all of them")
     if not accelerator.is_main_process:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; errors still reach stderr
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one process prints; errors of all reach stderr
     return accelerator
 
 

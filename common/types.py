@@ -1,10 +1,11 @@
-"""The types that travel between the parts, and the conventions, stated once.
+"""The types that travel between the rooms, and the conventions, stated once.
 
-- Boxes are xyxy float32 pixels. Targets and raw predictions live in *input* pixels (the letterboxed square that the
-  model sees); only `postprocess.py` maps back to *original* pixels, by the letterbox that travels on each `Target`.
-- Labels are contiguous, 0..K-1, K being the data set's own number of categories. The way back to category ids is
-  stored in the checkpoint and taken once, in `metrics.py`.
-- Images are plain RGB in 0..1; normalisation is the backbone's own business.
+- Boxes are xyxy pixels: x to the right, y down, (x1, y1) the upper-left corner. COCO's xywh exists only where COCO
+  files are read and written. Targets and raw predictions live in *input* pixels, those of the letterboxed square that
+  the model sees; only `model/postprocess.py` maps back to *original* pixels, by the letterbox of each `Target`.
+- Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
+  the checkpoint and applied once, in `evaluate/detections.py`.
+- Images are RGB in 0..1; normalisation is the backbone's own business.
 
 Letters in shapes: B images, N boxes of one image, L locations of the head, K classes, S input size in pixels.
 """
@@ -17,9 +18,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How one image was fitted into the square model input: scaled, put in the upper-left corner, padded.
+    """How an image was fitted into the square model input: scaled, placed in the upper-left corner, padded.
 
-    The two axes carry their own scale, because the scaled size is rounded to whole pixels.
+    The two axes have their own scale, because the scaled size is rounded to whole pixels.
     """
 
     original: tuple[int, int]  # (height, width) of the image, pixels
@@ -79,12 +80,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class RawOutput:
-    """What a head says at each of its L locations, the same in training and in evaluation.
+    """What a head predicts at each of its L locations, the same in training and in evaluation.
 
-    Shapes: object_logits (B, L), is there an object here?; class_logits (B, R, K), which one, if so, read by location l
-    in row class_rows[l], as locations may share a row; class_rows (L,) int64; boxes (B, L, 4) float32 xyxy input pixels
-    with positive width and height; points (L, 2) the locations (x, y) in input pixels; strides (L,) their spacing in
-    input pixels.
+    Locations may share a row of class logits, which saves a fifth of a training step of the head; `scores` and
+    `class_logits_at` know about it, and nothing else has to.
+
+    Shapes: object_logits (B, L), whether there is an object; class_logits (B, R, K), its class, location l reading row
+    class_rows[l]; class_rows (L,) int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height;
+    points (L, 2) the locations (x, y) in input pixels; strides (L,) their spacing in input pixels.
     """
 
     object_logits: Tensor
@@ -94,10 +97,18 @@ class RawOutput:
     points: Tensor
     strides: Tensor
 
+    def scores(self) -> Tensor:
+        """(B, L, K) in 0..1: sigmoid(object) x softmax(class)."""
+        return self.object_logits.sigmoid()[..., None] * self.class_logits.softmax(-1)[:, self.class_rows]
+
+    def class_logits_at(self, images: Tensor, locations: Tensor) -> Tensor:
+        """(M, K) class logits of M locations, given the indices (M,) of their images and of themselves (M,)."""
+        return self.class_logits[images, self.class_rows[locations]]
+
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects found in one image, best score first, on the CPU.
+    """The objects detected in one image, best score first, on the CPU.
 
     Shapes: boxes (N, 4) float32 xyxy *original* pixels, clipped to the image; scores (N,) float32 in 0..1;
     labels (N,) int64.
@@ -110,24 +121,13 @@ class Detections:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a model found on every image of a data set, in its own labels, and what is known of the model."""
+class Predictions:
+    """What a model detects on every image of a data set, in the model's own labels, and what is known of the model."""
 
     detections: list[Detections]
     class_names: tuple[str, ...]
-    cost: dict | None = None  # as `cost.Cost` names its parts
+    cost: dict | None = None  # the fields of `evaluate.cost.Cost`
     conditions: dict = field(default_factory=dict)
-
-
-def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) COCO boxes (left, top, width, height) -> (..., 4) xyxy."""
-    return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
-
-
-def clip_to(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Clip (..., 4) xyxy boxes to an image of `size` = (height, width) pixels."""
-    height, width = size
-    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
 def mirror_boxes(boxes: Tensor, width: float) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data.sources import DataSource, load_split
+from common.data.sources import TrainDataFlags, load_split
 from common.evaluate.cost import PeakMemory
 
 IMAGES, BOXES, CLASSES, OUTLINE = 118_287, 860_001, 80, 40
@@ -55,7 +55,7 @@ if __name__ == "__main__":
         size = (folder / "annotations" / "instances_train2017.json").stat().st_size
         began = time.perf_counter()
         with PeakMemory(torch.device("cpu")) as memory:
-            data = load_split(DataSource(str(folder)), "train")
+            data = load_split(TrainDataFlags(str(folder), train_images=0), "train")
         seconds = time.perf_counter() - began
         print(f"{len(data)} images, {len(data.labels)} boxes, a file of {size / 1e6:.0f} MB: {seconds:.1f} s")
         print(f"most memory, libraries included: {memory.megabytes:.0f} MB" if memory.megabytes else "memory not known")

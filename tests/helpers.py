@@ -16,14 +16,34 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.evaluate.coco_metrics import coco_dict
-from common.evaluate.detections import coco_detections
+from common.cli import flag_name
+from common.data.sources import TrainDataFlags
+from common.evaluate.coco_metrics import coco_dict, evaluate_table
+from common.evaluate.detections import coco_detections, detection_table
+from common.model.losses import LossConfig
 from common.types import Detections
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def arguments_of(settings) -> list[str]:
+    """The command line that gives these settings."""
+    words = []
+    for name, value in vars(settings).items():
+        if isinstance(value, bool):
+            words += [flag_name(name)] * value
+        elif value != "" and value != ():
+            words += [flag_name(name), *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)
 TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
+
+
+def data_flags(data="", limit=0, **flags) -> TrainDataFlags:
+    """The flags that name a data set, of which the first `limit` images of each split are read, 0 = all."""
+    return TrainDataFlags(str(data), train_images=limit, val_images=limit, **flags)
 
 
 def truth_as_detections(data):
@@ -52,6 +72,11 @@ def random_detections(data, seed, count=30):
         tensors = torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), torch.from_numpy(labels)
         found.append(Detections(image.id, *tensors))
     return found
+
+
+def numbers_of(detections, data, labels=None):
+    """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the same."""
+    return evaluate_table(detection_table(detections, np.arange(10) if labels is None else labels), data)
 
 
 def crowded(data):

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from common.console import InputError, WrongSizeError, progress_bar
-from common.data.coco import CocoData, ImageFile
+from common.data.coco import CocoData, ImageFile, xywh_to_xyxy
 from common.data.images import open_image, read_size
 from common.files import atomic_write, cache_folder, is_file
 
@@ -306,7 +306,7 @@ def _boxes(
     table = np.array(rows, np.float64).reshape(-1, 8)
     table = table[np.argsort(table[:, 0], kind="stable")]
     return {
-        "boxes": np.ascontiguousarray(table[:, 4:]),
+        "boxes": xywh_to_xyxy(table[:, 4:]),
         "labels": table[:, 1].astype(np.int64),
         "crowd": table[:, 2].astype(bool),
         "areas": np.ascontiguousarray(table[:, 3]),

@@ -1,8 +1,7 @@
-"""A detection data set in memory, and from there to training samples; annotations.py reads it.
+"""A detection data set in memory; annotations.py reads it, dataset.py makes samples of it.
 
-COCO stores boxes as (left, top, width, height) in pixels of the original image and numbers its categories with gaps
-(80 ids between 1 and 90). Both stay in this file and in `metrics.py`; everything else sees xyxy boxes and labels
-0..K-1. Decoded images are never kept: memory is the annotations' alone.
+COCO numbers its categories with gaps (80 ids between 1 and 90); labels are 0..K-1. Decoded images are not kept, so the
+memory in use is that of the annotations alone.
 """
 
 import hashlib
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from common.console import InputError
 from common.data.images import IMAGE_SUFFIXES, open_image
-from common.types import Target, xywh_to_xyxy
+from common.types import Target
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image file: COCO id, where it lies, its size in pixels as the annotations give it."""
+    """One image file: its COCO id, its path, and its size in pixels as annotated."""
 
     id: int
     path: Path
@@ -29,7 +28,7 @@ class ImageFile:
     height: int
 
     def file_state(self) -> tuple[str, int, int]:
-        """Path, length and time of change: what a cache goes by to notice another file in this one's place."""
+        """Path, length and time of change, by which a cache notices that the file was replaced."""
         status = self.path.stat()
         return str(self.path.resolve()), status.st_size, status.st_mtime_ns
 
@@ -38,9 +37,9 @@ class ImageFile:
 class CocoData:
     """Images and the boxes on them, boxes in flat arrays ordered by image.
 
-    Shapes: boxes (A, 4) float64 COCO xywh original pixels, as the file has them; labels (A,) int64 in 0..K-1;
-    crowd (A,) bool; areas (A,) float64 square pixels (COCO: of the mask, which is what it calls small or large);
-    starts (P + 1,) int64: the boxes of image i are starts[i] up to starts[i + 1].
+    Shapes: boxes (A, 4) float64 xyxy original pixels; labels (A,) int64 in 0..K-1; crowd (A,) bool; areas (A,) float64
+    square pixels (COCO: of the mask, by which it tells small, medium and large objects); starts (P + 1,) int64, the
+    boxes of image i being starts[i] up to starts[i + 1].
     """
 
     images: tuple[ImageFile, ...]
@@ -87,7 +86,7 @@ class CocoData:
     def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""
         part = slice(self.starts[index], self.starts[index + 1])
-        boxes = xywh_to_xyxy(torch.from_numpy(self.boxes[part])).float()
+        boxes = torch.from_numpy(self.boxes[part]).float()
         return boxes, torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
 
 
@@ -119,3 +118,22 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
     starts = np.zeros(len(images) + 1, np.int64)
     source = ", ".join(map(str, paths))
     return CocoData(tuple(images), tuple(category_ids), tuple(class_names), **empty, starts=starts, source=source)
+
+
+def xywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
+    """(M, 4) float64 boxes of a COCO file (left, top, width, height) -> (M, 4) xyxy."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def box_sides(boxes: np.ndarray) -> np.ndarray:
+    """(..., 4) float64 xyxy -> (..., 2) width and height, to the digit those that a COCO file gave.
+
+    x2 - x1 differs from the width that x2 was computed from by some 1e-14, which decides where an IoU lies exactly on a
+    threshold; rounding to nine decimals gives the width back.
+    """
+    return np.round(boxes[..., 2:] - boxes[..., :2], 9)
+
+
+def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
+    """(M, 4) float64 xyxy -> (M, 4) boxes of a COCO file (left, top, width, height)."""
+    return np.concatenate([boxes[:, :2], box_sides(boxes)], axis=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cli import flag
 from common.console import InputError
 from common.data.annotations import coco_data, load_coco, without_unreadable
 from common.data.coco import CocoData
@@ -23,67 +24,113 @@ from common.data.hub import hub_split
 from common.data.official import official_ids, official_split
 from common.files import cache_folder
 
+BOX_FORMATS = ("auto", "xyxy", "xywh")
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # what layouts call the two parts
 DEMO_SEED = 0
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """Which data: `data` as `--data` takes it, or explicit annotation files and image folders."""
+class DataFlags:
+    """Images and annotations.
 
-    data: str
-    train_json: str = ""
-    train_images_dir: str = ""
-    val_json: str = ""
-    val_images_dir: str = ""
-    image_ids: str = ""  # file of the images to take instead of the first
-    sample_seed: int = -1  # of a random sample of the images, likewise; -1 for none
-    box_format: str = "auto"  # of a hub data set: xyxy, xywh, or auto for the one that fits
+    The data of a resumed run are compared by their fingerprint, so that the flags themselves may change.
+    """
+
+    data: str = flag(
+        "detection-datasets/coco",
+        "folder of labelled images, hub data set id, coco-official, or demo",
+        on_resume="free",
+    )
+    val_json: str = flag("", "validation annotations, where the folder has no known layout", on_resume="free")
+    val_images_dir: str = flag("", "the folder of their images", on_resume="free")
+    val_images: int = flag(500, "validation images, the first of the file; 0 = all", at_least=0)
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id", on_resume="free")
+    sample_seed: int = flag(
+        -1, "draw the images at random with this seed; -1 = take the first", at_least=-1, on_resume="free"
+    )
+    box_format: str = flag(
+        "auto", "boxes of hub data; auto = the format that fits best, printed", choices=BOX_FORMATS, on_resume="free"
+    )
+    strict: bool = flag(False, "stop where data would have to be repaired or left out", on_resume="free")
+
+    def explicit_files(self, split: str) -> tuple[str, str]:
+        """Annotation file and image folder that the flags name for a split; empty where they name none."""
+        return getattr(self, f"{split}_json"), getattr(self, f"{split}_images_dir")
 
 
-def load_split(source: DataSource, split: str, limit: int = 0, strict: bool = False) -> CocoData:
-    """The `split` ("train" or "val") of the data set, its first `limit` images (0 = all), those that can be used.
+@dataclass(frozen=True)
+class TrainDataFlags(DataFlags):
+    """Training images and annotations."""
 
-    With `source.sample_seed`, a random sample of `limit` images, in the order of the data set, and of a hub data set
-    those that `hub.hub_split` tells of; the same in every run. The parts of a data set are drawn apart.
-    What was repaired or left out is printed.
+    train_json: str = flag("", "training annotations, where the folder has no known layout", on_resume="free")
+    train_images_dir: str = flag("", "the folder of their images", on_resume="free")
+    train_images: int = flag(1000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
+
+
+def load_train_and_val(flags: TrainDataFlags) -> tuple[CocoData, CocoData]:
+    """The training and the validation images; prints which classes one of the two lacks.
 
     Raises:
-        InputError: nothing of the kind there, or not readable (see `annotations.load_coco`); with `strict`, anything
-            that would have to be repaired or left out.
+        InputError: what `load_split` raises, no object to learn from, or no class in common.
     """
-    data = without_unreadable(_read(source, split, limit))
-    if strict and data.notes:
+    train, val = load_split(flags, "train"), load_split(flags, "val")
+    check_objects(train, val)
+    return train, val
+
+
+def load_split(flags: DataFlags, split: str) -> CocoData:
+    """The usable images of a `split`, "train" or "val": the first `--train-images` or `--val-images` of it (0 = all).
+
+    With `--sample-seed` a random sample of so many images, in the order of the data set, and of a hub data set those
+    that `hub.hub_split` draws; the same in every run. The splits are drawn apart. What was repaired or left out is
+    printed.
+
+    Raises:
+        InputError: no such data, or not readable (see `annotations.load_coco`); with `--strict`, anything that would
+            have to be repaired or left out.
+    """
+    data = without_unreadable(_read(flags, split, getattr(flags, f"{split}_images")))
+    if flags.strict and data.notes:
         raise InputError(f"{data.source}: {'; '.join(data.notes)} (refused by --strict)")
     for note in data.notes:
         print(f"{data.source}: {note}", flush=True)
     return data
 
 
-def _read(source: DataSource, split: str, limit: int) -> CocoData:
-    """The split as it stands in its files, whatever their format."""
-    folder = Path(source.data)
-    explicit = getattr(source, f"{split}_json") or getattr(source, f"{split}_images_dir")
-    seed, first = source.sample_seed, replace(source, image_ids="", sample_seed=-1)
-    ids = read_image_ids(Path(source.image_ids), split) if source.image_ids else []
-    if source.data == "coco-official" and not explicit:
-        ids = ids or (official_ids(split) if seed >= 0 and limit else [])
+def _read(flags: DataFlags, split: str, limit: int) -> CocoData:
+    """The requested images of the split, whatever the format of its files."""
+    seed = flags.sample_seed if limit else -1
+    ids = read_image_ids(Path(flags.image_ids), split) if flags.image_ids else []
+    explicit = any(flags.explicit_files(split))
+    if flags.data == "coco-official" and not explicit:
+        ids = ids or (official_ids(split) if seed >= 0 else [])
         return load_coco(*official_split(split, limit, _drawn(ids, split, limit, seed)))
-    if ids:
-        return _select(_read(first, split, 0), _drawn(ids, split, limit, seed))
-    if not explicit and _is_hub(source.data):
-        *files, notes = hub_split(source.data, split, SPLITS[split], limit, seed, source.box_format)
-        data = load_coco(*files)
-        return replace(data, notes=(*notes, *data.notes))
-    if seed >= 0:
-        data = _read(first, split, 0)
-        return data.select(np.array(_drawn(range(len(data)), split, limit, seed)))
-    described = None if explicit else find_yaml(folder)
-    if described:
+    if _is_hub(flags.data) and not explicit and not ids:
+        return _read_hub(flags, split, limit, seed)
+    if ids or seed >= 0:
+        data = _read_in_order(flags, split, 0)
+        return _select(data, _drawn(ids or [image.id for image in data.images], split, limit, seed))
+    return _read_in_order(flags, split, limit)
+
+
+def _read_in_order(flags: DataFlags, split: str, limit: int) -> CocoData:
+    """The first `limit` images of the split (0 = all)."""
+    folder = Path(flags.data)
+    if any(flags.explicit_files(split)):
+        return load_coco(*_locate(flags, split), limit)
+    if _is_hub(flags.data):
+        return _read_hub(flags, split, limit, -1)
+    if described := find_yaml(folder):
         return coco_data(*read_yolo(described, SPLITS[split], limit), str(described))
-    if not explicit and folder.is_dir() and is_voc(folder):
+    if folder.is_dir() and is_voc(folder):
         return coco_data(*read_voc(folder, SPLITS[split], limit), str(folder))
-    return load_coco(*_locate(source, split), limit)
+    return load_coco(*_locate(flags, split), limit)
+
+
+def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> CocoData:
+    json_path, folder, notes = hub_split(flags.data, split, SPLITS[split], limit, seed, flags.box_format)
+    data = load_coco(json_path, folder)
+    return replace(data, notes=(*notes, *data.notes))
 
 
 def _drawn(items: Sequence[int], split: str, limit: int, seed: int) -> list[int]:
@@ -129,20 +176,20 @@ def _is_hub(data: str) -> bool:
     )
 
 
-def _locate(source: DataSource, split: str) -> tuple[Path, Path]:
+def _locate(flags: DataFlags, split: str) -> tuple[Path, Path]:
     """Annotation file and image folder of a split; the demo's are drawn first where they are not on disk yet."""
-    json_path, images = getattr(source, f"{split}_json"), getattr(source, f"{split}_images_dir")
+    json_path, images = flags.explicit_files(split)
     if bool(json_path) != bool(images):
         raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
     if json_path:
         return Path(json_path), Path(images)
-    if source.data == "demo":
+    if flags.data == "demo":
         return _find_split(_demo_folder(), split)
-    folder = Path(source.data)
+    folder = Path(flags.data)
     if folder.is_dir():
         return _find_split(folder, split)
     raise InputError(
-        f"no data {source.data!r}: not a folder here, not a hub id such as detection-datasets/coco, "
+        f"no data {flags.data!r}: not a folder here, not a hub id such as detection-datasets/coco, "
         "and neither coco-official nor demo"
     )
 
@@ -171,19 +218,17 @@ def _demo_folder() -> Path:
 
 
 def check_objects(train: CocoData, val: CocoData) -> None:
-    """Say which classes one of the two parts lacks.
+    """Print which classes one of the two splits lacks.
 
     Raises:
-        InputError: no object to learn from, or no class in common: nothing learned could be right.
+        InputError: no object to learn from, or no class in common, so that nothing learned could be right.
     """
     if not (~train.crowd).any():
         raise InputError(f"{train.source}: no box on the {len(train)} training images; there is nothing to learn")
     for one, other in ((train, val), (val, train)):
         missing = [name for name in one.class_names if name not in other.class_names]
         if len(missing) == len(one.class_names):
-            raise InputError(
-                f"{train.source} and {val.source} have no class in common: {train.class_names[0]}, … and "
-                f"{val.class_names[0]}, …"
-            )
+            names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
+            raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
         if missing:
             print(f"{other.source} lacks {len(missing)} classes of {one.source}: {', '.join(missing[:3])}", flush=True)

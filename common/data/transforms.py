@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from common.types import Letterbox, Target, clip_to, mirror_boxes
+from common.types import Letterbox, Target, mirror_boxes
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after the backbone's normalisation
 SMALLEST_SIDE = 2.0  # input pixels; what a crop leaves of an object below that teaches nothing
@@ -45,7 +46,7 @@ class MirrorTransform(LetterboxTransform):
 def letterbox_target(target: Target, original: tuple[int, int], size: int) -> Target:
     """Boxes from pixels of the `original` (height, width) image to those of the letterboxed `size` x `size` input."""
     letterbox = Letterbox.fit(original, size)
-    return replace(target, boxes=letterbox.to_input(clip_to(target.boxes, original)), letterbox=letterbox)
+    return replace(target, boxes=letterbox.to_input(clip_boxes_to_image(target.boxes, original)), letterbox=letterbox)
 
 
 def mirror_target(target: Target, size: int) -> Target:
@@ -87,7 +88,7 @@ class TrainTransform(nn.Module):
         size = (image.shape[-2], image.shape[-1])
         sample = {
             "image": tv_tensors.Image(image),
-            "boxes": tv_tensors.BoundingBoxes(clip_to(target.boxes, size), format="XYXY", canvas_size=size),
+            "boxes": tv_tensors.BoundingBoxes(clip_boxes_to_image(target.boxes, size), format="XYXY", canvas_size=size),
             "labels": target.labels,
             "crowd": target.crowd,
         }

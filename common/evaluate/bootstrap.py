@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from common.data.coco import CocoData
+from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import IOU_THRESHOLDS, Matches, average_precision, ranking
 from common.evaluate.primary import PrimaryPairs, primary_pairs, weighted_scores
 
@@ -29,12 +30,12 @@ def draws(images: int, seed: int) -> np.ndarray:
 
 
 def resampled(
-    table: np.ndarray, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
+    table: DetectionTable, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Each number of COMPARED in each resample, (R,) float64; NaN where it does not exist.
 
     Args:
-        table: (M, 7) as `detections.detection_table` returns it.
+        table: the detections of one model.
         matches: of that table, by class, at COCO's thresholds.
         agnostic: of its `best_of_duplicates`, all classes as one.
         data: the ground truth.

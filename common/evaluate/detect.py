@@ -10,17 +10,17 @@ from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
 from common.data.coco import CocoData
-from common.evaluate.coco_metrics import evaluate, headline
-from common.evaluate.detections import label_map
+from common.evaluate.coco_metrics import evaluate_table, headline
+from common.evaluate.detections import detection_table, label_map
 from common.model.postprocess import postprocess
 from common.runtime import stop_if_asked
 from common.types import Detections, RawOutput, mirror_boxes
 
 
 def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
-    """What `model` says of `images`; with `flip` also of their mirror images, as further locations of the same image.
+    """The output of `model` for `images`; with `flip` that for their mirror images follows, as further locations.
 
-    Post-processing then keeps, of the two views of an object, the one that is surer of it.
+    Post-processing then keeps, of two predictions of one object, the one with the higher score.
     """
     out = model(images)
     if not flip:
@@ -39,14 +39,14 @@ def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
 
 @torch.inference_mode()
 def detect(
-    model: nn.Module, loader: DataLoader, accelerator: Accelerator, what: str = "detecting", flip: bool = False
+    model: nn.Module, loader: DataLoader, accelerator: Accelerator, title: str = "detecting", flip: bool = False
 ) -> list[Detections]:
     """Detections of every image of `loader`, each exactly once, also where several processes share the work.
 
     Args:
         model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
         loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
-        what: the progress bar's title.
+        title: of the progress bar.
         flip: look at the mirrored images too; images only.
 
     Raises:
@@ -54,7 +54,7 @@ def detect(
     """
     model.eval()
     found: list[Detections] = []
-    with finish_step_first(), progress_bar(len(loader.dataset), what, shown=accelerator.is_main_process) as bar:
+    with finish_step_first(), progress_bar(len(loader.dataset), title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
             detections = postprocess(predict(model, batch.images, flip), batch.targets)
             found += accelerator.gather_for_metrics(detections, use_gather_object=True)
@@ -67,5 +67,5 @@ def validate(
     model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> dict[str, float | None]:
     """The headline numbers of a model with these classes on the images of `loader`, which are those of `data`."""
-    found = detect(model, loader, accelerator, what="validating")
-    return headline(evaluate(found, data, label_map(class_names, data)))
+    found = detect(model, loader, accelerator, title="validating")
+    return headline(evaluate_table(detection_table(found, label_map(class_names, data)), data))

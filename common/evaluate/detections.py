@@ -1,9 +1,50 @@
-"""Detections as one table, in the data set's own labels, and COCO's results format."""
+"""Detections of a whole data set as one table, in the labels of the data set, and COCO's results format in and out."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from common.data.coco import CocoData
-from common.types import Detections
+from common.console import InputError
+from common.data.coco import CocoData, xywh_to_xyxy, xyxy_to_xywh
+from common.types import Detections, Predictions
+
+
+@dataclass(frozen=True)
+class DetectionTable:
+    """M detections on the images of a data set, one a row.
+
+    Shapes: image_id (M,) int64; boxes (M, 4) float64 xyxy original pixels; score (M,) float64; label (M,) int64 in the
+    terms of the data set.
+    """
+
+    image_id: np.ndarray
+    boxes: np.ndarray
+    score: np.ndarray
+    label: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "DetectionTable":
+        return cls(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def select(self, rows: np.ndarray) -> "DetectionTable":
+        """The rows at `rows`, int64 indices or a bool mask, in that order."""
+        return DetectionTable(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+    def at_least(self, score: float | None) -> "DetectionTable":
+        """The rows with that score or a higher one; none where `score` is None."""
+        return self.select(self.score >= (np.inf if score is None else score))
+
+    def best_per_image(self) -> "DetectionTable":
+        """The row with the highest score of each image, the first of equals, by rising image id."""
+        order = np.argsort(-self.score, kind="stable")
+        _, first = np.unique(self.image_id[order], return_index=True)
+        return self.select(order[first])
 
 
 def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
@@ -12,24 +53,78 @@ def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
     return np.array([labels.get(name, -1) for name in class_names], np.int64)
 
 
-def detection_table(detections: list[Detections], labels: np.ndarray) -> np.ndarray:
-    """(M, 7) float64 rows: image id, x, y, width, height in original pixels, score, label in the data set's terms.
+def detection_table(detections: list[Detections], labels: np.ndarray) -> DetectionTable:
+    """The detections of all images as one table; those of classes that the data set does not have are left out.
 
-    Detections of classes that the data set does not have are left out.
+    Args:
+        detections: an entry for each image, in the model's labels.
+        labels: (K,) as `label_map` returns it.
     """
-    rows = []
-    for found in detections:
-        boxes = found.boxes.numpy().astype(np.float64)
-        boxes[:, 2:] -= boxes[:, :2]
-        ids, names = np.full(len(boxes), found.image_id), labels[found.labels.numpy()]
-        rows.append(np.column_stack([ids, boxes, found.scores.numpy(), names])[names >= 0])
-    return np.concatenate(rows) if rows else np.zeros((0, 7))
+    if not detections:
+        return DetectionTable.empty()
+    counts = [len(found.scores) for found in detections]
+    table = DetectionTable(
+        np.repeat(np.array([found.image_id for found in detections], np.int64), counts),
+        np.concatenate([found.boxes.numpy() for found in detections]).astype(np.float64),
+        np.concatenate([found.scores.numpy() for found in detections]).astype(np.float64),
+        labels[np.concatenate([found.labels.numpy() for found in detections])],
+    )
+    return table.select(table.label >= 0)
 
 
-def coco_detections(table: np.ndarray, category_ids: tuple[int, ...]) -> list[dict]:
-    """The rows of `detection_table` in COCO's results format."""
-    columns = table[:, 0].astype(np.int64), table[:, 6].astype(np.int64), table[:, 1:5], table[:, 5]
+def coco_detections(table: DetectionTable, category_ids: tuple[int, ...]) -> list[dict]:
+    """The rows in COCO's results format, boxes as xywh."""
+    columns = table.image_id, table.label, xyxy_to_xywh(table.boxes), table.score
     return [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
     ]
+
+
+def read_detections(path: str, data: CocoData) -> Predictions:
+    """The detections in a COCO results file: a list of image_id, category_id, bbox (xywh, original pixels) and score.
+
+    Raises:
+        InputError: no such file, another format, numbers that are inf or NaN, or images that are not in `data`.
+    """
+    image_ids, categories, boxes, scores = _read_columns(path)
+    unknown_ids = np.setdiff1d(image_ids, [image.id for image in data.images])
+    if len(unknown_ids):
+        raise InputError(f"{path}: {len(unknown_ids)} images are not in {data.source}, {unknown_ids[0]} among them")
+    label_of = {category: label for label, category in enumerate(data.category_ids)}
+    labels = np.array([label_of.get(category, -1) for category in categories.tolist()], np.int64)
+    order = np.lexsort((-scores, image_ids))
+    order = order[labels[order] >= 0]
+    bounds = np.searchsorted(image_ids[order], [image.id for image in data.images])
+    ends = np.searchsorted(image_ids[order], [image.id for image in data.images], side="right")
+    detections = []
+    for image, begin, end in zip(data.images, bounds, ends, strict=True):
+        columns = (torch.from_numpy(column[order[begin:end]]) for column in (boxes, scores, labels))
+        detections.append(Detections(image.id, *columns))
+    return Predictions(
+        detections, data.class_names, conditions={"detections_of_unknown_categories": int((labels < 0).sum())}
+    )
+
+
+def _read_columns(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Image ids (M,) and category ids (M,) int64, boxes (M, 4) xyxy and scores (M,) float64."""
+    try:
+        rows = json.loads(Path(path).read_text())
+        ids = np.array([(_whole(row["image_id"]), _whole(row["category_id"])) for row in rows], np.int64).reshape(-1, 2)
+        numbers = np.array([(*row["bbox"], row["score"]) for row in rows], np.float64).reshape(-1, 5)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{path} does not hold detections: a list of image_id, category_id, bbox and score is wanted ({error!r})"
+        ) from error
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{path}: some numbers are inf or NaN")
+    return ids[:, 0], ids[:, 1], xywh_to_xyxy(numbers[:, :4]), numbers[:, 4]
+
+
+def _whole(value: object) -> int:
+    number = int(value)
+    if number != value:
+        raise ValueError(f"the id {value!r} is not a whole number")
+    return number

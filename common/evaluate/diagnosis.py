@@ -5,7 +5,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.data.coco import CocoData
-from common.evaluate.matching import Matches, Ranking, average_precision, box_iou, match, paired_groups, ranking
+from common.evaluate.detections import DetectionTable
+from common.evaluate.matching import (
+    Matches,
+    Ranking,
+    average_precision,
+    box_iou,
+    match,
+    paired_groups,
+    rank_in_group,
+    ranking,
+)
 
 FOUND = 0.5  # IoU from which on a box counts as found
 TOUCHED = 0.1  # IoU below which a detection has nothing to do with a box (TIDE, arXiv 2008.08115)
@@ -16,11 +26,11 @@ ENOUGH = 10  # detections on objects, to say anything of their names
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 
-def diagnose(table: np.ndarray, matches: Matches, data: CocoData) -> dict:
+def diagnose(table: DetectionTable, matches: Matches, data: CocoData) -> dict:
     """What there is to say of one model beside its average precision; plain types only.
 
     Args:
-        table: (M, 7) as `detections.detection_table` returns it.
+        table: the detections of one model.
         matches: of that table, by class, the first threshold being 0.5.
         data: the ground truth.
     """
@@ -62,12 +72,12 @@ class Overlaps:
     other_box: np.ndarray
 
 
-def best_overlaps(table: np.ndarray, matches: Matches, data: CocoData) -> Overlaps:
+def best_overlaps(table: DetectionTable, matches: Matches, data: CocoData) -> Overlaps:
     """`Overlaps` of the detections of `matches`, in its order; crowds do not count. The box of IoU 0 is any."""
     count = len(matches.row)
     found = Overlaps(np.zeros(count), np.full(count, -1), np.zeros(count), np.full(count, -1))
     for detections, boxes in paired_groups(matches.image, matches.images):
-        iou = box_iou(table[matches.row[detections], 1:5][:, :, None], data.boxes[boxes][:, None], False)
+        iou = box_iou(table.boxes[matches.row[detections]][:, :, None], data.boxes[boxes][:, None])
         iou = np.where((boxes >= 0) & matches.objects[boxes], 1, 0)[:, None] * iou  # (G, D, B)
         alike = matches.label[detections][:, :, None] == matches.labels[boxes][:, None]
         real = detections >= 0
@@ -79,7 +89,7 @@ def best_overlaps(table: np.ndarray, matches: Matches, data: CocoData) -> Overla
     return found
 
 
-def error_breakdown(table: np.ndarray, matches: Matches, data: CocoData, score: float | None) -> dict[str, dict]:
+def error_breakdown(table: DetectionTable, matches: Matches, data: CocoData, score: float | None) -> dict[str, dict]:
     """What each kind of error costs: by how much AP50 would rise if it alone were mended (TIDE, arXiv 2008.08115).
 
     A wrong detection is, the first that fits: a duplicate (on an object of its class that a better one found), of wrong
@@ -173,75 +183,73 @@ def calibration(ranked: Ranking) -> dict:
     return {"expected_error": error, "bins": bins}
 
 
-def confusion(table: np.ndarray, data: CocoData, score: float | None) -> np.ndarray:
+def confusion(table: DetectionTable, data: CocoData, score: float | None) -> np.ndarray:
     """(K + 1, K + 1) int64 counts, truth by detection from `score` on, matched whatever their class.
 
     The last row counts detections where no object is, the last column objects without a detection. Detections of
     crowds are not counted.
     """
     classes = len(data.class_names)
-    table = table[table[:, 5] >= (np.inf if score is None else score)]
+    table = table.at_least(score)
     m = match(table, data, np.array([FOUND]), by_class=False)
-    answer, hit = table[m.row, 6].astype(np.int64), m.hit[0]
+    predicted, hit = table.label[m.row], m.hit[0]
     counts = np.zeros((classes + 1, classes + 1), np.int64)
-    np.add.at(counts, (data.labels[m.truth[0, hit]], answer[hit]), 1)
-    np.add.at(counts[classes], answer[~hit & ~m.ignored[0]], 1)
+    np.add.at(counts, (data.labels[m.truth[0, hit]], predicted[hit]), 1)
+    np.add.at(counts[classes], predicted[~hit & ~m.ignored[0]], 1)
     missed = m.objects.copy()
     missed[m.truth[0, hit]] = False
     np.add.at(counts[:, classes], data.labels[missed], 1)
     return counts
 
 
-def self_check(table: np.ndarray, data: CocoData) -> list[str]:
-    """Sentences on detections that look misread: as they are they fit badly, read another way they would fit well."""
+def self_check(table: DetectionTable, data: CocoData) -> list[str]:
+    """Warnings of detections that look misread: they fit the objects badly as read, and well when read otherwise."""
     data = data.first(CHECKED)
-    table = table[np.isin(table[:, 0], [image.id for image in data.images])]
-    scale = {p.id: max(p.width, p.height) for p in data.images}
-    longest = np.array([scale[int(image_id)] for image_id in table[:, 0]])[:, None]
-    x, y, width, height = table[:, 1:5].T
+    size_of = {image.id: (image.width, image.height) for image in data.images}
+    table = table.select(np.isin(table.image_id, list(size_of)))
+    sizes = np.array([size_of[number] for number in table.image_id.tolist()]).reshape(-1, 2)
+    corners, sides = table.boxes[:, :2], table.boxes[:, 2:] - table.boxes[:, :2]
     readings = {
-        "": table[:, 1:5],
-        "corners (x, y, x, y) were taken for (x, y, width, height)": np.stack([x, y, width - x, height - y], 1),
-        "(x, y, width, height) was taken for corners": np.stack([x, y, x + width, y + height], 1),
-        "the boxes' centres were taken for their upper left corners": np.stack(
-            [x - width / 2, y - height / 2, width, height], 1
+        "": table.boxes,
+        "corners (x, y, x, y) were taken for (x, y, width, height)": np.hstack([corners, sides]),
+        "(x, y, width, height) was taken for corners": np.hstack([corners, corners + table.boxes[:, 2:]]),
+        "the boxes' centres were taken for their upper left corners": np.hstack(
+            [corners - sides / 2, corners + sides / 2]
         ),
-        "shares of the image were taken for pixels": table[:, 1:5] * longest,
+        "normalised coordinates were taken for pixels": table.boxes * np.tile(sizes, 2),
     }
-    fits = {reading: _share_that_fits(table, boxes, data) for reading, boxes in readings.items()}
+    fits = {reading: _share_found(replace(table, boxes=boxes), data) for reading, boxes in readings.items()}
     warnings = []
-    best = max(fits, key=fits.get)
+    best = max(fits, key=lambda reading: fits[reading])
     if fits[best] > max(0.2, 1.5 * fits[""]):
         warnings.append(
-            f"{fits['']:.0%} of the surest detections lie on an object, but {fits[best]:.0%} would if {best}: "
-            "look at how the boxes are written"
+            f"the highest-scoring detections find {fits['']:.0%} of the objects, but would find {fits[best]:.0%} if "
+            f"{best}: look at how the boxes are written"
         )
     return warnings + _check_names(table, data)
 
 
-def _share_that_fits(table: np.ndarray, boxes: np.ndarray, data: CocoData) -> float:
-    """The share of the objects that the surest detections, as many an image as it has objects, cover (IoU 0.5)."""
-    good = (boxes[:, 2:] > 0).all(1)
-    read = np.column_stack([table[:, :1], boxes, table[:, 5:]])[good]
-    surest = read[np.lexsort((-read[:, 5], read[:, 0]))]
-    counts = {p.id: int(n) for p, n in zip(data.images, np.diff(data.starts), strict=True)}
-    _, first, group = np.unique(surest[:, 0], return_index=True, return_inverse=True)
-    rank = np.arange(len(surest)) - first[group]
-    kept = surest[rank < np.array([counts[int(image_id)] for image_id in surest[:, 0]])]
-    asked = sum(counts.values())
-    return float(match(kept, data, np.array([FOUND]), by_class=False).hit.sum() / asked) if asked else 0.0
+def _share_found(table: DetectionTable, data: CocoData) -> float:
+    """The share of the objects that the highest-scoring detections, as many an image as it has objects, cover."""
+    table = table.select((table.boxes[:, 2:] > table.boxes[:, :2]).all(1))
+    table = table.select(np.lexsort((-table.score, table.image_id)))
+    count_of = {image.id: int(count) for image, count in zip(data.images, np.diff(data.starts), strict=True)}
+    counts = np.array([count_of[number] for number in table.image_id.tolist()], np.int64)
+    table = table.select(rank_in_group(table.image_id) < counts)
+    hit = match(table, data, np.array([FOUND]), by_class=False).hit
+    return float(hit.sum() / len(data.labels)) if len(data.labels) else 0.0
 
 
-def _check_names(table: np.ndarray, data: CocoData) -> list[str]:
+def _check_names(table: DetectionTable, data: CocoData) -> list[str]:
     """Do detections on objects carry the names of their neighbours in the list of classes?"""
     m = match(table, data, np.array([FOUND]), by_class=False)
     hit = m.hit[0]
-    truth, answer = data.labels[m.truth[0, hit]], table[m.row[hit], 6].astype(np.int64)
+    truth, predicted = data.labels[m.truth[0, hit]], table.label[m.row[hit]]
     if len(truth) < ENOUGH:
         return []
-    right = float(np.mean(truth == answer))
+    right = float(np.mean(truth == predicted))
     for step in (1, -1):
-        shifted = float(np.mean(truth == answer + step))
+        shifted = float(np.mean(truth == predicted + step))
         if shifted > max(0.2, 1.5 * right):
             return [
                 f"{right:.0%} of the detections on objects name them rightly, but {shifted:.0%} would with every class "

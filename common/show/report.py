@@ -12,6 +12,7 @@ from PIL import Image
 
 from common.data.coco import CocoData
 from common.data.images import open_image
+from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import match
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
@@ -35,14 +36,14 @@ figure { margin: 1em 0 } figcaption { color: #555 }
 """
 
 
-def write_report(path: Path, results: ValidationResults, data: CocoData, tables: dict[str, np.ndarray]) -> None:
+def write_report(path: Path, results: ValidationResults, data: CocoData, tables: dict[str, DetectionTable]) -> None:
     """Write the report; an earlier one stays until it is whole.
 
     Args:
         path: the HTML file.
         results: what the report is about.
         data: the validation images and their ground truth.
-        tables: the (M, 7) detections of each model that has numbers, by name.
+        tables: the detections of each model that has numbers, by name.
     """
     parts = [
         "<h1>Detection results</h1>",
@@ -117,12 +118,12 @@ def _embedded(kind: str, save: Callable[[io.BytesIO], object], alt: str) -> str:
     return f'<img alt="{_escape(alt)}" src="data:image/{kind};base64,{encoded}">'
 
 
-def _images(record: ValidationRecord, data: CocoData, table: np.ndarray) -> str:
+def _images(record: ValidationRecord, data: CocoData, table: DetectionTable) -> str:
     """The images with the best and the worst F1 at the model's own threshold, beside the truth."""
     score = record.diagnosis["operating_point"]["score"]
     if score is None:
         return ""
-    sure = table[table[:, 5] >= score]
+    sure = table.at_least(score)
     f1, objects = _f1_of_images(sure, data)
     asked = np.nonzero(objects > 0)[0]
     ranked = asked[np.lexsort((-objects[asked], -f1[asked]))]
@@ -134,7 +135,7 @@ def _images(record: ValidationRecord, data: CocoData, table: np.ndarray) -> str:
     return "\n".join(parts)
 
 
-def _f1_of_images(table: np.ndarray, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
+def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
     """F1 at IoU 0.5 of each image, and its number of objects."""
     m = match(table, data, np.array([0.5]))
     count = len(data)
@@ -144,13 +145,14 @@ def _f1_of_images(table: np.ndarray, data: CocoData) -> tuple[np.ndarray, np.nda
     return 2 * right / np.maximum(objects + found, 1), objects
 
 
-def _image(title: str, name: str, index: int, table: np.ndarray, data: CocoData, f1: float) -> str:
+def _image(title: str, name: str, index: int, table: DetectionTable, data: CocoData, f1: float) -> str:
     file = data.images[index]
     image = open_image(file.path, (file.width, file.height))
-    rows = table[table[:, 0] == file.id]
+    rows = table.select(table.image_id == file.id)
+    rows = rows.select(np.argsort(-rows.score))
     boxes = [
-        LabelledBox((x, y, x + w, y + h), int(label), f"{data.class_names[int(label)]} {score:.2f}")
-        for x, y, w, h, score, label in rows[np.argsort(-rows[:, 5]), 1:].tolist()
+        LabelledBox(tuple(box), label, f"{data.class_names[label]} {score:.2f}")
+        for box, score, label in zip(rows.boxes.tolist(), rows.score.tolist(), rows.label.tolist(), strict=True)
     ]
     panels = [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     strip = side_by_side(panels)

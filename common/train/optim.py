@@ -1,4 +1,4 @@
-"""Learning rates, the schedule and the moving average of the weights."""
+"""Learning rates of all weights, and the moving average of the weights."""
 
 import math
 from collections.abc import Iterator
@@ -20,9 +20,11 @@ def parameter_groups(
     """The learning rate of every weight; weight decay on matrices only, frozen weights left out.
 
     Args:
+        detector: whose weights are trained.
         lr: of the head.
         backbone_lr: of the backbone's last block and final norm.
-        layer_decay: each block before it learns so many times as fast as the one after it (BEiT, arXiv 2106.08254).
+        weight_decay: of the matrices.
+        layer_decay: the rate of each block is that of the following one times this (BEiT, arXiv 2106.08254).
     """
     rates = {f"head.{name}": lr for name, _ in detector.head.named_parameters()}
     depth = detector.backbone.depth
@@ -36,10 +38,11 @@ def parameter_groups(
 
 
 class Ema:
-    """A running average of a detector's trained weights, which is steadier than the weights of any one step.
+    """An exponential moving average of a detector's trained weights, which varies less than the weights themselves.
 
     Args:
-        decay: weight of the past; it starts lower, so that the first steps are soon forgotten. 0 follows the weights.
+        detector: whose trained weights are averaged.
+        decay: of the average at each step; lower in the first steps, so that the initial weights are soon forgotten.
     """
 
     def __init__(self, detector: nn.Module, decay: float):
@@ -49,7 +52,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are after a step."""
+        """Add the weights after a step."""
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.trained, 1 - decay)
@@ -68,6 +71,13 @@ class Ema:
     def _load(self, weights: list[Tensor]) -> None:
         for weight, value in zip(self.trained, weights, strict=True):
             weight.copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"average": self.average, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average = [value.to(own) for value, own in zip(state["average"], self.average, strict=True)]
+        self.steps = state["steps"]
 
 
 def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:

@@ -3,15 +3,17 @@
 import copy
 import json
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import data_flags
 from PIL import Image
 
 from common.console import InputError
 from common.data.annotations import load_coco
 from common.data.images import open_image
-from common.data.sources import DataSource, load_split
+from common.data.sources import load_split
 
 
 def annotation(**parts):
@@ -164,7 +166,7 @@ def test_no_value_anywhere_ends_in_a_traceback(coco_file):
 def images_of(coco_file, *images):
     good = {"id": 11, "file_name": "a.png", "width": 100, "height": 60}
     path, images = coco_file([annotation()], parts={"images": [good, *images]})
-    return DataSource("", val_json=str(path), val_images_dir=str(images)), images
+    return data_flags("", val_json=str(path), val_images_dir=str(images)), images
 
 
 def test_missing_images_and_images_listed_twice(coco_file):
@@ -209,9 +211,9 @@ def test_damaged_images_are_left_out_and_counted(coco_file, kind, tmp_path, monk
         assert len(data) == 1 and data.notes == ("left out 1 images that cannot be read (c.jpg)",)
         assert "c.jpg" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"c\.jpg.*--strict"):
-        load_split(source, "val", strict=True)
+        load_split(replace(source, strict=True), "val")
     Image.new("RGB", (40, 80)).save(images / "c.jpg")
-    assert len(load_split(source, "val", strict=True)) == 2
+    assert len(load_split(replace(source, strict=True), "val")) == 2
 
 
 def test_images_of_another_size_are_left_out_unless_they_are_turned(coco_file, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import data_flags
 from PIL import Image
 
 from common.console import InputError
@@ -14,7 +15,7 @@ from common.data.coco import unlabelled_images
 from common.data.dataset import DetectionDataset, collate
 from common.data.demo import CATEGORY_IDS, draw_scene, make_demo, visible_boxes
 from common.data.images import open_image
-from common.data.sources import DataSource, load_split
+from common.data.sources import load_split
 from common.data.transforms import LetterboxTransform, TrainTransform
 from common.types import Letterbox, Target
 
@@ -57,25 +58,25 @@ def test_limit_keeps_the_first_images_and_their_boxes(coco_file):
 
 
 def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
-    expected = load_split(DataSource(str(demo)), "val").fingerprint()
+    expected = load_split(data_flags(str(demo)), "val").fingerprint()
     roboflow = tmp_path / "roboflow" / "valid"
     roboflow.mkdir(parents=True)
     for image in (demo / "val2017").iterdir():
         (roboflow / image.name).write_bytes(image.read_bytes())
     annotations = demo / "annotations" / "instances_val2017.json"
     (roboflow / "_annotations.coco.json").write_bytes(annotations.read_bytes())
-    assert load_split(DataSource(str(roboflow.parent)), "val").fingerprint() == expected
-    explicit = DataSource("nowhere", val_json=str(annotations), val_images_dir=str(demo / "val2017"))
+    assert load_split(data_flags(str(roboflow.parent)), "val").fingerprint() == expected
+    explicit = data_flags("nowhere", val_json=str(annotations), val_images_dir=str(demo / "val2017"))
     assert load_split(explicit, "val").fingerprint() == expected
     with pytest.raises(InputError, match="no train part"):
-        load_split(DataSource(str(roboflow.parent)), "train")
+        load_split(data_flags(str(roboflow.parent)), "train")
     with pytest.raises(InputError, match="go together"):
-        load_split(DataSource("nowhere", val_json=str(annotations)), "val")
+        load_split(data_flags("nowhere", val_json=str(annotations)), "val")
 
 
 def test_what_was_left_out_is_said(coco_file, capsys):
     path, images = coco_file([annotation(), annotation(id=2, bbox=[1, 1, 0, 0])])
-    load_split(DataSource("", val_json=str(path), val_images_dir=str(images)), "val")
+    load_split(data_flags("", val_json=str(path), val_images_dir=str(images)), "val")
     assert "left out 1 boxes without area (a.png)" in capsys.readouterr().out
 
 
@@ -157,7 +158,7 @@ def test_a_smaller_crop_shows_objects_at_the_same_scale():
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(demo):
-    data = load_split(DataSource(str(demo)), "train")
+    data = load_split(data_flags(str(demo)), "train")
     first, second = (DetectionDataset(data, TrainTransform(56), seed=3) for _ in range(2))
     _ = torch.rand(7), first[0]
     assert torch.equal(first[5][0], second[5][0])

@@ -6,11 +6,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from helpers import write_voc, write_yolo
+from helpers import data_flags, write_voc, write_yolo
 from PIL import Image
 
 from common.console import InputError
-from common.data.sources import DataSource, load_split
+from common.data.sources import load_split
 
 
 def same_boxes(found, expected):
@@ -28,20 +28,20 @@ def test_yolo_text_files(demo_val, tmp_path, outlines):
     path = write_yolo(demo_val, tmp_path, outlines=outlines)
     for data in (str(path), str(tmp_path)):
         for split in ("train", "val"):
-            same_boxes(load_split(DataSource(data), split), demo_val)
-    assert len(load_split(DataSource(data), "val", limit=2)) == 2
+            same_boxes(load_split(data_flags(data), split), demo_val)
+    assert len(load_split(data_flags(data, 2), "val")) == 2
     (tmp_path / "labels" / "val" / f"{demo_val.images[0].path.stem}.txt").unlink()
-    found = load_split(DataSource(data), "val")
+    found = load_split(data_flags(data), "val")
     assert len(found) == len(demo_val) and len(found.image_boxes(0)[0]) == 0
 
 
 def test_yolo_parts_may_be_lists_of_files_and_written_from_a_folder_further_down(demo_val, tmp_path):
     write_yolo(demo_val, tmp_path, train="../images/train")
-    same_boxes(load_split(DataSource(str(tmp_path)), "train"), demo_val)
+    same_boxes(load_split(data_flags(str(tmp_path)), "train"), demo_val)
     (tmp_path / "train.txt").write_text("".join(f"./images/train/{p.path.name}\n" for p in demo_val.images[:3]))
     settings = yaml.safe_load((tmp_path / "data.yaml").read_text()) | {"train": "train.txt"}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
-    same_boxes(load_split(DataSource(str(tmp_path)), "train"), demo_val.first(3))
+    same_boxes(load_split(data_flags(str(tmp_path)), "train"), demo_val.first(3))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_lines_that_cannot_be_read_are_counted(demo_val, tmp_path, line):
     write_yolo(demo_val, tmp_path)
     labels = tmp_path / "labels" / "val" / f"{demo_val.images[0].path.stem}.txt"
     labels.write_text(f"{labels.read_text()}{line}\n")
-    found = load_split(DataSource(str(tmp_path)), "val")
+    found = load_split(data_flags(str(tmp_path)), "val")
     assert len(found.labels) == len(demo_val.labels)
     assert len(found.notes) == 1 and found.notes[0].startswith("left out 1 ")
 
@@ -75,7 +75,7 @@ def test_lines_that_cannot_be_read_are_counted(demo_val, tmp_path, line):
 def test_yaml_files_of_no_yolo_data_set(demo_val, tmp_path, content):
     write_yolo(demo_val, tmp_path).write_text(content)
     with pytest.raises(InputError) as caught:
-        load_split(DataSource(str(tmp_path)), "val")
+        load_split(data_flags(str(tmp_path)), "val")
     assert "\n" not in str(caught.value)
 
 
@@ -89,12 +89,12 @@ def test_pascal_voc_in_its_own_layout_and_in_a_folder_for_each_part(demo_val, tm
     write_voc(demo_val, parts / "train", parts / "train")
     for folder in (own, parts):
         for part in ("train", "val"):
-            found = load_split(DataSource(str(folder)), part)
+            found = load_split(data_flags(str(folder)), part)
             same_boxes(found, demo_val)
             assert found.category_ids == tuple(range(1, len(found.class_names) + 1))
     with pytest.raises(InputError, match="no val part"):
         shutil.rmtree(parts / "valid")
-        load_split(DataSource(str(parts)), "val")
+        load_split(data_flags(str(parts)), "val")
 
 
 def test_difficult_objects_are_left_aside_and_broken_ones_counted(demo_val, tmp_path):
@@ -107,12 +107,12 @@ def test_difficult_objects_are_left_aside_and_broken_ones_counted(demo_val, tmp_
     tree = ElementTree.parse(files[1])
     next(tree.getroot().iter("object")).find("bndbox/xmax").text = "wide"
     tree.write(files[1])
-    found = load_split(DataSource(str(tmp_path)), "val")
+    found = load_split(data_flags(str(tmp_path)), "val")
     assert found.image_boxes(0)[2].all() and len(found.labels) == len(demo_val.labels) - 1
     assert found.notes[0].startswith("left out 1 objects without a box")
     files[2].write_text("<annotation>")
     with pytest.raises(InputError, match=r"cannot read .*xml"):
-        load_split(DataSource(str(tmp_path)), "val")
+        load_split(data_flags(str(tmp_path)), "val")
 
 
 def test_turned_images_keep_their_upright_size(tmp_path):

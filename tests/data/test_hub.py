@@ -13,13 +13,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, write_voc, write_yolo
+from helpers import ROOT, data_flags, write_voc, write_yolo
 from PIL import Image
 
 from common.console import InputError
 from common.data import hub
 from common.data.hub import COCO_IDS, hub_split
-from common.data.sources import DataSource, load_split
+from common.data.sources import load_split
 
 BOXES = [[10.0, 20.0, 30.0, 25.0], [40.0, 5.0, 50.0, 29.0]]  # xyxy in images of 60 x 30 pixels
 CATS = datasets.ClassLabel(names=["cat", "dog"])
@@ -100,7 +100,7 @@ def no_stream(monkeypatch):
 
 
 def read(folder, limit=0, split="train", **source):
-    return load_split(DataSource(str(folder), **source), split, limit)
+    return load_split(data_flags(folder, limit, **source), split)
 
 
 def ids(data):
@@ -309,7 +309,7 @@ def test_what_is_wrong_with_rows_is_counted(tmp_path, capsys):
         ):
             assert note in said
     with pytest.raises(InputError, match="refused by --strict"):
-        load_split(DataSource(str(folder)), "train", strict=True)
+        load_split(data_flags(str(folder)), "train", strict=True)
 
 
 def test_images_beside_the_metadata(tmp_path):

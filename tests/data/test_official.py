@@ -4,15 +4,15 @@ import io
 import zipfile
 
 import pytest
-from helpers import ROOT, jpeg, official_archive, official_instances
+from helpers import ROOT, data_flags, jpeg, official_archive, official_instances
 
 from common.console import InputError
 from common.data import official
-from common.data.sources import DataSource, load_split, read_image_ids
+from common.data.sources import load_split, read_image_ids
 
 
 def read(split, limit=0, ids=""):
-    return load_split(DataSource("coco-official", image_ids=str(ids)), split, limit)
+    return load_split(data_flags("coco-official", limit, image_ids=str(ids)), split)
 
 
 def test_only_what_is_asked_for_is_fetched_and_only_once(server):
@@ -102,10 +102,10 @@ def test_images_by_id_from_both_parts_and_from_a_folder(server, demo_val, tmp_pa
     folder = demo_val.images[0].path.parent.parent
     chosen = [demo_val.images[i].id for i in (4, 1)]
     ids.write_text("".join(f"val {key}\n" for key in chosen))
-    assert [p.id for p in load_split(DataSource(str(folder), image_ids=str(ids)), "val").images] == chosen
+    assert [p.id for p in load_split(data_flags(str(folder), image_ids=str(ids)), "val").images] == chosen
     ids.write_text("val 999")
     with pytest.raises(InputError, match="lacks 1 of the 1 images"):
-        load_split(DataSource(str(folder), image_ids=str(ids)), "val")
+        load_split(data_flags(str(folder), image_ids=str(ids)), "val")
 
 
 @pytest.mark.parametrize("content", ["9", "train nine", "test 9", "train 9 9", "", "val 3"])
@@ -121,6 +121,6 @@ def test_files_of_no_ids(tmp_path, content):
 def test_the_ids_of_the_table_are_those_of_its_images(assets):
 
     for split in ("train", "val"):
-        plain = load_split(DataSource(str(assets / "coco-subset")), split)
-        by_id = DataSource(str(assets / "coco-subset"), image_ids=str(ROOT / "docs" / "coco_subset_ids.txt"))
+        plain = load_split(data_flags(str(assets / "coco-subset")), split)
+        by_id = data_flags(str(assets / "coco-subset"), image_ids=str(ROOT / "docs" / "coco_subset_ids.txt"))
         assert load_split(by_id, split).fingerprint() == plain.fingerprint()

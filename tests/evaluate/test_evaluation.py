@@ -9,17 +9,17 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, crowded, random_detections, truth_as_detections
+from helpers import ROOT, crowded, data_flags, random_detections, truth_as_detections
 from PIL import Image
 
 from common.console import InputError
 from common.evaluate.bootstrap import COMPARED, comparisons, draws, interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
-from common.evaluate.detections import detection_table
+from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
-from common.evaluate.evaluation import found_in_file, judge
+from common.evaluate.evaluation import evaluate
 from common.evaluate.matching import IOU_THRESHOLDS, Ranking, average_precision, match, ranking
-from common.types import Found
+from common.types import Predictions
 
 LABELS = np.arange(10)
 
@@ -170,7 +170,7 @@ def test_calibration_of_honest_and_boastful_scores():
 
 
 def test_nothing_found_and_nothing_to_find(demo_val):
-    empty = np.zeros((0, 7))
+    empty = DetectionTable.empty()
     told = diagnose(empty, match(empty, demo_val), demo_val)
     assert told["operating_point"]["f1"] is None and told["calibration"]["expected_error"] is None
     assert told["errors"]["missed"] == {"gain": 0.0, "count": len(demo_val.labels)}
@@ -188,33 +188,31 @@ def test_the_self_check_warns_of_shifted_classes_and_misread_boxes(demo_val):
     table = detection_table(right, LABELS)
     assert self_check(table, demo_val) == [] and self_check(table_of(demo_val), demo_val) == []
     for step in (1, -1):
-        (warning,) = self_check(np.column_stack([table[:, :6], table[:, 6] + step]), demo_val)
+        (warning,) = self_check(replace(table, label=table.label + step), demo_val)
         assert f"moved by {-step:+d}" in warning
-    x, y, width, height = table[:, 1:5].T
-    sides = {image.id: max(image.width, image.height) for image in demo_val.images}
-    longest = np.array([sides[int(image_id)] for image_id in table[:, 0]])
+    size_of = {image.id: (image.width, image.height) for image in demo_val.images}
+    sizes = np.array([size_of[number] for number in table.image_id.tolist()])
+    corners, far = table.boxes[:, :2], table.boxes[:, 2:]
     misread = {
-        "shares of the image": [x / longest, y / longest, width / longest, height / longest],
-        "(x, y, width, height) was taken for corners": [x, y, width - x, height - y],
-        "corners (x, y, x, y) were taken": [x, y, x + width, y + height],
-        "centres": [x + width / 2, y + height / 2, width, height],
+        "normalised coordinates": table.boxes / np.tile(sizes, 2),
+        "(x, y, width, height) was taken for corners": np.hstack([corners, far - corners]),
+        "corners (x, y, x, y) were taken": np.hstack([corners, corners + far]),
+        "centres": np.hstack([(corners + far) / 2, (corners + far) / 2 + far - corners]),
     }
     for words, boxes in misread.items():
-        (warning,) = self_check(np.column_stack([table[:, 0], *boxes, table[:, 5:]]), demo_val)
+        (warning,) = self_check(replace(table, boxes=boxes), demo_val)
         assert words in warning
 
 
 def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
-    from common.evaluate.detections import coco_detections
-
     found = random_detections(demo_val, 2)
     table = detection_table(found, LABELS)
     entries = coco_detections(table, demo_val.category_ids)
     (tmp_path / "d.json").write_text(json.dumps([*entries, entries[0] | {"category_id": 77}]))
-    read = found_in_file(str(tmp_path / "d.json"), demo_val)
+    read = read_detections(str(tmp_path / "d.json"), demo_val)
     weights = draws(len(demo_val), 0)
-    ours = judge("a", "a.pth", Found(found, demo_val.class_names), demo_val, weights).record
-    theirs = judge("b", "d.json", read, demo_val, weights).record
+    ours = evaluate("a", "a.pth", Predictions(found, demo_val.class_names), demo_val, weights).record
+    theirs = evaluate("b", "d.json", read, demo_val, weights).record
     assert theirs.primary == pytest.approx(ours.primary) and theirs.conditions["detections_of_unknown_categories"] == 1
     for name in ("AP", "AP50", "AP_small", "AR100", "class_agnostic_AP50"):
         assert theirs.detection[name] == pytest.approx(ours.detection[name], abs=1e-6)
@@ -236,10 +234,10 @@ def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
 def test_files_that_hold_no_detections_end_in_one_line(demo_val, tmp_path, content):
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(InputError) as caught:
-        found_in_file(str(tmp_path / "d.json"), demo_val)
+        read_detections(str(tmp_path / "d.json"), demo_val)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError):
-        found_in_file(str(tmp_path / "none.json"), demo_val)
+        read_detections(str(tmp_path / "none.json"), demo_val)
 
 
 def test_average_precision_by_hand():
@@ -256,12 +254,12 @@ def test_yolo_reproduces_its_known_figure(assets):
     """YOLOv8n int8 with one label a box on 250 images: AP 0.398, AP50 0.561, measured elsewhere by pycocotools."""
     if not (find_spec("openvino") and find_spec("ultralytics")):  # importing the latter would replace parts of Pillow
         pytest.skip("needs openvino and ultralytics")
-    from common.data.sources import DataSource, load_split
-    from common.evaluate.yolo import found_by_yolo
+    from common.data.sources import load_split
+    from common.evaluate.yolo import yolo_predictions
 
-    data = load_split(DataSource(str(assets / "coco-subset")), "val")
-    found = found_by_yolo(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))
-    record = judge("yolo", "", found, data).record
+    data = load_split(data_flags(str(assets / "coco-subset")), "val")
+    found = yolo_predictions(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))
+    record = evaluate("yolo", "", found, data).record
     assert record.detection["AP"] == pytest.approx(0.398, abs=0.003)
     assert record.detection["AP50"] == pytest.approx(0.561, abs=0.003)
     assert record.conditions["classes_compared"] == 80

@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import crowded, pycocotools_numbers, random_detections, truth_as_detections
+from helpers import crowded, data_flags, numbers_of, pycocotools_numbers, random_detections, truth_as_detections
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from torchvision.ops import box_convert
 
-from common.data.sources import DataSource, load_split
-from common.evaluate.coco_metrics import COCO_NUMBERS, coco_numbers, evaluate
+from common.data.sources import load_split
+from common.evaluate.coco_metrics import COCO_NUMBERS, coco_numbers
 from common.evaluate.detections import detection_table, label_map
 from common.evaluate.matching import average_precision, match, ranking
 from common.evaluate.primary import PrimaryPairs, primary_object, weighted_scores
-from common.types import Detections, xywh_to_xyxy
+from common.types import Detections
 
 
 def numbered_from_zero(data):
@@ -57,7 +58,7 @@ def test_the_numbers_equal_pycocotools(demo_val, situation):
 
 def test_ground_truth_as_detections_scores_one(demo_val):
     for data in (demo_val, crowded(demo_val)):
-        numbers = evaluate(truth_as_detections(data), data, np.arange(10))["detection"]
+        numbers = numbers_of(truth_as_detections(data), data)["detection"]
         assert numbers["AP"] == numbers["AP50"] == numbers["AP75"] == numbers["AR100"] == pytest.approx(1)
         assert numbers["class_agnostic_AP50"] == pytest.approx(1)
 
@@ -70,7 +71,7 @@ def test_mean_of_the_classes_is_the_whole(demo_val):
 
 def test_no_detections_score_zero_and_no_objects_have_no_score(demo_val):
     nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.images]
-    numbers = evaluate(nothing, demo_val, np.arange(10))
+    numbers = numbers_of(nothing, demo_val, np.arange(10))
     assert numbers["detection"]["AP"] == numbers["detection"]["class_agnostic_AP50"] == 0
     assert numbers["primary"] == dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou"), 0)
     bare = replace(
@@ -78,7 +79,7 @@ def test_no_detections_score_zero_and_no_objects_have_no_score(demo_val):
         **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")},
         starts=np.zeros_like(demo_val.starts),
     )
-    numbers = evaluate(random_detections(bare, 0), bare, np.arange(10))
+    numbers = numbers_of(random_detections(bare, 0), bare, np.arange(10))
     assert numbers["detection"]["AP"] is None and numbers["primary"]["accuracy"] is None
 
 
@@ -87,15 +88,15 @@ def test_labels_are_matched_by_name(demo_val):
     labels = label_map(names, demo_val)
     assert labels[0] == -1
     found = [replace(d, labels=10 - d.labels) for d in truth_as_detections(demo_val)]
-    assert evaluate(found, demo_val, labels)["detection"]["AP"] == pytest.approx(1)
+    assert numbers_of(found, demo_val, labels)["detection"]["AP"] == pytest.approx(1)
 
 
 def test_wrong_boxes_and_wrong_classes_are_punished(demo_val):
     right = truth_as_detections(demo_val)
     shifted = [replace(d, labels=(d.labels + 1) % 10) for d in right]
-    misread = [replace(d, boxes=xywh_to_xyxy(d.boxes)) for d in right]
-    assert evaluate(shifted, demo_val, np.arange(10))["detection"]["AP50"] < 0.1
-    assert evaluate(misread, demo_val, np.arange(10))["detection"]["AP50"] < 0.5
+    misread = [replace(d, boxes=box_convert(d.boxes, "xywh", "xyxy")) for d in right]
+    assert numbers_of(shifted, demo_val)["detection"]["AP50"] < 0.1
+    assert numbers_of(misread, demo_val)["detection"]["AP50"] < 0.5
 
 
 def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
@@ -129,8 +130,8 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
 
 @pytest.mark.real
 def test_real_ground_truth_scores_one_and_random_detections_equal_pycocotools(assets):
-    data = load_split(DataSource(str(assets / "coco-subset")), "val")
-    assert evaluate(truth_as_detections(data), data, np.arange(80))["detection"]["AP"] == pytest.approx(1)
+    data = load_split(data_flags(str(assets / "coco-subset")), "val")
+    assert numbers_of(truth_as_detections(data), data, np.arange(80))["detection"]["AP"] == pytest.approx(1)
     table = detection_table(random_detections(data, 0), np.arange(80))
     numbers, expected = coco_numbers(table, data), pycocotools_numbers(table, data)
     assert [numbers[name] for name in COCO_NUMBERS] == pytest.approx(expected.tolist(), abs=1e-6)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SIMPLE_LOSS, numbers_of
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform
-from common.evaluate.coco_metrics import evaluate
 from common.evaluate.detect import predict
-from common.evaluate.detections import label_map
 from common.model.assignment import ASSIGNMENTS, assign
 from common.model.backbone import choose_blocks, fetch_backbone, load_backbone
 from common.model.detector import HEADS, new_detector
@@ -73,11 +72,11 @@ def test_large_backbones_with_their_gated_mlp(tmp_path):
 def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
     images, target = torch.rand(1, 3, 112, 112), target_of([[10, 10, 60, 60]])
     detector.backbone.freeze()
-    sum(detection_loss(detector(images), [target], LossConfig()).values()).backward()
+    sum(detection_loss(detector(images), [target], SIMPLE_LOSS).values()).backward()
     assert all(p.grad is None for p in detector.backbone.parameters())
     assert all(p.grad is not None for p in detector.head.parameters())
     detector.backbone.unfreeze()
-    sum(detection_loss(detector(images), [target], LossConfig()).values()).backward()
+    sum(detection_loss(detector(images), [target], SIMPLE_LOSS).values()).backward()
     assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
 
 
@@ -153,8 +152,8 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
         points = out.points[out.strides == stride]
         side = math.ceil(image_size / 14 / max(1, stride / 14)) * (2 if stride == 7 else 1)
         assert torch.equal(points, locations((side, side), stride, torch.device("cpu"))[0])
-    assert out.class_logits[:, out.class_rows].shape == (2, len(out.points), 10)
-    assert sum(detection_loss(out, [target_of([[0, 0, 9, 9]])] * 2, LossConfig()).values()).isfinite()
+    assert out.scores().shape == (2, len(out.points), 10)
+    assert sum(detection_loss(out, [target_of([[0, 0, 9, 9]])] * 2, SIMPLE_LOSS).values()).isfinite()
 
 
 def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
@@ -202,12 +201,6 @@ def test_averaged_weights_are_lent_and_given_back(detector):
     with ema.applied():
         assert torch.allclose(weight, start + 10 / 11)  # young averages follow closely
     assert torch.equal(weight, own)
-    follower = Ema(detector, decay=0.0)
-    with torch.no_grad():
-        weight += 1
-    follower.update()
-    with follower.applied():
-        assert torch.equal(weight, own + 1)
 
 
 def test_locations_go_row_by_row_and_boxes_are_never_inverted():
@@ -273,7 +266,7 @@ def test_crowd_locations_do_not_change_the_loss(detector):
     ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, "center").ignore
     louder = out.object_logits + 5 * ignore
     changed = replace(out, object_logits=louder)
-    before, after = (detection_loss(o, [target], LossConfig())["object"] for o in (out, changed))
+    before, after = (detection_loss(o, [target], SIMPLE_LOSS)["object"] for o in (out, changed))
     assert ignore.any() and before == after
 
 
@@ -308,8 +301,8 @@ def perfect_output(dataset, num_classes, size):
 def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
     dataset = DetectionDataset(demo_val, LetterboxTransform(448))
     out, targets = perfect_output(dataset, len(demo_val.class_names), 448)
-    assert sum(detection_loss(out, targets, LossConfig()).values()) < 1e-4
-    numbers = evaluate(postprocess(out, targets), demo_val, label_map(demo_val.class_names, demo_val))
+    assert sum(detection_loss(out, targets, SIMPLE_LOSS).values()) < 1e-4
+    numbers = numbers_of(postprocess(out, targets), demo_val)
     assert numbers["detection"]["AP"] == pytest.approx(1)
 
 

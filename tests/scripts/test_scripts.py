@@ -8,12 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import jsonschema
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, data_flags
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -25,7 +24,7 @@ import plot_results
 import validate_models
 from common import cli
 from common.console import InputError
-from common.data.sources import DataSource, check_objects, load_split
+from common.data.sources import check_objects, load_split
 from common.data.transforms import LetterboxTransform
 from common.evaluate.results import ValidationRecord, read_results
 from common.model.checkpoint import load_detector, save_detector
@@ -122,8 +121,8 @@ def test_the_report_needs_no_other_file(chain):
 
 def test_strict_fails_where_a_model_is_missing(chain, demo, tmp_path):
     settings = comprehensive_validation.Settings(
-        (str(chain / CHECKPOINTS[0]), "missing.pth"),
-        data=str(demo),
+        str(demo),
+        models=(str(chain / CHECKPOINTS[0]), "missing.pth"),
         workers=0,
         strict=True,
         output=str(tmp_path / "r.json"),
@@ -156,30 +155,11 @@ def test_both_stages_leave_what_they_promise(chain):
     assert final.train_config["precision"] in ("fp32", "bf16")  # what auto came to
 
 
-@pytest.mark.parametrize(
-    ("device", "precision", "asked", "chosen", "told"),
-    [
-        ("cpu", "fp32", (0, 0), (8, 336), "--batch-size 8 --crop-size 336"),
-        ("cpu", "bf16", (0, 0), (16, 448), ""),
-        ("cuda", "fp32", (0, 0), (16, 448), ""),
-        ("cpu", "fp32", (16, 0), (16, 336), "--crop-size 336"),
-        ("cpu", "fp32", (0, 448), (8, 448), "--batch-size 8"),
-        ("cpu", "fp32", (3, 518), (3, 518), ""),
-    ],
-)
-def test_slow_hardware_trains_on_smaller_crops_unless_told_otherwise(device, precision, asked, chosen, told, capsys):
-    settings = improved_dino_detector.Settings(batch_size=asked[0], crop_size=asked[1], precision=precision)
-    accelerator = Mock(device=torch.device(device), print=print)
-    found = improved_dino_detector.with_hardware_chosen(settings, 448, accelerator)
-    assert (found.batch_size, found.crop_size) == chosen
-    assert capsys.readouterr().out == (f"this CPU is slow, so training takes {told}\n" if told else "")
-
-
-def test_slow_hardware_takes_crops_of_the_input_size_where_that_is_small(capsys):
-    settings = improved_dino_detector.Settings(batch_size=4, precision="fp32")
-    accelerator = Mock(device=torch.device("cpu"), print=print)
-    assert improved_dino_detector.with_hardware_chosen(settings, 168, accelerator).crop_size == 168
-    assert capsys.readouterr().out == ""
+def test_crops_are_never_larger_than_the_input(chain):
+    detector = load_detector(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
+    for crop_size, expected in ((448, 112), (112, 112), (56, 56)):
+        settings = improved_dino_detector.Settings(crop_size=crop_size)
+        assert improved_dino_detector.fitted_to(settings, detector, 1, 1).crop_size == expected
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
@@ -416,7 +396,7 @@ def test_drawn_labels_stay_inside_small_and_large_images():
 
 
 def test_classes_that_one_part_lacks_are_said(demo, capsys):
-    source = DataSource(str(demo))
+    source = data_flags(str(demo))
     train, val = (load_split(source, split) for split in ("train", "val"))
     check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
     said = capsys.readouterr().out.splitlines()

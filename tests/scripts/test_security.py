@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, Hostile
+from helpers import ROOT, TINY, Hostile, data_flags
 from transformers import Dinov2Backbone, Dinov2Config
 
 from common.console import InputError
-from common.data.sources import DataSource, load_split
+from common.data.sources import load_split
 from common.evaluate.bootstrap import comparisons, draws
-from common.evaluate.evaluation import judge, unique_names
+from common.evaluate.evaluation import evaluate, unique_names
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
 from common.model.backbone import backbone_config, load_backbone
 from common.model.checkpoint import Checkpoint, save_detector
 from common.show.report import write_report
-from common.types import Detections, Found
+from common.types import Detections, Predictions
 
 # What can run what a file says, and the packages that do so.
 RUNS = {
@@ -133,7 +133,7 @@ def test_xml_does_not_grow_and_names_no_other_file(document, demo, tmp_path):
     body = f"<annotation><filename>a.jpg</filename><object><name>{name}</name></object></annotation>"
     (part / "a.xml").write_text(begin + body)
     with pytest.raises(InputError, match=r"cannot read .*a\.xml") as caught:
-        load_split(DataSource(str(tmp_path / "data")), "val")
+        load_split(data_flags(str(tmp_path / "data")), "val")
     assert "SECRET" not in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_yaml_runs_nothing(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.yaml").write_text(f"val: images\nnames:\n- cat\n- {call}")
     with pytest.raises(InputError, match="could not determine a constructor"):
-        load_split(DataSource(str(tmp_path)), "val")
+        load_split(data_flags(str(tmp_path)), "val")
     assert not (tmp_path / "hacked").exists()
 
 
@@ -183,7 +183,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
         found.append(Detections(image.id, boxes, torch.full((len(boxes),), 0.9), labels))
     conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
     judgements = [
-        judge(name, EVIL, Found(found, names, conditions=conditions), data, draws(len(data), 0))
+        evaluate(name, EVIL, Predictions(found, names, conditions=conditions), data, draws(len(data), 0))
         for name in (f"a {EVIL}", f"b {EVIL}")
     ]
     records = [replace(j.record, warnings=[f"warned {EVIL}"]) for j in judgements]

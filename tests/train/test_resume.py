@@ -13,13 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import arguments_of
 
 import finetune_dino2_simple
 import improved_dino_detector
 from common import cli
 from common.console import InputError, Interrupted, install_handlers
 from common.train import feature_cache
-from common.train.state import Progress
+from common.train.state import TrainState
 
 KILLS = 20
 SCRIPTS = {"simple": finetune_dino2_simple, "improved": improved_dino_detector}
@@ -79,16 +80,8 @@ def train(name, settings, folder):
     os.environ["DETECTION_CACHE"] = str(folder / "cache")
     sys.stdout = sys.stderr = (folder / "output.txt").open("a")
     feature_cache.SHARD = 4
-    flags = [w for k, v in vars(settings).items() for w in as_flag(k, v)]
-    sys.argv = [f"{name}.py", *flags]
+    sys.argv = [f"{name}.py", *arguments_of(settings)]
     cli.run(SCRIPTS[name].main, type(settings), "")
-
-
-def as_flag(key, value):
-    flag = "--" + key.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag] * value
-    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)] if value != "" else []
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +147,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 ):
     monkeypatch.chdir(tmp_path)
     settings = in_this_folder(settings_of(name, tmp_path, demo, tiny_backbone))
-    finish_step, done = Progress.finish_step, []
+    finish_step, done = TrainState.finish_step, []
 
     def finish(progress, losses):
         done.append(finish_step(progress, losses))
@@ -162,8 +155,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "finish_step", finish)
-        patch.setattr(sys, "argv", ["train.py", *[w for k, v in vars(settings).items() for w in as_flag(k, v)]])
+        patch.setattr(TrainState, "finish_step", finish)
+        patch.setattr(sys, "argv", ["train.py", *arguments_of(settings)])
         with pytest.raises(SystemExit) as ended:
             cli.run(SCRIPTS[name].main, type(settings), "")
     assert ended.value.code == 128 + number and len(done) == step
@@ -175,7 +168,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 def stopped(name, folder, monkeypatch, settings, step=5):
     """Run it until `step` steps are done."""
     steps = iter(range(1, step + 1))
-    finish_step = Progress.finish_step
+    finish_step = TrainState.finish_step
 
     def finish(progress, losses):
         finish_step(progress, losses)
@@ -185,7 +178,7 @@ def stopped(name, folder, monkeypatch, settings, step=5):
     monkeypatch.chdir(folder)
     install_handlers()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Progress, "finish_step", finish)
+        patch.setattr(TrainState, "finish_step", finish)
         SCRIPTS[name].main(settings)
     install_handlers()
 
