@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
@@ -27,6 +28,11 @@ class RuntimeFlags:
     workers: int = flag(2, "processes that decode images", at_least=0, on_resume="free")
     precision: str = flag("auto", "arithmetic; auto = the fastest of this hardware", choices=PRECISIONS)
     seed: int = flag(0, "of all random numbers", at_least=0, at_most=MAX_SEED)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 64 bits for each tuple of numbers from 0 on, the same on every machine (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:

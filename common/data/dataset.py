@@ -12,6 +12,7 @@ from common.console import ignore_in_worker
 from common.data.coco import CocoData
 from common.data.images import open_image
 from common.data.transforms import LetterboxTransform
+from common.runtime import derived_seed
 from common.types import Batch, Target
 
 
@@ -41,9 +42,9 @@ class DetectionDataset(Dataset):
 
 @contextmanager
 def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Inside, torch's random numbers are those of this sample in this epoch; outside, nothing has changed."""
+    """Inside, torch's random numbers are those of this sample in this epoch; outside they are unaffected."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hash((seed, epoch, index)))
+        torch.manual_seed(derived_seed(seed, epoch, index))
         yield
 
 
@@ -71,7 +72,7 @@ class EpochOrder(Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         yield from torch.randperm(self.count, generator=generator)[self.done :].tolist()
 
 

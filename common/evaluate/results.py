@@ -16,7 +16,7 @@ from pathlib import Path
 from common.console import InputError
 from common.files import atomic_write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
 
 
@@ -103,8 +103,12 @@ def read_results(path: str | Path) -> ValidationResults:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("models"), list):
         raise InputError(f"{path} is not a file of validation results: it has no list 'models'")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} has format {content.get('format_version')}, this version reads {FORMAT_VERSION}")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}, and this program reads {FORMAT_VERSION}: run "
+            "comprehensive_validation.py again"
+        )
     if not content["models"]:
         raise InputError(f"{path} holds no models")
     records = tuple(_record(path, entry) for entry in content["models"])

@@ -1,6 +1,5 @@
 """Learning rates of all weights, and the moving average of the weights."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
 
 from common.model.detector import Detector
 
@@ -81,11 +81,5 @@ class Ema:
 
 
 def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Linear warm-up over the first `WARM_UP_SHARE` of `steps`, then half a cosine to zero."""
-    warm_up = max(1, round(WARM_UP_SHARE * steps))
-
-    def factor(step: int) -> float:
-        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up)))
-        return min((step + 1) / warm_up, decay)
-
-    return LambdaLR(optimizer, factor)
+    """Linear warm-up from 0 over the first `WARM_UP_SHARE` of `steps`, then half a cosine to 0."""
+    return get_cosine_schedule_with_warmup(optimizer, round(WARM_UP_SHARE * steps), steps)

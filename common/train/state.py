@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from common.console import Interrupted, NotFiniteError, pending_signal
 from common.data.dataset import EpochOrder
 from common.model.detector import Detector
+from common.runtime import derived_seed
 from common.train.optim import Ema
 from common.types import Batch
 
@@ -63,7 +64,7 @@ class TrainState:
         loader.set_epoch(self.epoch + 1)  # passed on to the data set when the iteration begins
         self.order.epoch, self.order.done = self.epoch + 1, self.step * loader.total_batch_size
         for batch in loader if self.step < len(loader) else ():
-            torch.manual_seed(hash((self.order.seed, self.epoch, self.step, self.accelerator.process_index)))
+            torch.manual_seed(derived_seed(self.order.seed, self.epoch, self.step, self.accelerator.process_index))
             yield batch
             self.seconds = time.perf_counter() - began
             if self.stop or (self.accelerator.num_processes == 1 and pending_signal()):
