@@ -1,0 +1,159 @@
+"""README.md and docs/ stay true: their commands parse, and the files, names and fields that they mention exist."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from helpers import ROOT
+
+from common import cli
+from common.model.checkpoint import Checkpoint, save_detector
+
+README = ROOT / "README.md"
+PAGES = (README, *sorted(ROOT.glob("docs/*.md")))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:\S*/)?(?:python3?|make|accelerate) ")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+OWN_FILE = re.compile(r"`((?:common|dev|docs|tests)/[\w./]*)`")
+NAME_IN_FILE = re.compile(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`")
+MAX_LINES, MAX_WORDS = 150, 1700  # of the README
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def lines_of(block):
+    """Its commands without remarks; a line that ends in a backslash goes on in the next, && separates two."""
+    for line in re.sub(r"\\\n\s*", "", block).splitlines():
+        yield from filter(None, map(str.strip, re.split(r"(?:^|\s)#", line)[0].split("&&")))
+
+
+def commands():
+    return [
+        pytest.param(line, id=f"{page.name}: {line}")
+        for page in PAGES
+        for kind, block in FENCE.findall(page.read_text())
+        for line in lines_of(block)
+        if kind == "sh" or COMMAND.match(line)
+    ]
+
+
+def flags_of(module):
+    """The names of its flags, with dashes."""
+    settings = getattr(importlib.import_module(module), "Settings", None)
+    return {field.name.replace("_", "-") for field in dataclasses.fields(settings)} if settings else set()
+
+
+def settings_of(module, flags):
+    """Exits where a flag does not exist or its value is refused."""
+    settings = getattr(importlib.import_module(module), "Settings", None)
+    if settings:
+        return cli.parse(settings, "", flags)
+    assert not flags, f"{module} takes no flags"
+
+
+def settings_of_script(script, *flags):
+    assert (ROOT / script).is_file()
+    return settings_of(Path(script).stem, list(flags))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_exists_with_its_flags_and_values(line):
+    assert COMMAND.match(line), "no command that this test knows"
+    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+    program, first, *others = [Path(words[0]).name, *words[1:]]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {first, *others} <= set(targets)
+    elif program == "accelerate":
+        assert first == "launch"
+        launched = launch_command_parser().parse_args(others)
+        settings_of_script(launched.training_script, *launched.training_script_args)
+    elif first != "-m":
+        settings_of_script(first, *others)
+    elif others[0].startswith(("dev.", "common.")):
+        settings_of(others[0], others[1:])
+    else:
+        assert importlib.util.find_spec(others[0])
+
+
+def test_demo_is_what_make_demo_runs():
+    made = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    written = "\n".join(block for _, block in FENCE.findall((ROOT / "docs" / "results.md").read_text()))
+    runs = [
+        [settings_of_script(*shlex.split(line)[1:]) for line in lines_of(text) if "--output runs/demo/" in line]
+        for text in (made, written)
+    ]
+    assert len(runs[0]) == 5
+    assert runs[0] == runs[1]
+
+
+def test_python_of_the_readme_runs(detector, tmp_path, monkeypatch):
+    names = tuple(f"class {number}" for number in range(10))
+    save_detector(tmp_path / "improved_dino2_detector.pth", Checkpoint(detector, names, tuple(range(1, 11))))
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for kind, block in FENCE.findall(README.read_text()) if kind == "python")
+    found = {"images": torch.rand(2, 3, 112, 112)}
+    exec(code, found)
+    assert found["checkpoint"].class_names == names
+    assert len(found["out"].boxes) == 2
+
+
+@by_page
+def test_flags_in_the_text_exist(page):
+    programs = [path.stem for path in ROOT.glob("*.py")] + [f"dev.{path.stem}" for path in ROOT.glob("dev/*.py")]
+    known = {"help"}.union(*map(flags_of, programs))
+    mentioned = set(re.findall(r"--([a-z][a-z-]*)\b", FENCE.sub("", page.read_text())))  # accelerate's have a _
+    assert mentioned <= known
+
+
+@by_page
+def test_links_and_files_exist(page):
+    text = page.read_text()
+    for link in LINK.findall(text):
+        if "://" not in link:
+            assert (page.parent / link.partition("#")[0]).exists(), link
+    for name in OWN_FILE.findall(text):
+        assert (ROOT / name).exists(), name
+
+
+@by_page
+def test_names_are_in_their_files(page):
+    for name, file in NAME_IN_FILE.findall(page.read_text()):
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), f"{name} in {file}"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_page_begins_with_its_command(page):
+    assert re.match(r"# .+\n\n```sh\n", page.read_text())
+
+
+def test_readme_is_short():
+    text = README.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    assert len(text.split()) <= MAX_WORDS
+
+
+def fields_of(schema):
+    if isinstance(schema, dict):
+        yield from schema.get("properties", {})
+        yield from schema.get("required", ())
+        for part in schema.values():
+            yield from fields_of(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from fields_of(part)
+
+
+def test_every_field_of_the_results_is_explained():
+    schema = json.loads((ROOT / "docs" / "validation_results.schema.json").read_text())
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    fields = {name for name in fields_of(schema) if name.isidentifier()}
+    assert {"models", "ms_per_image", "AP50"} <= fields
+    assert not [name for name in sorted(fields) if not re.search(rf"`[^`]*\b{name}\b[^`]*`", text)]
