@@ -29,7 +29,7 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def lines_of(block):
-    """Its commands without remarks; a line that ends in a backslash goes on in the next, && separates two."""
+    """Its commands without comments; a line that ends in a backslash goes on in the next, && separates two."""
     for line in re.sub(r"\\\n\s*", "", block).splitlines():
         yield from filter(None, map(str.strip, re.split(r"(?:^|\s)#", line)[0].split("&&")))
 
