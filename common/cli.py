@@ -7,12 +7,14 @@ which the script's settings inherit; nothing in `common/` sees a script's own se
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 
-from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers
+from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers, last_line
 
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
 # What a resumed run may do with a flag: change it, as it changes no number; change it, which makes it another run from
@@ -111,30 +113,28 @@ def flag_name(field: str) -> str:
 def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:
     """Parse the command line, call `main`, and exit.
 
-    Status: 0 done; 2 bad input, with one line on stderr; 130 and 143 ended by SIGINT and SIGTERM, likewise.
+    Exit status: 0 after success; 2 for bad input, after one line on stderr; 130 and 143 after SIGINT and SIGTERM,
+    likewise. With `DETECTION_DEBUG=1` in the environment the traceback of the error stands above that line.
     """
     settings = parse(settings_type, description or "")
     install_handlers()
     try:
         main(settings)
     except InputError as error:
-        sys.exit(_say_error(_last_line(error).rpartition("InputError: ")[2], 2))
-    except OSError as error:  # a file, folder or connection that nobody had a better word for
-        sys.exit(_say_error(_last_line(error), 2))
-    except (MemoryError, RuntimeError) as error:  # torch tells of memory in either
+        _exit(last_line(error).rpartition("InputError: ")[2], 2)
+    except OSError as error:  # of a file, folder or connection, where nothing closer to it made an InputError of it
+        _exit(last_line(error), 2)
+    except (MemoryError, RuntimeError) as error:  # torch raises either when memory runs out
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        sys.exit(_say_error("out of memory; take a smaller --batch-size or --image-size, or fewer --workers", 2))
+        _exit("out of memory; take a smaller --batch-size or --image-size, or fewer --workers", 2)
     except Interrupted as interrupted:
         advice = f"; {interrupted.advice}" if interrupted.advice else ""
-        sys.exit(_say_error(f"interrupted{advice}", SIGNAL_STATUS + interrupted.number))
+        _exit(f"interrupted{advice}", SIGNAL_STATUS + interrupted.number)
 
 
-def _last_line(error: Exception) -> str:
-    """What it says; a data-loading worker wraps that in its traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _say_error(message: str, status: int) -> int:
+def _exit(message: str, status: int) -> typing.NoReturn:
+    if os.environ.get("DETECTION_DEBUG") == "1":
+        traceback.print_exc()
     print(f"{sys.argv[0].rpartition('/')[2]}: error: {message}", file=sys.stderr)
-    return status
+    sys.exit(status)

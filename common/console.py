@@ -11,37 +11,46 @@ from tqdm import tqdm
 class InputError(Exception):
     """Bad input. The message is one line: what is wrong, where, and how to mend it.
 
-    `cli.run` prints it and exits with status 2; anything else that reaches the user is a bug.
+    `cli.run` prints it and exits with status 2; any other exception that reaches the user is a bug.
     """
 
 
 class WrongSizeError(InputError):
-    """An image is not of the size that its annotation tells."""
+    """An image does not have the size that its annotation file gives."""
 
 
 class NotFiniteError(InputError):
-    """Training met an infinite number or none; `report` is what is known of the step, plain types."""
+    """A loss or gradient in training is inf or NaN; `report` describes the step in plain types."""
 
     def __init__(self, message: str, report: dict):
         super().__init__(message)
         self.report = report
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, its type where the message is empty.
+
+    A data-loading worker's error carries a traceback, which ends in the message itself.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
 def progress_bar(total: int, what: str, unit: str = "image", shown: bool = True) -> tqdm:
-    """A bar with the time left on stderr; in a log file, a line every half minute."""
+    """A bar with the remaining time on stderr; in a log file, a line every half minute."""
     interactive = sys.stderr.isatty()
     return tqdm(
         total=total, desc=what, unit=unit, disable=not shown, mininterval=0.5 if interactive else 30, leave=False
     )
 
 
-SIGNAL_STATUS = 128  # a shell's exit status for a signal: this and its number
+SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end. Like KeyboardInterrupt, it is no Exception: nothing repairs it on its way up.
+    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt it is no Exception, so that no `except Exception` catches it.
 
-    `at_once`: it came in the middle of a step, whose work is torn. `advice` is one line: what was kept, how to go on.
+    `at_once`: it arrived in the middle of a step, which is incomplete. `advice` is one line: what was saved, how to
+    resume.
     """
 
     def __init__(self, number: int, at_once: bool = False):
@@ -49,8 +58,8 @@ class Interrupted(BaseException):
         self.number, self.at_once, self.advice = number, at_once, ""
 
 
-_loops = 0  # loops under way that finish their step first
-_pending: int | None = None  # the signal that they have not acted on yet
+_loops = 0  # active `finish_step_first` blocks
+_pending: int | None = None  # a signal that arrived inside one of them
 
 
 def install_handlers() -> None:
@@ -63,7 +72,7 @@ def _receive(number: int, _frame: object) -> None:
     global _pending
     if _loops and _pending is None:
         _pending = number
-    else:  # nothing to finish, or asked for a second time
+    else:  # no step to finish, or the second signal
         raise Interrupted(number, at_once=True)
 
 
@@ -84,11 +93,11 @@ def finish_step_first() -> Iterator[None]:
 
 
 def pending_signal() -> int | None:
-    """The number of the signal that came in the meantime, if any."""
+    """The number of the signal that arrived inside `finish_step_first`, if any."""
     return _pending
 
 
 def ignore_in_worker(_worker: int) -> None:
-    """In a process that loads data: the signals are its parent's business, which still wants the batch under way."""
+    """Ignore SIGINT and SIGTERM in a data-loading worker: its parent handles them and needs the current batch."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

