@@ -47,15 +47,14 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         check_architecture(self.backbone)
-        if type(self.blocks) is not tuple or {type(n) for n in (*self.blocks, self.image_size, self.num_classes)} != {
-            int
-        }:
+        blocks = self.blocks if type(self.blocks) is tuple else (None,)
+        if {type(number) for number in (*blocks, self.image_size, self.num_classes)} != {int}:
             raise InputError("a detector's blocks, image_size and num_classes must be whole numbers")
         depth, patch = self.backbone.get("num_hidden_layers", 12), self.backbone.get("patch_size", 14)
-        rising = sorted({block for block in self.blocks if 1 <= block <= depth})
+        rising = sorted({block for block in blocks if 1 <= block <= depth})
         rules = {
             f"head must be one of {', '.join(HEADS)}": self.head in HEADS,
-            f"blocks must rise from 1 to {depth}": self.blocks and list(self.blocks) == rising,
+            f"blocks must rise from 1 to {depth}": blocks and list(blocks) == rising,
             f"image_size must be a multiple of {patch}": self.image_size > 0 and self.image_size % patch == 0,
             "num_classes must be at least 1": self.num_classes >= 1,
             "dropout must be 0 to 1": type(self.dropout) in (int, float) and 0 <= self.dropout <= 1,
