@@ -12,7 +12,6 @@ not be evaluated is named below the charts with its reason.
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from common import cli
@@ -40,7 +39,6 @@ def main(settings: Settings) -> Path:
         path = output if name == "comparison" else output.with_stem(f"{output.stem}_{name}")
         with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=DPI)
-        plt.close(figure)
         with Image.open(path) as image:
             print(f"{path}: {image.width} x {image.height} pixels")
     return output

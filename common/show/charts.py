@@ -1,16 +1,20 @@
 """Figures of validation results: readable without colour, at half size, and with one model or ten.
 
-Imports no torch. Every function takes the records that have numbers; models keep colour, hatch and marker throughout.
+Imports no torch. Each model keeps its colour, hatch, marker and line in every figure. No figure is registered with
+pyplot, so none has to be closed and no window system is needed.
 """
 
 import itertools
 import json
+import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+# A notebook's backend is passed on to the scripts that it starts; where its package is not installed for them,
+# matplotlib could not even be imported.
+os.environ["MPLBACKEND"] = "agg"
+
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -21,8 +25,7 @@ from matplotlib.patches import Patch
 
 from common.console import InputError
 from common.evaluate.results import ValidationRecord, ValidationResults
-
-matplotlib.use("agg")
+from common.show.tables import interval_of, number_of, value_of
 
 STUDY_METRICS = {
     "Accuracy": ("primary", "accuracy"),
@@ -38,13 +41,14 @@ SIZES = {
     "large\n(> 96² px)": ("detection", "AP_large"),
 }
 ERRORS = {
-    "wrong class": "class",
-    "localisation": "localisation",
-    "both": "both",
-    "duplicate": "duplicate",
-    "background": "background",
-    "missed": "missed",
+    "wrong class": ("diagnosis", "errors", "class", "gain"),
+    "localisation": ("diagnosis", "errors", "localisation", "gain"),
+    "both": ("diagnosis", "errors", "both", "gain"),
+    "duplicate": ("diagnosis", "errors", "duplicate", "gain"),
+    "background": ("diagnosis", "errors", "background", "gain"),
+    "missed": ("diagnosis", "errors", "missed", "gain"),
 }
+COLOURS = sns.color_palette("colorblind")  # also told apart by the colour-blind
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++", "||", "**")  # tell bars apart without colour
 MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
@@ -53,130 +57,93 @@ CONFUSED = 15  # classes that a confusion matrix shows by name
 Models = Sequence[ValidationRecord]
 
 
-def value_of(record: ValidationRecord, part: str, key: str) -> float | None:
-    """A number of the record; None where it is missing."""
-    number = (getattr(record, part) or {}).get(key)
-    return float(number) if isinstance(number, int | float) else None
+def bar_style(position: int) -> dict:
+    """Colour and hatch of the model at `position` among those with numbers."""
+    colour, hatch = COLOURS[position % len(COLOURS)], HATCHES[position % len(HATCHES)]
+    return {"facecolor": colour, "hatch": hatch, "edgecolor": "black"}
 
 
-def interval_of(record: ValidationRecord, key: str) -> tuple[float, float] | None:
-    """The 95% interval of a number; None where there is none."""
-    found = (record.intervals or {}).get(key)
-    return (float(found[0]), float(found[1])) if found else None
+def marker_style(position: int) -> dict:
+    """The scatter marker of that model."""
+    colour, marker = COLOURS[position % len(COLOURS)], MARKERS[position % len(MARKERS)]
+    return {"marker": marker, "color": colour, "markeredgecolor": "black", "linestyle": "none"}
 
 
-def style_of(position: int, count: int) -> dict:
-    """Colour (told apart by the colour-blind) and hatch of the model at `position` of `count`."""
-    palette = sns.color_palette("colorblind", max(count, 1))
-    return {"facecolor": palette[position], "hatch": HATCHES[position % len(HATCHES)], "edgecolor": "black"}
+def line_style(position: int, points: int) -> dict:
+    """The line of that model, with about ten markers on it."""
+    line = {"linestyle": LINES[position % len(LINES)], "markevery": max(1, points // 10), "markersize": 5}
+    return marker_style(position) | line
 
 
-def marker_of(position: int, style: dict) -> dict:
-    """The scatter marker that goes with a bar's style."""
-    marker = MARKERS[position % len(MARKERS)]
-    return {"marker": marker, "color": style["facecolor"], "markeredgecolor": "black", "linestyle": "none"}
+def draw_bars(axes: Axes, models: Models, groups: dict[str, tuple[str, ...]]) -> None:
+    """Groups of bars, one group per number and one bar per model, each with its value and, if known, its interval.
 
-
-def line_of(position: int, count: int, points: int) -> dict:
-    """The line that goes with a bar's style, its markers about ten to a line."""
-    marker = marker_of(position, style_of(position, count))
-    return marker | {"linestyle": LINES[position % len(LINES)], "markevery": max(1, points // 10), "markersize": 5}
-
-
-def draw_bars(
-    axes: Axes,
-    models: Models,
-    groups: dict[str, Callable[[ValidationRecord], tuple[float | None, tuple[float, float] | None]]],
-) -> None:
-    """Groups of bars, one group a number and one bar a model, each with its value and, if known, its interval."""
+    Args:
+        groups: by the label of the group, the keys of its number in a record.
+    """
     width = min(0.28, 0.84 / len(models))
-    turned = len(models) > 4
+    crowded = len(models) > 4
+    text = {"rotation": 90, "fontsize": 7} if crowded else {"rotation": 0, "fontsize": 9}
     highest = 0.05
     for position, record in enumerate(models):
-        for group, read in enumerate(groups.values()):
-            value, interval = read(record)
+        for group, keys in enumerate(groups.values()):
+            value, interval = number_of(record, *keys), interval_of(record, keys[-1])
             x, top = group + width * (position - (len(models) - 1) / 2), value or 0.0
-            axes.bar(x, top, width * 0.94, linewidth=0.6, **style_of(position, len(models)))
+            axes.bar(x, top, width * 0.94, linewidth=0.6, **bar_style(position))
             if value is not None and interval:
                 low, high = interval
                 spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 axes.errorbar(x, value, spread, color="black", linewidth=1, capsize=min(3, 12 * width))
                 top = max(top, high)
-            text = "–" if value is None else f"{value:.2f}" if turned else f"{value:.3f}"
-            axes.annotate(
-                text,
-                (x, max(top, 0)),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                rotation=90 if turned else 0,
-                fontsize=7 if turned else 9,
-            )
+            label = "–" if value is None else f"{value:.2f}" if crowded else f"{value:.3f}"
+            place = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axes.annotate(label, (x, max(top, 0)), (0, 3), **place, **text)
             highest = max(highest, top)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.tick_params(axis="x", length=0)
-    axes.set_ylim(min(0, axes.get_ylim()[0]), highest * (1.22 if turned else 1.14))
+    axes.set_ylim(min(0, axes.get_ylim()[0]), highest * (1.22 if crowded else 1.14))
     axes.grid(axis="y", alpha=0.4)
     axes.set_axisbelow(True)
 
 
 def draw_speed(axes: Axes, models: Models) -> None:
-    """mAP@0.5 with its interval against images per second, one marker a model, named by the figure's legend."""
-    known = [r for r in models if value_of(r, "cost", "images_per_s") and value_of(r, "detection", "AP50") is not None]
-    for record in known:
-        position = models.index(record)
-        x, y = value_of(record, "cost", "images_per_s"), value_of(record, "detection", "AP50")
-        low, high = interval_of(record, "AP50") or (y, y)
-        axes.plot([x, x], [low, high], color="0.4", linewidth=1)
-        axes.plot(x, y, **marker_of(position, style_of(position, len(models))), markersize=11)
-    if not known:
+    """mAP@0.5 with its interval against images per second, one marker per model, named by the figure's legend."""
+    speeds, tops, devices = [], [0.05], set()
+    for position, record in enumerate(models):
+        speed, ap = number_of(record, "cost", "images_per_s"), number_of(record, "detection", "AP50")
+        if not speed or ap is None:
+            continue
+        low, high = interval_of(record, "AP50") or (ap, ap)
+        axes.plot([speed, speed], [low, high], color="0.4", linewidth=1)
+        axes.plot(speed, ap, **marker_style(position), markersize=11)
+        speeds.append(speed)
+        tops += [ap, high]
+        devices.add(str(value_of(record, "cost", "device")))
+    if not speeds:
         axes.text(0.5, 0.5, "no speeds were measured", ha="center", transform=axes.transAxes, color="0.4")
         axes.set_axis_off()
         return
-    speeds = [value_of(r, "cost", "images_per_s") for r in known]
     axes.set_xscale("log")
     low, high = min(speeds) / 3, max(speeds) * 3
     axes.set_xlim(low, high)
     ticks = [t * 10**e for e in range(-3, 5) for t in (1, 2, 5) if low <= t * 10**e <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    tops = [max(value_of(r, "detection", "AP50"), (interval_of(r, "AP50") or (0, 0))[1]) for r in known]
-    axes.set_ylim(0, 1.15 * max([*tops, 0.05]))
-    devices = {str((r.cost or {}).get("device")) for r in known}
+    axes.set_ylim(0, 1.15 * max(tops))
     axes.set_xlabel("images per second" + (f"\n{devices.pop()}" if len(devices) == 1 else ""))
     axes.set_ylabel("mAP@0.5")
     axes.grid(alpha=0.4)
 
 
-def add_legend(figure: Figure, models: Models, shown: Models) -> None:
-    """Name each model shown once, with its bar and its marker, in as many columns as the names leave room for."""
-    names = [textwrap.shorten(record.name, 40, placeholder="…") for record in shown]
-    styles = {position: style_of(position, len(models)) for position in map(models.index, shown)}
-    handles = [(Patch(**style), Line2D([], [], **marker_of(position, style))) for position, style in styles.items()]
-    room = int(9.2 * figure.get_figwidth())  # characters
-    columns = max(1, min(len(shown), room // (max(map(len, names)) + 12)))
-    figure.legend(
-        handles,
-        names,
-        loc="outside upper center",
-        ncols=columns,
-        frameon=False,
-        handlelength=3.5,
-        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.6)},
-    )
-
-
 def caption(results: ValidationResults, width: int = 150) -> str:
-    """What the numbers were measured on, and which models are missing from the chart."""
-    data = results.dataset
-    measured = f"{data.get('images', '?')} validation images of {data.get('source', '?')}"
-    lines = [f"{measured}, {data.get('boxes', '?')} boxes"]
+    """What the numbers were measured on, and which models are missing from the chart and why."""
+    images, source, boxes = (results.dataset.get(key, "?") for key in ("images", "source", "boxes"))
+    lines = [f"{images} validation images of {source}, {boxes} boxes"]
     for record in results.models:
         if record.error:
             lines += textwrap.wrap(f"{record.name} was not evaluated: {record.error}", width)[:2]
-    return "\n".join(lines)
+    return _drawable("\n".join(lines))
 
 
 def evaluated(results: ValidationResults) -> list[ValidationRecord]:
@@ -191,16 +158,44 @@ def evaluated(results: ValidationResults) -> list[ValidationRecord]:
     return models
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    sns.set_theme(style="ticks", font_scale=0.95)
-    return plt.figure(figsize=size, layout="constrained")
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
+    sns.set_theme(style="ticks", font_scale=0.95, rc={"text.parse_math": False})  # "$" in a name is no formula
+    return Figure((width, height), layout="constrained")
 
 
-def _finish(figure: Figure, results: ValidationResults, models: Models, shown: Models = ()) -> Figure:
-    sns.despine(figure)
-    add_legend(figure, models, shown or models)
+def _add_caption(figure: Figure, results: ValidationResults) -> None:
     figure.supxlabel(caption(results, int(11.5 * figure.get_figwidth())), fontsize=9, color="0.3")
+
+
+def _finish(figure: Figure, results: ValidationResults, shown: dict[int, ValidationRecord] | None = None) -> Figure:
+    """Caption, and a legend of the models shown (by position; None = all) in as many columns as their names allow."""
+    shown = dict(enumerate(evaluated(results))) if shown is None else shown
+    names = [_label(record.name) for record in shown.values()]
+    characters = int(9.2 * figure.get_figwidth())
+    sns.despine(figure)
+    figure.legend(
+        [(Patch(**bar_style(position)), Line2D([], [], **marker_style(position))) for position in shown],
+        names,
+        loc="outside upper center",
+        ncols=max(1, min(len(names), characters // (max(map(len, names)) + 12))),
+        frameon=False,
+        handlelength=3.5,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.6)},
+    )
+    _add_caption(figure, results)
     return figure
+
+
+def _label(name: str, width: int = 40) -> str:
+    """The name on one line of at most `width` characters."""
+    text = " ".join(_drawable(name).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _drawable(text: str) -> str:
+    """The text with "?" for what no font can draw: bytes of a file name that are not valid text."""
+    return text.encode(errors="replace").decode()
 
 
 def figures(results: ValidationResults) -> dict[str, Figure]:
@@ -209,16 +204,16 @@ def figures(results: ValidationResults) -> dict[str, Figure]:
     Raises:
         InputError: no model with numbers.
     """
-    found: dict[str, Figure | None] = {"comparison": comparison(results)}
+    found = {"comparison": comparison(results)}
     found |= {"precision_recall": precision_recall(results), "per_class": per_class(results)}
     if any(record.diagnosis for record in results.models):
         found |= {"confusion": confusion(results), "calibration": calibration(results)}
-    found["training"] = training(results, logs_of(results))
-    return {name: figure for name, figure in found.items() if figure is not None}
+    logs = logs_of(results)
+    return found | {"training": training(results, logs)} if logs else found
 
 
 def logs_of(results: ValidationResults) -> dict[str, Path]:
-    """The training log of each model whose run folder, as its record names it, is still there."""
+    """The training log of each model whose run folder, as its record names it, still exists."""
     paths = {r.name: Path(str(r.conditions.get("run_dir")), "log.jsonl") for r in results.models if not r.error}
     return {name: path for name, path in paths.items() if path.is_file()}
 
@@ -227,95 +222,83 @@ def comparison(results: ValidationResults) -> Figure:
     """The study's six metrics, AP by object size, accuracy against speed, and what each kind of error costs."""
     models = evaluated(results)
     diagnosed = any(record.diagnosis for record in models)
-    figure = _figure((13, 12 if diagnosed else 8.6))
-    grid = figure.add_gridspec(3 if diagnosed else 2, 2, height_ratios=(1.1, 1, 1)[: 3 if diagnosed else 2])
+    figure = _figure(13, 12 if diagnosed else 8.6)
+    grid = figure.add_gridspec(2 + diagnosed, 2, height_ratios=(1.1, 1, 1)[: 2 + diagnosed])
     wide, left, right = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-
-    def reader(part: str, key: str):
-        return lambda record: (value_of(record, part, key), interval_of(record, key))
-
-    draw_bars(wide, models, {name: reader(*keys) for name, keys in STUDY_METRICS.items()})
+    draw_bars(wide, models, STUDY_METRICS)
     with_intervals = ", with 95% intervals" if any(record.intervals for record in models) else ""
     wide.set_title(f"Primary object (first five) and detection of all objects (mAP@0.5){with_intervals}")
-    draw_bars(left, models, {name: reader(*keys) for name, keys in SIZES.items()})
+    draw_bars(left, models, SIZES)
     left.set_title("AP@[.5:.95] by object size")
     draw_speed(right, models)
     right.set_title("Accuracy against speed")
     if diagnosed:
         lower = figure.add_subplot(grid[2, :])
-        draw_bars(lower, models, {name: _error_reader(kind) for name, kind in ERRORS.items()})
+        draw_bars(lower, models, ERRORS)
         lower.set_title("What each kind of error costs: mAP@0.5 gained if it alone were mended")
-    return _finish(figure, results, models)
-
-
-def _error_reader(kind: str):
-    return lambda record: (((record.diagnosis or {}).get("errors") or {}).get(kind, {}).get("gain"), None)
+    return _finish(figure, results)
 
 
 def precision_recall(results: ValidationResults) -> Figure:
     """Precision at each recall, the mean over the classes, at IoU 0.5 and 0.75."""
-    models = evaluated(results)
-    figure = _figure((12, 5.6))
+    figure = _figure(12, 5.6)
     for axes, iou in zip(figure.subplots(1, 2, sharey=True), ("0.5", "0.75"), strict=True):
-        for position, record in enumerate(models):
-            curve = ((record.detection or {}).get("precision_at_recall") or {}).get(iou)
+        for position, record in enumerate(evaluated(results)):
+            curve = value_of(record, "detection", "precision_at_recall", iou)
             if curve:
-                recall = np.linspace(0, 1, len(curve))
-                axes.plot(recall, curve, **line_of(position, len(models), len(curve)))
+                axes.plot(np.linspace(0, 1, len(curve)), curve, **line_style(position, len(curve)))
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", title=f"IoU {iou}")
         axes.grid(alpha=0.4)
     figure.axes[0].set_ylabel("precision, mean over classes")
-    return _finish(figure, results, models)
+    return _finish(figure, results)
 
 
 def per_class(results: ValidationResults) -> Figure:
     """AP@0.5 of each class, the best-found classes on top."""
     models = evaluated(results)
-    tables = [(record.detection or {}).get("per_class") or {} for record in models]
-    names = sorted({name for table in tables for name in table})
-    values = {
-        name: [table[name]["AP50"] if name in table and table[name]["AP50"] is not None else np.nan for table in tables]
-        for name in names
-    }
-    values = {name: row for name, row in values.items() if not np.isnan(row).all()}
-    order = sorted(values, key=lambda name: np.nanmean(values[name]))
-    figure = _figure((9, 2.2 + 0.19 * len(order)))
+    values = {}
+    for name in sorted({name for record in models for name in value_of(record, "detection", "per_class") or {}}):
+        row = [number_of(record, "detection", "per_class", name, "AP50") for record in models]
+        if any(value is not None for value in row):
+            values[name] = np.array(row, float)  # None becomes NaN
+    names = sorted(values, key=lambda name: np.nanmean(values[name]))
+    figure = _figure(9, 2.2 + 0.19 * len(names))
     axes = figure.subplots()
-    for row, name in enumerate(order):
+    for row, name in enumerate(names):
         axes.plot([np.nanmin(values[name]), np.nanmax(values[name])], [row, row], color="0.75", linewidth=1, zorder=0)
     for position in range(len(models)):
-        own = [values[name][position] for name in order]
-        axes.plot(own, range(len(order)), **marker_of(position, style_of(position, len(models))), markersize=6)
-    axes.set_yticks(range(len(order)), order, fontsize=8)
-    axes.set(ylim=(-0.7, len(order) - 0.3), xlim=(-0.02, 1.02), xlabel="AP@0.5")
+        own = [values[name][position] for name in names]
+        axes.plot(own, range(len(names)), **marker_style(position), markersize=6)
+    axes.set_yticks(range(len(names)), map(_label, names), fontsize=8)
+    axes.set(ylim=(-0.7, len(names) - 0.3), xlim=(-0.02, 1.02), xlabel="AP@0.5")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.4)
-    return _finish(figure, results, models)
+    return _finish(figure, results)
 
 
 def confusion(results: ValidationResults) -> Figure:
     """Where the objects of the commonest classes go, for each model at its best-F1 score: shares of a true class."""
-    models = [record for record in evaluated(results) if (record.diagnosis or {}).get("confusion")]
+    models = [record for record in evaluated(results) if value_of(record, "diagnosis", "confusion")]
     names = list(results.dataset.get("class_names") or [])
     columns = min(len(models), 3) or 1
     rows = -(-len(models) // columns) or 1
-    figure = _figure((5.4 * columns + 0.8, 5.6 * rows))
+    figure = _figure(5.4 * columns + 0.8, 5.6 * rows)
     for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, models, strict=False):
         counts, labels = _commonest(np.array(record.diagnosis["confusion"]), names)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        shares[-1] = np.nan  # detections on nothing are no share of any objects
+        shares[-1] = np.nan  # detections on the background have no objects to be a share of
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
         axes.set_xticks(range(len(labels)), [*labels[:-1], "missed"], rotation=90, fontsize=8)
         axes.set_yticks(range(len(labels) - 1), labels[:-1], fontsize=8)
         axes.set_ylim(len(labels) - 1.5, -0.5)
-        score, name = record.diagnosis["operating_point"]["score"], textwrap.shorten(record.name, 36, placeholder="…")
-        axes.set_title(f"{name}\nscores from {score or 0:.2f}", fontsize=10)
+        score = number_of(record, "diagnosis", "operating_point", "score") or 0
+        axes.set_title(f"{_label(record.name, 36)}\nscores from {score:.2f}", fontsize=10)
         axes.set(xlabel="detected as", ylabel="object")
     for axes in figure.axes[len(models) :]:
         axes.set_visible(False)
     if models:
         figure.colorbar(image, ax=figure.axes, shrink=0.6, label="share of the class's objects")
-    figure.supxlabel(caption(results, int(11.5 * figure.get_figwidth())), fontsize=9, color="0.3")
+    _add_caption(figure, results)
     return figure
 
 
@@ -327,7 +310,7 @@ def _commonest(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[s
     place[-1] = len(kept) + 1
     merged = np.zeros((len(kept) + 2,) * 2)
     np.add.at(merged, (place[:, None], place[None, :]), counts)
-    labels = [names[k] if k < len(names) else str(k) for k in kept]
+    labels = [_label(names[k]) if k < len(names) else str(k) for k in kept]
     if len(counts) - 1 > len(kept):
         return merged, [*labels, "others", "background"]
     chosen = np.array([*range(len(kept)), len(kept) + 1])
@@ -336,52 +319,43 @@ def _commonest(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[s
 
 def calibration(results: ValidationResults) -> Figure:
     """How often detections of a score are right; on the diagonal, a score says just that."""
-    models = evaluated(results)
-    figure = _figure((7.5, 7))
+    figure = _figure(7.5, 7)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    for position, record in enumerate(models):
-        bins = ((record.diagnosis or {}).get("calibration") or {}).get("bins") or []
-        line = line_of(position, len(models), len(bins)) | {"markersize": 7}
+    for position, record in enumerate(evaluated(results)):
+        bins = value_of(record, "diagnosis", "calibration", "bins") or []
+        line = line_style(position, len(bins)) | {"markersize": 7}
         axes.plot([b["score"] for b in bins], [b["precision"] for b in bins], **line)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share that is right at IoU 0.5")
     axes.set_aspect("equal")
     axes.grid(alpha=0.4)
-    return _finish(figure, results, models)
+    return _finish(figure, results)
 
 
-def training(results: ValidationResults, logs: dict[str, Path]) -> Figure | None:
-    """Loss and mAP@0.5 after each epoch of the models whose log is there; None where there is no log.
+def training(results: ValidationResults, logs: dict[str, Path]) -> Figure:
+    """Loss and mAP@0.5 after each epoch of the models that have a log.
 
     Args:
-        logs: by model name, its run's `log.jsonl`.
+        logs: by model name, its run's `log.jsonl`; at least one.
     """
-    models = evaluated(results)
-    figure = _figure((12, 5.2))
+    figure = _figure(12, 5.2)
     left, right = figure.subplots(1, 2)
-    drawn = []
-    for position, record in enumerate(models):
-        if record.name not in logs:
-            continue
+    shown = {position: record for position, record in enumerate(evaluated(results)) if record.name in logs}
+    for position, record in shown.items():
         lines = read_log(logs[record.name])
-        epochs, line = [entry["epoch"] for entry in lines], line_of(position, len(models), len(lines))
+        epochs, line = [entry["epoch"] for entry in lines], line_style(position, len(lines))
         left.plot(epochs, [sum(entry["loss"].values()) for entry in lines], **line)
         right.plot(epochs, [entry["val"].get("AP50") for entry in lines], **line)
         starts = [b["epoch"] for a, b in itertools.pairwise(lines) if a.get("stage") != b.get("stage")]
-        for axes in (left, right):
-            for epoch in starts:
-                axes.axvline(epoch - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
-        drawn.append(record)
-    if not drawn:
-        plt.close(figure)
-        return None
+        for axes, epoch in itertools.product((left, right), starts):
+            axes.axvline(epoch - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
     left.set(xlabel="epoch", ylabel="loss", title="Training loss, all terms")
     right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first 100 validation images")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.4)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, results, models, drawn)
+    return _finish(figure, results, shown)
 
 
 def read_log(path: Path) -> list[dict]:

@@ -1,45 +1,31 @@
-"""Results as text tables for the terminal."""
+"""Results as text tables for the terminal, and how a number is read from a record. Imports no torch."""
+
+from typing import Any, NamedTuple
 
 from common.evaluate.results import ValidationRecord, ValidationResults
 
-TABLE = (  # heading, part, key, format
-    ("accuracy", "primary", "accuracy", "{:.1%}"),
-    ("precision", "primary", "precision", "{:.1%}"),
-    ("recall", "primary", "recall", "{:.1%}"),
-    ("F1", "primary", "f1", "{:.1%}"),
-    ("mean IoU", "primary", "mean_iou", "{:.3f}"),
-    ("mAP@0.5", "detection", "AP50", "{:.3f}"),
-    ("AP", "detection", "AP", "{:.3f}"),
-    ("S / M / L", "detection", ("AP_small", "AP_medium", "AP_large"), "{:.3f}"),
-    ("images/s", "cost", "images_per_s", "{:.1f}"),
-    ("ms", "cost", "ms_per_image", "{:.0f}"),
+
+class Column(NamedTuple):
+    """One column of the results table: the numbers under `keys` of one part of a record, each in the given format."""
+
+    heading: str
+    part: str
+    keys: tuple[str, ...]
+    form: str
+
+
+TABLE = (
+    Column("accuracy", "primary", ("accuracy",), "{:.1%}"),
+    Column("precision", "primary", ("precision",), "{:.1%}"),
+    Column("recall", "primary", ("recall",), "{:.1%}"),
+    Column("F1", "primary", ("f1",), "{:.1%}"),
+    Column("mean IoU", "primary", ("mean_iou",), "{:.3f}"),
+    Column("mAP@0.5", "detection", ("AP50",), "{:.3f}"),
+    Column("AP", "detection", ("AP",), "{:.3f}"),
+    Column("S / M / L", "detection", ("AP_small", "AP_medium", "AP_large"), "{:.3f}"),
+    Column("images/s", "cost", ("images_per_s",), "{:.1f}"),
+    Column("ms", "cost", ("ms_per_image",), "{:.0f}"),
 )
-
-
-def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...] = ()) -> str:
-    """A table for the terminal, one line a model; `headings` picks columns of TABLE, none = all of them."""
-    columns = [column for column in TABLE if not headings or column[0] in headings]
-    rows = [["model", *(column[0] for column in columns)]]
-    rows += [[record.name, *(cell(record, *column[1:]) for column in columns)] for record in records]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_aligned(row, widths) for row in rows]
-    for position, record in enumerate(records, 1):
-        if record.error:
-            lines[position] = f"{record.name.ljust(widths[0])}  not evaluated: {record.error}"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _aligned(row: list[str], widths: list[int]) -> str:
-    first, *others = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-    return "  ".join([first.strip().ljust(widths[0]), *others])
-
-
-def cell(record: ValidationRecord, part: str, key: str | tuple[str, ...], form: str) -> str:
-    """What a row of TABLE says of a model."""
-    values = [(getattr(record, part) or {}).get(k) for k in ((key,) if isinstance(key, str) else key)]
-    return " / ".join("-" if value is None else form.format(value) for value in values)
-
-
 NAMES = {  # of the numbers that have intervals
     "accuracy": "accuracy",
     "precision": "precision",
@@ -52,8 +38,53 @@ NAMES = {  # of the numbers that have intervals
 }
 
 
+def value_of(record: ValidationRecord, *keys: str) -> Any:
+    """What a record holds under a field's name and the keys below it; None where any of them is missing."""
+    value: Any = vars(record)
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def number_of(record: ValidationRecord, *keys: str) -> float | None:
+    """The number under these keys; None where there is none."""
+    value = value_of(record, *keys)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def interval_of(record: ValidationRecord, key: str) -> tuple[float, float] | None:
+    """The 95% interval of a number; None where there is none."""
+    interval = value_of(record, "intervals", key)
+    return (float(interval[0]), float(interval[1])) if interval else None
+
+
+def cell(record: ValidationRecord, column: Column) -> str:
+    """The text of one model in one column of the table, "-" for a number that does not exist."""
+    numbers = [number_of(record, column.part, key) for key in column.keys]
+    return " / ".join("-" if number is None else column.form.format(number) for number in numbers)
+
+
+def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...] = ()) -> str:
+    """A table for the terminal, one line per model; `headings` selects columns of TABLE, none = all of them."""
+    columns = [column for column in TABLE if not headings or column.heading in headings]
+    rows = [["model", *(column.heading for column in columns)]]
+    rows += [[record.name, *(cell(record, column) for column in columns)] for record in records]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [_aligned(row, widths) for row in rows]
+    for position, record in enumerate(records, 1):
+        if record.error:
+            lines[position] = f"{record.name.ljust(widths[0])}  not evaluated: {record.error}"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _aligned(row: list[str], widths: list[int]) -> str:
+    """The first cell flush left, the others flush right."""
+    others = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+    return "  ".join([row[0].ljust(widths[0]), *others])
+
+
 def format_comparisons(results: ValidationResults, numbers: tuple[str, ...] = ("AP50", "AP", "accuracy")) -> str:
-    """A line for each pair of models: the 95% interval of the difference of some numbers, and the verdict."""
+    """A line per pair of models: the 95% interval of the difference of some numbers, and the verdict."""
     lines = []
     for pair in results.comparisons:
         parts = []
