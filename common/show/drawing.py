@@ -1,4 +1,4 @@
-"""Boxes on images, and contact sheets. Sizes follow the image's, so that a label can be read on any of them."""
+"""Boxes on images, and contact sheets. Lines and fonts grow with the image, so that labels are readable on any."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ GAP, PAPER, INK = 8, (245, 245, 245), (20, 20, 20)
 
 @dataclass(frozen=True)
 class LabelledBox:
-    """One box to draw: xyxy in pixels of the image, its colour's number, its caption."""
+    """One box to draw."""
 
-    box: tuple[float, float, float, float]
-    label: int
-    text: str
+    box: tuple[float, float, float, float]  # xyxy, pixels of the image
+    label: int  # selects the colour
+    text: str  # the caption
     dashed: bool = False  # crowds
 
 
@@ -37,7 +37,7 @@ def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
-    """A copy with the boxes on it, the first in front, captions where they hide no other caption if there is room."""
+    """A copy with the boxes on it, the first in front; captions avoid each other where there is room."""
     factor = min(max(1.0, SMALLEST_SIDE / min(image.size)), LARGEST_SIDE / max(image.size))
     canvas = image.convert("RGB").resize([round(side * factor) for side in image.size], Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)

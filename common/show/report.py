@@ -1,13 +1,15 @@
-"""The results as one self-contained HTML file: table, verdicts, charts, best and worst images, all conditions."""
+"""The results as one self-contained HTML file: table, verdicts, charts, best and worst images, all conditions.
+
+This file prepares plain values, report.html holds all markup; jinja2 escapes everything that is filled in.
+"""
 
 import base64
-import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jinja2
 import numpy as np
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from common.data.coco import CocoData
@@ -18,160 +20,127 @@ from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
 from common.show import charts
 from common.show.drawing import LabelledBox, draw_boxes, side_by_side, true_boxes
-from common.show.tables import NAMES, TABLE, cell
+from common.show.tables import NAMES, TABLE, cell, interval_of, number_of
 
+TEMPLATE = Path(__file__).with_suffix(".html")
 EXTREMES = 4  # best images, and as many worst ones, of each model
 IMAGE_WIDTH = 900  # pixels
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { font-size: 13px; border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #ccc; padding: .3em .7em; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, .text { text-align: left }
-td small { color: #666; display: block; white-space: nowrap }
-.pairs th, .pairs td { white-space: normal; padding: .3em .5em }
-img { max-width: 100%; height: auto; display: block; margin: .6em 0 }
-figure { margin: 1em 0 } figcaption { color: #555 }
-.warning { background: #fff3cd; padding: .5em 1em } pre { overflow-x: auto; background: #f6f6f6; padding: .7em }
-"""
-
 
 def write_report(path: Path, results: ValidationResults, data: CocoData, tables: dict[str, DetectionTable]) -> None:
-    """Write the report; an earlier one stays until it is whole.
+    """Write the report; an existing file is replaced only once the new one is complete.
 
     Args:
         path: the HTML file.
-        results: what the report is about.
+        results: the content of the report.
         data: the validation images and their ground truth.
         tables: the detections of each model that has numbers, by name.
+
+    Raises:
+        InputError: no model has numbers, an image can't be read, or the file can't be written.
     """
-    parts = [
-        "<h1>Detection results</h1>",
-        f"<p>{_escape(charts.caption(results))}</p>",
-        *(f'<p class="warning">{_escape(f"{r.name}: {w}")}</p>' for r in results.models for w in r.warnings),
-        _table(results),
-        _verdicts(results),
-        *(_chart(name, figure) for name, figure in charts.figures(results).items()),
-        *(_images(record, data, tables[record.name]) for record in results.models if record.name in tables),
-        _conditions(results),
-    ]
-    head = f'<meta charset="utf-8"><title>Detection results</title><style>{STYLE}</style>'
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(parts)}\n</body></html>\n'
+    loader = jinja2.FileSystemLoader(TEMPLATE.parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template(TEMPLATE.name).render(
+        caption=charts.caption(results),
+        warnings=[f"{record.name}: {warning}" for record in results.models for warning in record.warnings],
+        headings=[column.heading for column in TABLE],
+        rows=[_row(record) for record in results.models],
+        numbers=list(NAMES.values()),
+        pairs=[_pair(comparison) for comparison in results.comparisons],
+        charts=_charts(results),
+        models=_models(results, data, tables),
+        conditions=_conditions(results),
+    )
     with atomic_write(path) as file:
-        file.write(page.encode(errors="replace"))  # names of files need not be text
+        file.write(page.encode(errors="replace"))  # a file name may hold bytes that are not valid text
 
 
-def _escape(text: object) -> str:
-    return html.escape(str(text)).replace("\n", "<br>")
+def _row(record: ValidationRecord) -> dict:
+    """One model's line of the table: its error, or its numbers with their intervals."""
+    cells = []
+    for column in TABLE:
+        interval = interval_of(record, column.keys[0])
+        limits = " to ".join(map(column.form.format, interval)) if interval else ""
+        cells.append({"text": cell(record, column), "interval": limits})
+    return {"name": record.name, "error": record.error, "cells": cells}
 
 
-def _table(results: ValidationResults) -> str:
-    """Every model's numbers, those with intervals above them."""
-    rows = ["<tr><th>model</th>" + "".join(f"<th>{_escape(column[0])}</th>" for column in TABLE) + "</tr>"]
-    for record in results.models:
-        if record.error:
-            rows.append(
-                f'<tr><td>{_escape(record.name)}</td><td class="text" colspan="{len(TABLE)}">not evaluated: '
-                f"{_escape(record.error)}</td></tr>"
-            )
-            continue
-        cells = [
-            f"<td>{cell(record, part, key, form)}{_interval(record, key, form)}</td>" for _, part, key, form in TABLE
-        ]
-        rows.append(f"<tr><td>{_escape(record.name)}</td>{''.join(cells)}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+def _pair(comparison: dict) -> dict:
+    """One pair's line of the verdicts: in which numbers `a` is better than `b`, as far as the images tell."""
+    cells = []
+    for key in NAMES:
+        number = comparison["numbers"].get(key)
+        limits = "{:+.3f} to {:+.3f}".format(*number["interval"]) if number else ""
+        cells.append({"text": number["verdict"] if number else "–", "interval": limits})
+    return {"a": comparison["a"], "b": comparison["b"], "cells": cells}
 
 
-def _interval(record: ValidationRecord, key: str | tuple[str, ...], form: str) -> str:
-    found = charts.interval_of(record, key) if isinstance(key, str) else None
-    return f"<small>{form.format(found[0])} to {form.format(found[1])}</small>" if found else ""
+def _charts(results: ValidationResults) -> Iterator[dict]:
+    for name, figure in charts.figures(results).items():
+        data = _base64(lambda stream, figure=figure: figure.savefig(stream, format="png", dpi=90))
+        yield {"title": name.replace("_", " ").capitalize(), "data": data}
 
 
-def _verdicts(results: ValidationResults) -> str:
-    """For each pair of models, which is better in what, as far as the images tell."""
-    if not results.comparisons:
-        return ""
-    head = "<tr><th>is … better?</th>" + "".join(f"<th>{_escape(name)}</th>" for name in NAMES.values()) + "</tr>"
-    rows = []
-    for pair in results.comparisons:
-        cells = []
-        for key in NAMES:
-            number = pair["numbers"].get(key)
-            text = "–" if number is None else number["verdict"]
-            small = "" if number is None else "<small>{:+.3f} to {:+.3f}</small>".format(*number["interval"])
-            cells.append(f"<td>{text}{small}</td>")
-        rows.append(f"<tr><td>{_escape(pair['a'])}<br>against {_escape(pair['b'])}</td>{''.join(cells)}</tr>")
-    return f'<h2>Pairs</h2><p>95% intervals of the difference.</p><table class="pairs">{head}{"".join(rows)}</table>'
-
-
-def _chart(name: str, figure) -> str:
-    title = name.replace("_", " ").capitalize()
-    image = _embedded("png", lambda stream: figure.savefig(stream, format="png", dpi=90), title)
-    plt.close(figure)
-    return f"<h2>{title}</h2>{image}"
-
-
-def _embedded(kind: str, save: Callable[[io.BytesIO], object], alt: str) -> str:
+def _base64(save: Callable[[io.BytesIO], object]) -> str:
+    """What `save` writes to a stream, as the text of a data: address."""
     stream = io.BytesIO()
     save(stream)
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="{_escape(alt)}" src="data:image/{kind};base64,{encoded}">'
+    return base64.b64encode(stream.getvalue()).decode()
 
 
-def _images(record: ValidationRecord, data: CocoData, table: DetectionTable) -> str:
-    """The images with the best and the worst F1 at the model's own threshold, beside the truth."""
-    score = record.diagnosis["operating_point"]["score"]
-    if score is None:
-        return ""
-    sure = table.at_least(score)
-    f1, objects = _f1_of_images(sure, data)
-    asked = np.nonzero(objects > 0)[0]
-    ranked = asked[np.lexsort((-objects[asked], -f1[asked]))]
-    worst = asked[np.lexsort((-objects[asked], f1[asked]))]
-    chosen = {"best": ranked[:EXTREMES], "worst": worst[:EXTREMES]}
-    parts = [f"<h2>{_escape(record.name)}: best and worst images</h2><p>By F1 at scores from {score:.2f}.</p>"]
-    for title, indices in chosen.items():
-        parts += [_image(title, record.name, int(index), sure, data, f1[index]) for index in indices]
-    return "\n".join(parts)
+def _models(results: ValidationResults, data: CocoData, tables: dict[str, DetectionTable]) -> Iterator[dict]:
+    """Each model's images with the best and the worst F1 at its own threshold, beside the ground truth."""
+    for record in results.models:
+        score = number_of(record, "diagnosis", "operating_point", "score")
+        if record.name not in tables or score is None:
+            continue
+        images = _extremes(record.name, tables[record.name].at_least(score), data)
+        yield {"name": record.name, "score": f"{score:.2f}", "images": images}
+
+
+def _extremes(name: str, table: DetectionTable, data: CocoData) -> Iterator[dict]:
+    """The best and the worst images that have objects; of equal ones, those with more objects come first."""
+    f1, objects = _f1_of_images(table, data)
+    candidates = np.nonzero(objects > 0)[0]
+    for rank, order in (("best", -f1), ("worst", f1)):
+        chosen = candidates[np.lexsort((-objects[candidates], order[candidates]))][:EXTREMES]
+        for index in chosen.tolist():
+            strip = _draw(name, index, table, data)
+            encoded = _base64(lambda stream, strip=strip: strip.save(stream, "JPEG", quality=80))
+            yield {"rank": rank, "file": data.images[index].path.name, "f1": f"{f1[index]:.2f}", "data": encoded}
 
 
 def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
-    """F1 at IoU 0.5 of each image, and its number of objects."""
+    """(P,) float64 F1 at IoU 0.5 of each image, and (P,) int64 its number of objects."""
     m = match(table, data, np.array([0.5]))
-    count = len(data)
-    objects = np.bincount(m.images[m.objects], minlength=count)
-    found = np.bincount(m.image[~m.ignored[0]], minlength=count)
-    right = np.bincount(m.image[m.hit[0]], minlength=count)
+    objects, found, right = (
+        np.bincount(images, minlength=len(data))
+        for images in (m.images[m.objects], m.image[~m.ignored[0]], m.image[m.hit[0]])
+    )
     return 2 * right / np.maximum(objects + found, 1), objects
 
 
-def _image(title: str, name: str, index: int, table: DetectionTable, data: CocoData, f1: float) -> str:
+def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image.Image:
+    """Image `index` with its true boxes, and beside it with the detections of the table."""
     file = data.images[index]
     image = open_image(file.path, (file.width, file.height))
-    rows = table.select(table.image_id == file.id)
-    rows = rows.select(np.argsort(-rows.score))
+    own = table.select(table.image_id == file.id)
+    own = own.select(np.argsort(-own.score))
     boxes = [
         LabelledBox(tuple(box), label, f"{data.class_names[label]} {score:.2f}")
-        for box, score, label in zip(rows.boxes.tolist(), rows.score.tolist(), rows.label.tolist(), strict=True)
+        for box, score, label in zip(own.boxes.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
     ]
-    panels = [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
-    strip = side_by_side(panels)
-    size = (IMAGE_WIDTH, round(strip.height * IMAGE_WIDTH / strip.width))
-    strip = strip.resize(size, Image.Resampling.LANCZOS)
-    embedded = _embedded("jpeg", lambda stream: strip.save(stream, "JPEG", quality=80), file.path.name)
-    text = f"{title}: {file.path.name}, F1 {f1:.2f}"
-    return f"<figure>{embedded}<figcaption>{_escape(text)}</figcaption></figure>"
+    strip = side_by_side(
+        [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
+    )
+    return strip.resize((IMAGE_WIDTH, round(strip.height * IMAGE_WIDTH / strip.width)), Image.Resampling.LANCZOS)
 
 
-def _conditions(results: ValidationResults) -> str:
-    """How every number came about."""
-    shared = {"data": results.dataset, "protocol": results.protocol}
-    shared["data"] = {k: v for k, v in results.dataset.items() if k != "class_names"}
-    blocks = [_lines(title, content) for title, content in shared.items()]
-    for record in results.models:
-        blocks.append(_lines(record.name, {"path": record.path} | (record.cost or {}) | record.conditions))
-    return "<h2>Conditions</h2>" + "".join(blocks)
-
-
-def _lines(title: str, content: dict) -> str:
-    return f"<h3>{_escape(title)}</h3><pre>{html.escape(chr(10).join(f'{k}: {v}' for k, v in content.items()))}</pre>"
+def _conditions(results: ValidationResults) -> list[tuple[str, dict]]:
+    """How every number came about: by title, the settings of the data set, the protocol and each model."""
+    dataset = {key: value for key, value in results.dataset.items() if key != "class_names"}
+    models = [(r.name, {"path": r.path} | (r.cost or {}) | r.conditions) for r in results.models]
+    return [("data", dataset), ("protocol", results.protocol), *models]
