@@ -26,10 +26,9 @@ from common import cli
 from common.console import InputError
 from common.data.sources import check_objects, load_split
 from common.data.transforms import LetterboxTransform
-from common.evaluate.results import ValidationRecord, read_results
+from common.evaluate.results import read_results
 from common.model.checkpoint import load_detector, save_detector
 from common.show import charts
-from common.show.tables import format_table
 
 MODULES = (
     finetune_dino2_simple,
@@ -348,25 +347,6 @@ def test_bad_input_in_a_process_of_its_own():
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no/such/folder/here" in result.stderr
 
 
-def test_plotting_needs_no_torch(chain, tmp_path):
-    program = "import sys, plot_results\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize("count", [1, 2, 10])
-def test_charts_of_one_to_ten_models_with_gaps(count, chain, tmp_path):
-    content = json.loads((chain / "validation_results.json").read_text())
-    good, _, failed, _ = content["models"]
-    models = [good | {"name": f"model {i}"} for i in range(count)]
-    models[-1] = {**models[-1], "detection": {"AP50": None}, "cost": None, "intervals": None, "diagnosis": None}
-    (tmp_path / "r.json").write_text(json.dumps(content | {"models": [*models, failed]}))
-    path = plot_results.main(plot_results.Settings(str(tmp_path / "r.json"), str(tmp_path / "chart.png")))
-    with Image.open(path) as image:
-        assert image.size == (1690, 1118 if count == 1 else 1560)
-    others = {"precision_recall", "per_class"} | ({"confusion", "calibration"} if count > 1 else set())
-    assert {p.stem.removeprefix("chart_") for p in tmp_path.glob("chart_*.png")} == others
-
-
 def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
     monkeypatch.chdir(chain)
     results = read_results("validation_results.json")
@@ -379,20 +359,6 @@ def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
     (chain / "broken.jsonl").write_text("{}")
     with pytest.raises(InputError):
         charts.training(results, {"dino2_detector": chain / "broken.jsonl"})
-
-
-def test_table_names_failed_models():
-    good = ValidationRecord("good", "g.pth", primary={"accuracy": 0.5}, detection={"AP50": None})
-    table = format_table((good, ValidationRecord("bad", "b.pth", error="no such file"))).splitlines()
-    assert "50.0%" in table[2] and table[3] == "bad    not evaluated: no such file"
-
-
-def test_drawn_labels_stay_inside_small_and_large_images():
-    for size in ((60, 40), (3000, 2000)):
-        boxes = [validate_models.LabelledBox((0, 0, size[0], size[1]), 0, "hippopotamus 0.99")]
-        drawn = validate_models.draw_boxes(Image.new("RGB", size), boxes)
-        assert min(drawn.size) >= 480 and max(drawn.size) <= 1600
-        assert len(drawn.getcolors(100000)) > 3
 
 
 def test_classes_that_one_part_lacks_are_said(demo, capsys):
