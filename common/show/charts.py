@@ -8,8 +8,9 @@ import itertools
 import json
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # A notebook's backend is passed on to the scripts that it starts; where its package is not installed for them,
 # matplotlib could not even be imported.
@@ -75,7 +76,7 @@ def line_style(position: int, points: int) -> dict:
     return marker_style(position) | line
 
 
-def draw_bars(axes: Axes, models: Models, groups: dict[str, tuple[str, ...]]) -> None:
+def draw_bars(axes: Axes, models: Models, groups: Mapping[str, tuple[str, ...]]) -> None:
     """Groups of bars, one group per number and one bar per model, each with its value and, if known, its interval.
 
     Args:
@@ -83,7 +84,8 @@ def draw_bars(axes: Axes, models: Models, groups: dict[str, tuple[str, ...]]) ->
     """
     width = min(0.28, 0.84 / len(models))
     crowded = len(models) > 4
-    text = {"rotation": 90, "fontsize": 7} if crowded else {"rotation": 0, "fontsize": 9}
+    text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+    text |= {"rotation": 90, "fontsize": 7} if crowded else {"rotation": 0, "fontsize": 9}
     highest = 0.05
     for position, record in enumerate(models):
         for group, keys in enumerate(groups.values()):
@@ -96,8 +98,7 @@ def draw_bars(axes: Axes, models: Models, groups: dict[str, tuple[str, ...]]) ->
                 axes.errorbar(x, value, spread, color="black", linewidth=1, capsize=min(3, 12 * width))
                 top = max(top, high)
             label = "–" if value is None else f"{value:.2f}" if crowded else f"{value:.3f}"
-            place = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-            axes.annotate(label, (x, max(top, 0)), (0, 3), **place, **text)
+            axes.annotate(label, (x, max(top, 0)), (0, 3), **text)
             highest = max(highest, top)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
@@ -172,10 +173,11 @@ def _finish(figure: Figure, results: ValidationResults, shown: dict[int, Validat
     """Caption, and a legend of the models shown (by position; None = all) in as many columns as their names allow."""
     shown = dict(enumerate(evaluated(results))) if shown is None else shown
     names = [_label(record.name) for record in shown.values()]
+    keys: list[Any] = [(Patch(**bar_style(place)), Line2D([], [], **marker_style(place))) for place in shown]
     characters = int(9.2 * figure.get_figwidth())
     sns.despine(figure)
     figure.legend(
-        [(Patch(**bar_style(position)), Line2D([], [], **marker_style(position))) for position in shown],
+        keys,
         names,
         loc="outside upper center",
         ncols=max(1, min(len(names), characters // (max(map(len, names)) + 12))),
@@ -264,8 +266,9 @@ def per_class(results: ValidationResults) -> Figure:
     names = sorted(values, key=lambda name: np.nanmean(values[name]))
     figure = _figure(9, 2.2 + 0.19 * len(names))
     axes = figure.subplots()
-    for row, name in enumerate(names):
-        axes.plot([np.nanmin(values[name]), np.nanmax(values[name])], [row, row], color="0.75", linewidth=1, zorder=0)
+    for height, name in enumerate(names):
+        ends = [np.nanmin(values[name]), np.nanmax(values[name])]
+        axes.plot(ends, [height, height], color="0.75", linewidth=1, zorder=0)
     for position in range(len(models)):
         own = [values[name][position] for name in names]
         axes.plot(own, range(len(names)), **marker_style(position), markersize=6)
@@ -284,7 +287,7 @@ def confusion(results: ValidationResults) -> Figure:
     rows = -(-len(models) // columns) or 1
     figure = _figure(5.4 * columns + 0.8, 5.6 * rows)
     for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, models, strict=False):
-        counts, labels = _commonest(np.array(record.diagnosis["confusion"]), names)
+        counts, labels = _commonest(np.array(value_of(record, "diagnosis", "confusion")), names)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         shares[-1] = np.nan  # detections on the background have no objects to be a share of
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)

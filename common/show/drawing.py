@@ -89,8 +89,8 @@ def _overlap(a: tuple, b: tuple) -> bool:
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Images of equal height in a row, each under its title."""
     height = max(image.height for _, image in panels)
-    font = ImageFont.load_default(max(14, height // 26))
-    header = round(font.size * 1.6)
+    size = max(14, height // 26)
+    font, header = ImageFont.load_default(size), round(1.6 * size)
     images = [image.resize((round(image.width * height / image.height), height)) for _, image in panels]
     strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), PAPER)
     draw, x = ImageDraw.Draw(strip), 0

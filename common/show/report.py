@@ -6,6 +6,7 @@ This file prepares plain values, report.html holds all markup; jinja2 escapes ev
 import base64
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -80,8 +81,8 @@ def _pair(comparison: dict) -> dict:
 
 def _charts(results: ValidationResults) -> Iterator[dict]:
     for name, figure in charts.figures(results).items():
-        data = _base64(lambda stream, figure=figure: figure.savefig(stream, format="png", dpi=90))
-        yield {"title": name.replace("_", " ").capitalize(), "data": data}
+        encoded = _base64(partial(figure.savefig, format="png", dpi=90))
+        yield {"title": name.replace("_", " ").capitalize(), "data": encoded}
 
 
 def _base64(save: Callable[[io.BytesIO], object]) -> str:
@@ -108,8 +109,7 @@ def _extremes(name: str, table: DetectionTable, data: CocoData) -> Iterator[dict
     for rank, order in (("best", -f1), ("worst", f1)):
         chosen = candidates[np.lexsort((-objects[candidates], order[candidates]))][:EXTREMES]
         for index in chosen.tolist():
-            strip = _draw(name, index, table, data)
-            encoded = _base64(lambda stream, strip=strip: strip.save(stream, "JPEG", quality=80))
+            encoded = _base64(partial(_draw(name, index, table, data).save, format="JPEG", quality=80))
             yield {"rank": rank, "file": data.images[index].path.name, "f1": f"{f1[index]:.2f}", "data": encoded}
 
 
