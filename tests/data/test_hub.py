@@ -150,6 +150,7 @@ def test_a_killed_run_goes_on_as_if_never_interrupted(twelve, cache, moment):
     assert len(read(twelve)) == 12
 
 
+@pytest.mark.slow
 def test_processes_at_once_fetch_each_row_once(twelve, cache):
     code = (
         "import sys; from common.data.hub import hub_split as s; s(sys.argv[1], 'train', ('train',), int(sys.argv[2]))"

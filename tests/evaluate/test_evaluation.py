@@ -266,6 +266,7 @@ def test_yolo_reproduces_its_known_figure(assets):
     assert Image.open.__module__ == "PIL.Image" and torch.save.__module__ == "torch.serialization"
 
 
+@pytest.mark.slow
 def test_ultralytics_is_not_imported_unless_asked_for():
     program = "import sys, comprehensive_validation\nassert 'ultralytics' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -75,6 +75,7 @@ def same(one: Checkpoint, other: Checkpoint) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_reload_in_a_new_process_gives_identical_bits(detector, file, tmp_path):
     images = torch.rand(2, 3, 112, 112)
     torch.save(images, tmp_path / "images.pt")

@@ -14,6 +14,7 @@ from helpers import ROOT
 
 from common.data.demo import make_demo
 
+pytestmark = pytest.mark.slow
 LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone"],

@@ -30,6 +30,7 @@ from common.evaluate.results import read_results
 from common.model.checkpoint import load_detector, save_detector
 from common.show import charts
 
+pytestmark = pytest.mark.slow
 MODULES = (
     finetune_dino2_simple,
     improved_dino_detector,

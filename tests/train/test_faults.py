@@ -60,6 +60,7 @@ def train_below(limits, settings):
     return process.exitcode, Path("output.txt").read_text()
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_in_one_line_and_keeps_the_state(demo, tiny_backbone):
     settings = settings_of(demo, tiny_backbone, image_size=672, batch_size=12, epochs=1)
     limits = {"RLIMIT_AS": 500 << 20}
@@ -71,6 +72,7 @@ def test_out_of_memory_ends_in_one_line_and_keeps_the_state(demo, tiny_backbone)
     assert status == 0 and load_detector("out.pth").epoch == 1, text
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(demo, tiny_backbone):
     settings = settings_of(demo, tiny_backbone, epochs=1)
     assert train_below({}, settings)[0] == 0

@@ -22,6 +22,7 @@ from common.console import InputError, Interrupted, install_handlers
 from common.train import feature_cache
 from common.train.state import TrainState
 
+pytestmark = pytest.mark.slow
 KILLS = 20
 SCRIPTS = {"simple": finetune_dino2_simple, "improved": improved_dino_detector}
 
