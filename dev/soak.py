@@ -2,7 +2,7 @@
 
   python -m dev.soak --minutes 30
 
-Each round trains both stages on a few scenes of the demo and meets one fault: a signal, gradients that are no numbers,
+Each round trains both stages on a few scenes of the demo and meets one fault: a signal, NaN gradients,
 a full disk, a damaged state, an interrupted cache. It is then resumed, and must end with the weights of the run without
 faults. Resident memory and open files are counted after each round.
 """
@@ -30,7 +30,7 @@ from common import cli
 from common.cli import flag
 from common.console import InputError, Interrupted
 from common.data.demo import make_demo
-from common.train.state import Progress
+from common.train.state import TrainState
 
 SETTLED = 0.25  # share of the rounds after which libraries have loaded and caches are full
 
@@ -44,14 +44,14 @@ class Settings:
 
 def at_step(step: int, act: Callable[[], None]):
     """A patch of training: `act` after so many steps."""
-    finish, steps = Progress.finish_step, itertools.count(1)
+    finish, steps = TrainState.finish_step, itertools.count(1)
 
-    def finish_step(progress: Progress, losses: dict) -> None:
-        finish(progress, losses)
+    def finish_step(state: TrainState, losses: dict) -> None:
+        finish(state, losses)
         if next(steps) == step:
             act()
 
-    return mock.patch.object(Progress, "finish_step", finish_step)
+    return mock.patch.object(TrainState, "finish_step", finish_step)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def small_disk(size: int) -> Iterator[None]:
 
 
 def spoiled(step: int):
-    """A patch of training: the gradients of one step are no numbers."""
+    """A patch of training: the gradients of one step are NaN."""
     loss, steps = script.detection_loss, itertools.count(1)
 
     def detection_loss(*arguments):
@@ -88,7 +88,7 @@ def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> Non
     stop = at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
     if fault == "signal" or fault == "damaged state":
         expected, patch = Interrupted, stop
-    elif fault == "no number":
+    elif fault == "NaN":
         expected, patch = InputError, spoiled(step)
     elif fault == "full disk":
         expected, patch = InputError, small_disk(1 << 20)
@@ -117,7 +117,7 @@ def weights(settings: script.Settings) -> dict[str, torch.Tensor]:
 def main(settings: Settings) -> None:
     """Prints a line a round, and at the end by how much memory and open files grew."""
     dice, rows, began = random.Random(settings.seed), [], time.perf_counter()
-    faults = itertools.cycle(("signal", "no number", "full disk", "damaged state", "interrupted cache"))
+    faults = itertools.cycle(("signal", "NaN", "full disk", "damaged state", "interrupted cache"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["DETECTION_CACHE"] = str(folder / "cache")
