@@ -1,48 +1,51 @@
-"""Official COCO 2017: the annotation archive once, and of the 123,000 images only those that are asked for.
+"""Official COCO 2017: the annotation archive once, and of the 123,000 images only those that are requested.
 
-Everything lands in the cache folder, file by file under its final name only when whole, so that an interrupted fetch
-goes on where it stopped. `COCO_URL` names a mirror.
+Everything is kept in the cache folder. A file gets its name only when it is whole, so an interrupted fetch goes on with
+the files that are missing. `COCO_URL` names a mirror.
 """
 
 import hashlib
-import http.client
 import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
-from PIL import Image
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from common.console import InputError, progress_bar
 from common.data.annotations import read_json
-from common.files import atomic_write, cache_folder
+from common.data.images import open_image
+from common.files import atomic_write, cache_folder, remove_leftovers
 
 HOST = "http://images.cocodataset.org"
 ARCHIVE = "annotations/annotations_trainval2017.zip"
 PARTS = ("train2017", "val2017")
-AT_ONCE = 16  # connections
-TRIES = 4  # of each file, with pauses of PAUSE, 2 PAUSE, 4 PAUSE seconds
-PAUSE = 0.5
-PATIENCE = 20  # seconds without a byte
-PIECE = 1 << 20  # bytes
+CONNECTIONS = 16  # at the same time
+TRIES = 4  # requests for a file, and as many for one that arrives damaged
+BACKOFF = 0.5  # seconds between two requests, doubled each time
+BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which the request is repeated
+TIMEOUT = 20  # seconds without a byte
+CHUNK_BYTES = 1 << 20
+ABANDONED = 3600  # seconds after which the part of an archive is one that a killed run left behind
 
 
 def official_split(split: str, limit: int, image_ids: Sequence[int] = ()) -> tuple[Path, Path]:
-    """Annotation file and image folder of a part of official COCO, fetched as far as they are not there yet.
+    """Annotation file and image folder of a split of official COCO; what the cache lacks of them is fetched.
 
     Args:
         split: "train" or "val".
-        limit: its first so many images in the order of its file; 0 for all.
-        image_ids: these images instead, of either part, in this order.
+        limit: its first `limit` images in the order of its file; 0 for all.
+        image_ids: these images instead, of either split, in this order.
 
     Raises:
-        InputError: COCO can't be reached, a file is damaged time and again, or an id that it does not have.
+        InputError: COCO can't be reached, a file is damaged TRIES times, or COCO has no image of one of the ids.
     """
     folder = cache_folder("coco-official")
     name = (
@@ -81,36 +84,36 @@ def _write_subset(subset: Path, folder: Path, parts: Sequence[str], limit: int, 
         }
         annotations += [a for a in content["annotations"] if a["image_id"] in chosen]
         categories = content["categories"]
-    strangers = [key for key in image_ids if key not in images]
-    if strangers:
-        raise InputError(
-            f"COCO 2017 has no image {strangers[0]}, and {len(strangers) - 1} more of these ids not either"
-        )
+    unknown_ids = [key for key in image_ids if key not in images]
+    if unknown_ids:
+        raise InputError(f"COCO 2017 has no image {unknown_ids[0]}, nor of {len(unknown_ids) - 1} more of these ids")
     ordered = [images[key] for key in (image_ids or images)]
     with atomic_write(subset, "w") as file:
         json.dump({"images": ordered, "annotations": annotations, "categories": categories}, file)
 
 
 def _checked(name: str) -> str:
-    """An image's place in the cache and on the server; nothing else may be asked for or written."""
+    """An image's path in the cache and on the server; no other may be requested or written."""
     if not re.fullmatch(r"(train|val)2017/\w+\.jpg", name):
-        raise InputError(f"the annotations name an image {name!r}, which is not how COCO's are called")
+        raise InputError(f"the annotations name an image {name!r}, and COCO's have other names")
     return name
 
 
 def _fetch_annotations(folder: Path) -> None:
-    """Both parts' instances files, out of the archive, which is fetched first and removed afterwards."""
+    """Both splits' instances files, from the archive, which is fetched first and removed afterwards."""
     files = [f"annotations/instances_{part}.json" for part in PARTS]
     if all((folder / name).is_file() for name in files):
         return
     archive = folder / Path(ARCHIVE).name
-    _fetch(ARCHIVE, archive, zipfile.is_zipfile)
+    remove_leftovers(archive, ABANDONED)
+    if not archive.is_file():
+        with _session() as session:
+            _fetch(session, ARCHIVE, archive, zipfile.is_zipfile)
     try:
         with zipfile.ZipFile(archive) as packed:
             for name in files:
                 with packed.open(name) as source, atomic_write(folder / name) as file:
-                    while piece := source.read(PIECE):
-                        file.write(piece)
+                    shutil.copyfileobj(source, file, CHUNK_BYTES)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         archive.unlink()
         raise InputError(f"the annotation archive from {_host()} was damaged and is removed: run this again") from error
@@ -120,94 +123,87 @@ def _fetch_annotations(folder: Path) -> None:
 def _fetch_images(folder: Path, names: Sequence[str]) -> None:
     if not names:
         return
-    failed: dict[str, str] = {}
+    failures: list[str] = []
 
     def fetch(name: str) -> None:
         try:
-            _fetch(name, folder / name, _is_image)
+            _fetch(session, name, folder / name, _is_image)
         except InputError as error:
-            failed[name] = str(error)
+            failures.append(str(error))
 
     print(f"fetching {len(names)} images of COCO into {folder}", flush=True)
-    with progress_bar(len(names), "fetching images") as bar, ThreadPoolExecutor(AT_ONCE) as pool:
+    bar = progress_bar(len(names), "fetching images")
+    with bar, _session() as session, ThreadPoolExecutor(CONNECTIONS) as pool:
         for _ in pool.map(fetch, names):
             bar.update()
-    if failed:
-        first = next(iter(failed.values()))
-        raise InputError(f"{len(failed)} of {len(names)} images could not be fetched; run this again to go on: {first}")
+    if failures:
+        counted = f"{len(failures)} of {len(names)} images could not be fetched"
+        raise InputError(f"{counted}; run this again to go on: {failures[0]}")
 
 
 def _host() -> str:
     return os.environ.get("COCO_URL", HOST).rstrip("/")
 
 
-def _fetch(name: str, path: Path, whole: Callable[[Path], bool]) -> None:
-    """Fetch a file; what came before a connection broke is kept and the rest asked for.
+def _session() -> requests.Session:
+    """A client that repeats requests which get no answer, or one of the statuses BUSY."""
+    retry = Retry(total=TRIES - 1, backoff_factor=BACKOFF, status_forcelist=BUSY, raise_on_status=False)
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=CONNECTIONS))
+    return session
 
-    Args:
-        name: its place on the server.
-        path: where it goes; until it is whole it is called like that with .partial.
-        whole: is the file what it should be? If not, it is fetched anew.
+
+class _Damaged(Exception):
+    """A file arrived incomplete, or is not what it should be."""
+
+
+def _fetch(session: requests.Session, name: str, path: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Fetch the file `name` of the server to `path`, anew where it arrives damaged.
+
+    Raises InputError: there is no such file or no answer, or the file is damaged TRIES times.
     """
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    reason = ""
-    for attempt in range(TRIES):
-        time.sleep(PAUSE * 2 ** (attempt - 1) if attempt else 0)
+    url = f"{_host()}/{name}"
+    reason: object = ""
+    for _ in range(TRIES):
         try:
-            tag = _append(f"{_host()}/{name}", partial)
-        except urllib.error.HTTPError as error:
-            reason = f"the server says {error.code}"
-            partial.unlink(missing_ok=True)
-            if error.code in (403, 404, 410):
-                break
-            continue
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
-            continue
-        if whole(partial) and _matches(partial, tag):
-            partial.replace(path)
+            with session.get(url, stream=True, timeout=TIMEOUT) as answer:
+                answer.raise_for_status()
+                with atomic_write(path) as file:
+                    _receive(answer, file, is_whole)
             return
-        reason = "it came damaged"
-        partial.unlink()
-    raise InputError(f"cannot fetch {_host()}/{name}: {reason}")
+        except _Damaged as damage:
+            reason = damage
+        except requests.HTTPError as error:
+            reason = f"the server says {error.response.status_code}"
+            break
+        except requests.RequestException as error:
+            reason = getattr(error.args[0], "reason", error) if error.args else type(error).__name__
+            break
+    raise InputError(f"cannot fetch {url}: {reason}")
 
 
-def _matches(path: Path, tag: str) -> bool:
-    """Is this the file that the server's ETag is of? COCO's is the MD5 digest; of others nothing can be said."""
-    if not re.fullmatch(r'"[0-9a-f]{32}"', tag):
-        return True
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() == tag.strip('"')
+def _receive(answer: requests.Response, file: IO, is_whole: Callable[[Path], bool]) -> None:
+    """Write the answer's content to the file and check it: by `is_whole`, and by the ETag where that is an MD5 digest.
 
-
-def _append(url: str, partial: Path) -> str:
-    """Write the file, or what is missing of it, to the end of `partial`; returns its ETag."""
-    done = partial.stat().st_size if partial.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    Raises _Damaged.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
     try:
-        answer = urllib.request.urlopen(request, timeout=PATIENCE)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
-            return ""
-        raise
-    with answer, partial.open("ab" if answer.status == 206 else "wb") as file:
-        expected = answer.headers.get("Content-Length")
-        received = 0
-        while piece := answer.read(PIECE):
-            file.write(piece)
-            received += len(piece)
-    if expected is not None and received < int(expected):
-        raise http.client.IncompleteRead(b"", int(expected) - received)
-    return answer.headers.get("ETag", "")
+        for chunk in answer.iter_content(CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+    except requests.RequestException as error:
+        raise _Damaged("the connection broke off") from error
+    file.flush()
+    tag = re.fullmatch('"([0-9a-f]{32})"', answer.headers.get("ETag", ""))
+    if not is_whole(Path(file.name)) or (tag and tag[1] != digest.hexdigest()):
+        raise _Damaged("it arrived damaged")
 
 
 def _is_image(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        open_image(path)
+    except InputError:
         return False
     return True

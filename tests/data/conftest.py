@@ -18,7 +18,7 @@ def server(tmp_path, monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.lstrip("/")
-            own.asked.append((name, self.headers.get("Range")))
+            own.asked.append(name)
             content = own.files.get(name)
             mood = own.moods[name].pop(0) if own.moods.get(name) else ""
             if mood == "busy" or content is None:
@@ -29,14 +29,12 @@ def server(tmp_path, monkeypatch):
                 content = content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
             if mood == "slow":
                 time.sleep(0.3)
-            begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-            self.send_response(206 if begin else 200)
-            self.send_header("Content-Length", str(len(content) - begin))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             if own.tagged:
                 self.send_header("ETag", f'"{hashlib.md5(own.files[name]).hexdigest()}"')
             self.end_headers()
-            rest = content[begin:]
-            self.wfile.write(rest[: len(rest) // 2] if mood == "drop" else rest)
+            self.wfile.write(content[: len(content) // 2] if mood == "drop" else content)
             if mood == "drop":
                 self.wfile.flush()
                 self.close_connection = True
@@ -49,10 +47,10 @@ def server(tmp_path, monkeypatch):
     own.moods, own.asked, own.tagged = {}, [], True
     own.files = {official.ARCHIVE: official_archive()}
     own.files |= {f"{part}2017/{i:012d}.jpg": jpeg(i) for part, ids in OFFICIAL_IDS.items() for i in ids}
-    threading.Thread(target=own.serve_forever, daemon=True).start()
+    threading.Thread(target=own.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COCO_URL", f"http://127.0.0.1:{own.server_port}/")
-    monkeypatch.setattr(official, "PAUSE", 0.01)
+    monkeypatch.setattr(official, "BACKOFF", 0.01)
     yield own
     own.shutdown()
     own.server_close()
