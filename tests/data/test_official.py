@@ -1,4 +1,4 @@
-"""Fetching official COCO from a small server on this machine that has bad days."""
+"""Fetching official COCO from a small server on this machine, also one that fails."""
 
 import io
 import zipfile
@@ -15,29 +15,29 @@ def read(split, limit=0, ids=""):
     return load_split(data_flags("coco-official", limit, image_ids=str(ids)), split)
 
 
-def test_only_what_is_asked_for_is_fetched_and_only_once(server):
+def test_only_what_is_requested_is_fetched_and_only_once(server):
     data = read("train", limit=3)
     assert [p.id for p in data.images] == [9, 25, 30] and data.class_names == ("dog",) and len(data.labels) == 3
-    assert sorted(server.asked) == [official.ARCHIVE, *(f"train2017/{i:012d}.jpg" for i in (9, 25, 30))]
-    server.asked.clear()
-    assert read("train", limit=3).fingerprint() == data.fingerprint() and not server.asked
+    assert sorted(server.requested) == [official.ARCHIVE, *(f"train2017/{i:012d}.jpg" for i in (9, 25, 30))]
+    server.requested.clear()
+    assert read("train", limit=3).fingerprint() == data.fingerprint() and not server.requested
     read("train", limit=4)
     read("val", limit=1)
-    assert server.asked == ["train2017/000000000034.jpg", "val2017/000000000139.jpg"]
+    assert server.requested == ["train2017/000000000034.jpg", "val2017/000000000139.jpg"]
 
 
-@pytest.mark.parametrize("mood", ["drop", "slow", "damaged", "web page", "busy"])
-def test_bad_days_of_the_server_are_borne(server, mood):
-    server.moods = {name: [mood, mood] for name in server.files}
+@pytest.mark.parametrize("fault", ["drop", "slow", "damaged", "web page", "busy"])
+def test_faults_of_the_server_are_overcome(server, fault):
+    server.faults = {name: [fault, fault] for name in server.files}
     data = read("train")
     assert len(data) == 6 and data.notes == ()
     assert all(p.path.read_bytes() == jpeg(p.id) for p in data.images)
 
 
-@pytest.mark.parametrize("mood", ["web page", "drop"])
-def test_without_digests_images_must_at_least_be_complete_and_decodable(server, tmp_path, mood):
+@pytest.mark.parametrize("fault", ["web page", "drop"])
+def test_without_digests_images_must_at_least_be_complete_and_decodable(server, tmp_path, fault):
     server.tagged = False
-    server.moods = {name: [mood] for name in server.files}
+    server.faults = {name: [fault] for name in server.files}
     assert all(p.path.read_bytes() == jpeg(p.id) for p in read("train").images)
     assert not list(tmp_path.rglob(".*"))  # no parts of files are left behind
 
@@ -46,17 +46,17 @@ def test_an_archive_that_a_killed_run_left_behind_is_not_fetched_again(server, t
     archive = tmp_path / "cache" / "coco-official" / "annotations_trainval2017.zip"
     archive.parent.mkdir(parents=True)
     archive.write_bytes(official_archive())
-    assert len(read("train", limit=1)) == 1 and official.ARCHIVE not in server.asked and not archive.exists()
+    assert len(read("train", limit=1)) == 1 and official.ARCHIVE not in server.requested and not archive.exists()
 
 
-def test_what_cannot_be_fetched_is_said_and_the_next_run_goes_on(server):
+def test_what_cannot_be_fetched_is_reported_and_the_next_run_goes_on(server):
     good = server.files.pop("train2017/000000000030.jpg")
     with pytest.raises(InputError, match=r"1 of 6 images could not be fetched.*the server says 404") as caught:
         read("train")
     assert "\n" not in str(caught.value)
     server.files["train2017/000000000030.jpg"] = good
-    server.asked.clear()
-    assert len(read("train")) == 6 and len(server.asked) == 1
+    server.requested.clear()
+    assert len(read("train")) == 6 and len(server.requested) == 1
 
 
 def test_no_server_at_all(server, monkeypatch):
@@ -66,7 +66,7 @@ def test_no_server_at_all(server, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_an_archive_that_is_none_or_lacks_a_part(server):
+def test_an_archive_that_is_no_zip_file_or_lacks_a_part(server):
     server.files[official.ARCHIVE] = b"no archive"
     with pytest.raises(InputError, match="it arrived damaged"):
         read("train")
