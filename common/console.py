@@ -35,7 +35,7 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def progress_bar(total: int, what: str, unit: str = "image", shown: bool = True) -> tqdm:
+def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool = True) -> tqdm:
     """A bar with the remaining time on stderr; in a log file, a line every half minute."""
     interactive = sys.stderr.isatty()
     return tqdm(

@@ -232,7 +232,7 @@ def _image_content(image: dict, name: str) -> bytes:
         return opened.read()
 
 
-def _store_row(row: dict, content: bytes, folder: Path, number: int, header: dict, used_ids: set[int]) -> dict:
+def _store_row(row: dict, content: bytes, folder: Path, number: int, header: dict, used_ids: set) -> dict:
     """Write a row's image; returns the row's line, with a `fault` where the row can't be used."""
     image_id = row["image_id"] if header["has_ids"] else number
     columns = [_column(row["objects"], name) for name in ("bbox", header["category"], "area", "iscrowd")]
@@ -264,7 +264,7 @@ def _suffix(content: bytes) -> str:
     """The suffix for a file of this content; what is no image is found out, and counted, where it is read."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.format.lower().replace("jpeg", "jpg")
+            return (image.format or "jpg").lower().replace("jpeg", "jpg")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return "jpg"
 
@@ -317,7 +317,7 @@ def _boxes(rows: list[dict], box_format: str, decision: Path, source: str) -> tu
     listed = [box if _is_box(box) else [np.nan] * 4 for row in rows for box, *_ in row["objects"]]
     boxes = np.array(listed, np.float64).reshape(-1, 4)
     sizes = np.array([(row["width"], row["height"]) for row in rows for _ in row["objects"]]).reshape(-1, 2)
-    finite = np.isfinite(boxes).all(1)
+    finite = np.isfinite(boxes.sum(axis=1))
     decided = json.loads(decision.read_text()) if decision.is_file() else {}
     guess = finite.any() and boxes[finite].max() <= 1 and sizes[finite].max() > 2
     normalised = decided.get("normalised", bool(guess))
@@ -329,14 +329,14 @@ def _boxes(rows: list[dict], box_format: str, decision: Path, source: str) -> tu
         "xywh": int((boxes[:, :2] + boxes[:, 2:] <= sizes + 1).all(1).sum()),
     }
     if box_format == "auto" and len(boxes):
-        box_format = decided.get("format", max(fits, key=fits.get))
+        box_format = decided.get("format", max(fits, key=fits.__getitem__))
         counts = ", ".join(f"{count} of {len(boxes)} fit as {key}" for key, count in fits.items())
         print(f"{source}: boxes read as {box_format}: {counts} (--box-format overrides)", flush=True)
         if not decided and fits["xyxy"] != fits["xywh"]:
             _write_json({"format": box_format, "normalised": normalised}, decision)
     if box_format == "xyxy":
         boxes[:, 2:] -= boxes[:, :2]
-    return [box if whole else None for box, whole in zip(boxes.tolist(), finite, strict=True)], normalised
+    return [box if whole else None for box, whole in zip(boxes.tolist(), finite.tolist(), strict=True)], normalised
 
 
 def _is_box(box: object) -> bool:
