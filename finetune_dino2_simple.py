@@ -1,8 +1,8 @@
 """Fine-tune DINOv2 with linear heads: the simple detector.
 
-One linear class layer and one linear box layer read every patch token, so that the detector finds many objects in one
-pass. One training stage, end to end with the backbone at a lower learning rate; --freeze-backbone trains a linear
-probe. The best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
+One linear class layer and one linear box layer on every patch token predict many objects in one pass. One training
+stage, end to end with the backbone at a lower learning rate; --freeze-backbone trains a linear probe. The best epoch by
+mAP@0.5 on the first 100 validation images becomes the checkpoint.
 
   python finetune_dino2_simple.py                                  1,000 images of COCO -> dino2_detector.pth
   python finetune_dino2_simple.py --train-images 0                 all of COCO
@@ -15,9 +15,9 @@ Writes OUTPUT, and in RUN_DIR best.pth, last.pth, settings.json and log.jsonl (o
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import cli
@@ -51,8 +51,8 @@ class Settings(RunFlags, DetectorFlags, TrainDataFlags):
     output: str = flag("dino2_detector.pth", "the checkpoint to write", on_resume="free")
 
 
-def train_one_epoch(model: nn.Module, loader: DataLoader, state: TrainState, run: RunFolder, bar: tqdm) -> None:
-    """One pass over the training images, or what a resumed run has left of it."""
+def train_one_epoch(model: nn.Module, loader: DataLoaderShard, state: TrainState, run: RunFolder, bar: tqdm) -> None:
+    """One pass over the training images, or the remaining steps of a resumed run."""
     accelerator, optimizer, schedule = state.accelerator, state.optimizer, state.schedule
     model.train()
     for batch in state.batches(loader):
@@ -74,8 +74,8 @@ def main(settings: Settings) -> dict:
     settings.check_paths()
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
-    settings = replace(settings, precision=precision_name(accelerator))  # auto may mean another on another machine
-    with accelerator.main_process_first():  # what is fetched or drawn then exists for the others
+    settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
+    with accelerator.main_process_first():  # the others then read what it downloaded or generated
         train_data, val_data = load_train_and_val(settings)
     backbone_name, backbone_folder = fetch_backbone(settings.backbone)
     detector = new_detector(
@@ -105,7 +105,7 @@ def main(settings: Settings) -> dict:
     conditions = training_conditions(settings, train_data, accelerator) | {"backbone": backbone_name}
     untrained = Checkpoint(detector, train_data.class_names, train_data.category_ids, conditions)
     accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} images with {backbone_name}")
-    with progress_bar(steps, "training", "step", accelerator.is_main_process) as bar, run.keeping(state):
+    with progress_bar(steps, "training", "step", accelerator.is_main_process) as bar, run.resumable(state):
         bar.update(state.epoch * len(train_loader) + state.step)
         while state.epoch < settings.epochs:
             train_one_epoch(model, train_loader, state, run, bar)

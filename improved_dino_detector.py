@@ -1,9 +1,8 @@
 """Fine-tune DINOv2 with deeper heads in two stages: the improved detector.
 
-Stage 1 trains the head on a frozen backbone, whose features go through a cache on disk: each image, and its mirror
-image, passes the backbone once. Stage 2 trains both end to end, at a low learning rate that decreases from block to
-block, on crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 validation images becomes the
-checkpoint.
+Stage 1 trains the head on features of a frozen backbone, which are cached on disk: each image, and its mirror image,
+passes the backbone once. Stage 2 trains both end to end, at a low learning rate that decreases from block to block, on
+crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
 
   python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
@@ -21,9 +20,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import cli
@@ -63,7 +63,7 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(
-        5.0, "learning rate of the head in stage 2, in multiples of that", at_least=0, on_resume="refuse"
+        5.0, "learning rate of the head in stage 2, in multiples of --lr-unfrozen", at_least=0, on_resume="refuse"
     )
     layer_decay: float = flag(
         0.8,
@@ -72,7 +72,7 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
         on_resume="refuse",
     )
     unfreeze_blocks: int = flag(
-        0, "stage 2 trains the last so many blocks; 0 = the whole backbone", at_least=0, on_resume="refuse"
+        0, "stage 2 trains the last N blocks of the backbone; 0 = all", at_least=0, on_resume="refuse"
     )
     no_feature_cache: bool = flag(False, "stage 1 runs the backbone at every step, on crops")
     feature_cache_limit: float = flag(
@@ -90,9 +90,9 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
 
 
 def train_one_epoch(
-    model: nn.Module, loader: DataLoader, config: LossConfig, state: TrainState, run: RunFolder, bar: tqdm
+    model: nn.Module, loader: DataLoaderShard, config: LossConfig, state: TrainState, run: RunFolder, bar: tqdm
 ) -> None:
-    """One pass over the training images, or their features, or what a resumed run has left of it."""
+    """One pass over the training images, or their features, or the remaining steps of a resumed run."""
     accelerator, optimizer, schedule, ema = state.accelerator, state.optimizer, state.schedule, state.ema
     model.train()
     for batch in state.batches(loader):
@@ -113,7 +113,7 @@ def train_one_epoch(
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages: its length, its learning rates, and what it is trained on."""
+    """One of the two stages: its length, its learning rates, and its training images."""
 
     name: str
     epochs: int
@@ -124,14 +124,14 @@ class Stage:
 
 
 def stages(settings: Settings) -> list[Stage]:
-    """The stages that have epochs.
+    """The stages that the settings request.
 
     Raises:
-        InputError: settings that contradict each other, or no stage at all.
+        InputError: settings that contradict each other, or no stage.
     """
     cached, crops = not settings.no_feature_cache, settings.augmentation != "mirror"
     if cached and settings.augmentation == "crop" and settings.epochs_frozen:
-        raise InputError("--augmentation crop makes new images, which no cache holds: add --no-feature-cache")
+        raise InputError("--augmentation crop makes new images, which cannot be cached: add --no-feature-cache")
     head_lr = settings.lr_unfrozen * settings.head_lr_factor
     frozen = Stage("frozen", settings.epochs_frozen, settings.lr_frozen, 0.0, cached, crops and not cached)
     unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops)
@@ -147,18 +147,19 @@ def fitted_to(settings: Settings, detector: Detector, train_images: int, val_ima
     """The settings with crops no larger than the input, and without a feature cache above the limit.
 
     Raises:
-        InputError: more blocks to train than the backbone has, or crops that are no multiple of its patches.
+        InputError: --unfreeze-blocks beyond the depth of the backbone, or a crop size that is no multiple of its
+            patch size.
     """
     backbone: Backbone = detector.backbone
     if settings.unfreeze_blocks > backbone.depth:
-        raise InputError(f"--unfreeze-blocks: the backbone is read up to its block {backbone.depth}")
+        raise InputError(f"--unfreeze-blocks: the detector uses only {backbone.depth} blocks of the backbone")
     settings = replace(settings, crop_size=min(settings.crop_size, detector.config.image_size))
     check_side("crop size", settings.crop_size, backbone.patch_size)
     size = feature_gigabytes(detector, train_images, 2) + feature_gigabytes(detector, val_images, 1)
     if settings.no_feature_cache or settings.epochs_frozen == 0 or size <= settings.feature_cache_limit:
         return settings
     limit = f"--feature-cache-limit {settings.feature_cache_limit:g}"
-    print(f"a feature cache would take {size:.0f} GB, above {limit}: stage 1 does without", flush=True)
+    print(f"a feature cache would take {size:.0f} GB, above {limit}: stage 1 runs without it", flush=True)
     return replace(settings, no_feature_cache=True)
 
 
@@ -175,11 +176,11 @@ def stage_loaders(
     if stage.cached:
         detector.to(accelerator.device)
         options = {"batch_size": batch_size, "workers": settings.workers, "accelerator": accelerator}
-        features = cached_features(detector, train_data, mirrored=True, **options)
-        val_features = cached_features(detector, val_data, mirrored=False, **options)
-        train_set = CachedDataset(train_data, features, size, mirror=True, seed=seed)
+        features = cached_features(detector, train_data, views=2, **options)
+        val_features = cached_features(detector, val_data, views=1, **options)
+        train_set: Dataset = CachedDataset(train_data, features, size, mirror=True, seed=seed)
         val_set = CachedDataset(val_data, val_features, size)
-        workers = 0  # a memory map is read faster than another process can send it
+        workers = 0  # reading a memory map is faster than receiving it from another process
         val_loader = DataLoader(val_set, batch_size, collate_fn=collate)
     else:
         transform = TrainTransform(size, settings.crop_size) if stage.crops else MirrorTransform(size)
@@ -192,7 +193,7 @@ def stage_loaders(
 def train_stage(
     settings: Settings, stage: Stage, start: Checkpoint, train_data: CocoData, val_data: CocoData, run: RunFolder
 ) -> None:
-    """Train one stage from the detector of `start`, leaving its epochs' checkpoints in the `run` folder."""
+    """Train one stage from the detector of `start`; the epochs' checkpoints are written to the `run` folder."""
     detector, accelerator = start.detector, run.accelerator
     if stage.backbone_lr:
         detector.backbone.unfreeze(settings.unfreeze_blocks)
@@ -208,7 +209,7 @@ def train_stage(
     state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, ema=ema, epoch=start.epoch)
 
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
-    with progress_bar(steps, stage.name, "step", accelerator.is_main_process) as bar, run.keeping(state):
+    with progress_bar(steps, stage.name, "step", accelerator.is_main_process) as bar, run.resumable(state):
         bar.update((state.epoch - start.epoch) * len(train_loader) + state.step)
         while state.epoch < start.epoch + stage.epochs:
             train_one_epoch(model, train_loader, settings, state, run, bar)
@@ -220,10 +221,10 @@ def train_stage(
 
 
 def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
-    """The detector to train and its origin: that of `--start-from`, or a new head on a pretrained backbone.
+    """The detector to train: that of `--start-from`, or a new head on a pretrained backbone.
 
     Raises:
-        InputError: no such checkpoint or backbone, or a checkpoint of other classes.
+        InputError: no such checkpoint or backbone, or a checkpoint with other classes.
     """
     if settings.start_from:
         start = load_detector(settings.start_from)
@@ -245,12 +246,12 @@ def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
 
 def main(settings: Settings) -> dict:
     """Train the stages, keep the best epoch, and return its numbers on the validation images."""
-    stages(settings)  # refuses contradictions before anything is loaded
+    stages(settings)  # raises for contradictory settings before anything is loaded
     settings.check_paths()
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
-    settings = replace(settings, precision=precision_name(accelerator))  # auto may mean another on another machine
-    with accelerator.main_process_first():  # what is fetched or drawn then exists for the others
+    settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
+    with accelerator.main_process_first():  # the others then read what it downloaded or generated
         train_data, val_data = load_train_and_val(settings)
     start = first_detector(settings, train_data)
     quick_data = val_data.first(EPOCH_VAL_IMAGES)

@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision, processes, and stopping between two steps."""
+"""Device, precision, processes, and stopping between two steps."""
 
 import os
 import sys
@@ -31,19 +31,19 @@ class RuntimeFlags:
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed of 64 bits for each tuple of numbers from 0 on, the same on every machine (NumPy's SeedSequence)."""
+    """A 64-bit seed for a tuple of numbers of at least 0, the same on every machine (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
-    """Device, processes and mixed precision, as `accelerate` finds or is told them.
+    """Device, processes and mixed precision, as detected by `accelerate` or set by its launcher.
 
     Args:
         precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
-        deterministic: also on a GPU the same numbers each time, slower; torch names the operations that cannot.
+        deterministic: the same results each time on a GPU too, slower; torch warns of operations that cannot.
 
     Raises:
-        InputError: fp16 without a GPU; a way of launching that shards the weights.
+        InputError: fp16 without a GPU, or a launcher that shards the weights.
     """
     chosen = _fastest_precision() if precision == "auto" else precision
     if chosen == "fp16" and not torch.accelerator.is_available():
@@ -53,7 +53,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(chosen, chosen),
-        cpu=not torch.accelerator.is_available(),  # otherwise several processes without a GPU run apart
+        cpu=not torch.accelerator.is_available(),  # otherwise several CPU processes would not communicate
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
@@ -61,7 +61,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         name = accelerator.distributed_type.value
         raise InputError(f"{name} shards the weights; launch with --multi_gpu, where each process has all of them")
     if not accelerator.is_main_process:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one process prints; errors of all reach stderr
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  only one process prints; all report errors on stderr
     return accelerator
 
 
@@ -70,8 +70,8 @@ def _fastest_precision() -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if torch.backends.mps.is_available():
         return "fp32"
-    able = torch.cpu.get_capabilities()  # without these instructions bf16 is five times slower than fp32
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    supported = torch.cpu.get_capabilities()  # without these instructions bf16 is five times slower than fp32
+    return "bf16" if supported.get("avx512_bf16") or supported.get("amx_bf16") else "fp32"
 
 
 def precision_name(accelerator: Accelerator) -> str:
@@ -79,8 +79,8 @@ def precision_name(accelerator: Accelerator) -> str:
     return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
-def stop_if_asked(accelerator: Accelerator) -> None:
-    """Between two steps: raises `Interrupted`, on all processes at once, where one of them got a signal."""
+def raise_if_interrupted(accelerator: Accelerator) -> None:
+    """Between two steps: raise `Interrupted` on all processes at once if one of them received a signal."""
     number = torch.tensor(float(pending_signal() or 0), device=accelerator.device)
     if accelerator.num_processes > 1:
         number = accelerator.gather(number[None]).max()
@@ -89,7 +89,7 @@ def stop_if_asked(accelerator: Accelerator) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What stands beside a speed: the GPU's name, or the CPU's and the number of threads."""
+    """The GPU's name, or the CPU's and the number of threads, to be reported with timings."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

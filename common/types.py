@@ -5,7 +5,7 @@
   the model sees; only `model/postprocess.py` maps back to *original* pixels, by the letterbox of each `Target`.
 - Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
   the checkpoint and applied once, in `evaluate/detections.py`.
-- Images are RGB in 0..1; normalisation is the backbone's own business.
+- Images are RGB in 0..1; the backbone normalises them.
 
 Letters in shapes: B images, N boxes of one image, L locations of the head, K classes, S input size in pixels.
 """
@@ -48,11 +48,11 @@ class Letterbox:
 
 @dataclass(frozen=True)
 class Target:
-    """What is known of one image.
+    """The ground truth of one image, and its letterbox.
 
     Shapes: boxes (N, 4) float32 xyxy input pixels; labels (N,) int64; crowd (N,) bool. A crowd box covers many
-    objects at once: it is neither an object to find nor background. `letterbox` is None on augmented images,
-    whose predictions have no way back to the original.
+    objects at once and counts neither as an object nor as background. `letterbox` is None on augmented images, whose
+    predictions are not mapped back to original pixels.
     """
 
     boxes: Tensor
@@ -82,12 +82,12 @@ class Batch:
 class RawOutput:
     """What a head predicts at each of its L locations, the same in training and in evaluation.
 
-    Locations may share a row of class logits, which saves a fifth of a training step of the head; `scores` and
-    `class_logits_at` know about it, and nothing else has to.
+    Several locations may share a row of class logits, which shortens a training step of the head by a fifth; read them
+    by `scores` and `class_logits_at`.
 
-    Shapes: object_logits (B, L), whether there is an object; class_logits (B, R, K), its class, location l reading row
-    class_rows[l]; class_rows (L,) int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height;
-    points (L, 2) the locations (x, y) in input pixels; strides (L,) their spacing in input pixels.
+    Shapes: object_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows (L,)
+    int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y)
+    in input pixels; strides (L,) their spacing in input pixels.
     """
 
     object_logits: Tensor
@@ -122,7 +122,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model detects on every image of a data set, in the model's own labels, and what is known of the model."""
+    """The detections of a model on every image of a data set, in the model's own labels, and its description."""
 
     detections: list[Detections]
     class_names: tuple[str, ...]
@@ -131,6 +131,6 @@ class Predictions:
 
 
 def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
-    """(..., 4) xyxy boxes in an image of that width, pixels -> the same in its mirror image."""
+    """(..., 4) xyxy boxes in an image of `width` pixels -> the same boxes in its mirror image."""
     left, top, right, bottom = boxes.unbind(-1)
     return torch.stack([width - right, top, width - left, bottom], dim=-1)

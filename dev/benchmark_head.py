@@ -1,4 +1,4 @@
-"""What the head and post-processing cost on top of the backbone: a command, not a test.
+"""The time of the head and post-processing, relative to the backbone.
 
   python -m dev.benchmark_head --data COCO --checkpoint improved_dino2_detector.pth
 
@@ -25,7 +25,7 @@ class Settings:
     data: str = flag("demo", "COCO-format folder, hub data set id, or demo")
     checkpoint: str = flag("improved_dino2_detector.pth", "the detector")
     batch_sizes: tuple[int, ...] = flag((1, 8), "images at once")
-    rounds: int = flag(15, "times that each is measured", at_least=1)
+    rounds: int = flag(15, "measurements of each", at_least=1)
     precision: str = flag("auto", "arithmetic", choices=("auto", "fp32", "bf16", "fp16"))
 
 

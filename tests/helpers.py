@@ -1,4 +1,4 @@
-"""What several test modules use: data sets in other formats, detections to evaluate, the reference evaluation."""
+"""Helpers of several test modules: data sets in other formats, detections to evaluate, the reference evaluation."""
 
 import contextlib
 import io
@@ -48,34 +48,34 @@ def data_flags(data="", limit=0, **flags) -> TrainDataFlags:
 
 def truth_as_detections(data):
     """Every non-crowd box as a detection of score 1."""
-    found = []
+    detections = []
     for index, image in enumerate(data.images):
         boxes, labels, crowd = data.image_boxes(index)
         keep = ~crowd
-        found.append(Detections(image.id, boxes[keep], torch.ones(int(keep.sum())), labels[keep]))
-    return found
+        detections.append(Detections(image.id, boxes[keep], torch.ones(int(keep.sum())), labels[keep]))
+    return detections
 
 
 def random_detections(data, seed, count=30):
-    """True boxes, shaken, with some wrong labels, among random boxes; scores with ties."""
-    rng, found = np.random.default_rng(seed), []
+    """The true boxes with noise and some wrong labels, among random boxes; scores with ties."""
+    rng, detections = np.random.default_rng(seed), []
     for index, image in enumerate(data.images):
         boxes, labels, _ = data.image_boxes(index)
-        shaken = boxes.numpy() + rng.normal(0, 6, boxes.shape)
-        shaken[:, 2:] = np.maximum(shaken[:, 2:], shaken[:, :2] + 1)
+        noisy = boxes.numpy() + rng.normal(0, 6, boxes.shape)
+        noisy[:, 2:] = np.maximum(noisy[:, 2:], noisy[:, :2] + 1)
         corner = rng.uniform(0, 200, (count, 2))
-        boxes = np.concatenate([shaken, np.hstack([corner, corner + rng.uniform(5, 150, (count, 2))])])
+        boxes = np.concatenate([noisy, np.hstack([corner, corner + rng.uniform(5, 150, (count, 2))])])
         labels = np.concatenate([labels.numpy(), rng.integers(0, len(data.class_names), count)])
         wrong = rng.random(len(labels)) < 0.2
         labels[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
         scores = rng.integers(1, 60, len(labels)) / 60
         tensors = torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), torch.from_numpy(labels)
-        found.append(Detections(image.id, *tensors))
-    return found
+        detections.append(Detections(image.id, *tensors))
+    return detections
 
 
 def numbers_of(detections, data, labels=None):
-    """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the same."""
+    """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
     return evaluate_table(detection_table(detections, np.arange(10) if labels is None else labels), data)
 
 
@@ -89,11 +89,11 @@ def pycocotools_numbers(table, data):
         truth = COCO()
         truth.dataset = coco_dict(data)
         truth.createIndex()
-        judge = COCOeval(truth, truth.loadRes(coco_detections(table, data.category_ids)), "bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return judge.stats
+        evaluation = COCOeval(truth, truth.loadRes(coco_detections(table, data.category_ids)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
 
 
 def write_yolo(data, root, *, outlines=False, train="images/train"):
@@ -132,7 +132,7 @@ def write_voc(data, annotations, images):
 
 
 class Hostile:
-    """Leaves a file behind where it is unpickled as pickle would."""
+    """Writes a file when pickle loads it."""
 
     def __reduce__(self):
         return (eval, ("open('hacked', 'w')",))

@@ -27,12 +27,11 @@ class LetterboxTransform(nn.Module):
         self.size = size
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        original = (image.shape[-2], image.shape[-1])
-        target = letterbox_target(target, original, self.size)
-        height, width = target.letterbox.resized
+        letterbox = Letterbox.fit((image.shape[-2], image.shape[-1]), self.size)
+        height, width = letterbox.resized
         canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
         canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
-        return canvas, target
+        return canvas, letterbox_target(target, letterbox)
 
 
 class MirrorTransform(LetterboxTransform):
@@ -43,10 +42,10 @@ class MirrorTransform(LetterboxTransform):
         return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
 
 
-def letterbox_target(target: Target, original: tuple[int, int], size: int) -> Target:
-    """Boxes from pixels of the `original` (height, width) image to those of the letterboxed `size` x `size` input."""
-    letterbox = Letterbox.fit(original, size)
-    return replace(target, boxes=letterbox.to_input(clip_boxes_to_image(target.boxes, original)), letterbox=letterbox)
+def letterbox_target(target: Target, letterbox: Letterbox) -> Target:
+    """A target in original pixels -> the same in input pixels, its boxes clipped to the image."""
+    boxes = clip_boxes_to_image(target.boxes, letterbox.original)
+    return replace(target, boxes=letterbox.to_input(boxes), letterbox=letterbox)
 
 
 def mirror_target(target: Target, size: int) -> Target:

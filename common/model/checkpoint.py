@@ -1,7 +1,7 @@
 """Detector checkpoints: `.pth` files of tensors and plain types, read with `weights_only=True`, which runs nothing.
 
-A checkpoint may come from anybody, so `load_detector` checks everything that a `Detector` relies on and refuses a
-damaged or foreign file in one line.
+A checkpoint may come from an unknown source, so `load_detector` checks everything that a `Detector` relies on, and
+raises InputError for a damaged file or one of another kind.
 """
 
 import reprlib
@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class Checkpoint:
     """A detector and its description in plain types.
 
     Raises:
-        InputError: not one printable name and one different 64-bit id for each class, or values of other types.
+        InputError: names that are not printable, ids that are not distinct 64-bit integers, another number of them than
+            of classes, or values of other types.
     """
 
     detector: Detector
@@ -62,7 +64,7 @@ class Checkpoint:
             raise InputError("train_config and metrics must consist of plain types")
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: Any) -> bool:
     if type(value) is dict:
         return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
     if type(value) in (list, tuple):
@@ -94,21 +96,20 @@ def load_detector(path: str | Path) -> Checkpoint:
     """Read what `save_detector` wrote, onto the CPU, in evaluation mode, without any network.
 
     Raises:
-        InputError: no such file, a damaged one, not a checkpoint of this project, or weights that do not fit its
-            settings.
+        InputError: the file is missing, damaged, no checkpoint of this project, or its weights do not fit its settings.
     """
     try:
         return _rebuild(_read(Path(path)))
-    except (InputError, RuntimeError) as error:  # RuntimeError: tensors without numbers, a list that contains itself
+    except (InputError, RuntimeError) as error:  # RuntimeError: tensors without data, a list that contains itself
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError("no such checkpoint; train one with finetune_dino2_simple.py, or name another")
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch verifies no checksums, and reads no numbers from a part that one flipped bit calls a folder
+            # torch verifies no checksums, and reads no data from a part that one flipped bit marks as a folder
             if archive.testzip() or any(part.external_attr & FOLDER for part in archive.infolist()):
                 raise zipfile.BadZipFile
         with warnings.catch_warnings(action="ignore"):  # of TorchScript, which raises as well
@@ -119,7 +120,7 @@ def _read(path: Path) -> object:
         raise InputError("the file is damaged or not a detector's checkpoint") from error
 
 
-def _rebuild(content: object) -> Checkpoint:
+def _rebuild(content: Any) -> Checkpoint:
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int:
         raise InputError("not a detector's checkpoint, which has a format_version")
@@ -129,9 +130,9 @@ def _rebuild(content: object) -> Checkpoint:
         if type(content.get(key)) is not kind:
             raise InputError(f"{key} must be of the type {kind.__name__}")
     try:
-        with torch.device("meta"):  # the shapes alone: the weights of the file are used as they are
+        with torch.device("meta"):  # shapes without data: the weights of the file are assigned, not copied
             detector = build_detector(DetectorConfig(**content["model_config"]))
-    except TypeError as error:  # unknown or missing keys, a number that torch can't hold
+    except TypeError as error:  # unknown or missing keys, a number beyond torch's integers
         raise InputError(f"its model_config describes no detector: {str(error).splitlines()[0]}") from error
     _check_weights(content["model"], detector.state_dict())
     detector.load_state_dict(content["model"], assign=True)

@@ -25,30 +25,30 @@ class DetectorFlags:
         on_resume="refuse",
     )
     blocks: tuple[int, ...] = flag(
-        (-5, -4, -3), "whose features the head reads: 1 = first block, -1 = last", on_resume="refuse"
+        (-5, -4, -3), "blocks whose features the head reads: 1 = first block, -1 = last", on_resume="refuse"
     )
     image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14, on_resume="refuse")
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that shapes a detector; plain types only, stored in its checkpoint.
+    """The settings from which a detector is built; plain types only, stored in its checkpoint.
 
     Raises:
         InputError: a setting of another type, or out of its range.
     """
 
     head: str  # one of HEADS
-    backbone: dict  # architecture, see `backbone_config`
-    blocks: tuple[int, ...]  # whose features the head reads, 1 = first
+    backbone: dict  # its architecture, see `backbone_config`
+    blocks: tuple[int, ...]  # the blocks whose features the head reads, 1 = first
     image_size: int  # side of the square input, pixels
     num_classes: int
     dropout: float = 0.0  # in training, of the heads that have hidden layers
 
     def __post_init__(self) -> None:
         check_architecture(self.backbone)
-        blocks = self.blocks if type(self.blocks) is tuple else (None,)
-        if {type(number) for number in (*blocks, self.image_size, self.num_classes)} != {int}:
+        blocks, sizes = self.blocks, (self.image_size, self.num_classes)
+        if type(blocks) is not tuple or {type(number) for number in (*blocks, *sizes)} != {int}:
             raise InputError("a detector's blocks, image_size and num_classes must be whole numbers")
         depth, patch = self.backbone.get("num_hidden_layers", 12), self.backbone.get("patch_size", 14)
         rising = sorted({block for block in blocks if 1 <= block <= depth})
@@ -59,8 +59,8 @@ class DetectorConfig:
             "num_classes must be at least 1": self.num_classes >= 1,
             "dropout must be 0 to 1": type(self.dropout) in (int, float) and 0 <= self.dropout <= 1,
         }
-        for rule, kept in rules.items():
-            if not kept:
+        for rule, holds in rules.items():
+            if not holds:
                 raise InputError(f"a detector's {rule}")
 
 
@@ -74,7 +74,7 @@ class Detector(nn.Module):
         self.head = _new_head(config, backbone)
 
     def forward(self, images: Tensor) -> RawOutput:
-        """(B, 3, S, S) RGB in 0..1, or what the feature cache holds of them, (B, h, w, blocks, C) -> `RawOutput`."""
+        """(B, 3, S, S) RGB in 0..1, or their cached features (B, h, w, blocks, C) -> `RawOutput`."""
         features = images if images.ndim == 5 else self.patch_features(images)
         return self.head(features.flatten(3).to(_compute_type(features.device)))
 
@@ -84,7 +84,7 @@ class Detector(nn.Module):
 
 
 def _compute_type(device: torch.device) -> torch.dtype:
-    """What autocast computes in there, so that features are converted once and not by every layer."""
+    """The type that autocast computes in, so that features are converted once and not by every layer."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
@@ -102,12 +102,12 @@ def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
 
 
 def build_detector(config: DetectorConfig) -> Detector:
-    """A detector of this shape with random weights, for a checkpoint to fill."""
+    """A detector with random weights, to be replaced by those of a checkpoint."""
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
 
 
 def check_side(what: str, side: int, patch: int) -> None:
-    """Raises InputError where the side of a square of pixels, called `what`, is not one or more patches long."""
+    """Raises InputError unless `side`, pixels of the square called `what`, is a positive multiple of `patch`."""
     if side % patch or side <= 0:
         lower = max(1, side // patch) * patch
         raise InputError(f"{what} {side} is not a multiple of {patch}; take {lower} or {lower + patch}")
@@ -125,7 +125,8 @@ def new_detector(
     """A detector on pretrained backbone weights, its head untrained.
 
     Raises:
-        InputError: no backbone there, blocks it does not have, an input that is not a multiple of its patch size.
+        InputError: no backbone in the folder, blocks that it does not have, or an input that is not a multiple of its
+            patch size.
     """
     backbone = backbone_config(backbone_folder)
     patch = backbone.get("patch_size", 14)

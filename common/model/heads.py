@@ -1,8 +1,8 @@
 """Detection heads: patch features of the backbone, those of several blocks side by side -> `RawOutput`.
 
-Every head scores an object at a location as sigmoid(object) x softmax(class). One object logit shared by all classes
-learns "something is here" from every box, which a handful of images of each class could not teach K separate
-detectors; the softmax then only has to tell classes apart, and is trained where there is an object.
+Every head scores a class at a location as sigmoid(object) x softmax(class). The object logit is shared by all classes
+and trained on every box, which needs fewer images of each class than K separate logits. The softmax is trained only
+where there is an object.
 """
 
 import math
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from common.types import RawOutput
 
-OBJECT_PRIOR = 0.01  # share of locations that hold an object, before training (RetinaNet, arXiv 1708.02002)
+OBJECT_PRIOR = 0.01  # score of an object at each location before training (RetinaNet, arXiv 1708.02002)
 SIZE_PRIOR = 6.0  # side of a box in strides, before training
-PYRAMID_SIZE_PRIOR = 4.0  # the same where larger boxes have a coarser level
-MAX_LOG_SIZE = 6.0  # e^6 strides: beyond any input, and far from overflow
+PYRAMID_SIZE_PRIOR = 4.0  # the same in the pyramid head, whose coarser levels predict the larger boxes
+MAX_LOG_SIZE = 6.0  # e^6 strides: larger than any input, and finite
 
 
 class LinearHead(nn.Module):
@@ -55,7 +55,7 @@ class MultiLayerHead(LinearHead):
 
     Args:
         width: of the hidden layers.
-        dropout: share of the hidden units switched off in training.
+        dropout: share of the hidden units dropped in training.
     """
 
     def __init__(self, *, channels: int, num_classes: int, stride: int, width: int = 256, dropout: float = 0.1):
@@ -68,19 +68,19 @@ class MultiLayerHead(LinearHead):
 class PyramidHead(nn.Module):
     """A dense head on a simple feature pyramid of half, once, twice and four times the patch size.
 
-    The patch tokens are one plain map, from which pooling makes the coarser levels (ViTDet, arXiv 2203.16527). One
-    tower, shared by the levels, finds and places objects (FCOS, arXiv 1904.01355); on the patch grid it also predicts
-    for the four quarters of each patch, which is the finest level without a map of its own. What a class looks like is
-    read from the raw tokens by one linear layer, the most that few images of each class can teach; the quarters of a
-    patch share its class.
+    Pooling the map of patch tokens gives the coarser levels (ViTDet, arXiv 2203.16527). One tower, shared by the
+    levels, predicts objects and boxes (FCOS, arXiv 1904.01355); on the patch grid it also predicts them for the four
+    quarters of each patch, which form the finest level without a feature map of their own. Classes are predicted by one
+    linear layer on the patch tokens, since few images of each class overfit a deeper one; the quarters of a patch share
+    its class.
 
     Args:
         channels: of a patch's features, all blocks together.
         num_classes: K.
         stride: spacing of the patch tokens, input pixels.
         width: channels of the tower, a multiple of 16.
-        depth: its 3 x 3 convolutions.
-        dropout: share of the tower's units switched off in training.
+        depth: number of 3 x 3 convolutions in the tower.
+        dropout: share of the tower's channels dropped in training.
     """
 
     def __init__(
@@ -106,10 +106,11 @@ class PyramidHead(nn.Module):
         self.classify = nn.Linear(channels, num_classes)
         for layer in (self.predict, self.predict_quarters, self.classify):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-        for bias in (self.predict.bias.data.view(5, 1), self.predict_quarters.bias.data.view(5, 4)):
-            bias[0] = -math.log(1 / OBJECT_PRIOR - 1)
-            bias[3:] = math.log(PYRAMID_SIZE_PRIOR)
+        size = math.log(PYRAMID_SIZE_PRIOR)
+        prior = torch.tensor([-math.log(1 / OBJECT_PRIOR - 1), 0, 0, size, size])
+        self.predict.bias = nn.Parameter(prior)
+        self.predict_quarters.bias = nn.Parameter(prior.repeat_interleave(4))
+        nn.init.zeros_(self.classify.bias)
 
     def forward(self, features: Tensor) -> RawOutput:
         """(B, h, w, C) -> `RawOutput`, its locations from the finest level to the coarsest."""
@@ -152,8 +153,8 @@ def locations(grid: tuple[int, int], stride: float, device: torch.device) -> tup
 def decode_boxes(offsets: Tensor, points: Tensor, strides: Tensor) -> Tensor:
     """Box layer's (..., L, 4) output -> (..., L, 4) xyxy input pixels, width and height always positive.
 
-    The output holds the centre's distance from the location in strides, then the logarithm of width and height in
-    strides (YOLOX, arXiv 2107.08430), so an object smaller than the grid can lie beside its location.
+    The output is the centre's distance from the location in strides, then the logarithm of width and height in strides
+    (YOLOX, arXiv 2107.08430). The location need not lie in the box, as it may not where a box is smaller than a stride.
     """
     centers = points + offsets[..., :2] * strides[:, None]
     halves = offsets[..., 2:].clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp() * strides[:, None] / 2

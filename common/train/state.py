@@ -1,4 +1,4 @@
-"""The state of one stage of training: what its steps change, and where it stands."""
+"""The state of one stage of training: everything that a step changes, and the position in the stage."""
 
 import signal
 import time
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
 from common.console import Interrupted, NotFiniteError, pending_signal
 from common.data.dataset import EpochOrder
@@ -18,19 +18,20 @@ from common.runtime import derived_seed
 from common.train.optim import Ema
 from common.types import Batch
 
-FP16_SKIPS = 20  # steps in a row that fp16 may skip while its loss scale is adjusted
+FP16_SKIPS = 20  # consecutive steps that fp16 may skip while its loss scale is adjusted
 
 
 class TrainState:
-    """Weights, optimizer, schedule, average and position of a stage; all of it is saved, so that a run can be resumed.
+    """Weights, optimizer, schedule, moving average and position of a stage; all are saved, so that it can be resumed.
 
     Args:
         stage: its name.
         detector: the weights, not wrapped for several processes.
-        optimizer: of the stage, likewise `schedule`.
-        order: of the training images; its seed is also that of the random numbers of each step (dropout).
+        optimizer: of the stage.
+        schedule: of its learning rates.
+        order: of the training images; its seed also determines the random numbers of each step (dropout).
         accelerator: of the run.
-        ema: the average of the weights, if one is kept.
+        ema: the moving average of the weights, if any.
         epoch: epochs finished before the stage.
     """
 
@@ -49,12 +50,12 @@ class TrainState:
         self.stage, self.detector, self.optimizer, self.schedule = stage, detector, optimizer, schedule
         self.order, self.accelerator, self.ema = order, accelerator, ema
         self.epoch, self.step = epoch, 0  # epochs finished; steps finished of the current one
-        self.sums: dict[str, Tensor] = {}  # of its loss terms so far, on this process
-        self.seconds = 0.0  # spent on it so far, without validation
-        self.skipped = 0  # last steps in a row that fp16 skipped
+        self.sums: dict[str, Tensor] = {}  # of the current epoch's loss terms, on this process
+        self.seconds = 0.0  # spent on the current epoch, without validation
+        self.skipped = 0  # consecutive steps that fp16 has skipped
         self.stop = False  # one of several processes received a signal
 
-    def batches(self, loader: DataLoader) -> Iterator[Batch]:
+    def batches(self, loader: DataLoaderShard) -> Iterator[Batch]:
         """The remaining batches of the current epoch, each with its own random numbers.
 
         Raises:
@@ -71,7 +72,7 @@ class TrainState:
                 raise Interrupted(pending_signal() or signal.SIGTERM)
 
     def mean_of_processes(self, count: Tensor) -> Tensor:
-        """The mean of a scalar over all processes; the same exchange, once a step, tells them of a signal to any."""
+        """The mean of a scalar over all processes; once a step, the same exchange shares that one received a signal."""
         if self.accelerator.num_processes == 1:
             return count
         total, signals = self.accelerator.reduce(torch.stack([count, count.new_tensor(pending_signal() or 0)]))
@@ -79,10 +80,10 @@ class TrainState:
         return total / self.accelerator.num_processes
 
     def check_finite(self, losses: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
-        """Stop before a step that would ruin the weights.
+        """Stop before a step that would make the weights inf or NaN.
 
-        The gradients have been averaged over the processes, so that one of them sees what any of them met. In fp16 a
-        few steps in a row may be skipped, while the loss scale is adjusted.
+        The gradients have been averaged over the processes, so that all of them raise. In fp16 a few consecutive steps
+        may be skipped while the loss scale is adjusted.
 
         Args:
             losses: of this process, for the report.
@@ -94,18 +95,18 @@ class TrainState:
         """
         self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
         if self.skipped > (FP16_SKIPS if self.accelerator.scaler else 0):
+            image_ids = [target.image_id for target in batch.targets]
             report = {
                 "stage": self.stage,
                 "epoch": self.epoch + 1,
                 "step": self.step + 1,
                 "loss": {name: str(value.item()) for name, value in losses.items()},
                 "gradient_norm": str(norm.item()),
-                "image_ids": [target.image_id for target in batch.targets],
+                "image_ids": image_ids,
             }
-            ids = ", ".join(map(str, report["image_ids"]))
             raise NotFiniteError(
                 f"the gradients became {norm.item()} in epoch {self.epoch + 1}, step {self.step + 1}, "
-                f"on the images {ids}; lower the learning rate, or use --precision fp32",
+                f"on the images {', '.join(map(str, image_ids))}; lower the learning rate, or use --precision fp32",
                 report,
             )
 

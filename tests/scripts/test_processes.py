@@ -1,4 +1,4 @@
-"""Several processes on one machine: what one process with all of their images would do."""
+"""Several processes on one machine: the same results as one process with all of their images."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def odd(tmp_path_factory) -> Path:
     return folder
 
 
-def begin(folder, script, *flags, processes=2, launcher="torchrun"):
-    """Start `script` in `folder`, a process of its own or several, its output going to a file there."""
+def start(folder, script, *flags, processes=2, launcher="torchrun"):
+    """Start `script` in `folder`, in one process or several; its output is written to a file there."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "DETECTION_CACHE": str(folder / "cache"),
@@ -50,7 +50,7 @@ def begin(folder, script, *flags, processes=2, launcher="torchrun"):
 
 def run(folder, *arguments, **options):
     folder.mkdir(exist_ok=True)
-    assert begin(folder, *arguments, **options).wait(300) == 0, (folder / "output.txt").read_text()[-3000:]
+    assert start(folder, *arguments, **options).wait(300) == 0, (folder / "output.txt").read_text()[-3000:]
 
 
 def train(folder, odd, vit, *flags, **options):
@@ -60,7 +60,7 @@ def train(folder, odd, vit, *flags, **options):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, odd, tiny_backbone):
-    """Folders of the same training by one process and by two, each of which takes half of every batch."""
+    """The same training by one process, and by two with half of every batch each."""
     folders = {n: tmp_path_factory.mktemp(f"by{n}") for n in (1, 2)}
     train(folders[1], odd, tiny_backbone, "--batch-size", 4, processes=1)
     train(folders[2], odd, tiny_backbone, "--batch-size", 2, launcher="accelerate")
@@ -78,12 +78,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(trained):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
     files = [sorted(p.name for p in (f / "cache" / "features").iterdir()) for f in trained.values()]
     assert files[0] == files[1] and len(files[0]) == 2
-    assert (trained[2] / "output.txt").read_text().count("stage frozen took") == 1  # one of them speaks
+    assert (trained[2] / "output.txt").read_text().count("stage frozen took") == 1  # one of them prints
 
 
-def test_two_processes_judge_every_image_once(trained, odd):
+def test_two_processes_evaluate_every_image_once(trained, odd):
     flags = ("--data", odd, "--workers", 0, "--precision", "fp32", "--models", "out.pth", "missing.pth")
-    found = {}
+    outputs = {}
     for processes, batch in ((1, 4), (2, 2)):
         output = f"by{processes}.json"
         run(
@@ -95,19 +95,19 @@ def test_two_processes_judge_every_image_once(trained, odd):
         )
         records = json.loads((trained[1] / output).read_text())
         detections = json.loads((trained[1] / f"by{processes}_detections" / "out.json").read_text())
-        found[processes] = (records, detections)
-    (one, ours), (two, theirs) = found[1], found[2]
+        outputs[processes] = (records, detections)
+    (one, ours), (two, theirs) = outputs[1], outputs[2]
     assert len({d["image_id"] for d in ours}) == 7 and len(ours) == len(theirs)
     numbers = [r["models"][0]["primary"] | {"AP": r["models"][0]["detection"]["AP"]} for r in (one, two)]
     assert numbers[1] == pytest.approx(numbers[0], abs=1e-6) and numbers[0]["mean_iou"] > 0
     assert two["models"][1]["error"] == one["models"][1]["error"]
 
 
-def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(trained, odd, tiny_backbone, tmp_path):
+def test_two_killed_processes_resume_to_the_same_result(trained, odd, tiny_backbone, tmp_path):
     flags = ("--batch-size", 2, "--resume", "--save-steps", 1)
     paths = ("--data", odd, "--backbone", tiny_backbone, "--output", "out.pth", "--run-dir", "run")
     for number, lines in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
-        process = begin(tmp_path, "improved_dino_detector.py", *paths, *SIZES, *EPOCHS, *flags)
+        process = start(tmp_path, "improved_dino_detector.py", *paths, *SIZES, *EPOCHS, *flags)
         while process.poll() is None:
             log = tmp_path / "run" / "log.jsonl"
             if log.is_file() and log.read_text().count("\n") >= lines:

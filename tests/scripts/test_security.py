@@ -1,4 +1,4 @@
-"""Files of others (data, weights) run nothing and write nothing outside their folder."""
+"""Data and weights from unknown sources run no code, and nothing is written outside the output folder."""
 
 import json
 import pickle
@@ -37,12 +37,12 @@ def backbone(tmp_path):
 
 
 @pytest.mark.parametrize("listed", [None, "pytorch_model.bin", "other.safetensors"])
-def test_backbones_are_read_from_safetensors_alone(backbone, listed, tmp_path, monkeypatch):
+def test_backbones_are_read_only_from_safetensors(backbone, listed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if listed:
         index = {"metadata": {}, "weight_map": {"embeddings.cls_token": listed}}
         (backbone / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"no model\.safetensors in it") as caught:
+    with pytest.raises(InputError, match=r"no model\.safetensors") as caught:
         load_backbone(backbone, (1,))
     assert str(caught.value).isprintable() and not (tmp_path / "hacked").exists()
     (backbone / "other.safetensors").rename(backbone / "model.safetensors")
@@ -54,7 +54,7 @@ SETTINGS |= {"num_hidden_layers": "12", "num_attention_heads": 0, "mlp_ratio": N
 
 
 @pytest.mark.parametrize("key", SETTINGS)
-def test_settings_of_a_backbone_that_make_no_sense(backbone, key):
+def test_invalid_settings_of_a_backbone_are_refused(backbone, key):
     file = backbone / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: SETTINGS[key]}))
     with pytest.raises(InputError, match=key) as caught:
@@ -65,12 +65,12 @@ def test_settings_of_a_backbone_that_make_no_sense(backbone, key):
         backbone_config(backbone)
 
 
-def test_what_is_written_over_a_link_leaves_what_it_leads_to(detector, tmp_path):
+def test_writing_over_a_link_keeps_the_file_that_it_points_to(detector, tmp_path):
     precious, link = tmp_path / "precious", tmp_path / "a.pth"
-    precious.write_text("as it was")
+    precious.write_text("content")
     link.symlink_to(precious)
     save_detector(link, Checkpoint(detector, tuple("abcdefghij"), tuple(range(10))))
-    assert precious.read_text() == "as it was" and not link.is_symlink()
+    assert precious.read_text() == "content" and not link.is_symlink()
 
 
 @pytest.mark.parametrize("path", ["../../etc/a.jpg", "/etc/a.jpg", "a/../../b.jpg", "....jpg", "..", "\\..\\a.jpg"])
@@ -93,7 +93,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_xml_does_not_grow_and_names_no_other_file(document, demo, tmp_path):
+def test_xml_entities_are_refused(document, demo, tmp_path):
     (tmp_path / "secret.txt").write_text("SECRET")
     part = tmp_path / "data" / "val"
     part.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Bad days: memory or disk that run out, numbers that are none, signals during validation."""
+"""Faults: out of memory, a full disk, NaN and inf, degenerate boxes, signals during validation."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def settings_of(demo, tiny_backbone, **options):
 
 
 def limited(limits, settings, out):
-    """In a process of its own, below some limits (bytes beyond what it uses now, or in all): train."""
+    """Run in a new process: train below some limits in bytes (RLIMIT_AS: beyond the memory in use)."""
     sys.stdout = sys.stderr = Path(out).open("a")  # noqa: SIM115
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     torch.set_num_threads(1)  # each thread would reserve memory of its own
@@ -93,10 +93,10 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(demo, tiny_backbone):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_numbers_that_are_none_stop_the_run_before_they_reach_the_weights(kind, demo, tiny_backbone, monkeypatch):
+def test_nan_and_inf_stop_the_run_before_they_reach_the_weights(kind, demo, tiny_backbone, monkeypatch):
     seen = []
 
-    def spoiled(out, targets, *options):
+    def with_nan_or_inf(out, targets, *options):
         losses = detection_loss(out, targets, *options)
         seen.append([target.image_id for target in targets])
         if len(seen) == 2:
@@ -105,7 +105,7 @@ def test_numbers_that_are_none_stop_the_run_before_they_reach_the_weights(kind, 
             out.boxes.register_hook(lambda gradient: gradient * torch.inf)
         return losses
 
-    monkeypatch.setattr(finetune_dino2_simple, "detection_loss", spoiled)
+    monkeypatch.setattr(finetune_dino2_simple, "detection_loss", with_nan_or_inf)
     with pytest.raises(InputError, match=f"epoch 1, step 2, on the images {', '.join(map(str, seen[1:]))}"):
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone))
     report = json.loads(Path("run/not_finite_0.json").read_text())
@@ -139,17 +139,17 @@ def test_degenerate_boxes_give_finite_losses_and_gradients(head, assignment, tin
             assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
 
 
-def test_infinite_predictions_are_no_detections(detector):
+def test_nan_predictions_give_no_detections(detector):
     target = Target(*(torch.zeros(0, *s) for s in ((4,), (), ())), 1, Letterbox.fit((112, 112), 112))
     with torch.no_grad():
         out = detector(torch.full((1, 3, 112, 112), torch.nan))
-    (found,) = postprocess(out, [target])
-    assert torch.isfinite(found.boxes).all() and torch.isfinite(found.scores).all()
+    (detections,) = postprocess(out, [target])
+    assert torch.isfinite(detections.boxes).all() and torch.isfinite(detections.scores).all()
 
 
 def test_fp16_without_a_gpu_is_refused(demo, tiny_backbone):
     if torch.accelerator.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone, precision="fp16"))
 

@@ -1,4 +1,4 @@
-"""The feature cache: what it holds, that training on it equals training without, and how it is built."""
+"""The feature cache: its content and names, how it is built, and training on it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform, MirrorTransform
 from common.model.detector import new_detector
 from common.train import feature_cache
-from common.train.feature_cache import CachedDataset, cached_features, feature_files
+from common.train.feature_cache import CachedDataset, cached_features, feature_shards
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +28,16 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def build(detector, data, accelerator, mirrored=True):
-    return cached_features(detector, data, mirrored=mirrored, batch_size=4, workers=0, accelerator=accelerator)
+def build(detector, data, accelerator, views=2):
+    return cached_features(detector, data, views=views, batch_size=4, workers=0, accelerator=accelerator)
 
 
 def equal(one, other):
-    return all(map(torch.equal, one.shards, other.shards))
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def paths_of(detector, data, views=2, precision="fp32"):
+    return [shard.path for shard in feature_shards(detector, data, views, precision)]
 
 
 def test_cached_samples_equal_those_of_the_images(detector, demo_val, accelerator):
@@ -57,31 +61,31 @@ def test_cached_samples_equal_those_of_the_images(detector, demo_val, accelerato
     assert 0 < mirrored < 12
 
 
-def test_in_bf16_nothing_is_lost(detector, demo_val):
+def test_bf16_features_are_cached_without_loss(detector, demo_val):
     """The head then sees the same bits with the cache and without."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    features = build(detector, demo_val, accelerator, mirrored=False)
+    features = build(detector, demo_val, accelerator, views=1)
     images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).images
     with torch.no_grad(), accelerator.autocast():
-        plain, cached = detector(images), detector(features.shards[0][:4, 0])
-    assert features.shards[0].dtype == torch.bfloat16
+        plain, cached = detector(images), detector(features[0][:4, 0])
+    assert features[0].dtype == torch.bfloat16
     assert torch.equal(plain.boxes, cached.boxes) and torch.equal(plain.class_logits, cached.class_logits)
 
 
-def test_a_second_call_reads_what_the_first_wrote(detector, demo_val, accelerator, own_cache, monkeypatch):
+def test_a_second_call_reads_the_cache_of_the_first(detector, demo_val, accelerator, own_cache, monkeypatch):
     randomness = torch.get_rng_state()
     first = build(detector, demo_val, accelerator)
     assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
-    assert first.shards[0].shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
+    assert first[0].shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
     monkeypatch.setattr(feature_cache, "_build", None)
     assert equal(build(detector, demo_val, accelerator), first)
 
 
-def test_an_interrupted_build_goes_on_where_it_stopped(detector, demo_val, accelerator, own_cache, monkeypatch):
+def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, accelerator, own_cache, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD", 4)
     whole = build(detector, demo_val, accelerator)
-    assert [shard.shape[0] for shard in whole.shards] == [4, 2]
-    first, second = feature_files(detector, demo_val, 2, "fp32").paths
+    assert [shard.shape[0] for shard in whole] == [4, 2]
+    first, second = paths_of(detector, demo_val)
     content = second.read_bytes()
     second.unlink()
     seen = []
@@ -91,15 +95,15 @@ def test_an_interrupted_build_goes_on_where_it_stopped(detector, demo_val, accel
     assert second.read_bytes() == content and sorted(own_cache.iterdir()) == sorted([first, second])
 
 
-def test_more_images_find_the_shards_of_fewer(detector, demo_val, accelerator, monkeypatch):
+def test_more_images_reuse_the_shards_of_fewer(detector, demo_val, accelerator, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD", 2)
     build(detector, demo_val.first(4), accelerator)
-    files = feature_files(detector, demo_val, 2, "fp32")
-    assert files.missing() == [2] and list(files.part(2)) == [4, 5]
+    shards = feature_shards(detector, demo_val, 2, "fp32")
+    assert [shard.images for shard in shards if not shard.path.is_file()] == [range(4, 6)]
 
 
-def test_what_a_killed_build_left_half_written_goes_once_it_is_old(detector, demo_val, accelerator, own_cache):
-    (path,) = feature_files(detector, demo_val, 2, "fp32").paths
+def test_old_temporary_files_of_killed_builds_are_removed(detector, demo_val, accelerator, own_cache):
+    (path,) = paths_of(detector, demo_val)
     own_cache.mkdir(parents=True)
     old, young = (own_cache / f".{path.name}.{name}" for name in ("abcdefgh", "ijklmnop"))
     for leftover in (old, young):
@@ -117,9 +121,9 @@ def test_a_damaged_file_is_refused(detector, demo_val, accelerator, own_cache):
         build(detector, demo_val, accelerator)
 
 
-def test_the_name_changes_with_all_that_matters(detector, demo_val, tiny_backbone):
+def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, tiny_backbone):
     def name(detector=detector, data=demo_val, views=2, precision="fp32"):
-        return feature_files(detector, data, views, precision).paths[0].name
+        return paths_of(detector, data, views, precision)[0].name
 
     options = {"head": "linear", "num_classes": 10}
     others = [
@@ -138,15 +142,15 @@ def test_the_name_changes_with_all_that_matters(detector, demo_val, tiny_backbon
     assert len({name(), *others}) == 1 + len(others)
 
 
-def test_a_changed_image_is_noticed(detector, coco_file):
+def test_a_changed_image_file_changes_the_name(detector, coco_file):
     path, images = coco_file([])
     data = load_coco(path, images)
-    before = feature_files(detector, data, 1, "fp32").paths
+    before = paths_of(detector, data)
     (images / "a.png").write_bytes((images / "a.png").read_bytes() + b" ")
-    assert feature_files(detector, data, 1, "fp32").paths != before
+    assert paths_of(detector, data) != before
 
 
-def test_a_full_disk_is_told_beforehand(detector, demo_val, accelerator, own_cache, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_build(detector, demo_val, accelerator, own_cache, monkeypatch):
     monkeypatch.setattr(feature_cache, "SPARE_DISK", 1 << 60)
     with pytest.raises(InputError, match=r"needs .* GB .* free: .*--no-feature-cache"):
         build(detector, demo_val, accelerator)
@@ -154,7 +158,7 @@ def test_a_full_disk_is_told_beforehand(detector, demo_val, accelerator, own_cac
 
 
 def test_training_on_the_cache_equals_training_on_mirrored_images(demo, tiny_backbone, tmp_path, capsys):
-    """The whole of stage 1, twice: the same losses, to what float16 takes away."""
+    """All of stage 1, twice: the same losses up to the precision of float16."""
 
     def losses(name, **options):
         settings = improved_dino_detector.Settings(
@@ -182,7 +186,7 @@ def test_training_on_the_cache_equals_training_on_mirrored_images(demo, tiny_bac
     assert cached == pytest.approx(plain, rel=0.01) and cached[-1] < cached[0]
 
 
-def test_a_cache_beyond_the_limit_is_told_and_not_built(demo, tiny_backbone, tmp_path, own_cache, capsys):
+def test_a_cache_above_the_limit_is_not_built(demo, tiny_backbone, tmp_path, own_cache, capsys):
     paths = {"output": str(tmp_path / "out.pth"), "run_dir": str(tmp_path / "run")}
     settings = improved_dino_detector.Settings(
         data=str(demo),
@@ -196,5 +200,5 @@ def test_a_cache_beyond_the_limit_is_told_and_not_built(demo, tiny_backbone, tmp
         **paths,
     )
     improved_dino_detector.main(settings)
-    assert "above --feature-cache-limit 1e-05: stage 1 does without" in capsys.readouterr().out
+    assert "above --feature-cache-limit 1e-05: stage 1 runs without it" in capsys.readouterr().out
     assert not own_cache.exists()

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or continued with other settings: they end where the uninterrupted one does."""
+"""Killed, stopped and resumed runs, which end with the results of the uninterrupted one."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def settings_of(name, folder, demo, tiny_backbone, **options):
 
 
 def results(folder):
-    """All bits of the final checkpoint, and the log without times."""
+    """The final checkpoint and its weights as bytes, and the log without times."""
     log = [json.loads(line) | {"seconds": 0} for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     content = torch.load(folder / "out.pth", weights_only=True)
     weights = {name: weight.numpy().tobytes() for name, weight in content.pop("model").items()}
@@ -60,15 +60,15 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, demo, tiny_backbone):
-    """What each script's run ends with; the settings do not name the folders, so that the bytes can be compared."""
-    found = {}
+    """The results of each script; the settings do not name the folders, so that the bytes can be compared."""
+    ends = {}
     for name, script in SCRIPTS.items():
         folder = tmp_path_factory.mktemp(name)
         os.environ["DETECTION_CACHE"] = str(folder / "cache")
         with contextlib.chdir(folder):
             script.main(in_this_folder(settings_of(name, folder, demo, tiny_backbone)))
-        found[name] = results(folder)
-    return found
+        ends[name] = results(folder)
+    return ends
 
 
 def in_this_folder(settings):
@@ -76,7 +76,7 @@ def in_this_folder(settings):
 
 
 def train(name, settings, folder):
-    """In a process of its own: run the script in `folder`."""
+    """Run in a new process: the script in `folder`."""
     os.chdir(folder)
     os.environ["DETECTION_CACHE"] = str(folder / "cache")
     sys.stdout = sys.stderr = (folder / "output.txt").open("a")
@@ -87,7 +87,7 @@ def train(name, settings, folder):
 
 @pytest.fixture(scope="module")
 def fork_server():
-    """Starts processes that have imported everything already."""
+    """Starts processes that have already imported the scripts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune_dino2_simple", "improved_dino_detector", "common.evaluate.coco_metrics"])
     return context
@@ -100,7 +100,7 @@ def start(fork_server, name, settings, folder):
 
 
 def wait_for(moment, folder, process):
-    """Wait until the cache is being built (-1), or so many epochs are done, or the process has ended."""
+    """Wait until the cache is being built (-1), or `moment` epochs are done, or the process has ended."""
     log = folder / "run" / "log.jsonl"
     while process.is_alive():
         if moment < 0 and any((folder / "cache").rglob("*features*")):
@@ -110,11 +110,9 @@ def wait_for(moment, folder, process):
         time.sleep(0.005)
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
-    fork_server, uninterrupted, demo, tiny_backbone, tmp_path
-):
-    """SIGKILL in the cache's building, in both stages, between them, and while files are written."""
-    dice = random.Random(0)
+def test_killed_runs_resume_to_the_same_result(fork_server, uninterrupted, demo, tiny_backbone, tmp_path):
+    """SIGKILL while the cache is built, in both stages, between them, and while files are written."""
+    rng = random.Random(0)
     kills = rounds = 0
     where = set()
     while kills < KILLS:
@@ -122,10 +120,10 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
         folder = tmp_path / str(rounds)
         folder.mkdir()
         settings = in_this_folder(settings_of("improved", folder, demo, tiny_backbone, save_steps=2, resume=True))
-        for moment in sorted(dice.choices(range(-1, 7), k=6)):
+        for moment in sorted(rng.choices(range(-1, 7), k=6)):
             process = start(fork_server, "improved", settings, folder)
             wait_for(moment, folder, process)
-            time.sleep(dice.random() * 0.4)
+            time.sleep(rng.random() * 0.4)
             if process.is_alive():
                 process.kill()
                 kills += 1
@@ -143,15 +141,15 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     ("name", "step"), [("simple", 1), ("simple", 5), ("improved", 4), ("improved", 9), ("improved", 14)]
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+def test_a_signal_finishes_the_step_and_saves_the_state(
     name, step, number, uninterrupted, demo, tiny_backbone, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     settings = in_this_folder(settings_of(name, tmp_path, demo, tiny_backbone))
     finish_step, done = TrainState.finish_step, []
 
-    def finish(progress, losses):
-        done.append(finish_step(progress, losses))
+    def finish(state, losses):
+        done.append(finish_step(state, losses))
         if len(done) == step:
             signal.raise_signal(number)
 
@@ -167,12 +165,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 
 
 def stopped(name, folder, monkeypatch, settings, step=5):
-    """Run it until `step` steps are done."""
+    """Run the script until `step` steps are done."""
     steps = iter(range(1, step + 1))
     finish_step = TrainState.finish_step
 
-    def finish(progress, losses):
-        finish_step(progress, losses)
+    def finish(state, losses):
+        finish_step(state, losses)
         if next(steps) == step:
             signal.raise_signal(signal.SIGTERM)
 
@@ -185,7 +183,7 @@ def stopped(name, folder, monkeypatch, settings, step=5):
 
 
 @pytest.mark.parametrize("damage", ["cut", "half", "empty", "flipped"])
-def test_a_damaged_state_gives_way_to_the_one_before(
+def test_a_damaged_state_falls_back_to_the_previous_one(
     damage, uninterrupted, demo, tiny_backbone, tmp_path, monkeypatch, capsys
 ):
     settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone, save_steps=1))
@@ -196,7 +194,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
         content[len(content) // 2] ^= 1
     state.write_bytes(content[: {"cut": len(content) - 1, "half": len(content) // 2, "empty": 0}.get(damage)])
     finetune_dino2_simple.main(replace(settings, resume=True))
-    assert "state.pth is damaged; going back to the state before it" in capsys.readouterr().out
+    assert "state.pth is damaged; resuming from the previous state" in capsys.readouterr().out
     assert results(tmp_path)[1] == uninterrupted["simple"][1]
     ours, theirs = (
         torch.load(path, weights_only=True)["model"] for path in (tmp_path / "out.pth", tmp_path / "run/best.pth")
@@ -204,17 +202,17 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_nothing_whole_to_resume_is_refused_and_nothing_at_all_begins(
+def test_resume_without_a_state_starts_and_with_damaged_states_is_refused(
     demo, tiny_backbone, tmp_path, monkeypatch, capsys
 ):
     settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone, epochs=1, resume=True))
     monkeypatch.chdir(tmp_path)
     finetune_dino2_simple.main(settings)
-    assert "nothing to resume in run yet: beginning" in capsys.readouterr().out
+    assert "nothing to resume in run yet: starting" in capsys.readouterr().out
     for path in (tmp_path / "run").glob("state*.pth"):
         path.write_bytes(b"")
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir())
-    with pytest.raises(InputError, match="no whole state in run"):
+    with pytest.raises(InputError, match="every state in run is damaged"):
         finetune_dino2_simple.main(settings)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()) == before
 
@@ -240,7 +238,7 @@ def test_settings_that_do_not_fit_a_resumed_run_are_refused(
     assert (tmp_path / "run" / "state.pth").read_bytes() == before
 
 
-def test_settings_that_count_are_said(demo, tiny_backbone, tmp_path, monkeypatch, capsys):
+def test_changed_settings_of_a_resumed_run_are_printed(demo, tiny_backbone, tmp_path, monkeypatch, capsys):
     settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone, precision="fp32"))
     stopped("simple", tmp_path, monkeypatch, settings)
     capsys.readouterr()
@@ -252,7 +250,7 @@ def test_settings_that_count_are_said(demo, tiny_backbone, tmp_path, monkeypatch
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_finished_run_that_is_resumed_changes_nothing(uninterrupted, demo, tiny_backbone, tmp_path, monkeypatch):
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, demo, tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = in_this_folder(settings_of("improved", tmp_path, demo, tiny_backbone))
     improved_dino_detector.main(replace(settings, stop_after="frozen"))
