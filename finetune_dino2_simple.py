@@ -33,7 +33,7 @@ from common.model.detector import DetectorFlags, new_detector
 from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
 from common.train.optim import cosine_schedule, parameter_groups
-from common.train.run_folder import EPOCH_VAL_IMAGES, RunFlags, RunFolder, publish_best, training_conditions
+from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
 from common.train.state import TrainState
 
 WEIGHT_DECAY = 0.05
@@ -92,7 +92,7 @@ def main(settings: Settings) -> dict:
 
     train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
     train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers, settings.seed)
-    quick_data = val_data.first(EPOCH_VAL_IMAGES)
+    quick_data = quick_validation(val_data)
     quick_loader = make_eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
     groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups)

@@ -41,7 +41,7 @@ from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, cosine_schedule, parameter_groups
-from common.train.run_folder import EPOCH_VAL_IMAGES, RunFlags, RunFolder, publish_best, training_conditions
+from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
 from common.train.state import TrainState
 
 WEIGHT_DECAY = 0.05
@@ -254,7 +254,7 @@ def main(settings: Settings) -> dict:
     with accelerator.main_process_first():  # the others then read what it downloaded or generated
         train_data, val_data = load_train_and_val(settings)
     start = first_detector(settings, train_data)
-    quick_data = val_data.first(EPOCH_VAL_IMAGES)
+    quick_data = quick_validation(val_data)
     settings = fitted_to(settings, start.detector, len(train_data), len(quick_data))
     start = replace(start, train_config=training_conditions(settings, train_data, accelerator) | start.train_config)
     run = RunFolder(settings, train_data, accelerator, STAGES)

@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
+import signal
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -17,10 +20,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.cli import flag_name
+from common.console import Interrupted, install_handlers
 from common.data.sources import TrainDataFlags
 from common.evaluate.coco_metrics import coco_dict, evaluate_table
 from common.evaluate.detections import coco_detections, detection_table
 from common.model.losses import LossConfig
+from common.train.state import TrainState
 from common.types import Detections
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +40,21 @@ def arguments_of(settings) -> list[str]:
         elif value != "" and value != ():
             words += [flag_name(name), *map(str, value if isinstance(value, tuple) else [value])]
     return words
+
+
+def stop_at_step(script, settings, step):
+    """Train until a signal after `step` steps."""
+    steps, finish_step = itertools.count(1), TrainState.finish_step
+
+    def finish(state, losses):
+        finish_step(state, losses)
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    install_handlers()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(TrainState, "finish_step", finish)
+        script.main(settings)
 
 
 SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)

@@ -71,10 +71,10 @@ def load_train_and_val(flags: TrainDataFlags) -> tuple[CocoData, CocoData]:
     """The training and the validation images; prints which classes one of the two lacks.
 
     Raises:
-        InputError: what `load_split` raises, no object to learn from, or no class in common.
+        InputError: what `load_split` and `check_objects` raise.
     """
     train, val = load_split(flags, "train"), load_split(flags, "val")
-    check_objects(train, val)
+    check_objects(train, val, strict=flags.strict)
     return train, val
 
 
@@ -217,14 +217,20 @@ def _demo_folder() -> Path:
     return folder
 
 
-def check_objects(train: CocoData, val: CocoData) -> None:
-    """Print which classes one of the two splits lacks.
+def check_objects(train: CocoData, val: CocoData, *, strict: bool = False) -> None:
+    """Print which classes one of the two splits lacks, and a warning where there is no object to validate on.
 
     Raises:
-        InputError: no object to learn from, or no class in common, so that nothing learned could be right.
+        InputError: no object to train on, or no class in common; with `strict`, no object to validate on.
     """
-    if not (~train.crowd).any():
-        raise InputError(f"{train.source}: no box on the {len(train)} training images; there is nothing to learn")
+    if train.crowd.all():
+        raise InputError(f"{train.source}: {_without_objects(train)} training images; there is nothing to learn")
+    if val.crowd.all():
+        problem = f"{val.source}: {_without_objects(val)} validation images: mAP cannot be computed"
+        if strict:
+            raise InputError(f"{problem} (refused by --strict)")
+        advice = "check where their labels are, or take more with --val-images"
+        print(f"warning: {problem}, and the last epoch is kept in place of the best; {advice}", flush=True)
     for one, other in ((train, val), (val, train)):
         missing = [name for name in one.class_names if name not in other.class_names]
         if len(missing) == len(one.class_names):
@@ -232,3 +238,8 @@ def check_objects(train: CocoData, val: CocoData) -> None:
             raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
         if missing:
             print(f"{other.source} lacks {len(missing)} classes of {one.source}: {', '.join(missing[:3])}", flush=True)
+
+
+def _without_objects(data: CocoData) -> str:
+    boxes = f"only crowd boxes ({len(data.crowd)})" if len(data.crowd) else "no box"
+    return f"{boxes} on the {len(data)}"

@@ -106,7 +106,7 @@ class RunFolder:
         self.saved = self._read_state() if settings.resume else None
         if self.saved:
             self._check_resumable(self.saved)
-        begun = self.saved or {"best_score": -1.0, "log": []}
+        begun = self.saved or {"best_score": 0.0, "log": []}
         self.best_score: float = begun["best_score"]
         self.log: list[dict] = begun["log"]
         accelerator.wait_for_everyone()  # all processes have read the files that the main process now replaces
@@ -176,7 +176,10 @@ class RunFolder:
             self.save(state)
 
     def log_epoch(self, state: TrainState, checkpoint: Checkpoint) -> None:
-        """Log the epoch, write `last.pth`, and `best.pth` where mAP@0.5 is the highest so far (the first of equals).
+        """Log the epoch, write `last.pth`, and `best.pth` where mAP@0.5 is the highest so far.
+
+        Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
+        always 0 or does not exist, as on images without boxes.
 
         Args:
             state: with the losses and the time of the epoch.
@@ -186,8 +189,8 @@ class RunFolder:
         rounded = {name: round(value, 4) for name, value in losses.items()}
         line = {"stage": state.stage, "epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics}
         self.log.append(line | {"seconds": round(state.seconds, 1)})
-        score = checkpoint.metrics["AP50"] or 0.0
-        is_best, self.best_score = score > self.best_score, max(score, self.best_score)
+        score = max(0.0, checkpoint.metrics["AP50"] or 0.0)  # 0 also for None and NaN
+        is_best, self.best_score = score >= self.best_score, max(score, self.best_score)
         if not self.accelerator.is_main_process:
             return
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -260,6 +263,30 @@ class RunFolder:
             self.accelerator.print(warning, flush=True)
 
 
+def quick_validation(val_data: CocoData) -> CocoData:
+    """The images for the validation after each epoch: the first `EPOCH_VAL_IMAGES`.
+
+    Prints a warning where they have no object, by which the best epoch could be chosen, although later images have.
+    """
+    quick = val_data.first(EPOCH_VAL_IMAGES)
+    if quick.crowd.all() and not val_data.crowd.all():
+        print(
+            f"warning: {val_data.source}: no object on the first {len(quick)} validation images, on which the best "
+            "epoch is chosen: the last epoch will be kept; --image-ids can put other images first",
+            flush=True,
+        )
+    return quick
+
+
+def _warn_of_equal_epochs(log: list[dict]) -> None:
+    """Print a warning where mAP@0.5 is the same after every epoch, and so has not chosen one of them."""
+    scores = {line["val"]["AP50"] for line in log}
+    if len(log) > 1 and len(scores) == 1:
+        value = scores.pop()
+        text = "could not be computed" if value is None else f"was {value:.3f}"
+        print(f"warning: mAP@0.5 {text} after every epoch: the last epoch is kept", flush=True)
+
+
 def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> dict[str, float | None]:
     """Validate the best checkpoint on all of `val_data`, write it to `--output`, and mark the run as finished.
 
@@ -279,6 +306,7 @@ def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> 
         remove_leftovers(Path(output))
         save_detector(output, replace(best, metrics=numbers))
         headline = format_headline(numbers)
+        _warn_of_equal_epochs(run.log)
         print(f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {output}")
         (run.path / FINISHED).touch()
     return numbers

@@ -12,13 +12,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from helpers import arguments_of
+from helpers import arguments_of, stop_at_step
 
 import finetune_dino2_simple
 import improved_dino_detector
 from common import cli
-from common.console import InputError, Interrupted, install_handlers
+from common.console import InputError
 from common.train import feature_cache
 from common.train.state import TrainState
 
@@ -164,30 +163,13 @@ def test_a_signal_finishes_the_step_and_saves_the_state(
     assert results(tmp_path) == uninterrupted[name]
 
 
-def stopped(name, folder, monkeypatch, settings, step=5):
-    """Run the script until `step` steps are done."""
-    steps = iter(range(1, step + 1))
-    finish_step = TrainState.finish_step
-
-    def finish(state, losses):
-        finish_step(state, losses)
-        if next(steps) == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.chdir(folder)
-    install_handlers()
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(TrainState, "finish_step", finish)
-        SCRIPTS[name].main(settings)
-    install_handlers()
-
-
 @pytest.mark.parametrize("damage", ["cut", "half", "empty", "flipped"])
 def test_a_damaged_state_falls_back_to_the_previous_one(
     damage, uninterrupted, demo, tiny_backbone, tmp_path, monkeypatch, capsys
 ):
     settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone, save_steps=1))
-    stopped("simple", tmp_path, monkeypatch, settings)
+    monkeypatch.chdir(tmp_path)
+    stop_at_step(finetune_dino2_simple, settings, 5)
     state = tmp_path / "run" / "state.pth"
     content = bytearray(state.read_bytes())
     if damage == "flipped":
@@ -215,39 +197,6 @@ def test_resume_without_a_state_starts_and_with_damaged_states_is_refused(
     with pytest.raises(InputError, match="every state in run is damaged"):
         finetune_dino2_simple.main(settings)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"blocks": (3, 4)}, "another --blocks"),
-        ({"image_size": 70}, "another --image-size"),
-        ({"freeze_backbone": True}, "another --freeze-backbone"),
-        ({"train_images": 8}, "other images or boxes"),
-        ({"batch_size": 2}, "inside an epoch of 4 images a step"),
-    ],
-)
-def test_settings_that_do_not_fit_a_resumed_run_are_refused(
-    change, message, demo, tiny_backbone, tmp_path, monkeypatch
-):
-    settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone))
-    stopped("simple", tmp_path, monkeypatch, settings)
-    before = (tmp_path / "run" / "state.pth").read_bytes()
-    with pytest.raises(InputError, match=message):
-        finetune_dino2_simple.main(replace(settings, resume=True, **change))
-    assert (tmp_path / "run" / "state.pth").read_bytes() == before
-
-
-def test_changed_settings_of_a_resumed_run_are_printed(demo, tiny_backbone, tmp_path, monkeypatch, capsys):
-    settings = in_this_folder(settings_of("simple", tmp_path, demo, tiny_backbone, precision="fp32"))
-    stopped("simple", tmp_path, monkeypatch, settings)
-    capsys.readouterr()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    finetune_dino2_simple.main(replace(settings, resume=True, lr=5e-4, workers=1, epochs=4, precision="bf16"))
-    text = capsys.readouterr().out
-    changes = "--epochs (was 3, is 4), --lr (was 0.001, is 0.0005), --precision (was fp32, is bf16)"
-    assert f"another run from here on: {changes}" in text
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
 
 
 def test_resuming_a_finished_run_changes_nothing(uninterrupted, demo, tiny_backbone, tmp_path, monkeypatch):
