@@ -11,7 +11,7 @@ data/         whatever --data names -> batches
 model/        the detector and what teaches it
               backbone, img_focus, heads, detector | assignment, losses | postprocess, checkpoint
 train/        one training run
-              optim (learning rates, schedule, EMA), state (what a step changes), run_folder, feature_cache
+              optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, feature_cache
 evaluate/     detections -> numbers; draws nothing
               detect, cost | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
               yolo, evaluation, results

@@ -226,11 +226,11 @@ def check_objects(train: CocoData, val: CocoData, *, strict: bool = False) -> No
     if train.crowd.all():
         raise InputError(f"{train.source}: {_without_objects(train)} training images; there is nothing to learn")
     if val.crowd.all():
-        problem = f"{val.source}: {_without_objects(val)} validation images: mAP cannot be computed"
+        advice = "check where their labels are, or take more with --val-images"
+        problem = f"{val.source}: {_without_objects(val)} validation images, so that mAP cannot be computed; {advice}"
         if strict:
             raise InputError(f"{problem} (refused by --strict)")
-        advice = "check where their labels are, or take more with --val-images"
-        print(f"warning: {problem}, and the last epoch is kept in place of the best; {advice}", flush=True)
+        print(f"warning: {problem}. The last epoch will be kept, not the best", flush=True)
     for one, other in ((train, val), (val, train)):
         missing = [name for name in one.class_names if name not in other.class_names]
         if len(missing) == len(one.class_names):

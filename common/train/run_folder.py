@@ -1,22 +1,16 @@
-"""The folder of a training run: its log, its checkpoints, and the state from which a stopped run is resumed.
-
-On a CPU, a resumed run computes the same bits as the uninterrupted one: weights, optimizer, schedule, average and
-position are saved, and all random numbers are functions of (seed, epoch, step or image, process).
-"""
+"""The folder of a training run: its log, its checkpoints, its state, and the choice of the best epoch."""
 
 import json
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cli import ON_RESUME, flag, flag_name
+from common.cli import flag
 from common.console import InputError, Interrupted, NotFiniteError, finish_step_first
 from common.data.coco import CocoData
 from common.evaluate.coco_metrics import format_headline
@@ -24,9 +18,9 @@ from common.evaluate.detect import validate
 from common.files import atomic_write, check_writable, is_file, remove_leftovers
 from common.model.checkpoint import Checkpoint, load_detector, save_detector
 from common.runtime import RuntimeFlags
+from common.train.resume import check_resumable, read_state, state_files, write_state
 from common.train.state import TrainState
 
-STATE_VERSION = 2
 EPOCH_VAL_IMAGES = 100  # the first of the validation images, for the validation after each epoch
 FINISHED = "finished"  # an empty file that marks a run as complete
 
@@ -73,9 +67,9 @@ def training_conditions(settings: RunFlags, data: CocoData, accelerator: Acceler
 class RunFolder:
     """A run's files: `settings.json`, `log.jsonl` with one line an epoch, `last.pth`, `best.pth` and `state.pth`.
 
-    A new run replaces the files of a finished one in the same folder, a resumed run continues with them. `state.pth` is
-    written when a stage begins, after every epoch and every `save_steps` steps; the previous state is kept as
-    `state.previous.pth`. Only the main process writes; all processes read, so that they need the same folder.
+    A new run replaces the files of a finished one in the same folder, a resumed run continues with them. The state is
+    written when a stage begins, after every epoch and every `save_steps` steps. Only the main process writes; all
+    processes read, so that they need the same folder.
 
     Args:
         settings: of the run; the folder is its `run_dir`.
@@ -96,16 +90,15 @@ class RunFolder:
     ):
         self.settings, self.accelerator, self.stages = settings, accelerator, stages
         self.path = Path(settings.run_dir)
-        self.best, self.state, self.previous = (self.path / f"{s}.pth" for s in ("best", "state", "state.previous"))
+        self.best = self.path / "best.pth"
         self.run = {
-            "state_version": STATE_VERSION,
             "settings": asdict(settings),
             "train_fingerprint": train_data.fingerprint(),
             "images_per_step": settings.batch_size * accelerator.num_processes,
         }
-        self.saved = self._read_state() if settings.resume else None
+        self.saved = read_state(self.path) if settings.resume else None
         if self.saved:
-            self._check_resumable(self.saved)
+            check_resumable(self.run, self.saved, fields(settings))
         begun = self.saved or {"best_score": 0.0, "log": []}
         self.best_score: float = begun["best_score"]
         self.log: list[dict] = begun["log"]
@@ -116,14 +109,10 @@ class RunFolder:
     def _prepare_folder(self) -> None:
         """Remove the files of other runs, and write the settings and the log so far."""
         (self.path / FINISHED).unlink(missing_ok=True)
-        if not self.saved:
-            self.state.unlink(missing_ok=True)
-            self.previous.unlink(missing_ok=True)
-        for name in (
-            "settings.json",
-            "log.jsonl",
-            *(f"{name}.pth" for name in ("last", "best", "state", *self.stages)),
-        ):
+        for path in () if self.saved else state_files(self.path):
+            path.unlink(missing_ok=True)
+        checkpoints = (f"{name}.pth" for name in ("last", "best", "state", *self.stages))
+        for name in ("settings.json", "log.jsonl", *checkpoints):
             remove_leftovers(self.path / name)
         with atomic_write(self.path / "settings.json", "w") as file:
             json.dump(self.run["settings"], file, indent=2)
@@ -148,8 +137,7 @@ class RunFolder:
         """
         if self.saved and self.saved["train"]["stage"] == state.stage:
             state.load_state_dict(self.saved["train"])
-            position = f"epoch {state.epoch + 1}, step {state.step + 1}"
-            self.accelerator.print(f"resuming stage {state.stage} at {position}", flush=True)
+            print(f"resuming stage {state.stage} at epoch {state.epoch + 1}, step {state.step + 1}", flush=True)
         else:
             self.save(state)
         try:
@@ -194,9 +182,8 @@ class RunFolder:
         if not self.accelerator.is_main_process:
             return
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        tqdm.write(
-            f"epoch {checkpoint.epoch}: loss {terms}; {format_headline(checkpoint.metrics)}; {state.seconds:.0f} s"
-        )
+        numbers = format_headline(checkpoint.metrics)
+        tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {numbers}; {state.seconds:.0f} s")
         save_detector(self.path / "last.pth", checkpoint)
         if is_best:
             save_detector(self.best, checkpoint)
@@ -205,62 +192,15 @@ class RunFolder:
         self._write_log()
 
     def save(self, state: TrainState) -> None:
-        """Write `state.pth`; its former content becomes `state.previous.pth`."""
+        """Write the state of the run."""
         content = state.state_dict()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            with atomic_write(self.state) as file:
-                torch.save(self.run | {"best_score": self.best_score, "log": self.log, "train": content}, file)
-                if self.state.is_file():
-                    self.state.replace(self.previous)
+            write_state(self.path, self.run | {"best_score": self.best_score, "log": self.log, "train": content})
 
     def _write_log(self) -> None:
         with atomic_write(self.path / "log.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.log)
-
-    def _read_state(self) -> dict | None:
-        """The last undamaged state; None where no state exists.
-
-        Raises:
-            InputError: every state is damaged, or of another version of this program.
-        """
-        existing = [path for path in (self.state, self.previous) if path.is_file()]
-        for path in existing:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():  # torch does not verify the checksums
-                        raise zipfile.BadZipFile
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                version = content["state_version"]
-            except Exception:  # torch documents few of the errors that damaged files raise
-                self.accelerator.print(f"{path} is damaged; resuming from the previous state", flush=True)
-                continue
-            if version != STATE_VERSION:
-                raise InputError(f"{path} is of another version of this program; start again in another --run-dir")
-            return content
-        if existing:
-            raise InputError(f"every state in {self.path} is damaged: delete that folder, or name another --run-dir")
-        self.accelerator.print(f"nothing to resume in {self.path} yet: starting", flush=True)
-        return None
-
-    def _check_resumable(self, saved: dict) -> None:
-        """Raise InputError for data and settings that do not fit the saved run, and print the changes that matter."""
-        refusal = f"--resume: the run in {self.path}"
-        if saved["train_fingerprint"] != self.run["train_fingerprint"]:
-            raise InputError(f"{refusal} was trained on other images or boxes")
-        changes: dict[str, list[str]] = {rule: [] for rule in ON_RESUME}
-        for field in sorted(fields(self.settings), key=lambda field: field.name):
-            before, now = saved["settings"].get(field.name), self.run["settings"][field.name]
-            if now != before:
-                changes[field.metadata["on_resume"]].append(f"{flag_name(field.name)} (was {before}, is {now})")
-        if changes["refuse"]:
-            raise InputError(f"{refusal} cannot continue with another {', '.join(changes['refuse'])}")
-        before, now = saved["images_per_step"], self.run["images_per_step"]
-        if before != now and saved["train"]["step"]:
-            raise InputError(f"{refusal} stopped inside an epoch of {before} images a step on all processes, not {now}")
-        if changes["warn"]:
-            warning = f"warning: these changes make it another run from here on: {', '.join(changes['warn'])}"
-            self.accelerator.print(warning, flush=True)
 
 
 def quick_validation(val_data: CocoData) -> CocoData:
@@ -283,8 +223,8 @@ def _warn_of_equal_epochs(log: list[dict]) -> None:
     scores = {line["val"]["AP50"] for line in log}
     if len(log) > 1 and len(scores) == 1:
         value = scores.pop()
-        text = "could not be computed" if value is None else f"was {value:.3f}"
-        print(f"warning: mAP@0.5 {text} after every epoch: the last epoch is kept", flush=True)
+        text = "could not be computed after any" if value is None else f"was {value:.3f} after every"
+        print(f"warning: mAP@0.5 {text} epoch: the last epoch is kept", flush=True)
 
 
 def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> dict[str, float | None]:
