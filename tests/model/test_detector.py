@@ -329,11 +329,10 @@ def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
     (detections,) = postprocess(out, [target])
     assert len(detections.scores) == MAX_DETECTIONS and detections.image_id == 9
     assert (detections.scores.diff() <= 0).all() and detections.scores.max() <= 1
-    assert (
-        detections.boxes.min() >= 0
-        and detections.boxes[:, [1, 3]].max() <= 300
-        and 560 < detections.boxes[:, 2].max() <= 1120
-    )
+    boxes = detections.boxes
+    assert boxes.min() >= 0 and boxes[:, [1, 3]].max() <= 300 and 560 < boxes[:, 2].max() <= 1120
+    with pytest.raises(ValueError, match="augmented"):
+        postprocess(out, [replace(target, letterbox=None)])
 
 
 @pytest.mark.real
