@@ -27,7 +27,7 @@ class RuntimeFlags:
     batch_size: int = flag(16, "images a step, on each process", at_least=1)
     workers: int = flag(2, "processes that decode images", at_least=0, on_resume="free")
     precision: str = flag("auto", "arithmetic; auto = the fastest of this hardware", choices=PRECISIONS)
-    seed: int = flag(0, "of all random numbers", at_least=0, at_most=MAX_SEED)
+    seed: int = flag(0, "seed of all random numbers", at_least=0, at_most=MAX_SEED)
 
 
 def derived_seed(*numbers: int) -> int:
