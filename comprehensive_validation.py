@@ -1,7 +1,7 @@
 """Evaluate detectors by one protocol: COCO's numbers, the study's columns, their uncertainty, errors and cost.
 
-Every model sees the same images; its detections are made once, and all numbers come from them, with 95% intervals by
-resampling the images. A model that cannot be loaded keeps a record with its error; the others are still evaluated.
+Every model runs once on the same images; all numbers come from these detections, with 95% intervals by resampling the
+images. A model that cannot be loaded has a record with its error, and the others are still evaluated.
 
   python comprehensive_validation.py                     both detectors, YOLOv8n and YOLOv8x on 500 images of COCO
   python comprehensive_validation.py --models a.pth yolov8n.pt exported_openvino_model --data my_folder --val-images 0
@@ -46,7 +46,7 @@ class Settings(RuntimeFlags, DataFlags):
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
-    flip: bool = flag(False, "checkpoints look at the mirror image of each image too: half as fast")
+    flip: bool = flag(False, "run checkpoints on the mirror image of each image too: half as fast")
     strict: bool = flag(
         False, f"exit with {INCOMPLETE} where a model could not be evaluated, stop where data would have to be repaired"
     )
@@ -55,18 +55,18 @@ class Settings(RuntimeFlags, DataFlags):
 
 
 def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor) -> Predictions:
-    """What the model in `path` detects on the images."""
+    """The detections of the model in `path` on the images."""
     if path in settings.from_detections:
         return read_detections(path, data)
     if path.endswith(".pth"):
         return predictor.predictions(path, data)
-    from common.evaluate.yolo import yolo_predictions  # ultralytics is only needed for its own models
+    from common.evaluate.yolo import yolo_predictions  # ultralytics is optional
 
     return yolo_predictions(path, data, settings.batch_size, predictor.accelerator.device)
 
 
 def detections_file(settings: Settings, name: str) -> Path:
-    """Where the detections of a model are written."""
+    """The file that the detections of a model are written to."""
     output = Path(settings.output)
     return output.parent / f"{output.stem}_detections" / f"{name}.json"
 
@@ -74,9 +74,9 @@ def detections_file(settings: Settings, name: str) -> Path:
 def evaluate_model(
     name: str, path: str, settings: Settings, data: CocoData, predictor: Predictor, weights: np.ndarray
 ) -> Evaluation:
-    """The evaluation of one model: with numbers, its detections written, or with its error.
+    """Evaluate one model and write its detections; the record has numbers, or an error.
 
-    Several processes share the images of a checkpoint; the first alone runs other models, and evaluates.
+    Several processes share the images of a checkpoint; the main one runs other models, and evaluates.
     """
     is_main = predictor.accelerator.is_main_process
     shared = path.endswith(".pth") and path not in settings.from_detections
@@ -100,13 +100,13 @@ def evaluate_all(settings: Settings, data: CocoData, predictor: Predictor) -> li
     """The evaluation of every model.
 
     Raises:
-        InputError: a model that is named twice.
-        Interrupted: with the flags that read the detections of the finished models.
+        InputError: a model is given twice.
+        Interrupted: its advice are the flags that read the detections of the finished models.
     """
     models = settings.models or (() if settings.from_detections else MODELS)
     paths = (*models, *settings.from_detections)
     if len(set(paths)) < len(paths):
-        raise InputError(f"a model is named twice: {', '.join(paths)}")
+        raise InputError(f"a model is given twice: {', '.join(paths)}")
     weights = bootstrap.draws(len(data), settings.seed)
     evaluations: list[Evaluation] = []
     try:
@@ -115,19 +115,19 @@ def evaluate_all(settings: Settings, data: CocoData, predictor: Predictor) -> li
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
         if written:
-            interrupted.advice = f"the finished models need not run again: --from-detections {' '.join(written)}"
+            interrupted.advice = f"the finished models do not have to run again: --from-detections {' '.join(written)}"
         raise
     return evaluations
 
 
 def describe_protocol(seed: int) -> dict:
-    """What was the same for every model."""
+    """The settings that all models share."""
     return {
         "max_detections": postprocess.MAX_DETECTIONS,
         "min_score": postprocess.MIN_SCORE,
         "nms_iou": postprocess.NMS_IOU,
         "crowds": "ignored, as COCO does",
-        "primary_object": "largest non-crowd box against the highest-scoring detection; class averages by support",
+        "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
         "evaluator": "faster-coco-eval",
         "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.LEVEL}%",
         "seed": seed,
@@ -135,7 +135,7 @@ def describe_protocol(seed: int) -> dict:
 
 
 def describe_data(settings: Settings, data: CocoData) -> dict:
-    """What the numbers were measured on."""
+    """The data set of the results."""
     return {
         "source": settings.val_json or settings.data,
         "split": "val",
@@ -148,14 +148,14 @@ def describe_data(settings: Settings, data: CocoData) -> dict:
 
 
 def main(settings: Settings) -> ValidationResults:
-    """Evaluate every model, print the table, write and return the results; of several processes, the first does."""
+    """Evaluate every model, print the table, write and return the results; only the main process prints and writes."""
     check_writable(settings.output)
     if settings.report:
         check_writable(settings.report)
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision)
     predictor = Predictor(accelerator, settings.batch_size, settings.workers, settings.flip)
-    with accelerator.main_process_first():  # what is fetched or drawn then exists for the others
+    with accelerator.main_process_first():  # it fetches or draws data for the others
         data = load_split(settings, "val")
     evaluations = evaluate_all(settings, data, predictor)
     records = tuple(evaluation.record for evaluation in evaluations)
@@ -171,7 +171,7 @@ def main(settings: Settings) -> ValidationResults:
     print(f"{len(data)} validation images of {results.dataset['source']}")
     print(format_table(records), format_comparisons(results), f"written to {settings.output}", sep="\n")
     if settings.report:
-        from common.show.report import write_report  # charts and images are only needed here
+        from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
 
         write_report(Path(settings.report), results, data, {e.record.name: e.table for e in evaluations if e.samples})
         print(f"report written to {settings.report}")

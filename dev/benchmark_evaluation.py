@@ -1,4 +1,4 @@
-"""How long judging takes: all numbers against pycocotools' twelve, and the intervals of four models.
+"""How long evaluation takes: all numbers against pycocotools' twelve, and the intervals of four models.
 
 python -m dev.benchmark_evaluation --annotations instances_val2017.json
 """
@@ -6,8 +6,10 @@ python -m dev.benchmark_evaluation --annotations instances_val2017.json
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,17 +19,19 @@ from common.data.annotations import load_coco
 from common.data.coco import CocoData
 from common.evaluate.bootstrap import comparisons, draws, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
+from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from tests.helpers import pycocotools_numbers
 
 DETECTIONS = 100  # an image
+RESULT = TypeVar("RESULT")
 
 
 @dataclass(frozen=True)
 class Settings:
     annotations: str = flag("instances_val2017.json", "COCO instances; the images are not needed")
-    seed: int = flag(0, "of the made-up detections", at_least=0)
+    seed: int = flag(0, "of the generated detections", at_least=0)
 
 
 def read_truth(path: Path) -> CocoData:
@@ -38,38 +42,42 @@ def read_truth(path: Path) -> CocoData:
         return load_coco(path, Path(folder))
 
 
-def made_up(data: CocoData, seed: int) -> np.ndarray:
-    """(M, 7) detections: the true boxes, shaken, some misnamed, filled up with boxes anywhere."""
-    rng, rows = np.random.default_rng(seed), []
+def generated_detections(data: CocoData, seed: int) -> DetectionTable:
+    """DETECTIONS an image: the true boxes with noise, every fifth class at random, then random boxes."""
+    rng = np.random.default_rng(seed)
+    boxes, scores, labels = [], [], []
     for index, image in enumerate(data.images):
-        part = slice(data.starts[index], data.starts[index + 1])
-        true = data.boxes[part][:DETECTIONS] * rng.normal(1, 0.1, (min(len(data.boxes[part]), DETECTIONS), 4)).clip(0.5)
-        count = DETECTIONS - len(true)
-        width, height = image.width, image.height
-        other = rng.random((count, 4)) * (width, height, width / 2, height / 2) + (0, 0, 1, 1)
-        labels = np.concatenate([data.labels[part][:DETECTIONS], rng.integers(0, len(data.class_names), count)])
-        wrong = rng.random(DETECTIONS) < 0.2
-        labels[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
-        scores = np.concatenate([rng.beta(2, 2, len(true)), rng.beta(1, 4, count)])
-        rows.append(np.column_stack([np.full(DETECTIONS, image.id), np.concatenate([true, other]), scores, labels]))
-    return np.concatenate(rows)
+        part = slice(data.starts[index], min(data.starts[index + 1], data.starts[index] + DETECTIONS))
+        count, size = part.stop - part.start, np.array([image.width, image.height])
+        corner = rng.random((DETECTIONS - count, 2)) * size
+        background = np.hstack([corner, corner + rng.random(corner.shape) * size / 2 + 1])
+        boxes += [data.boxes[part] + rng.normal(0, 3, (count, 4)), background]
+        scores += [rng.beta(2, 2, count), rng.beta(1, 4, DETECTIONS - count)]
+        labels += [data.labels[part], rng.integers(0, len(data.class_names), DETECTIONS - count)]
+    label, rectangle = np.concatenate(labels), np.concatenate(boxes)
+    wrong = rng.random(len(label)) < 0.2
+    label[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
+    rectangle[:, 2:] = np.maximum(rectangle[:, 2:], rectangle[:, :2] + 1)
+    image_id = np.repeat([image.id for image in data.images], DETECTIONS)
+    return DetectionTable(image_id, rectangle, np.concatenate(scores), label)
 
 
-def timed(what: str, work):
+def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
+    """What `work` returns, and the seconds that it took, which are printed."""
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
-    print(f"{what}: {seconds:.1f} s", flush=True)
+    print(f"{title}: {seconds:.1f} s", flush=True)
     return result, seconds
 
 
-def all_numbers(table: np.ndarray, data: CocoData) -> dict:
+def all_numbers(table: DetectionTable, data: CocoData) -> dict:
     return (
         evaluate_table(table, data) | diagnose(table, match(table, data), data) | {"warnings": self_check(table, data)}
     )
 
 
-def intervals(tables: list[np.ndarray], data: CocoData) -> list[dict]:
+def intervals(tables: list[DetectionTable], data: CocoData) -> list[dict]:
     weights, samples = draws(len(data), 0), {}
     for number, table in enumerate(tables):
         agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
@@ -79,13 +87,13 @@ def intervals(tables: list[np.ndarray], data: CocoData) -> list[dict]:
 
 def main(settings: Settings) -> None:
     data = read_truth(Path(settings.annotations))
-    table = made_up(data, settings.seed)
+    table = generated_detections(data, settings.seed)
     print(f"{len(data)} images, {len(data.boxes)} boxes, {len(table)} detections")
     numbers, ours = timed("all numbers", lambda: all_numbers(table, data))
     expected, theirs = timed("pycocotools' twelve", lambda: pycocotools_numbers(table, data))
     print(f"ratio {ours / theirs:.2f}; AP {numbers['detection']['AP']:.6f} and {expected[0]:.6f}")
     few = data.first(500)
-    tables = [made_up(few, seed) for seed in range(4)]
+    tables = [generated_detections(few, seed) for seed in range(4)]
     timed(f"intervals and verdicts of 4 models on {len(few)} images", lambda: intervals(tables, few))
 
 

@@ -1,9 +1,9 @@
-"""How sure the numbers are: Bayesian bootstrap over images (Rubin, 1981), paired for two models.
+"""Confidence intervals: Bayesian bootstrap over images (Rubin, 1981), paired for two models.
 
-A thousand times the images get random weights, and every number is computed anew from what was matched in them;
-nothing is detected or matched again. All models see the same weights, so that two of them can be compared draw by draw:
-what makes an image hard for both then cancels out. Drawing whole images instead would lose in each draw the classes
-that few images show, and with them shift mAP upwards by twice as much.
+Each of a thousand resamples gives the images random weights and computes every number from the matches under these
+weights; nothing is detected or matched again. All models get the same weights, so that two models are compared resample
+by resample and the difficulty of an image, which both share, cancels out. The ordinary bootstrap, which draws images
+with replacement, would lose the classes of few images in many resamples, and raise mAP by twice as much.
 """
 
 import itertools
@@ -18,15 +18,15 @@ from common.evaluate.primary import PrimaryPairs, primary_pairs, weighted_scores
 
 RESAMPLES = 1000
 LEVEL = 95  # per cent
-GRAIN = 1024  # weights are multiples of its inverse, so that their sums are exact
-BATCH = 250  # resamples at once, for the memory's sake
+WEIGHT_STEPS = 1024  # weights are multiples of its inverse, so that their sums are exact
+BATCH = 250  # resamples at once; more need more memory
 COMPARED = ("accuracy", "precision", "recall", "f1", "mean_iou", "AP50", "AP", "class_agnostic_AP50")
 
 
 def draws(images: int, seed: int) -> np.ndarray:
-    """(P, R) float32: how much each image counts in each of the resamples, 1 on average."""
+    """(P, R) float32: the weight of each image in each resample, 1 on average."""
     weights = np.random.default_rng(seed).standard_exponential((images, RESAMPLES))
-    return (np.round(weights * GRAIN) / GRAIN).astype(np.float32)
+    return (np.round(weights * WEIGHT_STEPS) / WEIGHT_STEPS).astype(np.float32)
 
 
 def resampled(
@@ -36,8 +36,8 @@ def resampled(
 
     Args:
         table: the detections of one model.
-        matches: of that table, by class, at COCO's thresholds.
-        agnostic: of its `best_of_duplicates`, all classes as one.
+        matches: the matches of that table, by class, at COCO's thresholds.
+        agnostic: the matches of its `best_of_duplicates`, all classes as one.
         data: the ground truth.
         weights: (P, R) as `draws` returns them.
     """
@@ -67,7 +67,7 @@ def _numbers(
 
 
 def _mean_of_classes(precision: np.ndarray) -> np.ndarray:
-    """(K, R) -> (R,), over the classes that a resample has."""
+    """(K, R) -> (R,), over the classes that exist in a resample."""
     exists = ~np.isnan(precision)
     count = exists.sum(0)
     return np.where(count > 0, np.where(exists, precision, 0).sum(0) / np.maximum(count, 1), np.nan)
@@ -80,22 +80,22 @@ def interval(values: np.ndarray) -> list[float] | None:
 
 
 def comparisons(models: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
-    """Every pair of models, number by number: the interval of the difference, and what may be said of it.
+    """The interval of the difference and the verdict, for every pair of models and every number.
 
     Args:
-        models: by name, what `resampled` returned.
+        models: what `resampled` returned, by the name of the model.
 
     Returns:
         For each pair `a`, `b` and, under `numbers`, for each number the `interval` of a - b and the `verdict`: better
         (a's is higher), worse, or not distinguishable, where the interval holds 0.
     """
-    found = []
-    for (a, ours), (b, theirs) in itertools.combinations(models.items(), 2):
+    pairs = []
+    for (a, samples_a), (b, samples_b) in itertools.combinations(models.items(), 2):
         numbers = {}
         for name in COMPARED:
-            between = interval(ours[name] - theirs[name])
-            if between is not None:
-                verdict = "better" if between[0] > 0 else "worse" if between[1] < 0 else "not distinguishable"
-                numbers[name] = {"interval": between, "verdict": verdict}
-        found.append({"a": a, "b": b, "numbers": numbers})
-    return found
+            difference = interval(samples_a[name] - samples_b[name])
+            if difference is not None:
+                verdict = "better" if difference[0] > 0 else "worse" if difference[1] < 0 else "not distinguishable"
+                numbers[name] = {"interval": difference, "verdict": verdict}
+        pairs.append({"a": a, "b": b, "numbers": numbers})
+    return pairs

@@ -17,7 +17,7 @@ COCO_NUMBERS = (  # pycocotools' twelve, in its order
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
 )
-CURVES = {"0.5": 0, "0.75": 5}  # IoU and its place among COCO's thresholds
+CURVES = {"0.5": 0, "0.75": 5}  # IoU and its index among COCO's thresholds
 
 
 def evaluate_table(table: DetectionTable, data: CocoData) -> dict:
@@ -92,14 +92,14 @@ def coco_numbers(table: DetectionTable, data: CocoData) -> dict:
 
 
 def class_agnostic_ap50(table: DetectionTable, data: CocoData) -> float | None:
-    """AP at IoU 0.5 with all classes taken as one: how well objects are found, apart from their names."""
+    """AP at IoU 0.5 with all classes taken as one: how well objects are localised, whatever their class."""
     matches = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
     (precision,) = average_precision(ranking(matches), 1, np.ones((len(data), 1), np.float32))[0]
     return None if np.isnan(precision) else float(precision)
 
 
 def best_of_duplicates(table: DetectionTable) -> DetectionTable:
-    """Keep the highest-scoring row of those that give one box of an image several classes, by falling score."""
+    """One row for each box of an image, that of its highest-scoring class, by falling score."""
     order = np.argsort(-table.score, kind="stable")
     _, image = np.unique(table.image_id, return_inverse=True)
     keys = np.column_stack([image, table.boxes])[order]
@@ -116,11 +116,11 @@ def _existing(number: float) -> float | None:
 
 
 def headline(numbers: dict) -> dict[str, float | None]:
-    """The few numbers of `evaluate` that fit a line: the study's six columns, and AP."""
+    """The study's six columns and AP, out of what `evaluate_table` returns."""
     return {**numbers["primary"], "AP50": numbers["detection"]["AP50"], "AP": numbers["detection"]["AP"]}
 
 
 def format_headline(numbers: dict[str, float | None]) -> str:
-    """The most important headline numbers, for a line on the terminal."""
+    """mAP@0.5, AP, accuracy and mean IoU as text, for the terminal."""
     chosen = {"mAP@0.5": "AP50", "AP": "AP", "accuracy": "accuracy", "mean IoU": "mean_iou"}
     return ", ".join(f"{name} {'-' if numbers[key] is None else f'{numbers[key]:.3f}'}" for name, key in chosen.items())

@@ -15,15 +15,15 @@ from common.model.postprocess import postprocess
 from common.runtime import device_name, precision_name
 from common.types import Batch
 
-TIMED, WARM_UP = 15, 3  # images timed one at a time, and those before them that are not
-LINUX_MEMORY, FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
+MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What detection costs here. Decoding and resizing of the image files are not counted; post-processing is."""
+    """Cost of detection on this machine. It contains post-processing, but not decoding and resizing of image files."""
 
-    parameters: int | None  # of an exported model they are not known
+    parameters: int | None  # None for an exported model
     ms_per_image: float  # batch of one, median
     images_per_s: float  # at `batch_size`
     batch_size: int
@@ -33,36 +33,37 @@ class Cost:
 
 
 class PeakMemory:
-    """The most memory in use inside, in `megabytes` (10^6 bytes) afterwards.
+    """Context manager that measures the peak memory of its block: `megabytes` (10^6 bytes) afterwards.
 
-    On a GPU what torch allocated there; on a CPU the whole process, libraries included, known on Linux alone.
+    On a GPU the memory that torch allocated; on a CPU that of the whole process with its libraries, on Linux only.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.megabytes = device, None
+        self.device = device
+        self.megabytes: float | None = None
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif FORGET_PEAK.exists():  # some sandboxes have only the other
-            FORGET_PEAK.write_text("5")
+        elif RESET_PEAK.exists():  # some sandboxes have MEMORY_STATUS only
+            RESET_PEAK.write_text("5")
         return self
 
     def __exit__(self, *_) -> None:
         if self.device.type == "cuda":
             self.megabytes = torch.cuda.max_memory_allocated(self.device) / 1e6
-        elif FORGET_PEAK.exists():
-            self.megabytes = int(re.search(r"VmHWM:\s+(\d+) kB", LINUX_MEMORY.read_text())[1]) * 1024 / 1e6
+        elif RESET_PEAK.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", MEMORY_STATUS.read_text())):
+            self.megabytes = int(peak[1]) * 1024 / 1e6
 
 
 @torch.inference_mode()
 def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip: bool = False) -> Cost:
-    """Time a prepared model on the images of one batch that is on its device already."""
+    """Time a prepared model on the images of one batch on its device."""
     model.eval()
 
     def seconds(images: torch.Tensor, targets: list) -> float:
         start = time.perf_counter()
-        postprocess(predict(model, images, flip), targets)  # ends on the CPU, so nothing is left running
+        postprocess(predict(model, images, flip), targets)  # on the CPU, so the GPU has finished
         return time.perf_counter() - start
 
     singles = [i % len(batch.images) for i in range(WARM_UP + TIMED)]

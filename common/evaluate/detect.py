@@ -1,6 +1,6 @@
-"""Running a detector: device and precision, loaders, images in and `Detections` out, and what that costs.
+"""Running a detector: batches of images in, `Detections` out.
 
-Training's validation, the validation scripts and users' own images all go through `detect`.
+The validation during training, the validation scripts and users' own images all use `detect`.
 """
 
 import torch
@@ -18,9 +18,9 @@ from common.types import Detections, RawOutput, mirror_boxes
 
 
 def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
-    """The output of `model` for `images`; with `flip` that for their mirror images follows, as further locations.
+    """The output of `model` for `images`; with `flip`, followed by that for their mirror images as further locations.
 
-    Post-processing then keeps, of two predictions of one object, the one with the higher score.
+    NMS then keeps the higher-scoring of two predictions of one object.
     """
     out = model(images)
     if not flip:
@@ -47,25 +47,26 @@ def detect(
         model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
         loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
         title: of the progress bar.
-        flip: look at the mirrored images too; images only.
+        flip: run on the mirrored images too; not for cached features.
 
     Raises:
-        Interrupted: between two batches, where a signal came in the meantime.
+        Interrupted: between two batches, after a signal.
     """
     model.eval()
-    found: list[Detections] = []
-    with finish_step_first(), progress_bar(len(loader.dataset), title, shown=accelerator.is_main_process) as bar:
+    detections: list[Detections] = []
+    images = len(loader.dataset)  # type: ignore[arg-type]  # torch declares no __len__ for Dataset
+    with finish_step_first(), progress_bar(images, title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
-            detections = postprocess(predict(model, batch.images, flip), batch.targets)
-            found += accelerator.gather_for_metrics(detections, use_gather_object=True)
-            bar.update(len(found) - bar.n)
+            found = postprocess(predict(model, batch.images, flip), batch.targets)
+            detections += accelerator.gather_for_metrics(found, use_gather_object=True)
+            bar.update(len(detections) - bar.n)
             raise_if_interrupted(accelerator)
-    return found
+    return detections
 
 
 def validate(
     model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> dict[str, float | None]:
-    """The headline numbers of a model with these classes on the images of `loader`, which are those of `data`."""
-    found = detect(model, loader, accelerator, title="validating")
-    return headline(evaluate_table(detection_table(found, label_map(class_names, data)), data))
+    """The headline numbers of a model with these classes on the images of `data`, which `loader` yields."""
+    detections = detect(model, loader, accelerator, title="validating")
+    return headline(evaluate_table(detection_table(detections, label_map(class_names, data)), data))

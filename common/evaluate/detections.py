@@ -1,8 +1,9 @@
-"""Detections of a whole data set as one table, in the labels of the data set, and COCO's results format in and out."""
+"""Detections of a whole data set as one table, in the labels of the data set; COCO's results format."""
 
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from common.types import Detections, Predictions
 class DetectionTable:
     """M detections on the images of a data set, one a row.
 
-    Shapes: image_id (M,) int64; boxes (M, 4) float64 xyxy original pixels; score (M,) float64; label (M,) int64 in the
-    terms of the data set.
+    Shapes: image_id (M,) int64; boxes (M, 4) float64 xyxy original pixels; score (M,) float64; label (M,) int64 of
+    the data set.
     """
 
     image_id: np.ndarray
@@ -54,7 +55,7 @@ def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
 
 
 def detection_table(detections: list[Detections], labels: np.ndarray) -> DetectionTable:
-    """The detections of all images as one table; those of classes that the data set does not have are left out.
+    """The detections of all images as one table, without those of classes that the data set does not have.
 
     Args:
         detections: an entry for each image, in the model's labels.
@@ -62,12 +63,12 @@ def detection_table(detections: list[Detections], labels: np.ndarray) -> Detecti
     """
     if not detections:
         return DetectionTable.empty()
-    counts = [len(found.scores) for found in detections]
+    counts = [len(d.scores) for d in detections]
     table = DetectionTable(
-        np.repeat(np.array([found.image_id for found in detections], np.int64), counts),
-        np.concatenate([found.boxes.numpy() for found in detections]).astype(np.float64),
-        np.concatenate([found.scores.numpy() for found in detections]).astype(np.float64),
-        labels[np.concatenate([found.labels.numpy() for found in detections])],
+        np.repeat(np.array([d.image_id for d in detections], np.int64), counts),
+        np.concatenate([d.boxes.numpy() for d in detections]).astype(np.float64),
+        np.concatenate([d.scores.numpy() for d in detections]).astype(np.float64),
+        labels[np.concatenate([d.labels.numpy() for d in detections])],
     )
     return table.select(table.label >= 0)
 
@@ -123,7 +124,7 @@ def _read_columns(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     return ids[:, 0], ids[:, 1], xywh_to_xyxy(numbers[:, :4]), numbers[:, 4]
 
 
-def _whole(value: object) -> int:
+def _whole(value: Any) -> int:
     number = int(value)
     if number != value:
         raise ValueError(f"the id {value!r} is not a whole number")

@@ -1,4 +1,4 @@
-"""Why a detector scores what it scores: operating point, kinds of errors, confusions, calibration. All at IoU 0.5."""
+"""Diagnosis of a detector at IoU 0.5: operating point, kinds of errors, confusion matrix, calibration; self-check."""
 
 from dataclasses import dataclass, replace
 
@@ -17,21 +17,21 @@ from common.evaluate.matching import (
     ranking,
 )
 
-FOUND = 0.5  # IoU from which on a box counts as found
-TOUCHED = 0.1  # IoU below which a detection has nothing to do with a box (TIDE, arXiv 2008.08115)
+FOUND = 0.5  # IoU from which a detection matches a box
+TOUCHED = 0.1  # IoU from which a detection is a poorly localised match of a box (TIDE, arXiv 2008.08115)
 CALIBRATION_BINS = 10  # of equal width
-CALIBRATION_FLOOR = 0.05  # scores below it are not looked at: the many that say "hardly" would drown the rest
-CHECKED = 500  # images that tell whether detections are misread
-ENOUGH = 10  # detections on objects, to say anything of their names
+CALIBRATION_FLOOR = 0.05  # lower scores are left out: they are so many that the mean would show little else
+CHECKED = 500  # images of the self-check
+ENOUGH = 10  # detections on objects that the self-check of classes needs
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 
 def diagnose(table: DetectionTable, matches: Matches, data: CocoData) -> dict:
-    """What there is to say of one model beside its average precision; plain types only.
+    """Operating point, errors, calibration and confusion matrix of one model, in plain types.
 
     Args:
         table: the detections of one model.
-        matches: of that table, by class, the first threshold being 0.5.
+        matches: the matches of that table, by class, at IoU 0.5 and perhaps further thresholds.
         data: the ground truth.
     """
     ranked = ranking(matches)
@@ -45,9 +45,9 @@ def diagnose(table: DetectionTable, matches: Matches, data: CocoData) -> dict:
 
 
 def operating_point(ranked: Ranking) -> dict[str, float | None]:
-    """The score from which on detections are kept for the best F1 over all objects, and precision, recall and F1 there.
+    """The score threshold with the best F1 over all objects, and precision, recall and F1 at it.
 
-    The threshold is chosen on the images that it is reported on. None where there are no objects or no detections.
+    The threshold is chosen on the images that it is reported for. None without objects or detections.
     """
     objects, order = len(ranked.object_label), np.argsort(-ranked.score, kind="stable")
     if not objects or not len(order):
@@ -64,7 +64,7 @@ def operating_point(ranked: Ranking) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """How well each of M detections covers the best object of its own class, and of another: (M,) IoU and box index."""
+    """The best overlap of each of M detections with an object of its class, and of another class: (M,) IoU and box."""
 
     same: np.ndarray
     same_box: np.ndarray
@@ -73,37 +73,39 @@ class Overlaps:
 
 
 def best_overlaps(table: DetectionTable, matches: Matches, data: CocoData) -> Overlaps:
-    """`Overlaps` of the detections of `matches`, in its order; crowds do not count. The box of IoU 0 is any."""
+    """`Overlaps` of the detections of `matches`, in its order, without crowds. The box of IoU 0 has no meaning."""
     count = len(matches.row)
-    found = Overlaps(np.zeros(count), np.full(count, -1), np.zeros(count), np.full(count, -1))
+    overlaps = Overlaps(np.zeros(count), np.full(count, -1), np.zeros(count), np.full(count, -1))
     for detections, boxes in paired_groups(matches.image, matches.images):
         iou = box_iou(table.boxes[matches.row[detections]][:, :, None], data.boxes[boxes][:, None])
         iou = np.where((boxes >= 0) & matches.objects[boxes], 1, 0)[:, None] * iou  # (G, D, B)
-        alike = matches.label[detections][:, :, None] == matches.labels[boxes][:, None]
+        equal = matches.label[detections][:, :, None] == matches.labels[boxes][:, None]
         real = detections >= 0
-        for best, box, chosen in ((found.same, found.same_box, alike), (found.other, found.other_box, ~alike)):
+        pairs = ((overlaps.same, overlaps.same_box, equal), (overlaps.other, overlaps.other_box, ~equal))
+        for best, box, chosen in pairs:
             own = np.where(chosen, iou, 0)
             top = own.argmax(2)
             best[detections[real]] = own.max(2)[real]
             box[detections[real]] = np.take_along_axis(boxes, top, 1)[real]
-    return found
+    return overlaps
 
 
 def error_breakdown(table: DetectionTable, matches: Matches, data: CocoData, score: float | None) -> dict[str, dict]:
-    """What each kind of error costs: by how much AP50 would rise if it alone were mended (TIDE, arXiv 2008.08115).
+    """The gain in AP50 if one kind of error alone were corrected (TIDE, arXiv 2008.08115), for each kind.
 
-    A wrong detection is, the first that fits: a duplicate (on an object of its class that a better one found), of wrong
-    localisation (IoU 0.1 to 0.5 with one of its class), of wrong class (IoU from 0.5 with another class), of both
-    (IoU 0.1 to 0.5 with another class), background. An object is missed if no detection found it or was a matter of
-    class or localisation on it. Mending makes the best-scoring such detection of an object right and removes the
-    others; the other kinds are removed; missed objects are not asked for.
+    A false positive is of the first kind that applies: duplicate (of an object of its class that a higher-scoring
+    detection matched), localisation (IoU 0.1 to 0.5 with an object of its class), class (IoU from 0.5 with an object of
+    another class), both (IoU 0.1 to 0.5 with an object of another class), background. An object is missed if no
+    detection matches it and no class or localisation error is on it. To correct a class or localisation error, the
+    highest-scoring one of an object becomes a true positive and its others are removed. Errors of the other kinds are
+    removed, missed objects are removed from the ground truth.
 
     Returns:
         For each of ERROR_KINDS the gain in AP50, and the number of cases among detections from `score` on.
     """
     overlaps = best_overlaps(table, matches, data)
     wrong = ~matches.hit[0] & ~matches.ignored[0]
-    sure = matches.score >= (np.inf if score is None else score)
+    counted = matches.score >= (np.inf if score is None else score)
     kinds = {
         "duplicate": overlaps.same >= FOUND,
         "localisation": overlaps.same >= TOUCHED,
@@ -111,24 +113,24 @@ def error_breakdown(table: DetectionTable, matches: Matches, data: CocoData, sco
         "both": overlaps.other >= TOUCHED,
         "background": np.ones_like(wrong),
     }
-    for name, fits in kinds.items():
-        kinds[name] = fits & wrong
-        wrong = wrong & ~fits
-    plain = np.nanmean(_ap50(ranking(matches), data)) if matches.objects.any() else None
+    for name, applies in kinds.items():
+        kinds[name] = applies & wrong
+        wrong = wrong & ~applies
+    before = np.nanmean(_ap50(ranking(matches), data)) if matches.objects.any() else None
     errors = {}
     for name in ERROR_KINDS[:-1]:
         box = {"class": overlaps.other_box, "localisation": overlaps.same_box}.get(name)
-        mended = _mend(matches, kinds[name], box)
-        errors[name] = {"gain": _gain(mended, data, plain), "count": int((kinds[name] & sure).sum())}
+        corrected = _correct(matches, kinds[name], box)
+        errors[name] = {"gain": _gain(corrected, data, before), "count": int((kinds[name] & counted).sum())}
     errors["missed"] = {
-        "gain": _gain(_without(matches, _missed(matches, kinds, overlaps, np.ones_like(sure))), data, plain),
-        "count": int(_missed(matches, kinds, overlaps, sure).sum()),
+        "gain": _gain(_without(matches, _missed(matches, kinds, overlaps, np.ones_like(counted))), data, before),
+        "count": int(_missed(matches, kinds, overlaps, counted).sum()),
     }
     return {name: errors[name] for name in ERROR_KINDS}
 
 
 def _missed(matches: Matches, kinds: dict[str, np.ndarray], overlaps: Overlaps, counted: np.ndarray) -> np.ndarray:
-    """(N,) bool: objects that none of the `counted` detections found, misnamed or misplaced."""
+    """(N,) bool: objects without a match, a class error and a localisation error among the `counted` detections."""
     missed = matches.objects.copy()
     missed[matches.truth[0, matches.hit[0] & counted]] = False
     missed[overlaps.other_box[kinds["class"] & counted]] = False
@@ -136,29 +138,28 @@ def _missed(matches: Matches, kinds: dict[str, np.ndarray], overlaps: Overlaps, 
     return missed
 
 
-def _mend(matches: Matches, chosen: np.ndarray, box: np.ndarray | None) -> Ranking:
-    """The ranking with the `chosen` detections mended: right where `box` tells the object of each, else removed."""
-    label, truth, gone = matches.label.copy(), matches.truth[0].copy(), chosen | matches.ignored[0]
+def _correct(matches: Matches, chosen: np.ndarray, box: np.ndarray | None) -> Ranking:
+    """The ranking with the `chosen` detections removed, or, given the `box` index of each, corrected."""
+    label, truth, removed = matches.label.copy(), matches.truth[0].copy(), chosen | matches.ignored[0]
     if box is not None:
-        found = np.isin(box, truth[matches.hit[0]])
-        candidates = np.nonzero(chosen & ~found)[0]
+        matched = np.isin(box, truth[matches.hit[0]])
+        candidates = np.nonzero(chosen & ~matched)[0]
         candidates = candidates[np.argsort(-matches.score[candidates], kind="stable")]
         _, first = np.unique(box[candidates], return_index=True)
         best = candidates[first]
-        truth[best], label[best], gone[best] = box[best], matches.labels[box[best]], False
-    mended = replace(matches, label=label, truth=truth[None], ignored=gone[None])
-    return ranking(mended)
+        truth[best], label[best], removed[best] = box[best], matches.labels[box[best]], False
+    return ranking(replace(matches, label=label, truth=truth[None], ignored=removed[None]))
 
 
 def _without(matches: Matches, missed: np.ndarray) -> Ranking:
     return ranking(replace(matches, objects=matches.objects & ~missed))
 
 
-def _gain(mended: Ranking, data: CocoData, plain: float | None) -> float | None:
-    if plain is None:
+def _gain(corrected: Ranking, data: CocoData, before: float | None) -> float | None:
+    if before is None:
         return None
-    after = _ap50(mended, data)
-    return float(np.nanmean(after) - plain) if not np.isnan(after).all() else 0.0
+    after = _ap50(corrected, data)
+    return float(np.nanmean(after) - before) if not np.isnan(after).all() else 0.0
 
 
 def _ap50(ranked: Ranking, data: CocoData) -> np.ndarray:
@@ -166,7 +167,7 @@ def _ap50(ranked: Ranking, data: CocoData) -> np.ndarray:
 
 
 def calibration(ranked: Ranking) -> dict:
-    """Do scores say how often a detection is right? Bins of equal width over the scores from 0.05 on.
+    """Precision by score, in bins of equal width, for detections with a score of at least CALIBRATION_FLOOR.
 
     Returns:
         expected_error (mean distance of score and precision, weighted by detections; Guo et al., arXiv 1706.04599) and,
@@ -174,20 +175,20 @@ def calibration(ranked: Ranking) -> dict:
     """
     kept = ranked.score >= CALIBRATION_FLOOR
     score, hit = ranked.score[kept], ranked.hit[kept]
-    place = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bin_of = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     bins = [
         {"score": float(score[in_bin].mean()), "precision": float(hit[in_bin].mean()), "count": int(in_bin.sum())}
-        for in_bin in (place == number for number in np.unique(place))
+        for in_bin in (bin_of == number for number in np.unique(bin_of))
     ]
     error = sum(b["count"] * abs(b["score"] - b["precision"]) for b in bins) / len(score) if len(score) else None
     return {"expected_error": error, "bins": bins}
 
 
 def confusion(table: DetectionTable, data: CocoData, score: float | None) -> np.ndarray:
-    """(K + 1, K + 1) int64 counts, truth by detection from `score` on, matched whatever their class.
+    """(K + 1, K + 1) int64 counts, true class by detected class, of detections from `score` on, matched by IoU alone.
 
-    The last row counts detections where no object is, the last column objects without a detection. Detections of
-    crowds are not counted.
+    The last row counts detections of background, the last column objects without a detection. Detections of crowds are
+    not counted.
     """
     classes = len(data.class_names)
     table = table.at_least(score)
@@ -203,7 +204,7 @@ def confusion(table: DetectionTable, data: CocoData, score: float | None) -> np.
 
 
 def self_check(table: DetectionTable, data: CocoData) -> list[str]:
-    """Warnings of detections that look misread: they fit the objects badly as read, and well when read otherwise."""
+    """Warnings about detections that match few objects as read, and many when read in another way."""
     data = data.first(CHECKED)
     size_of = {image.id: (image.width, image.height) for image in data.images}
     table = table.select(np.isin(table.image_id, list(size_of)))
@@ -218,20 +219,20 @@ def self_check(table: DetectionTable, data: CocoData) -> list[str]:
         ),
         "normalised coordinates were taken for pixels": table.boxes * np.tile(sizes, 2),
     }
-    fits = {reading: _share_found(replace(table, boxes=boxes), data) for reading, boxes in readings.items()}
+    shares = {reading: _share_found(replace(table, boxes=boxes), data) for reading, boxes in readings.items()}
     warnings = []
-    best = max(fits, key=lambda reading: fits[reading])
-    if fits[best] > max(0.2, 1.5 * fits[""]):
+    best = max(shares, key=lambda reading: shares[reading])
+    if shares[best] > max(0.2, 1.5 * shares[""]):
         warnings.append(
-            f"the highest-scoring detections find {fits['']:.0%} of the objects, but would find {fits[best]:.0%} if "
-            f"{best}: look at how the boxes are written"
+            f"the highest-scoring detections match {shares['']:.0%} of the objects, and would match {shares[best]:.0%} "
+            f"if {best}: check how the boxes are written"
         )
     return warnings + _check_names(table, data)
 
 
 def _share_found(table: DetectionTable, data: CocoData) -> float:
-    """The share of the objects that the highest-scoring detections, as many an image as it has objects, cover."""
-    table = table.select((table.boxes[:, 2:] > table.boxes[:, :2]).all(1))
+    """The share of the objects that the highest-scoring detections match, as many an image as it has objects."""
+    table = table.select(np.all(table.boxes[:, 2:] > table.boxes[:, :2], axis=1))
     table = table.select(np.lexsort((-table.score, table.image_id)))
     count_of = {image.id: int(count) for image, count in zip(data.images, np.diff(data.starts), strict=True)}
     counts = np.array([count_of[number] for number in table.image_id.tolist()], np.int64)
@@ -241,7 +242,7 @@ def _share_found(table: DetectionTable, data: CocoData) -> float:
 
 
 def _check_names(table: DetectionTable, data: CocoData) -> list[str]:
-    """Do detections on objects carry the names of their neighbours in the list of classes?"""
+    """A warning where most detections on objects have another class, that of the neighbour in the list, say."""
     m = match(table, data, np.array([FOUND]), by_class=False)
     hit = m.hit[0]
     truth, predicted = data.labels[m.truth[0, hit]], table.label[m.row[hit]]
@@ -252,9 +253,9 @@ def _check_names(table: DetectionTable, data: CocoData) -> list[str]:
         shifted = float(np.mean(truth == predicted + step))
         if shifted > max(0.2, 1.5 * right):
             return [
-                f"{right:.0%} of the detections on objects name them rightly, but {shifted:.0%} would with every class "
-                f"id moved by {step:+d}: look at how the ids are mapped"
+                f"{right:.0%} of the detections on objects have their class, and {shifted:.0%} would with every "
+                f"class id moved by {step:+d}: check how the ids are mapped"
             ]
     if right < 0.02:
-        return [f"only {right:.1%} of the detections on objects name them rightly: look at how the ids are mapped"]
+        return [f"only {right:.1%} of the detections on objects have their class: check how the ids are mapped"]
     return []

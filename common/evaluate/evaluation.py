@@ -1,7 +1,7 @@
-"""One model, one data set, one record: what both validation scripts share.
+"""From a model and a data set to a record, for both validation scripts.
 
-A model is a checkpoint of this project, anything that ultralytics runs, or a file of detections. Each becomes
-`Predictions`, and from there on all are evaluated by the same function.
+A model is a checkpoint of this project, anything that ultralytics runs, or a file of detections. Each gives
+`Predictions`, which one function evaluates.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ from common.types import Detections, Predictions
 
 @dataclass(frozen=True)
 class Predictor:
-    """How detectors are run: on which device and in which precision, and on how many images at once.
+    """Runs checkpoints on the device and in the precision of `accelerator`, `batch_size` images at once.
 
-    `workers` processes decode the images; with `flip` the mirror image of each is looked at too.
+    `workers` processes decode the images; with `flip` the model also runs on the mirror image of each.
     """
 
     accelerator: Accelerator
@@ -39,7 +39,7 @@ class Predictor:
     flip: bool = False
 
     def detect(self, checkpoint: Checkpoint, data: CocoData, title: str) -> list[Detections]:
-        """Detections on every image of `data`, in its order, in the checkpoint's own labels.
+        """Detections on every image of `data`, in its order, in the checkpoint's labels.
 
         Args:
             title: of the progress bar.
@@ -61,7 +61,7 @@ class Predictor:
         """What the checkpoint in the file `path` detects on the images of `data`.
 
         Raises:
-            InputError: no such checkpoint, or a damaged one.
+            InputError: a missing or damaged checkpoint.
         """
         checkpoint = load_detector(path)
         config = checkpoint.detector.config
@@ -78,7 +78,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record, the detections behind it, and its numbers in each resample; without the latter two after an error."""
+    """A record, with its detections and its numbers in each resample unless the record has an error."""
 
     record: ValidationRecord
     table: DetectionTable | None = None
@@ -88,12 +88,12 @@ class Evaluation:
 def evaluate(
     name: str, path: str, predictions: Predictions, data: CocoData, weights: np.ndarray | None = None
 ) -> Evaluation:
-    """Everything that is measured of one model on `data`.
+    """Measure one model on `data`.
 
     Args:
         name: of the model, in tables and charts.
         path: of its file.
-        weights: (P, R) as `bootstrap.draws` returns them, for intervals and the diagnosis; None leaves both out.
+        weights: (P, R) as `bootstrap.draws` returns them; None leaves out intervals, diagnosis and self-check.
 
     Raises:
         InputError: the model and the data set have no class in common.

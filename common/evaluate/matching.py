@@ -1,7 +1,7 @@
-"""Which detection found which object, and average precision from that: COCO's rules, for all images at once.
+"""Matches of detections and objects by COCO's rules, for all images at once, and average precision from them.
 
-The official twelve numbers come from a library (metrics.py). What it does not tell, which detection was matched with
-what, is needed for everything else: intervals by resampling images, kinds of errors, confusions, calibration.
+COCO's twelve numbers come from a library (coco_metrics.py), which does not return the matches. Intervals, kinds of
+errors, confusion matrix and calibration need them.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ RECALL_STEPS = 100  # AP is the mean of the precision at recalls 0, 1/100, …, 
 
 @dataclass(frozen=True)
 class Matches:
-    """What became of each of M detections and N boxes at T IoU thresholds.
+    """Matches of M detections with N boxes at T IoU thresholds.
 
-    Detections lie in the order of image id, class and falling score; those beyond COCO's limit are left
-    out. Shapes: row (M,) int64, its place in the table that was matched; image (M,) int64, index into
-    `CocoData.images`; label (M,) int64; score (M,) float64; truth (T, M) int64, the box that it found, an index into
-    `CocoData.boxes`, or -1; ignored (T, M) bool, found nothing but a crowd, so neither right nor wrong; objects (N,)
-    bool, the boxes that count, that is all but crowds; labels (N,) int64 of the boxes; images (N,) int64 likewise.
+    Detections are in the order of image id, class and falling score, without those beyond COCO's limit. Shapes: row
+    (M,) int64, index into the table; image (M,) int64, index into `CocoData.images`; label (M,) int64; score (M,)
+    float64; truth (T, M) int64, the matched box, an index into `CocoData.boxes`, or -1; ignored (T, M) bool, matched a
+    crowd only, so neither a true nor a false positive; objects (N,) bool, all boxes but crowds; labels and images (N,)
+    int64 of the boxes.
     """
 
     row: np.ndarray
@@ -40,27 +40,27 @@ class Matches:
 
     @property
     def hit(self) -> np.ndarray:
-        """(T, M) bool: a detection that found an object."""
+        """(T, M) bool: true positives."""
         return self.truth >= 0
 
 
 def match(
     table: DetectionTable, data: CocoData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
 ) -> Matches:
-    """Match detections with boxes as COCO does: by falling score, each with the free box that it overlaps most.
+    """Match detections with boxes as COCO does: by falling score, each with the unmatched box of the highest IoU.
 
-    A crowd box can be found any number of times, and only by detections that find no object.
+    A crowd box can be matched any number of times, and only by detections that match no object.
 
     Args:
-        table: of images of `data`.
+        table: detections on images of `data`.
         data: the ground truth.
         thresholds: (T,) least IoU of a match.
-        by_class: a detection finds boxes of its own class alone; else all classes are one, with label 0.
+        by_class: match boxes of the detection's class only; else all classes are one, with label 0.
     """
     classes = len(data.class_names) if by_class else 1
     ids = np.array([image.id for image in data.images], np.int64)
     by_id = np.argsort(ids)
-    position = np.argsort(by_id)  # of each image among the rising ids, by which COCO orders equal scores
+    position = np.argsort(by_id)  # rank of each image by id, by which COCO orders equal scores
     image = by_id[np.searchsorted(ids, table.image_id, sorter=by_id)]
     label = table.label if by_class else np.zeros_like(table.label)
     group = position[image] * classes + label
@@ -73,38 +73,38 @@ def match(
     truth = np.full((len(thresholds), len(row)), -1)
     ignored = np.zeros(truth.shape, bool)
     for detections, boxes in paired_groups(group[row], truth_group):
-        found = _match_groups(detections, boxes, table.boxes[row], data.boxes, data.crowd, thresholds)
-        for place, chosen, in_crowd in found:
-            truth[:, place], ignored[:, place] = chosen.T, in_crowd.T
+        steps = _match_groups(detections, boxes, table.boxes[row], data.boxes, data.crowd, thresholds)
+        for current, matched, in_crowd in steps:
+            truth[:, current], ignored[:, current] = matched.T, in_crowd.T
     return Matches(row, image[row], label[row], table.score[row], truth, ignored, ~data.crowd, truth_label, truth_image)
 
 
 def rank_in_group(groups: np.ndarray) -> np.ndarray:
-    """Position of each element among those of its group; equal groups lie together."""
+    """Position of each element in its group; `groups` is sorted."""
     _, first, counts = np.unique(groups, return_index=True, return_counts=True)
     return np.arange(len(groups)) - np.repeat(first, counts)
 
 
 def paired_groups(groups: np.ndarray, truth_groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of index arrays (G, D) and (G, B) into detections and boxes: the groups that have both, -1 as filling.
+    """Pairs of index arrays (G, D) and (G, B) into detections and boxes, for the groups with both, padded with -1.
 
-    Groups with similar numbers of boxes share a pair, so that little is filled; those with more detections come first.
+    Groups with similar numbers of boxes share a pair, for little padding; groups with more detections come first.
     """
     order = np.argsort(truth_groups, kind="stable")
     names, first, counts = np.unique(groups, return_index=True, return_counts=True)
     truth_names, truth_first, truth_counts = np.unique(truth_groups[order], return_index=True, return_counts=True)
-    _, here, there = np.intersect1d(names, truth_names, assume_unique=True, return_indices=True)
-    width = np.ceil(np.log2(truth_counts[there])).astype(int)
+    _, left, right = np.intersect1d(names, truth_names, assume_unique=True, return_indices=True)
+    width = np.ceil(np.log2(truth_counts[right])).astype(int)
     for size in np.unique(width):
-        mine, its = here[width == size], there[width == size]
-        by_count = np.argsort(-counts[mine], kind="stable")
-        mine, its = mine[by_count], its[by_count]
-        boxes = _ranges(truth_first[its], truth_counts[its])
-        yield _ranges(first[mine], counts[mine]), np.where(boxes < 0, -1, order[boxes])
+        a, b = left[width == size], right[width == size]
+        by_count = np.argsort(-counts[a], kind="stable")
+        a, b = a[by_count], b[by_count]
+        boxes = _ranges(truth_first[b], truth_counts[b])
+        yield _ranges(first[a], counts[a]), np.where(boxes < 0, -1, order[boxes])
 
 
 def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(G, longest) int64: first, first + 1, … as many as counted, then -1."""
+    """(G, largest count) int64: rows first, first + 1, …, padded with -1."""
     steps = np.arange(counts.max())
     return np.where(steps < counts[:, None], first[:, None] + steps, -1)
 
@@ -112,36 +112,36 @@ def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _match_groups(
     detections: np.ndarray,
     boxes: np.ndarray,
-    found_boxes: np.ndarray,
+    detected_boxes: np.ndarray,
     true_boxes: np.ndarray,
     crowd: np.ndarray,
     thresholds: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Match the groups of a pair of `paired_groups`, in all of them the first detection, then the second, and so on.
+    """Match one pair of `paired_groups`: the first detection of all groups at once, then the second, and so on.
 
-    Yields, for each rank, the detections (n,), the box that each found at each threshold (n, T) or -1, and whether it
-    found but a crowd (n, T).
+    Yields, for each rank, the detections (n,), the box that each matched at each threshold (n, T) or -1, and whether
+    it matched a crowd only (n, T).
     """
     real = boxes >= 0
     is_crowd = crowd[boxes] & real
     free = np.repeat((real & ~is_crowd)[:, None], len(thresholds), axis=1)  # (G, T, B)
     floor = np.minimum(thresholds, 1 - 1e-10)[None, :, None]
-    for place in detections.T:
-        count = np.count_nonzero(place >= 0)
-        place, rows = place[:count], np.arange(count)[:, None]
-        iou = box_iou(found_boxes[place, None], true_boxes[boxes[:count]], is_crowd[:count])[:, None]
+    for column in detections.T:
+        count = np.count_nonzero(column >= 0)
+        current, rows = column[:count], np.arange(count)[:, None]
+        iou = box_iou(detected_boxes[current, None], true_boxes[boxes[:count]], is_crowd[:count])[:, None]
         good = iou >= floor
-        fit = np.where(free[:count] & good, iou, -1.0)
-        best = fit.shape[2] - 1 - fit[..., ::-1].argmax(2)  # the last of equals, as pycocotools
-        hit = np.take_along_axis(fit, best[..., None], 2)[..., 0] >= 0
+        allowed = np.where(free[:count] & good, iou, -1.0)
+        best = allowed.shape[2] - 1 - allowed[..., ::-1].argmax(2)  # the last of equals, as pycocotools
+        hit = np.take_along_axis(allowed, best[..., None], 2)[..., 0] >= 0
         columns = np.arange(len(thresholds))[None]
         free[rows, columns, best] &= ~hit
         in_crowd = (good & is_crowd[:count, None]).any(2) & ~hit
-        yield place, np.where(hit, boxes[rows, best], -1), in_crowd
+        yield current, np.where(hit, boxes[rows, best], -1), in_crowd
 
 
 def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = False) -> np.ndarray:
-    """IoU of xyxy boxes (..., 4) and (..., 4), broadcast; where `crowd`, the share of `a` that lies in `b`."""
+    """IoU of xyxy boxes (..., 4) and (..., 4), broadcast; where `crowd`, the share of `a` inside `b`."""
     sides = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0)
     overlap = sides[..., 0] * sides[..., 1]
     area, other = box_sides(a).prod(-1), box_sides(b).prod(-1)
@@ -150,9 +150,9 @@ def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = False) -> n
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scored answers, right or wrong, and the objects that there were: all that average precision depends on.
+    """True and false positives and objects: all that average precision depends on.
 
-    Shapes: label, image (M,) int64, score (M,) float64, hit (M,) bool of the answers, no object hit twice;
+    Shapes: label, image (M,) int64, score (M,) float64 and hit (M,) bool of the detections, no object hit twice;
     object_label, object_image (N,) int64.
     """
 
@@ -165,22 +165,28 @@ class Ranking:
 
 
 def ranking(matches: Matches, threshold: int = 0) -> Ranking:
-    """The answers and objects at one of the thresholds that were matched at; what found but a crowd is left out."""
-    counts, objects = ~matches.ignored[threshold], matches.objects
-    answers = (a[counts] for a in (matches.label, matches.image, matches.score, matches.hit[threshold]))
-    return Ranking(*answers, matches.labels[objects], matches.images[objects])
+    """The detections and objects at the threshold of that index, without detections of crowds."""
+    counted, objects = ~matches.ignored[threshold], matches.objects
+    return Ranking(
+        matches.label[counted],
+        matches.image[counted],
+        matches.score[counted],
+        matches.hit[threshold][counted],
+        matches.labels[objects],
+        matches.images[objects],
+    )
 
 
 def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.ndarray:
     """COCO's average precision of each class, under any number of weightings of the images.
 
-    Precision only peaks where an answer is right, so it is computed there alone.
+    Precision has its maxima at true positives, so it is computed at these only.
 
     Args:
-        ranked: answers and objects; equal scores rank in the order given.
+        ranked: detections and objects; equal scores rank in the order given.
         classes: K.
-        weights: (P, W) float32, how much each image counts, in multiples of a power of two so that sums are exact;
-            ones for the plain number.
+        weights: (P, W) float32 weight of each image, a multiple of a negative power of two so that sums are exact;
+            ones for COCO's number.
 
     Returns:
         (K, W) float64, NaN where the weighted images hold no object of the class.
@@ -199,17 +205,17 @@ def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.
 
 
 def _mean_precision(image: np.ndarray, hit: np.ndarray, objects: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(n,) answers of one class in falling order, (W,) numbers of objects -> (W,) mean precision over recalls."""
-    places = np.nonzero(hit)[0]
-    if len(places) == 0:
+    """(n,) detections of one class by falling score, (W,) numbers of objects -> (W,) mean precision over recalls."""
+    hits = np.nonzero(hit)[0]
+    if len(hits) == 0:
         return np.zeros_like(objects)
-    starts = np.concatenate([[0], places[:-1] + 1])  # of the answers that end with a right one
-    answers = np.add.reduceat(weights[image[: places[-1] + 1]], starts, axis=0, dtype=np.float64).cumsum(0)
-    right = weights[image[places]].cumsum(0, dtype=np.float64)
+    starts = np.concatenate([[0], hits[:-1] + 1])  # of the runs of detections that end with a true positive
+    detections = np.add.reduceat(weights[image[: hits[-1] + 1]], starts, axis=0, dtype=np.float64).cumsum(0)
+    right = weights[image[hits]].cumsum(0, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.where(answers > 0, right / answers, 0)
+        precision = np.where(detections > 0, right / detections, 0)
         recall = np.where(objects > 0, right / objects, 0)
-    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
     reached = np.searchsorted(np.linspace(0, 1, RECALL_STEPS + 1), recall, side="right")
     steps = np.diff(reached, axis=0, prepend=0)
-    return (best_from_here * steps).sum(0) / (RECALL_STEPS + 1)
+    return (envelope * steps).sum(0) / (RECALL_STEPS + 1)

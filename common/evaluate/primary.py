@@ -1,4 +1,4 @@
-"""The columns of the original study: the largest object against the highest-scoring detection."""
+"""The columns of the original study: the largest object of an image and its highest-scoring detection."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class PrimaryPairs:
 
 
 def primary_pairs(table: DetectionTable, data: CocoData) -> PrimaryPairs:
-    """The pairs of all images with at least one non-crowd box; of equally large boxes the first counts."""
+    """The pairs of all images with at least one non-crowd box; of equally large boxes the first is taken."""
     owners = np.repeat(np.arange(len(data)), np.diff(data.starts))
     boxes = np.nonzero(~data.crowd)[0]
     by_size = boxes[np.lexsort((-box_sides(data.boxes[boxes]).prod(1), owners[boxes]))]  # stable
@@ -33,10 +33,10 @@ def primary_pairs(table: DetectionTable, data: CocoData) -> PrimaryPairs:
     best = table.best_per_image()
     ids = np.array([data.images[index].id for index in images], np.int64)
     place = np.searchsorted(best.image_id, ids)
-    found = np.isin(ids, best.image_id)
+    detected = np.isin(ids, best.image_id)
     predicted, iou = np.full(len(images), -1), np.zeros(len(images))
-    predicted[found] = best.label[place[found]]
-    iou[found] = box_iou(best.boxes[place[found]], data.boxes[largest[found]])
+    predicted[detected] = best.label[place[detected]]
+    iou[detected] = box_iou(best.boxes[place[detected]], data.boxes[largest[detected]])
     return PrimaryPairs(images, data.labels[largest], predicted, iou)
 
 
@@ -44,7 +44,7 @@ def primary_object(table: DetectionTable, data: CocoData) -> dict:
     """The study's columns: the image's largest object against the model's highest-scoring detection.
 
     Only images with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
-    weighted by how many images have that class (so recall equals accuracy). IoU is 0 where nothing was detected.
+    weighted by the number of images of each class (so recall equals accuracy). IoU is 0 where nothing was detected.
     """
     pairs = primary_pairs(table, data)
     scores = weighted_scores(pairs, np.ones((len(pairs.image), 1)))
@@ -54,20 +54,20 @@ def primary_object(table: DetectionTable, data: CocoData) -> dict:
 def weighted_scores(pairs: PrimaryPairs, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The study's columns under any number of weightings of the pairs: (V, W) -> (W,) each, NaN without any pair.
 
-    Precision, recall and F1 of a class count by its support, 0 where they are undefined.
+    Precision, recall and F1 of a class are weighted by its support, and 0 where they are undefined.
     """
     classes = np.unique(pairs.truth)
     right = pairs.truth == pairs.predicted
     truth, predicted = ((labels == classes[:, None]).astype(np.float64) for labels in (pairs.truth, pairs.predicted))
-    support, hits, detected = truth @ weights, (truth * right) @ weights, predicted @ weights  # (C, W)
+    support, hits, answers = truth @ weights, (truth * right) @ weights, predicted @ weights  # (C, W)
     total = weights.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = support / total
         return {
             "accuracy": right @ weights / total,
-            "precision": np.where(total, (_ratio(hits, detected) * share).sum(0), np.nan),
+            "precision": np.where(total, (_ratio(hits, answers) * share).sum(0), np.nan),
             "recall": hits.sum(0) / total,
-            "f1": np.where(total, (_ratio(2 * hits, detected + support) * share).sum(0), np.nan),
+            "f1": np.where(total, (_ratio(2 * hits, answers + support) * share).sum(0), np.nan),
             "mean_iou": pairs.iou @ weights / total,
         }
 

@@ -1,7 +1,7 @@
-"""`validation_results.json`: what the validation writes and the charts read. Imports no torch.
+"""`validation_results.json`: written by the validation, read for charts. Imports no torch.
 
-A `ValidationRecord` holds one model's numbers together with the conditions under which they were obtained; a model
-that could not be evaluated keeps a record with its `error`. All numbers are fractions; null where none exists.
+A `ValidationRecord` holds the numbers of one model and the conditions under which they were measured; a model that
+could not be evaluated has a record with its `error`. Numbers are fractions, null where a number does not exist.
 """
 
 import json
@@ -22,11 +22,11 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-e
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """One model under one protocol.
+    """The numbers of one model.
 
-    `detection` and `primary` as `coco_metrics.evaluate_table` returns them; `cost` as `cost.Cost` names its parts;
-    `intervals` and `diagnosis` as `uncertainty` and `diagnosis` return them; `detections` is the file that holds what
-    the model found, relative to this one.
+    `detection` and `primary` as `coco_metrics.evaluate_table` returns them; `cost` has the fields of `cost.Cost`;
+    `intervals` by number; `diagnosis` as `diagnosis.diagnose` returns it; `detections` is the path of the file with the
+    model's detections, relative to the results.
     """
 
     name: str
@@ -35,7 +35,7 @@ class ValidationRecord:
     detection: dict | None = None
     primary: dict | None = None
     cost: dict | None = None
-    conditions: dict = field(default_factory=dict)  # how the model came about: backbone, images, seed, epochs, …
+    conditions: dict = field(default_factory=dict)  # of its training and evaluation: backbone, images, seed, epochs, …
     intervals: dict | None = None
     diagnosis: dict | None = None
     warnings: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class ValidationRecord:
 
 @dataclass(frozen=True)
 class ValidationResults:
-    """Everything in the file but its version."""
+    """The content of the file, without its version."""
 
     protocol: dict
     dataset: dict  # source, split, images, boxes, fingerprint
@@ -56,7 +56,7 @@ class ValidationResults:
 
 
 def describe_software() -> dict[str, str]:
-    """Versions of Python and of the packages that bear on the numbers."""
+    """Versions of Python and of the packages that the numbers depend on."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -67,12 +67,12 @@ def describe_software() -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, str | int | None]:
-    """Machine type, system and number of processor cores; the device of each model stands in its cost."""
+    """Machine type, system and number of processor cores; the device of each model is in its cost."""
     return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
 
 
 def write_results(path: str | Path, results: ValidationResults) -> None:
-    """Write the file, stamped with the time, software and hardware; the earlier one stays until it is whole.
+    """Write the file with the current time, software and hardware; an existing file is replaced once it is complete.
 
     Raises:
         InputError: the file can't be written.
@@ -112,13 +112,19 @@ def read_results(path: str | Path) -> ValidationResults:
     if not content["models"]:
         raise InputError(f"{path} holds no models")
     records = tuple(_record(path, entry) for entry in content["models"])
-    keys = ("protocol", "dataset", "created", "software", "hardware")
-    others = {key: content.get(key) or {} for key in keys}
-    return ValidationResults(models=records, comparisons=content.get("comparisons") or [], **others)
+    return ValidationResults(
+        protocol=content.get("protocol") or {},
+        dataset=content.get("dataset") or {},
+        models=records,
+        comparisons=content.get("comparisons") or [],
+        created=str(content.get("created") or ""),
+        software=content.get("software") or {},
+        hardware=content.get("hardware") or {},
+    )
 
 
 def _record(path: str | Path, entry: dict) -> ValidationRecord:
-    """Known fields of one record; fields that later versions added are left out, missing ones are None."""
+    """The known fields of one record; missing ones are None, unknown ones are left out."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise InputError(f"{path}: a model without a name: {str(entry)[:80]}")
     known = {part.name: entry.get(part.name) for part in fields(ValidationRecord)}
@@ -129,8 +135,8 @@ def _record(path: str | Path, entry: dict) -> ValidationRecord:
     return ValidationRecord(**known | {key: known[key] or value for key, value in empty.items()})
 
 
-def _without_nan(value):
-    """JSON has no NaN and no infinity; they become null."""
+def _without_nan(value: object) -> object:
+    """The value with null in place of inf and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

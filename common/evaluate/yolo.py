@@ -1,8 +1,7 @@
-"""YOLO baselines, and whatever else ultralytics runs: its detections in the same form as everybody's.
+"""YOLO baselines and other models of ultralytics: their detections as `Predictions`.
 
-ultralytics (AGPL-3.0) is an optional package, imported here alone and only when such a model is asked for. Kept to
-itself: no update checks, no usage statistics, no packages that it installs by itself. Only a weight file that is not
-there yet is fetched.
+ultralytics (AGPL-3.0) is an optional package, imported only here and only for such a model. Its update checks, usage
+statistics and automatic installation of packages are switched off; it only fetches a published weight file.
 """
 
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +24,22 @@ from common.files import cache_folder
 from common.runtime import device_name
 from common.types import Detections, Predictions
 
-# The usual evaluation settings. `predict` gives each box its best class alone, ultralytics' own validation several.
+# ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several.
 SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300}
 TIMED = 20  # images, one by one
 
 
 def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.device) -> Predictions:
-    """What a YOLO detects on every image of `data`.
+    """The detections of a YOLO on every image of `data`.
 
     Args:
         name: a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
         data: the images.
-        batch_size: images at once; exported models have their own.
+        batch_size: images at once; exported models take one.
         device: to run on.
 
     Raises:
-        InputError: ultralytics is not installed, or the model can't be had, or is no detector.
+        InputError: ultralytics is not installed, or the model is missing, damaged or no detector.
     """
     model = _load(name)
     options = SETTINGS | {"device": str(device), "verbose": False}
@@ -59,7 +59,7 @@ def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.d
                 results = model.predict([_pixels(data, index) for index in indices], **options)
                 detections += [_detections(r, data.images[i].id) for r, i in zip(results, indices, strict=True)]
                 bar.update(len(indices))
-    except Exception as error:  # damaged files and missing packages surface as many types
+    except Exception as error:  # damaged files and missing packages raise many types
         raise InputError(f"{name}: ultralytics cannot run it: {str(error).strip().splitlines()[0]}") from error
     cost = Cost(
         parameters=None if exported else sum(p.numel() for p in model.model.parameters()),
@@ -74,7 +74,7 @@ def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.d
     return Predictions(detections, tuple(names[key] for key in sorted(names)), asdict(cost), conditions)
 
 
-def _load(name: str):
+def _load(name: str) -> Any:
     os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
@@ -89,7 +89,7 @@ def _load(name: str):
         with _restore_patched():
             model = YOLO(path)
     except Exception as error:  # likewise
-        raise InputError(f"{name} is no model of ultralytics': {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{name} is not a model of ultralytics: {str(error).strip().splitlines()[0]}") from error
     if model.task != "detect":
         raise InputError(f"{name} is a model for {model.task}, not for detection")
     return model
@@ -97,7 +97,7 @@ def _load(name: str):
 
 @contextmanager
 def _restore_patched() -> Iterator[None]:
-    """ultralytics puts its own `Image.open` and `torch.save` in place of theirs, and leaves out a core: undone here."""
+    """Restores `Image.open`, `torch.save` and the number of threads, which ultralytics replaces."""
     opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
     try:
         yield
@@ -107,21 +107,21 @@ def _restore_patched() -> Iterator[None]:
 
 
 def _fetch(name: str) -> Path:
-    """The published weight file of that name, from the cache or from where ultralytics publishes it."""
+    """The published weight file of that name, from the cache or from ultralytics."""
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
 
     path = cache_folder("ultralytics", Path(name).name)
     if path.is_file():
         return path
     if name not in GITHUB_ASSETS_NAMES:
-        raise InputError(f"no model {name}: neither a file or folder here nor a weight file that ultralytics publishes")
+        raise InputError(f"no model {name}: neither a file or folder nor a weight file that ultralytics publishes")
     partial = path.with_name(f"{path.stem}.partial") / path.name
     partial.parent.mkdir(exist_ok=True)
     try:
         attempt_download_asset(partial, retry=0, progress=False)
         partial.replace(path)
     except Exception as error:
-        raise InputError(f"{name} is not here and cannot be fetched: put the file here and name it") from error
+        raise InputError(f"{name} does not exist and cannot be fetched: download it and give its path") from error
     return path
 
 
@@ -132,11 +132,11 @@ def _pixels(data: CocoData, index: int) -> np.ndarray:
 
 
 def _milliseconds(results: list) -> float:
-    """An image's network and post-processing; resizing is not counted, as for the other models."""
+    """Time per image of network and post-processing, without resizing, as for the other models."""
     return statistics.mean(r.speed["inference"] + r.speed["postprocess"] for r in results)
 
 
-def _detections(result, image_id: int) -> Detections:
+def _detections(result: Any, image_id: int) -> Detections:
     boxes = result.boxes.cpu()
     order = boxes.conf.argsort(descending=True, stable=True)
     return Detections(image_id, boxes.xyxy[order].float(), boxes.conf[order].float(), boxes.cls[order].long())

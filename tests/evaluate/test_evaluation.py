@@ -1,4 +1,4 @@
-"""Beyond the averages: matches, intervals, kinds of errors, calibration, the self-check, other models' detections."""
+"""Intervals, verdicts, kinds of errors, calibration, the self-check, and detections of other models."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def samples_of(table, data, weights):
 
 
 def repeated(data, counts):
-    """The data set in which image i occurs `counts[i]` times, each time under an id of its own."""
+    """The data set with `counts[i]` copies of image i, each with its own id; and the index of each copy."""
     index = np.repeat(np.arange(len(data)), counts)
     parts = [np.arange(data.starts[i], data.starts[i + 1]) for i in index]
     rows = np.concatenate(parts)
@@ -43,10 +43,10 @@ def repeated(data, counts):
     return replace(data, images=images, starts=np.cumsum([0, *map(len, parts)]), **arrays), index
 
 
-def test_a_resample_is_the_data_set_with_its_images_repeated(demo_val):
-    """The vectorised numbers against the ordinary evaluation of a data set that really holds images twice."""
+def test_a_resample_equals_a_data_set_with_repeated_images(demo_val):
+    """The weighted numbers equal those of `evaluate_table` on a data set that contains images twice."""
     data, found = crowded(demo_val), random_detections(demo_val, 1)
-    found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties: order is free
+    found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties
     counts = np.array([0, 2, 1, 3, 0, 1])
     ours = samples_of(detection_table(found, LABELS), data, counts[:, None].astype(np.float32))
     large, index = repeated(data, counts)
@@ -57,7 +57,7 @@ def test_a_resample_is_the_data_set_with_its_images_repeated(demo_val):
         assert ours[name][0] == pytest.approx(value, abs=1e-6), name
 
 
-def test_intervals_cover_the_number_and_shrink_with_more_images(demo_val):
+def test_intervals_contain_the_number_and_shrink_with_more_images(demo_val):
     table = table_of(demo_val)
     numbers = evaluate_table(table, demo_val)["detection"]
     samples = samples_of(table, demo_val, draws(len(demo_val), seed=0))
@@ -70,20 +70,20 @@ def test_intervals_cover_the_number_and_shrink_with_more_images(demo_val):
     assert high2 - low2 < (high - low) / 2
 
 
-def test_draws_depend_on_the_seed_alone():
+def test_draws_depend_on_the_seed_only():
     assert np.array_equal(draws(9, 1), draws(9, 1)) and not np.array_equal(draws(9, 1), draws(9, 2))
     assert draws(9, 1).mean() == pytest.approx(1, abs=0.05) and draws(9, 1).min() >= 0
 
 
 def test_verdicts(demo_val):
-    """A detector that finds everything beats a shaken one; against itself nothing can be said."""
+    """Perfect detections are better than noisy ones, which are not distinguishable from themselves."""
     weights = draws(len(demo_val), seed=0)
     perfect = samples_of(detection_table(truth_as_detections(demo_val), LABELS), demo_val, weights)
-    shaken = samples_of(table_of(demo_val), demo_val, weights)
-    pairs = comparisons({"shaken": shaken, "perfect": perfect, "again": shaken})
+    noisy = samples_of(table_of(demo_val), demo_val, weights)
+    pairs = comparisons({"noisy": noisy, "perfect": perfect, "again": noisy})
     assert [(pair["a"], pair["b"]) for pair in pairs] == [
-        ("shaken", "perfect"),
-        ("shaken", "again"),
+        ("noisy", "perfect"),
+        ("noisy", "again"),
         ("perfect", "again"),
     ]
     verdicts = [pair["numbers"]["AP50"]["verdict"] for pair in pairs]
@@ -108,16 +108,16 @@ def ap50(found, data):
     return evaluate_table(detection_table(found, LABELS), data)["detection"]["AP50"]
 
 
-def test_each_kind_of_error_is_told_by_its_name(demo_val):
-    """Every fourth true box spoilt in one way: that kind alone is charged, and by as much as AP50 lacks."""
+def test_each_kind_of_error_is_recognised(demo_val):
+    """With one kind of error in every fourth detection, only that kind has a gain, which is what AP50 lacks."""
     right = truth_as_detections(demo_val)
-    spoilt = {
+    changes = {
         "class": lambda f, i: replace(f, labels=torch.where(i, (f.labels + 1) % 10, f.labels)),
         "localisation": lambda f, i: replace(f, boxes=torch.where(i[:, None], shrunk(f.boxes), f.boxes)),
         "missed": lambda f, i: replace(f, boxes=f.boxes[~i], scores=f.scores[~i], labels=f.labels[~i]),
     }
-    for kind, spoil in spoilt.items():
-        found = [spoil(f, torch.arange(len(f.scores)) % 4 == 1) for f in right]
+    for kind, change in changes.items():
+        found = [change(f, torch.arange(len(f.scores)) % 4 == 1) for f in right]
         table = detection_table(found, LABELS)
         errors = error_breakdown(table, match(table, demo_val), demo_val, 0.0)
         assert errors[kind]["gain"] == pytest.approx(1 - ap50(found, demo_val), abs=1e-6), kind
@@ -130,7 +130,7 @@ def shrunk(boxes):
     return torch.cat([boxes[:, :2], boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) * 0.58], dim=1)
 
 
-def test_superfluous_detections_are_duplicates_or_background(demo_val):
+def test_additional_detections_are_duplicates_or_background(demo_val):
     right = truth_as_detections(demo_val)
     twice = [
         replace(f, boxes=f.boxes.repeat(2, 1), scores=torch.cat([f.scores, f.scores / 2]), labels=f.labels.repeat(2))
@@ -158,32 +158,32 @@ def test_confusion_counts_every_object_once(demo_val):
     assert counts[:10].sum() == len(demo_val.labels) and np.diag(counts).sum() == 0
 
 
-def test_calibration_of_honest_and_boastful_scores():
+def test_calibration_of_calibrated_and_overconfident_scores():
     rng = np.random.default_rng(0)
     score = rng.random(20000)
     nothing = np.zeros(20000, np.int64)
-    honest = Ranking(nothing, nothing, score, rng.random(20000) < score, nothing, nothing)
-    boastful = replace(honest, hit=rng.random(20000) < score / 2)
-    assert calibration(honest)["expected_error"] < 0.02
-    assert calibration(boastful)["expected_error"] == pytest.approx(0.26, abs=0.03)
-    assert sum(b["count"] for b in calibration(honest)["bins"]) == (score >= 0.05).sum()
+    calibrated = Ranking(nothing, nothing, score, rng.random(20000) < score, nothing, nothing)
+    overconfident = replace(calibrated, hit=rng.random(20000) < score / 2)
+    assert calibration(calibrated)["expected_error"] < 0.02
+    assert calibration(overconfident)["expected_error"] == pytest.approx(0.26, abs=0.03)
+    assert sum(b["count"] for b in calibration(calibrated)["bins"]) == (score >= 0.05).sum()
 
 
-def test_nothing_found_and_nothing_to_find(demo_val):
+def test_no_detections_and_no_objects(demo_val):
     empty = DetectionTable.empty()
-    told = diagnose(empty, match(empty, demo_val), demo_val)
-    assert told["operating_point"]["f1"] is None and told["calibration"]["expected_error"] is None
-    assert told["errors"]["missed"] == {"gain": 0.0, "count": len(demo_val.labels)}
+    diagnosis = diagnose(empty, match(empty, demo_val), demo_val)
+    assert diagnosis["operating_point"]["f1"] is None and diagnosis["calibration"]["expected_error"] is None
+    assert diagnosis["errors"]["missed"] == {"gain": 0.0, "count": len(demo_val.labels)}
     bare = replace(demo_val, **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")})
     bare = replace(bare, starts=np.zeros_like(demo_val.starts))
-    told = diagnose(table_of(demo_val), match(table_of(demo_val), bare), bare)
-    assert told["operating_point"]["f1"] is None and told["errors"]["missed"]["gain"] is None
+    diagnosis = diagnose(table_of(demo_val), match(table_of(demo_val), bare), bare)
+    assert diagnosis["operating_point"]["f1"] is None and diagnosis["errors"]["missed"]["gain"] is None
     weights = draws(len(bare), 0)
     assert all(interval(values) is None for values in samples_of(table_of(demo_val), bare, weights).values())
     assert self_check(empty, demo_val) == [] and self_check(table_of(demo_val), bare) == []
 
 
-def test_the_self_check_warns_of_shifted_classes_and_misread_boxes(demo_val):
+def test_self_check_warns_about_shifted_classes_and_misread_boxes(demo_val):
     right = truth_as_detections(demo_val)
     table = detection_table(right, LABELS)
     assert self_check(table, demo_val) == [] and self_check(table_of(demo_val), demo_val) == []
@@ -231,7 +231,7 @@ def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
         '[{"image_id": 1, "bbox": [1, 1, 1, NaN], "score": 1, "category_id": 1}]',
     ],
 )
-def test_files_that_hold_no_detections_end_in_one_line(demo_val, tmp_path, content):
+def test_files_without_detections_are_refused_in_one_line(demo_val, tmp_path, content):
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(InputError) as caught:
         read_detections(str(tmp_path / "d.json"), demo_val)
@@ -241,7 +241,7 @@ def test_files_that_hold_no_detections_end_in_one_line(demo_val, tmp_path, conte
 
 
 def test_average_precision_by_hand():
-    """Right, wrong, right of three objects: precision 1 up to recall 1/3, then 2/3 up to recall 2/3, then 0."""
+    """Three objects; true, false, true positive: precision 1 up to recall 1/3, 2/3 up to recall 2/3, then 0."""
     zeros = np.zeros(3, np.int64)
     ranked = Ranking(zeros, zeros, np.array([0.9, 0.8, 0.7]), np.array([True, False, True]), zeros, zeros)
     (value,) = average_precision(ranked, 2, np.ones((1, 1), np.float32))[0]
@@ -267,6 +267,6 @@ def test_yolo_reproduces_its_known_figure(assets):
 
 
 @pytest.mark.slow
-def test_ultralytics_is_not_imported_unless_asked_for():
+def test_ultralytics_is_imported_only_for_its_models():
     program = "import sys, comprehensive_validation\nassert 'ultralytics' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""The evaluator against its references: pycocotools, scikit-learn, and the ground truth itself."""
+"""The evaluation compared with pycocotools, scikit-learn and the ground truth."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def half_empty(data):
     return replace(data, starts=np.minimum(data.starts, end), **kept)
 
 
-SITUATIONS = {  # what happens to the data, and how many random boxes are among the detections of an image
+SITUATIONS = {  # a change of the data, and the number of random boxes among the detections of an image
     "random": (lambda data: data, 30),
     "crowds": (crowded, 30),
     "ids from 0": (numbered_from_zero, 30),
@@ -56,20 +56,20 @@ def test_the_numbers_equal_pycocotools(demo_val, situation):
     assert np.nanmean(ours[0]) == pytest.approx(expected[1], abs=1e-6)
 
 
-def test_ground_truth_as_detections_scores_one(demo_val):
+def test_the_ground_truth_as_detections_has_an_ap_of_one(demo_val):
     for data in (demo_val, crowded(demo_val)):
         numbers = numbers_of(truth_as_detections(data), data)["detection"]
         assert numbers["AP"] == numbers["AP50"] == numbers["AP75"] == numbers["AR100"] == pytest.approx(1)
         assert numbers["class_agnostic_AP50"] == pytest.approx(1)
 
 
-def test_mean_of_the_classes_is_the_whole(demo_val):
+def test_ap50_is_the_mean_over_the_classes(demo_val):
     numbers = coco_numbers(detection_table(random_detections(demo_val, 5), np.arange(10)), demo_val)
     existing = [c["AP50"] for c in numbers["per_class"].values() if c["AP50"] is not None]
     assert np.mean(existing) == pytest.approx(numbers["AP50"])
 
 
-def test_no_detections_score_zero_and_no_objects_have_no_score(demo_val):
+def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_ap(demo_val):
     nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.images]
     numbers = numbers_of(nothing, demo_val, np.arange(10))
     assert numbers["detection"]["AP"] == numbers["detection"]["class_agnostic_AP50"] == 0
@@ -91,7 +91,7 @@ def test_labels_are_matched_by_name(demo_val):
     assert numbers_of(found, demo_val, labels)["detection"]["AP"] == pytest.approx(1)
 
 
-def test_wrong_boxes_and_wrong_classes_are_punished(demo_val):
+def test_wrong_boxes_and_wrong_classes_have_low_scores(demo_val):
     right = truth_as_detections(demo_val)
     shifted = [replace(d, labels=(d.labels + 1) % 10) for d in right]
     misread = [replace(d, boxes=box_convert(d.boxes, "xywh", "xyxy")) for d in right]
@@ -129,7 +129,7 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
 
 
 @pytest.mark.real
-def test_real_ground_truth_scores_one_and_random_detections_equal_pycocotools(assets):
+def test_the_numbers_equal_pycocotools_on_real_annotations(assets):
     data = load_split(data_flags(str(assets / "coco-subset")), "val")
     assert numbers_of(truth_as_detections(data), data, np.arange(80))["detection"]["AP"] == pytest.approx(1)
     table = detection_table(random_detections(data, 0), np.arange(80))
