@@ -12,7 +12,9 @@ each model's detections in COCO's results format.
 """
 
 import json
+import os
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +23,11 @@ from accelerate.utils import set_seed
 
 from common import cli
 from common.cli import flag
-from common.console import InputError, Interrupted
+from common.console import InputError, Interrupted, last_line
 from common.data.coco import CocoData
 from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
-from common.evaluate.detections import coco_detections, read_detections
+from common.evaluate.detections import DetectionTable, coco_detections, read_detections
 from common.evaluate.evaluation import Evaluation, Predictor, evaluate, unique_names
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.files import atomic_write, check_writable
@@ -35,6 +37,7 @@ from common.show.tables import format_comparisons, format_table
 from common.types import Predictions
 
 MODELS = ("dino2_detector.pth", "improved_dino2_detector.pth", "yolov8n.pt", "yolov8x.pt")
+ERROR_LENGTH = 400  # characters of the error in a record
 INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 
 
@@ -54,11 +57,16 @@ class Settings(RuntimeFlags, DataFlags):
     report: str = flag("", "also write a report with charts and images, one HTML file")
 
 
+def is_checkpoint(path: str) -> bool:
+    """Is this a checkpoint of this project, by its name?"""
+    return path.lower().endswith(".pth")
+
+
 def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor) -> Predictions:
     """The detections of the model in `path` on the images."""
     if path in settings.from_detections:
         return read_detections(path, data)
-    if path.endswith(".pth"):
+    if is_checkpoint(path):
         return predictor.predictions(path, data)
     from common.evaluate.yolo import yolo_predictions  # ultralytics is optional
 
@@ -71,6 +79,20 @@ def detections_file(settings: Settings, name: str) -> Path:
     return output.parent / f"{output.stem}_detections" / f"{name}.json"
 
 
+def write_detections(settings: Settings, name: str, path: str, table: DetectionTable, data: CocoData) -> str:
+    """Write COCO results JSON with file names; returns its path relative to the results.
+
+    A file that is itself read with --from-detections is left as it is: it may hold more images than were evaluated.
+    """
+    file = detections_file(settings, name)
+    if file.resolve() != Path(path).resolve():
+        names = {image.id: image.path.name for image in data.images}
+        rows = [row | {"file_name": names[row["image_id"]]} for row in coco_detections(table, data.category_ids)]
+        with atomic_write(file, "w") as stream:
+            json.dump(rows, stream)
+    return str(file.relative_to(Path(settings.output).parent))
+
+
 def evaluate_model(
     name: str, path: str, settings: Settings, data: CocoData, predictor: Predictor, weights: np.ndarray
 ) -> Evaluation:
@@ -79,28 +101,31 @@ def evaluate_model(
     Several processes share the images of a checkpoint; the main one runs other models, and evaluates.
     """
     is_main = predictor.accelerator.is_main_process
-    shared = path.endswith(".pth") and path not in settings.from_detections
+    shared = is_checkpoint(path) and path not in settings.from_detections
     try:
         predictions = predict(path, settings, data, predictor) if shared or is_main else None
         if predictions is None or not is_main:
             return Evaluation(ValidationRecord(name, path))
         evaluation = evaluate(name, path, predictions, data, weights)
-    except InputError as error:
-        return Evaluation(ValidationRecord(name, path, error=str(error)))
+        written = write_detections(settings, name, path, evaluation.table, data)
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if shared and predictor.accelerator.num_processes > 1 and not isinstance(error, InputError):
+            raise  # the other processes wait for this one
+        if os.environ.get("DETECTION_DEBUG") == "1":
+            traceback.print_exc()
+        return Evaluation(ValidationRecord(name, path, error=last_line(error)[:ERROR_LENGTH]))
     for warning in evaluation.record.warnings:
         print(f"warning: {name}: {warning}", file=sys.stderr, flush=True)
-    file = detections_file(settings, name)
-    with atomic_write(file, "w") as stream:
-        json.dump(coco_detections(evaluation.table, data.category_ids), stream)
-    relative = str(file.relative_to(Path(settings.output).parent))
-    return replace(evaluation, record=replace(evaluation.record, detections=relative))
+    return replace(evaluation, record=replace(evaluation.record, detections=written))
 
 
-def evaluate_all(settings: Settings, data: CocoData, predictor: Predictor) -> list[Evaluation]:
-    """The evaluation of every model.
+def evaluate_all(
+    settings: Settings, data: CocoData, predictor: Predictor
+) -> tuple[ValidationResults, list[Evaluation]]:
+    """Evaluate every model; the results are written after each, so that a later failure loses none of them.
 
     Raises:
-        InputError: a model is given twice.
+        InputError: a model is given twice, or no model could be evaluated.
         Interrupted: its advice are the flags that read the detections of the finished models.
     """
     models = settings.models or (() if settings.from_detections else MODELS)
@@ -112,12 +137,26 @@ def evaluate_all(settings: Settings, data: CocoData, predictor: Predictor) -> li
     try:
         for name, path in zip(unique_names(paths), paths, strict=True):
             evaluations.append(evaluate_model(name, path, settings, data, predictor, weights))
+            results = collect(settings, data, evaluations)
+            if predictor.accelerator.is_main_process and any(e.samples for e in evaluations):
+                write_results(settings.output, results)
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
         if written:
             interrupted.advice = f"the finished models do not have to run again: --from-detections {' '.join(written)}"
         raise
-    return evaluations
+    return results, evaluations
+
+
+def collect(settings: Settings, data: CocoData, evaluations: list[Evaluation]) -> ValidationResults:
+    """The results of the models that are evaluated so far."""
+    samples = {e.record.name: e.samples for e in evaluations if e.samples}
+    return ValidationResults(
+        describe_protocol(settings.seed),
+        describe_data(settings, data),
+        tuple(evaluation.record for evaluation in evaluations),
+        bootstrap.comparisons(samples, bootstrap.images_with_objects(data)),
+    )
 
 
 def describe_protocol(seed: int) -> dict:
@@ -157,25 +196,23 @@ def main(settings: Settings) -> ValidationResults:
     predictor = Predictor(accelerator, settings.batch_size, settings.workers, settings.flip)
     with accelerator.main_process_first():  # it fetches or draws data for the others
         data = load_split(settings, "val")
-    evaluations = evaluate_all(settings, data, predictor)
-    records = tuple(evaluation.record for evaluation in evaluations)
-    samples = {e.record.name: e.samples for e in evaluations if e.samples}
-    results = ValidationResults(
-        describe_protocol(settings.seed), describe_data(settings, data), records, bootstrap.comparisons(samples)
-    )
+    results, evaluations = evaluate_all(settings, data, predictor)
     if not accelerator.is_main_process:
         return results
-    if all(record.error for record in records):
-        raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    write_results(settings.output, results)
+    if all(record.error for record in results.models):
+        raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in results.models))
     print(f"{len(data)} validation images of {results.dataset['source']}")
-    print(format_table(records), format_comparisons(results), f"written to {settings.output}", sep="\n")
+    print(format_table(results.models), format_comparisons(results), sep="\n")
+    images = bootstrap.images_with_objects(data)
+    if results.comparisons and images < bootstrap.MIN_IMAGES:
+        print(f"a verdict needs {bootstrap.MIN_IMAGES} images with objects, and these are {images}")
+    print(f"written to {settings.output}")
     if settings.report:
         from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
 
         write_report(Path(settings.report), results, data, {e.record.name: e.table for e in evaluations if e.samples})
         print(f"report written to {settings.report}")
-    if settings.strict and any(record.error for record in records):
+    if settings.strict and any(record.error for record in results.models):
         sys.exit(INCOMPLETE)
     return results
 

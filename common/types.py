@@ -128,6 +128,7 @@ class Predictions:
     class_names: tuple[str, ...]
     cost: dict | None = None  # the fields of `evaluate.cost.Cost`
     conditions: dict = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()  # how detections were read, and what was left out
 
 
 def mirror_boxes(boxes: Tensor, width: float) -> Tensor:

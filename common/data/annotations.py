@@ -307,6 +307,7 @@ def _boxes(
     table = table[np.argsort(table[:, 0], kind="stable")]
     return {
         "boxes": xywh_to_xyxy(table[:, 4:]),
+        "file_sides": np.ascontiguousarray(table[:, 6:]),
         "labels": table[:, 1].astype(np.int64),
         "crowd": table[:, 2].astype(bool),
         "areas": np.ascontiguousarray(table[:, 3]),

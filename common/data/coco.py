@@ -52,6 +52,7 @@ class CocoData:
     starts: np.ndarray
     source: str
     notes: tuple[str, ...] = ()  # what was left out or repaired, for people to read
+    file_sides: np.ndarray | None = None  # (A, 2) float64 width and height as in the file, see `box_sides`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,7 +67,12 @@ class CocoData:
         starts = np.concatenate([[0], counts.cumsum()])
         rows = np.repeat(self.starts[indices] - starts[:-1], counts) + np.arange(starts[-1])
         kept = {k: getattr(self, k)[rows] for k in ("boxes", "labels", "crowd", "areas")}
-        return replace(self, images=tuple(self.images[i] for i in indices), starts=starts, **kept)
+        sides = None if self.file_sides is None else self.file_sides[rows]
+        return replace(self, images=tuple(self.images[i] for i in indices), starts=starts, file_sides=sides, **kept)
+
+    def sides(self) -> np.ndarray:
+        """(A, 2) float64 width and height of the boxes."""
+        return box_sides(self.boxes, self.file_sides)
 
     def fingerprint(self) -> str:
         """Hex digest of image ids, boxes, labels and classes: equal where the ground truth is equal."""
@@ -109,15 +115,17 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
     for number, path in enumerate(files, 1):
         width, height = open_image(path).size
         images.append(ImageFile(number, path, width, height))
-    empty = {
-        "boxes": np.zeros((0, 4)),
-        "labels": np.zeros(0, np.int64),
-        "crowd": np.zeros(0, bool),
-        "areas": np.zeros(0),
-    }
-    starts = np.zeros(len(images) + 1, np.int64)
-    source = ", ".join(map(str, paths))
-    return CocoData(tuple(images), tuple(category_ids), tuple(class_names), **empty, starts=starts, source=source)
+    return CocoData(
+        tuple(images),
+        tuple(category_ids),
+        tuple(class_names),
+        boxes=np.zeros((0, 4)),
+        labels=np.zeros(0, np.int64),
+        crowd=np.zeros(0, bool),
+        areas=np.zeros(0),
+        starts=np.zeros(len(images) + 1, np.int64),
+        source=", ".join(map(str, paths)),
+    )
 
 
 def xywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
@@ -125,15 +133,22 @@ def xywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
-def box_sides(boxes: np.ndarray) -> np.ndarray:
-    """(..., 4) float64 xyxy -> (..., 2) width and height, to the digit those that a COCO file gave.
+def box_sides(boxes: np.ndarray, file_sides: np.ndarray | None = None) -> np.ndarray:
+    """(..., 4) float64 xyxy -> (..., 2) width and height.
 
-    x2 - x1 differs from the width that x2 was computed from by some 1e-14, which decides where an IoU lies exactly on a
-    threshold; rounding to nine decimals gives the width back.
+    x2 - x1 differs by about 1e-14 from the width that x2 was computed from, which matters where an IoU lies exactly on
+    a threshold. So the sides of the file are taken where they are known and fit the boxes, else those with up to nine
+    decimals.
     """
-    return np.round(boxes[..., 2:] - boxes[..., :2], 9)
+    sides = boxes[..., 2:] - boxes[..., :2]
+    known = [np.round(sides, 9)]
+    if file_sides is not None and file_sides.shape == sides.shape:
+        known.append(file_sides)
+    for candidate in known:
+        sides = np.where(boxes[..., :2] + candidate == boxes[..., 2:], candidate, sides)
+    return sides
 
 
-def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
+def xyxy_to_xywh(boxes: np.ndarray, file_sides: np.ndarray | None = None) -> np.ndarray:
     """(M, 4) float64 xyxy -> (M, 4) boxes of a COCO file (left, top, width, height)."""
-    return np.concatenate([boxes[:, :2], box_sides(boxes)], axis=1)
+    return np.concatenate([boxes[:, :2], box_sides(boxes, file_sides)], axis=1)

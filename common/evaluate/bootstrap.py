@@ -20,6 +20,10 @@ RESAMPLES = 1000
 LEVEL = 95  # per cent
 WEIGHT_STEPS = 1024  # weights are multiples of its inverse, so that their sums are exact
 BATCH = 250  # resamples at once; more need more memory
+# Images with objects for a verdict. The 95% interval of the mean of random numbers (normal, exponential, 0 or 1)
+# contained it in 75-94% of 3,000 trials with 5 images, 85-90% with 10, and 90-95% with 20.
+MIN_IMAGES = 20
+TOO_FEW = "too few images"
 COMPARED = ("accuracy", "precision", "recall", "f1", "mean_iou", "AP50", "AP", "class_agnostic_AP50")
 
 
@@ -79,15 +83,22 @@ def interval(values: np.ndarray) -> list[float] | None:
     return np.percentile(values, [50 - LEVEL / 2, 50 + LEVEL / 2]).tolist() if len(values) else None
 
 
-def comparisons(models: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
+def images_with_objects(data: CocoData) -> int:
+    """The number of images with at least one non-crowd box."""
+    return len(np.unique(np.repeat(np.arange(len(data)), np.diff(data.starts))[~data.crowd]))
+
+
+def comparisons(models: Mapping[str, Mapping[str, np.ndarray]], images: int) -> list[dict]:
     """The interval of the difference and the verdict, for every pair of models and every number.
 
     Args:
         models: what `resampled` returned, by the name of the model.
+        images: the number of images with objects.
 
     Returns:
         For each pair `a`, `b` and, under `numbers`, for each number the `interval` of a - b and the `verdict`: better
-        (a's is higher), worse, or not distinguishable, where the interval holds 0.
+        (a's is higher), worse, not distinguishable, where the interval contains 0, or too few images, where there are
+        less than MIN_IMAGES.
     """
     pairs = []
     for (a, samples_a), (b, samples_b) in itertools.combinations(models.items(), 2):
@@ -95,7 +106,11 @@ def comparisons(models: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
         for name in COMPARED:
             difference = interval(samples_a[name] - samples_b[name])
             if difference is not None:
-                verdict = "better" if difference[0] > 0 else "worse" if difference[1] < 0 else "not distinguishable"
+                verdict = TOO_FEW if images < MIN_IMAGES else _verdict(*difference)
                 numbers[name] = {"interval": difference, "verdict": verdict}
         pairs.append({"a": a, "b": b, "numbers": numbers})
     return pairs
+
+
+def _verdict(low: float, high: float) -> str:
+    return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"

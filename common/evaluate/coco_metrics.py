@@ -36,7 +36,7 @@ def evaluate_table(table: DetectionTable, data: CocoData) -> dict:
 def coco_dict(data: CocoData) -> dict:
     """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
     image_ids = np.repeat([image.id for image in data.images], np.diff(data.starts))
-    columns = (image_ids, data.labels, xyxy_to_xywh(data.boxes), data.areas, data.crowd)
+    columns = (image_ids, data.labels, xyxy_to_xywh(data.boxes, data.file_sides), data.areas, data.crowd)
     annotations = [
         {
             "id": number,
@@ -58,11 +58,12 @@ def coco_dict(data: CocoData) -> dict:
 
 
 def _coco_evaluation(table: DetectionTable, data: CocoData) -> COCOeval_faster:
-    """The library's evaluation. Image ids, which may exceed what it can hold, are replaced by their rank, from 1."""
+    """The library's evaluation, with ids that it can hold: images and categories are numbered from 1 by rising id."""
     ids = np.sort(np.array([image.id for image in data.images], np.int64))
     images = tuple(replace(image, id=int(np.searchsorted(ids, image.id)) + 1) for image in data.images)
-    truth = coco_dict(replace(data, images=images))
-    rows = coco_detections(replace(table, image_id=np.searchsorted(ids, table.image_id) + 1), data.category_ids)
+    categories = tuple(range(1, len(data.class_names) + 1))
+    truth = coco_dict(replace(data, images=images, category_ids=categories))
+    rows = coco_detections(replace(table, image_id=np.searchsorted(ids, table.image_id) + 1), categories)
     ground_truth = COCO(truth)
     results = (
         ground_truth.loadRes(rows) if rows else COCO({**truth, "annotations": []})

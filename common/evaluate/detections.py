@@ -1,16 +1,24 @@
 """Detections of a whole data set as one table, in the labels of the data set; COCO's results format."""
 
 import json
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 
 from common.console import InputError
-from common.data.coco import CocoData, xywh_to_xyxy, xyxy_to_xywh
+from common.data.coco import CocoData, box_sides, xywh_to_xyxy, xyxy_to_xywh
+from common.data.images import IMAGE_SUFFIXES
 from common.types import Detections, Predictions
+
+ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
+EXACT_FLOATS = 2**53  # below it, a float that is a whole number is exact
+MIN_COVERAGE = 0.1  # share of the images that a file with detections on other images must cover
+REASON_LENGTH = 120  # characters of a parser's message
+NAMED = 3  # ids that a message names
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class DetectionTable:
     boxes: np.ndarray
     score: np.ndarray
     label: np.ndarray
+    file_sides: np.ndarray | None = None  # (M, 2) float64 width and height as in the file, see `box_sides`
 
     @classmethod
     def empty(cls) -> "DetectionTable":
@@ -35,7 +44,12 @@ class DetectionTable:
 
     def select(self, rows: np.ndarray) -> "DetectionTable":
         """The rows at `rows`, int64 indices or a bool mask, in that order."""
-        return DetectionTable(*(getattr(self, column.name)[rows] for column in fields(self)))
+        sides = None if self.file_sides is None else self.file_sides[rows]
+        return DetectionTable(self.image_id[rows], self.boxes[rows], self.score[rows], self.label[rows], sides)
+
+    def sides(self) -> np.ndarray:
+        """(M, 2) float64 width and height of the boxes."""
+        return box_sides(self.boxes, self.file_sides)
 
     def at_least(self, score: float | None) -> "DetectionTable":
         """The rows with that score or a higher one; none where `score` is None."""
@@ -48,10 +62,24 @@ class DetectionTable:
         return self.select(order[first])
 
 
-def label_map(class_names: tuple[str, ...], data: CocoData) -> np.ndarray:
-    """(K,) the data set's label of each of a model's classes, by name; -1 where the data set has no such class."""
+def label_map(class_names: Sequence[str], data: CocoData) -> np.ndarray:
+    """(K,) the data set's label of each of a model's classes, by name; -1 where the data set has no such class.
+
+    A name that differs in case, spaces, underscores or hyphens is accepted where no other name could be meant.
+    """
     labels = {name: label for label, name in enumerate(data.class_names)}
+    missing = [name for name in class_names if name not in labels]
+    unused = {_class_key(name): label for name, label in labels.items() if name not in class_names}
+    in_model, in_data = Counter(map(_class_key, missing)), Counter(map(_class_key, data.class_names))
+    for name in missing:
+        key = _class_key(name)
+        if in_model[key] == in_data[key] == 1 and key in unused:
+            labels[name] = unused[key]
     return np.array([labels.get(name, -1) for name in class_names], np.int64)
+
+
+def _class_key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def detection_table(detections: list[Detections], labels: np.ndarray) -> DetectionTable:
@@ -75,57 +103,246 @@ def detection_table(detections: list[Detections], labels: np.ndarray) -> Detecti
 
 def coco_detections(table: DetectionTable, category_ids: tuple[int, ...]) -> list[dict]:
     """The rows in COCO's results format, boxes as xywh."""
-    columns = table.image_id, table.label, xyxy_to_xywh(table.boxes), table.score
+    columns = table.image_id, table.label, xyxy_to_xywh(table.boxes, table.file_sides), table.score
     return [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 
-def read_detections(path: str, data: CocoData) -> Predictions:
+@dataclass(frozen=True)
+class TablePredictions(Predictions):
+    """Detections that are a table already, in the labels of the data set; the list is empty."""
+
+    table: DetectionTable = field(default_factory=DetectionTable.empty)
+
+
+def read_detections(path: str, data: CocoData) -> TablePredictions:
     """The detections in a COCO results file: a list of image_id, category_id, bbox (xywh, original pixels) and score.
 
+    Images are found by `file_name` where each detection has one that names an image of `data`, else by `image_id`, else
+    by an `image_id` that is a file name or its number; categories by `category_name`, else by `category_id`. `warnings`
+    says so where that differs from the ids, and how many detections on other images and of other categories are left
+    out.
+
     Raises:
-        InputError: no such file, another format, numbers that are inf or NaN, or images that are not in `data`.
+        InputError: no such file, another format, scores outside 0..1, negative widths or heights, or a file that is
+            not about the images or categories of `data`.
     """
-    image_ids, categories, boxes, scores = _read_columns(path)
-    unknown_ids = np.setdiff1d(image_ids, [image.id for image in data.images])
-    if len(unknown_ids):
-        raise InputError(f"{path}: {len(unknown_ids)} images are not in {data.source}, {unknown_ids[0]} among them")
-    label_of = {category: label for label, category in enumerate(data.category_ids)}
-    labels = np.array([label_of.get(category, -1) for category in categories.tolist()], np.int64)
-    order = np.lexsort((-scores, image_ids))
-    order = order[labels[order] >= 0]
-    bounds = np.searchsorted(image_ids[order], [image.id for image in data.images])
-    ends = np.searchsorted(image_ids[order], [image.id for image in data.images], side="right")
-    detections = []
-    for image, begin, end in zip(data.images, bounds, ends, strict=True):
-        columns = (torch.from_numpy(column[order[begin:end]]) for column in (boxes, scores, labels))
-        detections.append(Detections(image.id, *columns))
-    return Predictions(
-        detections, data.class_names, conditions={"detections_of_unknown_categories": int((labels < 0).sum())}
+    rows = _read_rows(path)
+    boxes, scores = _read_numbers(path, rows)
+    images, warnings = _find_images(path, rows, data)
+    labels, label_warnings = _find_labels(path, rows, data)
+    unknown = int((labels < 0).sum())
+    order = np.lexsort((-scores, images))
+    order = order[(labels >= 0)[order] & (images >= 0)[order]]
+    conditions = {"detections_of_unknown_categories": unknown, "detections_on_other_images": int((images < 0).sum())}
+    ids = np.array([image.id for image in data.images], np.int64)
+    table = DetectionTable(ids[images], xywh_to_xyxy(boxes), scores, labels, boxes[:, 2:]).select(order)
+    return TablePredictions([], data.class_names, None, conditions, (*warnings, *label_warnings), table)
+
+
+def _read_rows(path: str) -> list[dict]:
+    """The entries of the file, each an object with an image_id or file_name and a category_id or category_name."""
+    try:
+        rows = json.loads(Path(path).read_bytes())
+        if not isinstance(rows, list):
+            raise ValueError(f"it holds {type(rows).__name__} in place of a list")
+        for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"it lists {type(row).__name__} in place of objects")
+        return rows
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise _not_detections(path, error) from error
+
+
+def _not_detections(path: str, error: Exception) -> InputError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
+    form = "expected a list of objects with image_id, category_id, bbox and score"
+    return InputError(f"{path} does not hold detections: {form} ({reason})")
+
+
+def _read_numbers(path: str, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (M, 4) xywh original pixels and scores (M,), float64."""
+    try:
+        numbers = np.array([(*_checked_list(row["bbox"]), row["score"]) for row in rows], np.float64).reshape(-1, 5)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _not_detections(path, error) from error
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{path}: some numbers are inf or NaN")
+    sides, scores = numbers[:, 2:4], numbers[:, 4]
+    negative = int((sides < -ROUNDING).any(1).sum())
+    if negative:
+        raise InputError(
+            f"{path}: {negative} of the {len(rows)} boxes have a negative width or height; bbox must be x, y, width, "
+            "height in pixels (for corners: x1, y1, x2 - x1, y2 - y1)"
+        )
+    if len(scores) and not -ROUNDING <= scores.min() <= scores.max() <= 1 + ROUNDING:
+        per_cent = "; divide scores in per cent by 100" if scores.min() >= 0 and 1 < scores.max() <= 100 else ""
+        raise InputError(
+            f"{path}: the scores range from {scores.min():.6g} to {scores.max():.6g}, and must be in 0..1{per_cent}"
+        )
+    numbers[:, 2:4] = np.maximum(sides, 0)
+    return numbers[:, :4], scores.clip(0, 1)
+
+
+def _checked_list(value: object) -> list:
+    if type(value) is not list:
+        raise TypeError(f"a bbox is {type(value).__name__} in place of a list")
+    return value
+
+
+def _coded(keys: Iterable[tuple]) -> tuple[list[tuple], np.ndarray]:
+    """The distinct keys (U), and the index of each key among them (M,)."""
+    places: dict[tuple, int] = {}
+    codes = np.array([places.setdefault(key, len(places)) for key in keys], np.int64)
+    return list(places), codes
+
+
+def _keys(path: str, rows: list[dict], id_name: str, text_name: str) -> tuple[list[tuple], np.ndarray]:
+    """`_coded` pairs of an id, a whole number or text, and a text, None where a row has none."""
+    try:
+        return _coded(
+            (_number_or_text(row.get(id_name)), text if isinstance(text := row.get(text_name), str) else None)
+            for row in rows
+        )
+    except ValueError as error:
+        raise InputError(f"{path} does not hold detections: an {id_name} is {error}") from error
+
+
+def _number_or_text(value: object) -> int | str | None:
+    """A whole number, also one that is written as text or as 1.0; other text as it is."""
+    if isinstance(value, str):
+        return int(value) if value.strip().isdecimal() else value
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_FLOATS:
+        return int(value)
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{str(value)[: NAMED * 10]}, not a whole number")
+    return value
+
+
+def _choose(readings: dict[str, list[int]]) -> tuple[str, np.ndarray]:
+    """The first reading of the keys that is complete (no -1), else the one that gives the most different indices."""
+    arrays = {name: np.array(reading, np.int64) for name, reading in readings.items()}
+    complete = [name for name, array in arrays.items() if (array >= 0).all()]
+    best = complete[0] if complete else max(arrays, key=lambda name: len(np.unique(arrays[name][arrays[name] >= 0])))
+    return best, arrays[best]
+
+
+def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
+    """(M,) int64 index into `data.images` of each row, -1 where there is none, and warnings.
+
+    Raises:
+        InputError: the file is not about the images of `data`.
+    """
+    keys, codes = _keys(path, rows, "image_id", "file_name")
+    counts = np.bincount(codes, minlength=len(keys))
+    ids = {image.id: index for index, image in enumerate(data.images)}
+    find = _file_finder(data)
+    by_id = [ids.get(key, -1) for key, _ in keys]
+    by_file = [find(name) for _, name in keys]
+    how, found = _choose({"file": by_file, "id": by_id, "stem": [find(key) for key, _ in keys]})
+    _check_coverage(path, [key if name is None else name for key, name in keys], found, data)
+    warnings, differ = [], int(counts[(found >= 0) & (found != by_id)].sum())
+    if differ and how == "file":
+        warnings.append(f"{differ} detections were assigned by file_name: their image_id is not that of {data.source}")
+    if differ and how == "stem":
+        warnings.append(f"{differ} detections were assigned by taking their image_id for the name of an image file")
+    names = np.array([name is not None for _, name in keys], bool)
+    contradicted = int(counts[names & (found >= 0) & (found != by_file)].sum())
+    if contradicted:
+        warnings.append(f"{contradicted} detections have a file_name that is not that of the image with their image_id")
+    beyond = found < 0
+    if beyond.any():
+        warnings.append(
+            f"{counts[beyond].sum()} detections on {beyond.sum()} images beyond the {len(data)} evaluated were left "
+            "out (--val-images 0 evaluates all images)"
+        )
+    objects = np.unique(np.repeat(np.arange(len(data)), np.diff(data.starts))[~data.crowd])
+    empty = len(np.setdiff1d(objects, found))
+    if empty > len(objects) / 2:
+        warnings.append(f"{empty} of the {len(objects)} images with objects have no detections")
+    return found[codes], warnings
+
+
+def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, data: CocoData) -> None:
+    """Raise InputError where the images of the file do not look like a superset of those of `data`."""
+    unknown = [key for key, index in zip(keys, found, strict=True) if index < 0]
+    if not unknown:
+        return
+    covered = len(np.unique(found[found >= 0]))
+    example = f"{', '.join(str(key)[:40] for key in unknown[:NAMED])}{', …' if len(unknown) > NAMED else ''}"
+    advice = f"give each detection the image_id or the file_name of {data.source}"
+    if 0 in unknown and all(isinstance(key, int) and 0 <= key < len(data) for key in keys):
+        raise InputError(f"{path}: its image ids look like positions in a list of images; {advice}")
+    if covered < MIN_COVERAGE * len(data):
+        raise InputError(
+            f"{path}: it has detections on {covered} of the {len(data)} images and on {len(unknown)} others "
+            f"({example}); {advice}, or evaluate the images of the file (--val-images, --image-ids)"
+        )
+
+
+def _file_finder(data: CocoData) -> Callable[[int | str | None], int]:
+    """A function from a path, file name, stem or number in a file name to the index of the only such image, else -1."""
+    names: dict[int | str, list[int]] = defaultdict(list)
+    stems: dict[int | str, list[int]] = defaultdict(list)
+    for index, image in enumerate(data.images):
+        names[image.path.name].append(index)
+        stems[image.path.stem].append(index)
+        if image.path.stem.isdecimal():
+            stems[int(image.path.stem)].append(index)
+
+    def find(key: int | str | None) -> int:
+        parts = PurePosixPath(key.replace("\\", "/")).parts if isinstance(key, str) else ()
+        last = parts[-1] if parts else key
+        stem = Path(last).stem if isinstance(last, str) and Path(last).suffix.lower() in IMAGE_SUFFIXES else last
+        candidates = (names.get(last) or stems.get(stem) or []) if last is not None and stem is not None else []
+        if len(candidates) > 1:
+            shared = [_shared_parts(parts[:-1], data.images[index].path.parts[:-1]) for index in candidates]
+            candidates = [i for i, count in zip(candidates, shared, strict=True) if 0 < count == max(shared)]
+        return candidates[0] if len(candidates) == 1 else -1
+
+    return find
+
+
+def _shared_parts(a: Sequence[str], b: Sequence[str]) -> int:
+    """The number of equal folders at the end of two paths."""
+    return next(
+        (n for n, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=False)) if x != y), min(len(a), len(b))
     )
 
 
-def _read_columns(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Image ids (M,) and category ids (M,) int64, boxes (M, 4) xyxy and scores (M,) float64."""
-    try:
-        rows = json.loads(Path(path).read_text())
-        ids = np.array([(_whole(row["image_id"]), _whole(row["category_id"])) for row in rows], np.int64).reshape(-1, 2)
-        numbers = np.array([(*row["bbox"], row["score"]) for row in rows], np.float64).reshape(-1, 5)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+def _find_labels(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
+    """(M,) int64 label of each row, -1 where `data` has no such category, and warnings.
+
+    Raises:
+        InputError: no detection has a category of `data`.
+    """
+    keys, codes = _keys(path, rows, "category_id", "category_name")
+    counts = np.bincount(codes, minlength=len(keys))
+    ids = {category: label for label, category in enumerate(data.category_ids)}
+    texts = list(dict.fromkeys(text for key in keys for text in key if isinstance(text, str)))
+    names = dict(zip(texts, label_map(texts, data).tolist(), strict=True))
+    by_id = [ids.get(key, names.get(key, -1)) for key, _ in keys]
+    how, labels = _choose({"category_name": [names.get(name, -1) for _, name in keys], "category_id": by_id})
+    warnings, differ = [], int(counts[(labels >= 0) & (labels != by_id)].sum())
+    if differ:
+        warnings.append(f"{differ} detections got their class by {how}: their category_id is not that of {data.source}")
+    unknown = [str(key if text is None else text)[:40] for (key, text), n in zip(keys, labels, strict=True) if n < 0]
+    example = f"{', '.join(unknown[:NAMED])}{', …' if len(unknown) > NAMED else ''}"
+    own = ", ".join(
+        f"{number} {name}" for number, name in zip(data.category_ids[:NAMED], data.class_names, strict=False)
+    )
+    if unknown and len(unknown) == len(keys):
         raise InputError(
-            f"{path} does not hold detections: a list of image_id, category_id, bbox and score is wanted ({error!r})"
-        ) from error
-    if not np.isfinite(numbers).all():
-        raise InputError(f"{path}: some numbers are inf or NaN")
-    return ids[:, 0], ids[:, 1], xywh_to_xyxy(numbers[:, :4]), numbers[:, 4]
-
-
-def _whole(value: Any) -> int:
-    number = int(value)
-    if number != value:
-        raise ValueError(f"the id {value!r} is not a whole number")
-    return number
+            f"{path}: no detection has a category of {data.source}: the file has {example}, the data set {own}"
+            f"{', …' if len(data.category_ids) > NAMED else ''}; change the category_id or add a category_name"
+        )
+    if unknown:
+        warnings.append(
+            f"{counts[labels < 0].sum()} detections of {len(unknown)} categories that {data.source} does not have "
+            f"({example}) were left out"
+        )
+    return labels[codes], warnings

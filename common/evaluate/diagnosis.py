@@ -23,6 +23,7 @@ CALIBRATION_BINS = 10  # of equal width
 CALIBRATION_FLOOR = 0.05  # lower scores are left out: they are so many that the mean would show little else
 CHECKED = 500  # images of the self-check
 ENOUGH = 10  # detections on objects that the self-check of classes needs
+INT64_DIGITS = 19  # a number with fewer digits fits
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 
@@ -206,12 +207,46 @@ def confusion(table: DetectionTable, data: CocoData, score: float | None) -> np.
 def self_check(table: DetectionTable, data: CocoData) -> list[str]:
     """Warnings about detections that match few objects as read, and many when read in another way."""
     data = data.first(CHECKED)
+    readings = _readings_of_images(table, data)
+    table = table.select(np.isin(table.image_id, [image.id for image in data.images]))
+    readings |= _readings_of_boxes(table, data)
+    shares = {reading: _share_found(changed, data) for reading, changed in readings.items()}
+    share, best = _share_found(table, data), max(shares, key=lambda reading: shares[reading])
+    warnings = []
+    if shares[best] > max(0.2, 1.5 * share):
+        warnings.append(
+            f"the highest-scoring detections match {share:.0%} of the objects, and would match {shares[best]:.0%} if "
+            f"{best}"
+        )
+    return warnings + _check_names(table, data)
+
+
+def _readings_of_images(table: DetectionTable, data: CocoData) -> dict[str, DetectionTable]:
+    """The detections with other image ids, by the assumption behind them."""
+    ids = np.array([image.id for image in data.images], np.int64)
+    numbered = np.array([image.path.stem.isdecimal() and len(image.path.stem) < INT64_DIGITS for image in data.images])
+    numbers = np.array([int(data.images[i].path.stem) for i in np.nonzero(numbered)[0]], np.int64)
+    positions = np.arange(len(data))
+    assumptions = {
+        "image ids were the numbers in the file names: add a file_name to each detection": (numbers, ids[numbered]),
+        "image ids counted the images from 0: check how the images are numbered": (positions, ids),
+        "image ids counted the images from 1: check how the images are numbered": (positions + 1, ids),
+    }
+    readings = {}
+    for assumption, (given, meant) in assumptions.items():
+        known = table.select(np.isin(table.image_id, given))
+        order = np.argsort(given)
+        place = order[np.searchsorted(given, known.image_id, sorter=order)]
+        readings[assumption] = replace(known, image_id=meant[place])
+    return readings
+
+
+def _readings_of_boxes(table: DetectionTable, data: CocoData) -> dict[str, DetectionTable]:
+    """The detections with other boxes, by the assumption behind them."""
     size_of = {image.id: (image.width, image.height) for image in data.images}
-    table = table.select(np.isin(table.image_id, list(size_of)))
     sizes = np.array([size_of[number] for number in table.image_id.tolist()]).reshape(-1, 2)
     corners, sides = table.boxes[:, :2], table.boxes[:, 2:] - table.boxes[:, :2]
-    readings = {
-        "": table.boxes,
+    assumptions = {
         "corners (x, y, x, y) were taken for (x, y, width, height)": np.hstack([corners, sides]),
         "(x, y, width, height) was taken for corners": np.hstack([corners, corners + table.boxes[:, 2:]]),
         "the boxes' centres were taken for their upper left corners": np.hstack(
@@ -219,15 +254,8 @@ def self_check(table: DetectionTable, data: CocoData) -> list[str]:
         ),
         "normalised coordinates were taken for pixels": table.boxes * np.tile(sizes, 2),
     }
-    shares = {reading: _share_found(replace(table, boxes=boxes), data) for reading, boxes in readings.items()}
-    warnings = []
-    best = max(shares, key=lambda reading: shares[reading])
-    if shares[best] > max(0.2, 1.5 * shares[""]):
-        warnings.append(
-            f"the highest-scoring detections match {shares['']:.0%} of the objects, and would match {shares[best]:.0%} "
-            f"if {best}: check how the boxes are written"
-        )
-    return warnings + _check_names(table, data)
+    advice = "check how the boxes are written"
+    return {f"{assumption}: {advice}": replace(table, boxes=boxes) for assumption, boxes in assumptions.items()}
 
 
 def _share_found(table: DetectionTable, data: CocoData) -> float:
@@ -249,13 +277,19 @@ def _check_names(table: DetectionTable, data: CocoData) -> list[str]:
     if len(truth) < ENOUGH:
         return []
     right = float(np.mean(truth == predicted))
-    for step in (1, -1):
-        shifted = float(np.mean(truth == predicted + step))
-        if shifted > max(0.2, 1.5 * right):
-            return [
-                f"{right:.0%} of the detections on objects have their class, and {shifted:.0%} would with every "
-                f"class id moved by {step:+d}: check how the ids are mapped"
-            ]
+    ids, classes = np.array(data.category_ids), len(data.class_names)
+    own = " (they look like COCO's 80 classes in order, whose own ids run to 90)" if classes == 80 else ""
+    readings = {f"with every class id moved by {step:+d}": predicted + step for step in (1, -1)} | {
+        f"if ids {start}..{start + classes - 1} were the {classes} classes in order{own}": ids[predicted] - start
+        for start in (1, 0)
+    }
+    shares = {reading: float(np.mean(truth == changed)) for reading, changed in readings.items()}
+    best = max(shares, key=lambda reading: shares[reading])
+    if shares[best] > max(0.2, 1.5 * right):
+        return [
+            f"{right:.0%} of the detections on objects have their class, and {shares[best]:.0%} would {best}: check "
+            "how the ids are mapped"
+        ]
     if right < 0.02:
         return [f"only {right:.1%} of the detections on objects have their class: check how the ids are mapped"]
     return []

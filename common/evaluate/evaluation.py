@@ -4,6 +4,9 @@ A model is a checkpoint of this project, anything that ultralytics runs, or a fi
 `Predictions`, which one function evaluates.
 """
 
+import itertools
+import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +21,15 @@ from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.cost import measure_cost
 from common.evaluate.detect import detect
-from common.evaluate.detections import DetectionTable, detection_table, label_map
+from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_detector
 from common.types import Detections, Predictions
+
+NAMED = 3  # classes that a warning names
+NAME_BYTES = 200  # of a model's name, from which file names are made
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Predictor:
         config = checkpoint.detector.config
         conditions = checkpoint.train_config | {
             "epoch": checkpoint.epoch,
+            "validation_metrics": checkpoint.metrics,
             "image_size": config.image_size,
             "blocks": list(config.blocks),
             "head": config.head,
@@ -81,7 +88,7 @@ class Evaluation:
     """A record, with its detections and its numbers in each resample unless the record has an error."""
 
     record: ValidationRecord
-    table: DetectionTable | None = None
+    table: DetectionTable = field(default_factory=DetectionTable.empty)
     samples: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -103,9 +110,11 @@ def evaluate(
     if known == 0:
         names = ", ".join(predictions.class_names[:3])
         raise InputError(f"{path}: none of its classes ({names}, …) is in {data.source}")
-    table = detection_table(predictions.detections, labels)
+    read = predictions.table if isinstance(predictions, TablePredictions) else None
+    table = detection_table(predictions.detections, labels) if read is None else read
     conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
     parts = evaluate_table(table, data) | {"cost": predictions.cost, "conditions": conditions}
+    warnings = [*predictions.warnings, *_class_warnings(predictions.class_names, labels, data)]
     samples: dict[str, np.ndarray] = {}
     if weights is not None:
         matches = match(table, data)
@@ -114,15 +123,56 @@ def evaluate(
         parts |= {
             "diagnosis": diagnose(table, matches, data),
             "intervals": {key: interval(values) for key, values in samples.items()},
-            "warnings": self_check(table, data),
         }
-    return Evaluation(ValidationRecord(name, path, **parts), table, samples)
+        warnings += self_check(table, data)
+    return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)
+
+
+def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: CocoData) -> list[str]:
+    """Which classes were matched although their names differ, and which classes of the data set the model lacks."""
+    matched = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
+    differ = [f"{own} = {name}" for own, name in matched if own != name]
+    missing = [name for label, name in enumerate(data.class_names) if label not in labels]
+    warnings = []
+    if differ:
+        warnings.append(f"{len(differ)} classes were matched although their names differ ({_first(differ)})")
+    if missing:
+        warnings.append(
+            f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source} "
+            f"({_first(missing)}); their objects count as missed"
+        )
+    return warnings
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each file: its stem, with as many folders before it as make it the only one."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len(set(parts)):
-        depth += 1
-    return ["-".join(p[-depth:]).strip("./") for p in parts]
+    """A short name for each file, no two of them equal, not even on file systems that ignore case.
+
+    The name is the file's stem, where stems are equal with its suffix, then with as many folders as necessary; a number
+    distinguishes files whose names differ in case only.
+    """
+    parts = [Path(os.path.abspath(path)).parts[1:] or ("model",) for path in paths]  # noqa: PTH100 (resolve follows links)
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        for whole in (False, True):
+            names = [_join(p[-depth:], whole) for p in parts]
+            if len(set(map(_folded, names))) == len(names):
+                return names
+    unique: dict[str, str] = {}
+    for name in (_join(p[-1:], False) for p in parts):
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        chosen = next(n for n in itertools.chain([name], numbered) if _folded(n) not in unique)
+        unique[_folded(chosen)] = chosen
+    return list(unique.values())
+
+
+def _join(parts: Sequence[str], whole: bool) -> str:
+    """The folders and the file name of a path, without its suffix unless `whole`, as one file name."""
+    name = "-".join([*parts[:-1], parts[-1] if whole else Path(parts[-1]).stem]).strip("./\\")
+    return os.fsencode(name)[-NAME_BYTES:].decode(errors="ignore") or "model"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

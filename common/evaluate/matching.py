@@ -70,10 +70,12 @@ def match(
     truth_image = np.repeat(np.arange(len(data.images)), np.diff(data.starts))
     truth_label = data.labels if by_class else np.zeros_like(data.labels)
     truth_group = position[truth_image] * classes + truth_label
+    detected = BoxesWithArea(table.boxes[row], table.sides()[row].prod(1))
+    true = BoxesWithArea(data.boxes, data.sides().prod(1))
     truth = np.full((len(thresholds), len(row)), -1)
     ignored = np.zeros(truth.shape, bool)
     for detections, boxes in paired_groups(group[row], truth_group):
-        steps = _match_groups(detections, boxes, table.boxes[row], data.boxes, data.crowd, thresholds)
+        steps = _match_groups(detections, boxes, detected, true, data.crowd, thresholds)
         for current, matched, in_crowd in steps:
             truth[:, current], ignored[:, current] = matched.T, in_crowd.T
     return Matches(row, image[row], label[row], table.score[row], truth, ignored, ~data.crowd, truth_label, truth_image)
@@ -112,8 +114,8 @@ def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _match_groups(
     detections: np.ndarray,
     boxes: np.ndarray,
-    detected_boxes: np.ndarray,
-    true_boxes: np.ndarray,
+    detected: "BoxesWithArea",
+    true: "BoxesWithArea",
     crowd: np.ndarray,
     thresholds: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -129,7 +131,7 @@ def _match_groups(
     for column in detections.T:
         count = np.count_nonzero(column >= 0)
         current, rows = column[:count], np.arange(count)[:, None]
-        iou = box_iou(detected_boxes[current, None], true_boxes[boxes[:count]], is_crowd[:count])[:, None]
+        iou = detected.at(current[:, None]).iou(true.at(boxes[:count]), is_crowd[:count])[:, None]
         good = iou >= floor
         allowed = np.where(free[:count] & good, iou, -1.0)
         best = allowed.shape[2] - 1 - allowed[..., ::-1].argmax(2)  # the last of equals, as pycocotools
@@ -140,12 +142,27 @@ def _match_groups(
         yield current, np.where(hit, boxes[rows, best], -1), in_crowd
 
 
-def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = False) -> np.ndarray:
-    """IoU of xyxy boxes (..., 4) and (..., 4), broadcast; where `crowd`, the share of `a` inside `b`."""
-    sides = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0)
-    overlap = sides[..., 0] * sides[..., 1]
-    area, other = box_sides(a).prod(-1), box_sides(b).prod(-1)
-    return overlap / np.maximum(np.where(crowd, area, area + other - overlap), 1e-12)
+@dataclass(frozen=True)
+class BoxesWithArea:
+    """xyxy (..., 4) boxes and area (...) float64, the product of the width and height in the file."""
+
+    xyxy: np.ndarray
+    area: np.ndarray
+
+    def at(self, index: np.ndarray) -> "BoxesWithArea":
+        return BoxesWithArea(self.xyxy[index], self.area[index])
+
+    def iou(self, others: "BoxesWithArea", crowd: np.ndarray | bool = False) -> np.ndarray:
+        """IoU with the others, broadcast; where they are a `crowd`, the share of these boxes inside them."""
+        a, b = self.xyxy, others.xyxy
+        sides = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0)
+        overlap = sides[..., 0] * sides[..., 1]
+        return overlap / np.maximum(np.where(crowd, self.area, self.area + others.area - overlap), 1e-12)
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of xyxy boxes (..., 4) and (..., 4), broadcast."""
+    return BoxesWithArea(a, box_sides(a).prod(-1)).iou(BoxesWithArea(b, box_sides(b).prod(-1)))
 
 
 @dataclass(frozen=True)

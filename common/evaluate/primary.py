@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData, box_sides
+from common.data.coco import CocoData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import box_iou
 
@@ -27,7 +27,7 @@ def primary_pairs(table: DetectionTable, data: CocoData) -> PrimaryPairs:
     """The pairs of all images with at least one non-crowd box; of equally large boxes the first is taken."""
     owners = np.repeat(np.arange(len(data)), np.diff(data.starts))
     boxes = np.nonzero(~data.crowd)[0]
-    by_size = boxes[np.lexsort((-box_sides(data.boxes[boxes]).prod(1), owners[boxes]))]  # stable
+    by_size = boxes[np.lexsort((-data.sides()[boxes].prod(1), owners[boxes]))]  # stable
     images, first = np.unique(owners[by_size], return_index=True)
     largest = by_size[first]
     best = table.best_per_image()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,8 @@ from common.console import InputError
 from common.files import atomic_write
 
 FORMAT_VERSION = 2
+BIN = ("score", "precision", "count")  # of a bin of the calibration
+REASON_LENGTH = 120  # characters of the parser's message
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
 
 
@@ -96,11 +98,11 @@ def read_results(path: str | Path) -> ValidationResults:
         InputError: no such file, not this format, or no models in it.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; comprehensive_validation.py writes it") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {str(error)[:REASON_LENGTH]}") from error
     if not isinstance(content, dict) or not isinstance(content.get("models"), list):
         raise InputError(f"{path} is not a file of validation results: it has no list 'models'")
     version = content.get("format_version")
@@ -113,26 +115,91 @@ def read_results(path: str | Path) -> ValidationResults:
         raise InputError(f"{path} holds no models")
     records = tuple(_record(path, entry) for entry in content["models"])
     return ValidationResults(
-        protocol=content.get("protocol") or {},
-        dataset=content.get("dataset") or {},
+        protocol=_dict(content.get("protocol")),
+        dataset=_dict(content.get("dataset")),
         models=records,
-        comparisons=content.get("comparisons") or [],
+        comparisons=[pair for entry in _list(content.get("comparisons")) if (pair := _comparison(entry))],
         created=str(content.get("created") or ""),
-        software=content.get("software") or {},
-        hardware=content.get("hardware") or {},
+        software=_dict(content.get("software")),
+        hardware=_dict(content.get("hardware")),
     )
 
 
-def _record(path: str | Path, entry: dict) -> ValidationRecord:
-    """The known fields of one record; missing ones are None, unknown ones are left out."""
+def _record(path: str | Path, entry: object) -> ValidationRecord:
+    """The known fields of one record. Parts that are missing or malformed are None or empty, unknown ones left out."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise InputError(f"{path}: a model without a name: {str(entry)[:80]}")
-    known = {part.name: entry.get(part.name) for part in fields(ValidationRecord)}
     for part in ("detection", "primary", "cost", "conditions", "intervals", "diagnosis"):
-        if not isinstance(known[part], dict | None):
+        if not isinstance(entry.get(part), dict | None):
             raise InputError(f"{path}: {part!r} of the model {entry['name']} is not an object")
-    empty = {"path": "", "conditions": {}, "warnings": []}
-    return ValidationRecord(**known | {key: known[key] or value for key, value in empty.items()})
+    text = {key: entry[key] for key in ("error", "detections") if isinstance(entry.get(key), str)}
+    intervals = entry.get("intervals")
+    return ValidationRecord(
+        entry["name"],
+        str(entry.get("path") or ""),
+        **text,
+        detection=_detection(entry.get("detection")),
+        primary=entry.get("primary"),
+        cost=entry.get("cost"),
+        conditions=entry.get("conditions") or {},
+        intervals=intervals and {key: _interval(value) for key, value in intervals.items()},
+        diagnosis=_diagnosis(entry.get("diagnosis")),
+        warnings=[warning for warning in _list(entry.get("warnings")) if isinstance(warning, str)],
+    )
+
+
+def _detection(part: dict | None) -> dict | None:
+    if part is None:
+        return None
+    per_class = {name: _dict(numbers) for name, numbers in _dict(part.get("per_class")).items()}
+    curves = {iou: _numbers(curve) for iou, curve in _dict(part.get("precision_at_recall")).items()}
+    return part | {"per_class": per_class, "precision_at_recall": curves}
+
+
+def _diagnosis(part: dict | None) -> dict | None:
+    if part is None:
+        return None
+    objects = {key: _dict(part.get(key)) for key in ("operating_point", "errors", "calibration")}
+    bins = [b for b in _list(objects["calibration"].get("bins")) if _numbers([_dict(b).get(key) for key in BIN])]
+    rows = [_numbers(row) for row in _list(part.get("confusion"))]
+    square = all(row is not None and len(row) == len(rows) for row in rows)
+    objects["errors"] = {kind: _dict(error) for kind, error in objects["errors"].items()}
+    objects["calibration"] = objects["calibration"] | {"bins": bins}
+    return objects | {"confusion": rows if square else []}
+
+
+def _comparison(entry: object) -> dict | None:
+    """A pair of models with the numbers that have an interval and a verdict; None where it names no pair."""
+    pair = _dict(entry)
+    if not isinstance(pair.get("a"), str) or not isinstance(pair.get("b"), str):
+        return None
+    numbers = {key: _dict(number) for key, number in _dict(pair.get("numbers")).items()}
+    complete = {
+        key: number
+        for key, number in numbers.items()
+        if _interval(number.get("interval")) and isinstance(number.get("verdict"), str)
+    }
+    return {"a": pair["a"], "b": pair["b"], "numbers": complete}
+
+
+def _interval(value: object) -> list[float] | None:
+    numbers = _numbers(value)
+    return numbers if numbers and len(numbers) == 2 else None
+
+
+def _numbers(value: object) -> list[float] | None:
+    """The value if it is a list of numbers."""
+    if not isinstance(value, list) or not all(type(number) in (int, float) for number in value):
+        return None
+    return value
+
+
+def _dict(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _without_nan(value: object) -> object:

@@ -27,6 +27,9 @@ from common.types import Detections, Predictions
 # ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several.
 SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300}
 TIMED = 20  # images, one by one
+EXPORTED_FOLDERS = ("_model", ".mlpackage", ".aimodel")  # ends of their names
+DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
+REASON_LENGTH = 200  # characters of ultralytics' message
 
 
 def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.device) -> Predictions:
@@ -60,7 +63,7 @@ def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.d
                 detections += [_detections(r, data.images[i].id) for r, i in zip(results, indices, strict=True)]
                 bar.update(len(indices))
     except Exception as error:  # damaged files and missing packages raise many types
-        raise InputError(f"{name}: ultralytics cannot run it: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{name}: ultralytics cannot run it: {_reason(error)}") from error
     cost = Cost(
         parameters=None if exported else sum(p.numel() for p in model.model.parameters()),
         ms_per_image=statistics.median(singles),
@@ -84,15 +87,33 @@ def _load(name: str) -> Any:
             from ultralytics import YOLO
     except ImportError as error:
         raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
-    path = Path(name) if Path(name).exists() else _fetch(name)
+    path = Path(name)
+    _check_kind(path)
     try:
         with _restore_patched():
-            model = YOLO(path)
+            model = YOLO(path if path.exists() else _fetch(name))
+    except InputError:
+        raise
     except Exception as error:  # likewise
-        raise InputError(f"{name} is not a model of ultralytics: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{name} is not a model of ultralytics: {_reason(error)}") from error
     if model.task != "detect":
         raise InputError(f"{name} is a model for {model.task}, not for detection")
     return model
+
+
+def _check_kind(path: Path) -> None:
+    """Raise InputError where an existing file or folder cannot be a model."""
+    if path.is_dir() and not (path.name.endswith(EXPORTED_FOLDERS) and any(path.iterdir())):
+        raise InputError(f"{path} is a folder that holds no exported model (such as best_openvino_model)")
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"{path} is empty")
+    if path.suffix.lower() in DESCRIPTIONS:
+        raise InputError(f"{path} holds no trained model (files of detections are read with --from-detections)")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, its type where the message is empty, REASON_LENGTH characters at most."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:REASON_LENGTH]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from helpers import ROOT, crowded, data_flags, random_detections, truth_as_detec
 from PIL import Image
 
 from common.console import InputError
-from common.evaluate.bootstrap import COMPARED, comparisons, draws, interval, resampled
+from common.evaluate.bootstrap import COMPARED, MIN_IMAGES, comparisons, draws, images_with_objects, interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
@@ -80,7 +80,8 @@ def test_verdicts(demo_val):
     weights = draws(len(demo_val), seed=0)
     perfect = samples_of(detection_table(truth_as_detections(demo_val), LABELS), demo_val, weights)
     noisy = samples_of(table_of(demo_val), demo_val, weights)
-    pairs = comparisons({"noisy": noisy, "perfect": perfect, "again": noisy})
+    models = {"noisy": noisy, "perfect": perfect, "again": noisy}
+    pairs = comparisons(models, MIN_IMAGES)
     assert [(pair["a"], pair["b"]) for pair in pairs] == [
         ("noisy", "perfect"),
         ("noisy", "again"),
@@ -88,6 +89,14 @@ def test_verdicts(demo_val):
     ]
     verdicts = [pair["numbers"]["AP50"]["verdict"] for pair in pairs]
     assert verdicts == ["worse", "not distinguishable", "better"]
+    few = comparisons(models, MIN_IMAGES - 1)
+    assert {number["verdict"] for pair in few for number in pair["numbers"].values()} == {"too few images"}
+
+
+def test_images_with_objects_have_a_box_that_is_no_crowd(demo_val):
+    crowd = demo_val.crowd.copy()
+    crowd[: demo_val.starts[1]] = True
+    assert images_with_objects(demo_val) == 6 and images_with_objects(replace(demo_val, crowd=crowd)) == 5
 
 
 def test_operating_point_is_the_best_of_all_thresholds(demo_val):
@@ -188,7 +197,7 @@ def test_self_check_warns_about_shifted_classes_and_misread_boxes(demo_val):
     table = detection_table(right, LABELS)
     assert self_check(table, demo_val) == [] and self_check(table_of(demo_val), demo_val) == []
     for step in (1, -1):
-        (warning,) = self_check(replace(table, label=table.label + step), demo_val)
+        (warning,) = self_check(replace(table, label=(table.label + step) % 10), demo_val)
         assert f"moved by {-step:+d}" in warning
     size_of = {image.id: (image.width, image.height) for image in demo_val.images}
     sizes = np.array([size_of[number] for number in table.image_id.tolist()])

@@ -21,7 +21,7 @@ def results_file(demo_val, tmp_path_factory) -> Path:
         evaluated.append(evaluate(name, f"{name}.pth", found, demo_val, weights))
     records = (*(e.record for e in evaluated), ValidationRecord("third", "third.pth", error="no such file"))
     dataset = {"source": "demo", "images": 6, "boxes": len(demo_val.boxes), "class_names": list(demo_val.class_names)}
-    pairs = comparisons({e.record.name: e.samples for e in evaluated})
+    pairs = comparisons({e.record.name: e.samples for e in evaluated}, len(demo_val))
     path = tmp_path_factory.mktemp("results") / "validation_results.json"
     write_results(path, ValidationResults({}, dataset, records, pairs))
     return path

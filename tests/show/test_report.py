@@ -56,7 +56,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
     ]
     records = [replace(e.record, warnings=[f"warned {EVIL}"]) for e in evaluations]
     failed = ValidationRecord(f"c {EVIL}", EVIL, error=f"failed {EVIL}\n{EVIL}")
-    pairs = comparisons({e.record.name: e.samples for e in evaluations})
+    pairs = comparisons({e.record.name: e.samples for e in evaluations}, len(data))
     dataset = {"source": EVIL, "images": len(data), "class_names": list(names), EVIL: EVIL}
     results = ValidationResults({EVIL: EVIL}, dataset, (*records, failed), pairs)
     write_report(tmp_path / "r.html", results, data, {e.record.name: e.table for e in evaluations})

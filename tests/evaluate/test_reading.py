@@ -1,0 +1,246 @@
+"""Files of detections whose image ids, categories, scores or boxes are not those of the data set; names of models."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import truth_as_detections
+
+from common.console import InputError
+from common.data.coco import ImageFile
+from common.evaluate.coco_metrics import evaluate_table
+from common.evaluate.detections import coco_detections, detection_table, label_map, read_detections
+from common.evaluate.diagnosis import self_check
+from common.evaluate.evaluation import evaluate, unique_names
+from common.types import Predictions
+
+
+@pytest.fixture
+def rows(demo_val):
+    """Perfect detections of the six images as the entries of a file; scores from 0.5 to 1."""
+    table = detection_table(truth_as_detections(demo_val), np.arange(10))
+    entries = coco_detections(table, demo_val.category_ids)
+    return [entry | {"score": 1 - 0.5 * n / len(entries)} for n, entry in enumerate(entries)]
+
+
+@pytest.fixture
+def read(tmp_path):
+    def write_and_read(rows, data):
+        path = tmp_path / "theirs.json"
+        path.write_text(json.dumps(rows))
+        return read_detections(str(path), data)
+
+    return write_and_read
+
+
+def renamed(data, names, ids=None):
+    """The data set with other file names, and other image ids."""
+    ids = ids or [image.id for image in data.images]
+    images = (ImageFile(i, Path(n), p.width, p.height) for i, n, p in zip(ids, names, data.images, strict=True))
+    return replace(data, images=tuple(images))
+
+
+def ap(predictions, data):
+    return evaluate_table(predictions.table, data)["detection"]["AP"]
+
+
+def with_ids(rows, data, change):
+    """The entries with `change(index, image)` in place of the fields of their image."""
+    fields = {image.id: change(index, image) for index, image in enumerate(data.images)}
+    rest = [{key: value for key, value in row.items() if key != "image_id"} for row in rows]
+    return [entry | fields[row["image_id"]] for entry, row in zip(rest, rows, strict=True)]
+
+
+NUMBERED = [f"{n}.jpg" for n in (1, 10, 11, 12, 2, 3)]  # as a YOLO data set sorts them, and numbers them 1 to 6
+FOLDERS = ["a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg", "b/3.jpg"]
+OTHER_IDS = {  # file names of the data set, and what the entries say of an image
+    "file_name beside the number in it": (
+        NUMBERED,
+        lambda i, p: {"image_id": int(p.path.stem), "file_name": str(p.path)},
+    ),
+    "file_name with the path of another machine": (
+        FOLDERS,
+        lambda i, p: {"image_id": 7, "file_name": f"/x/y/{p.path}"},
+    ),
+    "file_name with backslashes": (FOLDERS, lambda i, p: {"file_name": "d:\\" + str(p.path).replace("/", "\\")}),
+    "file_name with another suffix": (NUMBERED, lambda i, p: {"image_id": 0, "file_name": f"{p.path.stem}.png"}),
+    "stem as text": (list("abcdef"), lambda i, p: {"image_id": p.path.stem}),
+    "stem with dots": ([f"{c}.jpg.rf.1{c}.jpg" for c in "abcdef"], lambda i, p: {"image_id": p.path.stem}),
+    "file name as text": (NUMBERED, lambda i, p: {"image_id": p.path.name}),
+    "numbers in file names": ([f"{n:012d}.jpg" for n in range(50, 56)], lambda i, p: {"image_id": int(p.path.stem)}),
+    "ids as text": (NUMBERED, lambda i, p: {"image_id": str(p.id)}),
+    "ids as floats": (NUMBERED, lambda i, p: {"image_id": float(p.id)}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_IDS)
+def test_images_are_found_by_name_where_their_ids_are_others(demo_val, rows, read, kind):
+    names, change = OTHER_IDS[kind]
+    data = renamed(demo_val, names)
+    predictions = read(with_ids(rows, data, change), data)
+    assert ap(predictions, data) == pytest.approx(1)
+    assert [str(len(rows)) in w or "assigned" in w for w in predictions.warnings] == [True] * (
+        not kind.startswith("ids")
+    )
+
+
+def test_equal_file_names_in_two_folders_leave_the_ids(demo_val, rows, read):
+    data = renamed(demo_val, FOLDERS)
+    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": p.id, "file_name": p.path.name}), data)
+    assert ap(predictions, data) == pytest.approx(1) and "have a file_name that is not" in predictions.warnings[0]
+
+
+def test_ids_beyond_2_53_are_exact(demo_val, rows, read):
+    data = renamed(demo_val, list("abcdef"), ids=[2**60 + n for n in range(6)])
+    predictions = read(with_ids(rows, demo_val, lambda i, p: {"image_id": 2**60 + i}), data)
+    assert ap(predictions, data) == pytest.approx(1) and predictions.warnings == ()
+    with pytest.raises(InputError, match="not a whole number"):
+        read(with_ids(rows, demo_val, lambda i, p: {"image_id": float(2**60 + i)}), data)
+
+
+def test_images_beyond_the_evaluated_ones_are_left_out_with_their_number(demo_val, rows, read):
+    few = demo_val.first(2)
+    predictions = read(rows, few)
+    beyond = len(rows) - len(few.boxes)
+    assert ap(predictions, few) == pytest.approx(1)
+    assert f"{beyond} detections on 4 images beyond the 2 evaluated" in predictions.warnings[0]
+    assert predictions.conditions["detections_on_other_images"] == beyond
+
+
+def test_detections_of_another_data_set_are_refused(demo_val, rows, read):
+    for change in (lambda i, p: {"image_id": 5000 + i}, lambda i, p: {"image_id": f"x{i}"}, lambda i, p: {}):
+        with pytest.raises(InputError, match=r"0 of the 6 images and on [16] others .* file_name"):
+            read(with_ids(rows, demo_val, change), demo_val)
+
+
+def test_positions_in_a_list_are_refused(demo_val, rows, read):
+    data = renamed(demo_val, [f"{c}.jpg" for c in "abcdef"])
+    assert [image.id for image in data.images] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(InputError, match="positions in a list"):
+        read(with_ids(rows, data, lambda i, p: {"image_id": i}), data)
+
+
+def test_images_without_detections_are_counted(demo_val, rows, read):
+    first = [row for row in rows if row["image_id"] == 1]
+    assert read(first, demo_val).warnings == ("5 of the 6 images with objects have no detections",)
+    assert read([], demo_val).warnings == ("6 of the 6 images with objects have no detections",)
+
+
+def test_the_self_check_names_the_numbering_of_the_images(demo_val, rows, read):
+    """Ids that are known, but of other images: only the boxes tell."""
+    data = renamed(demo_val, [f"{n}.jpg" for n in (3, 4, 5, 6, 1, 2)])
+    table = read(with_ids(rows, data, lambda i, p: {"image_id": int(p.path.stem)}), data).table
+    (warning,) = self_check(table, data)
+    assert "would match 100% if image ids were the numbers in the file names" in warning
+    data = renamed(demo_val, [f"{c}.jpg" for c in "abcdef"], ids=list(range(6)))
+    table = read(with_ids(rows[: data.starts[5]], demo_val, lambda i, p: {"image_id": i + 1}), data).table
+    (warning,) = self_check(table, data)
+    assert "if image ids counted the images from 1" in warning
+
+
+def test_unknown_categories_are_counted_and_refused_where_all_are(demo_val, rows, read):
+    some = [row | {"category_id": 77} if n < 3 else row for n, row in enumerate(rows)]
+    predictions = read(some, demo_val)
+    assert "3 detections of 1 categories" in predictions.warnings[0] and "(77)" in predictions.warnings[0]
+    with pytest.raises(InputError, match=r"no detection has a category .* the file has 77, the data set 1 "):
+        read([row | {"category_id": 77} for row in rows], demo_val)
+
+
+def test_categories_by_name(demo_val, rows, read):
+    names = dict(zip(demo_val.category_ids, demo_val.class_names, strict=True))
+    shifted = [
+        row | {"category_id": row["category_id"] - 1, "category_name": names[row["category_id"]]} for row in rows
+    ]
+    predictions = read(shifted, demo_val)
+    assert ap(predictions, demo_val) == pytest.approx(1) and "by category_name" in predictions.warnings[0]
+    predictions = read([row | {"category_id": names[row["category_id"]].upper()} for row in rows], demo_val)
+    assert ap(predictions, demo_val) == pytest.approx(1)
+
+
+def coco_classes(demo_val):
+    """The data set with 80 classes, whose ids have COCO's gaps and run to 90."""
+    gaps = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    ids = tuple(number for number in range(1, 91) if number not in gaps)
+    labels = np.arange(len(demo_val.labels)) * 7 % 80
+    return replace(demo_val, category_ids=ids, class_names=tuple(f"c{i}" for i in ids), labels=labels)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_80_classes_in_order_are_recognised(demo_val, read, start):
+    data = coco_classes(demo_val)
+    table = detection_table(truth_as_detections(data), np.arange(80))
+    rows = coco_detections(table, tuple(range(start, start + 80)))
+    predictions = read(rows, data)
+    record = evaluate("theirs", "theirs.json", predictions, data, np.ones((6, 4), np.float32)).record
+    assert "categories that" in record.warnings[0]
+    assert any(f"ids {start}..{start + 79} were the 80 classes in order" in w for w in record.warnings)
+    assert any("look like COCO's 80 classes in order" in w for w in record.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: {"score": 100 * row["score"]}, "in per cent by 100"),
+        (lambda row: {"score": row["score"] - 0.7}, "range from -0.168"),
+        (lambda row: {"score": 1e6 * row["score"]}, "must be in 0..1"),
+        (lambda row: {"bbox": [*row["bbox"][:2], *np.subtract(row["bbox"][2:], row["bbox"][:2])]}, "negative width"),
+        (lambda row: {"bbox": None}, "does not hold detections"),
+        (lambda row: {"bbox": "1234"}, "does not hold"),
+        (lambda row: {"image_id": [1]}, "not a whole number"),
+        (lambda row: {"image_id": 1.5}, "not a whole number"),
+        (lambda row: {"image_id": True}, "not a whole number"),
+        (lambda row: {"category_id": {}}, "category_id"),
+    ],
+)
+def test_numbers_that_mean_something_else_are_refused_in_one_short_line(demo_val, rows, read, change, words):
+    with pytest.raises(InputError, match=words) as caught:
+        read([row | change(row) for row in rows], demo_val)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG" + bytes(range(256)) * 200, b"[" * 100_000, b'"x"', b"[" + b"9" * 5000]
+)
+def test_other_files_are_refused_in_one_short_line(demo_val, tmp_path, content):
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_detections(str(tmp_path / "d.json"), demo_val)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
+    names = ("Person", "traffic light", "cat", "CAT", "dog", "Fire-Hydrant", "x")
+    data = replace(demo_val, class_names=("person", "traffic_light", "Cat", "Dog", "DOG", "fire hydrant", *"abcd"))
+    assert label_map(names, data).tolist() == [0, 1, -1, -1, -1, 5, -1]
+    data = replace(demo_val, class_names=tuple(name.upper() for name in demo_val.class_names))
+    predictions = Predictions(truth_as_detections(demo_val), demo_val.class_names)
+    record = evaluate("a", "a.pt", predictions, data).record
+    assert record.detection["AP"] == pytest.approx(1) and record.warnings[0].startswith("10 classes were matched")
+    record = evaluate("a", "a.pt", replace(predictions, class_names=(*demo_val.class_names[:9], "y")), demo_val).record
+    assert record.warnings[0].startswith("the model lacks 1 of the 10 classes")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["det.pth", "det.json"], ["det.pth", "det.json"]),
+        (["a/x.json", "b/x.json"], ["a-x", "b-x"]),
+        (["a/best.pt", "a/best.onnx", "b/best.pt"], ["a-best.pt", "a-best.onnx", "b-best.pt"]),
+        (["best.pt", "Best.pt"], ["best", "Best-2"]),
+        (["cat.jpg", "cat.png", "CAT.jpg"], None),
+        (["x" * 250 + ".pt", "x" * 250 + ".onnx"], None),
+        (["a/./m.pt", "b.pt"], ["m", "b"]),
+    ],
+)
+def test_names_of_models_differ_on_every_file_system(paths, names):
+    given = unique_names(paths)
+    assert len({name.casefold() for name in given}) == len(paths) and all(len(name) < 240 for name in given)
+    assert names is None or given == names
+
+
+def test_a_folder_gives_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert unique_names([".", "model.pth"]) == ["here", "model"]
