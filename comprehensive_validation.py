@@ -86,7 +86,8 @@ def write_detections(settings: Settings, name: str, path: str, table: DetectionT
     """
     file = detections_file(settings, name)
     if file.resolve() != Path(path).resolve():
-        names = {image.id: image.path.name for image in data.images}
+        folder = os.path.commonpath([image.path.parent for image in data.images])
+        names = {image.id: image.path.relative_to(folder).as_posix() for image in data.images}
         rows = [row | {"file_name": names[row["image_id"]]} for row in coco_detections(table, data.category_ids)]
         with atomic_write(file, "w") as stream:
             json.dump(rows, stream)
@@ -107,25 +108,29 @@ def evaluate_model(
         if predictions is None or not is_main:
             return Evaluation(ValidationRecord(name, path))
         evaluation = evaluate(name, path, predictions, data, weights)
-        written = write_detections(settings, name, path, evaluation.table, data)
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         if shared and predictor.accelerator.num_processes > 1 and not isinstance(error, InputError):
             raise  # the other processes wait for this one
         if os.environ.get("DETECTION_DEBUG") == "1":
             traceback.print_exc()
         return Evaluation(ValidationRecord(name, path, error=last_line(error)[:ERROR_LENGTH]))
-    for warning in evaluation.record.warnings:
+    warnings, written = evaluation.record.warnings, None
+    try:
+        written = write_detections(settings, name, path, evaluation.table, data)
+    except InputError as error:
+        warnings = [*warnings, f"its detections are not kept: {error}"]
+    for warning in warnings:
         print(f"warning: {name}: {warning}", file=sys.stderr, flush=True)
-    return replace(evaluation, record=replace(evaluation.record, detections=written))
+    return replace(evaluation, record=replace(evaluation.record, detections=written, warnings=warnings))
 
 
 def evaluate_all(
     settings: Settings, data: CocoData, predictor: Predictor
 ) -> tuple[ValidationResults, list[Evaluation]]:
-    """Evaluate every model; the results are written after each, so that a later failure loses none of them.
+    """Evaluate every model and write the results, after an unexpected error those of the finished models.
 
     Raises:
-        InputError: a model is given twice, or no model could be evaluated.
+        InputError: a model is given twice, or the results cannot be written.
         Interrupted: its advice are the flags that read the detections of the finished models.
     """
     models = settings.models or (() if settings.from_detections else MODELS)
@@ -137,19 +142,29 @@ def evaluate_all(
     try:
         for name, path in zip(unique_names(paths), paths, strict=True):
             evaluations.append(evaluate_model(name, path, settings, data, predictor, weights))
-            results = collect(settings, data, evaluations)
-            if predictor.accelerator.is_main_process and any(e.samples for e in evaluations):
-                write_results(settings.output, results)
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
         if written:
             interrupted.advice = f"the finished models do not have to run again: --from-detections {' '.join(written)}"
         raise
-    return results, evaluations
+    except Exception:  # a fault of the program does not lose what was computed
+        write_evaluated(settings, data, evaluations, predictor)
+        raise
+    return write_evaluated(settings, data, evaluations, predictor), evaluations
+
+
+def write_evaluated(
+    settings: Settings, data: CocoData, evaluations: list[Evaluation], predictor: Predictor
+) -> ValidationResults:
+    """The results of these models, written by the main process if any of them has numbers."""
+    results = collect(settings, data, evaluations)
+    if predictor.accelerator.is_main_process and any(evaluation.samples for evaluation in evaluations):
+        write_results(settings.output, results)
+    return results
 
 
 def collect(settings: Settings, data: CocoData, evaluations: list[Evaluation]) -> ValidationResults:
-    """The results of the models that are evaluated so far."""
+    """The results of these models."""
     samples = {e.record.name: e.samples for e in evaluations if e.samples}
     return ValidationResults(
         describe_protocol(settings.seed),

@@ -1,0 +1,118 @@
+"""`comprehensive_validation.py` on files of detections, and reading results that were edited or are incomplete."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import random_detections
+
+import comprehensive_validation
+from common.console import InputError
+from common.evaluate.detections import coco_detections, detection_table
+from common.evaluate.results import read_results
+
+
+@pytest.fixture
+def settings(demo, demo_val, tmp_path, monkeypatch):
+    """The settings that evaluate the detections of two models on the demo's validation images."""
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    files = []
+    for seed, name in enumerate(("a.json", "b.json")):
+        table = detection_table(random_detections(demo_val, seed), np.arange(10))
+        path = tmp_path / name
+        path.write_text(json.dumps(coco_detections(table, demo_val.category_ids)))
+        files.append(str(path))
+    output = str(tmp_path / "out" / "r.json")
+    return comprehensive_validation.Settings(
+        data=str(demo), val_images=0, workers=0, from_detections=tuple(files), output=output
+    )
+
+
+def numbers(results):
+    return [record.detection["AP"] for record in results.models]
+
+
+def test_written_detections_give_the_same_numbers(settings, tmp_path, capsys):
+    results = comprehensive_validation.main(settings)
+    assert "a verdict needs 20 images with objects, and these are 6" in capsys.readouterr().out
+    written = tuple(str(tmp_path / "out" / "r_detections" / f"{name}.json") for name in "ab")
+    again = comprehensive_validation.main(replace(settings, from_detections=written, output=str(tmp_path / "2.json")))
+    assert numbers(again) == numbers(results) and numbers(read_results(settings.output)) == numbers(results)
+
+
+def test_detections_that_are_read_from_their_own_place_stay_complete(settings, tmp_path):
+    comprehensive_validation.main(settings)
+    own = tmp_path / "out" / "r_detections" / "a.json"
+    before = own.read_bytes()
+    results = comprehensive_validation.main(replace(settings, from_detections=(str(own),), val_images=2))
+    assert own.read_bytes() == before and "4 images beyond the 2 evaluated" in results.models[0].warnings[0]
+
+
+def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path):
+    (tmp_path / "c.json").write_bytes(bytes(range(256)) * 200)
+    (tmp_path / "empty.pt").touch()
+    models = (str(tmp_path), str(tmp_path / "empty.pt"), str(tmp_path / "a.json"))
+    files = (*settings.from_detections[1:], str(tmp_path / "c.json"))
+    comprehensive_validation.main(replace(settings, models=models, from_detections=files))
+    *failed, good, broken = read_results(settings.output).models
+    assert good.detection["AP"] > 0
+    for record in (*failed, broken):
+        assert record.error and "\n" not in record.error and len(record.error) <= 400
+
+
+def test_an_unexpected_error_keeps_what_was_computed(settings, monkeypatch):
+    evaluate = comprehensive_validation.evaluate
+
+    def failing(name, *arguments):
+        if name == "b":
+            raise ZeroDivisionError("a fault of the program")
+        return evaluate(name, *arguments)
+
+    monkeypatch.setattr(comprehensive_validation, "evaluate", failing)
+    with pytest.raises(ZeroDivisionError):
+        comprehensive_validation.main(settings)
+    (record,) = read_results(settings.output).models
+    assert record.name == "a" and record.detection["AP"] > 0
+
+
+EDITS = {  # fields of the first record, as a hand may leave them
+    "null parts": {"intervals": None, "diagnosis": None, "primary": None, "cost": None, "warnings": None},
+    "null intervals": {"intervals": {"AP50": None, "AP": [None, None], "f1": [0.1], "recall": "x"}},
+    "empty parts": {"detection": {}, "diagnosis": {}, "intervals": {}, "conditions": {}, "warnings": "text"},
+    "wrong types": {
+        "diagnosis": {"errors": [], "calibration": {"bins": [1, {}]}, "confusion": [[1, 2], [3]], "operating_point": 1},
+        "detection": {"AP": 0.1, "per_class": {"box": 1}, "precision_at_recall": {"0.5": [None], "0.75": 3}},
+    },
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_results_are_read(settings, edit):
+    comprehensive_validation.main(settings)
+    path = Path(settings.output)
+    content = json.loads(path.read_text())
+    content["models"][0] |= EDITS[edit]
+    content["comparisons"][0]["numbers"]["AP50"]["interval"] = None
+    content["comparisons"] += [{}, 3, {"a": "x"}]
+    for part in ("protocol", "dataset", "software", "created"):
+        content[part] = None
+    path.write_text(json.dumps(content))
+    results = read_results(path)
+    first, second = results.models
+    assert second.detection["AP"] > 0 and results.dataset == {} and len(results.comparisons) == 1
+    assert "AP50" not in results.comparisons[0]["numbers"] and "AP" in results.comparisons[0]["numbers"]
+    assert all(interval is None or len(interval) == 2 for interval in (first.intervals or {}).values())
+    if edit == "wrong types":
+        assert first.diagnosis["calibration"]["bins"] == [] and first.diagnosis["confusion"] == []
+        assert first.detection["per_class"] == {"box": {}}
+        assert first.detection["precision_at_recall"] == {"0.5": None, "0.75": None}
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, bytes(range(256)), b'{"models": [3], "format_version": 2}'])
+def test_other_files_are_no_results(tmp_path, content):
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_results(tmp_path / "r.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
