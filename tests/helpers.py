@@ -116,7 +116,7 @@ def pycocotools_numbers(table, data):
     return evaluation.stats
 
 
-def write_yolo(data, root, *, outlines=False, train="images/train"):
+def write_yolo(data, root, *, polygons=False, train="images/train"):
     """The data set as both parts of a YOLO data set; returns its YAML file's path."""
     for folder in ("images/train", "labels/train", "images/val", "labels/val"):
         (root / folder).mkdir(parents=True)
@@ -124,7 +124,7 @@ def write_yolo(data, root, *, outlines=False, train="images/train"):
         lines = []
         for box, label in zip(*(column.tolist() for column in data.image_boxes(index)[:2]), strict=True):
             x1, y1, x2, y2 = np.array(box) / ([image.width, image.height] * 2)
-            numbers = [x1, y1, x2, y1, x2, y2, x1, y2] if outlines else [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+            numbers = [x1, y1, x2, y1, x2, y2, x1, y2] if polygons else [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
             lines.append(" ".join(map(str, [label, *numbers])))
         for part in ("train", "val"):
             shutil.copy(image.path, root / "images" / part / image.path.name)

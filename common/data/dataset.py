@@ -1,7 +1,8 @@
 """Samples of a data set, their order, and loaders of batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from common.types import Batch, Target
 
 
 class DetectionDataset(Dataset):
-    """Images and targets of a `CocoData`, decoded and transformed when asked for.
+    """Images and targets of a `CocoData`, decoded and transformed item by item.
 
     Every item draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
-    on the number of workers or processes, or on where a run was taken up again. Call `set_epoch` before each epoch.
+    on the number of workers or processes, or on where a run was resumed. Call `set_epoch` before each epoch.
     """
 
     def __init__(self, data: CocoData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0):
@@ -42,14 +43,14 @@ class DetectionDataset(Dataset):
 
 @contextmanager
 def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Inside, torch's random numbers are those of this sample in this epoch; outside they are unaffected."""
+    """Inside the block, torch's random numbers are those of this sample in this epoch; outside they are unaffected."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, epoch, index))
         yield
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Stack (3, S, S) uint8 images into a `Batch` of floats in 0..1; cached features are stacked as they are."""
+    """Stack (3, S, S) uint8 images into a `Batch` of floats in 0..1; cached features are stacked unchanged."""
     images, targets = zip(*samples, strict=True)
     stacked = torch.stack(images)
     return Batch(stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked, list(targets))
@@ -62,7 +63,7 @@ def make_eval_loader(data: CocoData, image_size: int, batch_size: int, workers: 
 
 
 class EpochOrder(Sampler[int]):
-    """Every index once, in an order drawn from (seed, epoch) alone, without the first `done` of it."""
+    """Every index once, in an order drawn from (seed, epoch) alone; the first `done` of them are skipped."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
@@ -78,12 +79,13 @@ class EpochOrder(Sampler[int]):
 
 def make_train_loader(dataset: Dataset, batch_size: int, workers: int, seed: int) -> tuple[DataLoader, EpochOrder]:
     """Batches of `dataset` in an order drawn from the epoch, and that order; an incomplete last batch is left out."""
-    order = EpochOrder(len(dataset), seed)
+    count = len(cast(Sized, dataset))  # torch's Dataset declares no length
+    order = EpochOrder(count, seed)
     loader = DataLoader(
         dataset,
         batch_size,
         sampler=order,
-        drop_last=len(dataset) >= batch_size,
+        drop_last=count >= batch_size,
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_in_worker,

@@ -1,8 +1,8 @@
-"""Generated scenes: a small COCO-format data set made in seconds, for trying everything where there is no data.
+"""Generated scenes: a small COCO-format data set generated in seconds, for trials without data.
 
-Each scene holds one to six shapes of ten classes on a cluttered ground. What a shape is, is told by its outline alone:
-size, angle, colour, texture and occlusion vary. Boxes and areas are those of the visible part, as in COCO; the
-category ids have gaps, as COCO's do.
+Each scene holds one to six shapes of ten classes on a cluttered background. Only the polygons tell the classes
+apart: size, angle, colour, texture and occlusion vary. Boxes and areas are those of the visible part, as in COCO, and
+the category ids have gaps, as COCO's do.
 """
 
 import json
@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw, ImageFilter
 from common.files import atomic_folder
 
 SIZES = ((480, 360), (360, 480), (480, 320), (420, 420))  # width, height, pixels
-OBJECTS = (1, 6)  # a scene
+OBJECTS = (1, 6)  # per scene
 SIDES = (36, 210)  # an object's side, pixels
-LEAST_VISIBLE = 0.5  # share of an object that occlusion must leave
+LEAST_VISIBLE = 0.5  # fraction of an object that occlusion leaves visible at least
 SUPERSAMPLING = 2
 
-Outline = list[list[tuple[float, float]]]  # polygons in -1..1; the second and later ones are holes
+Polygons = list[list[tuple[float, float]]]  # in -1..1; the second and later ones are holes
 
 
 def _ring(radius: float, points: int = 48, center: float = 0.0, start: float = 0.0) -> list[tuple[float, float]]:
@@ -48,7 +48,7 @@ def _flower(petals: int) -> list[tuple[float, float]]:
     return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
 
 
-SHAPES: dict[str, Outline] = {
+SHAPES: dict[str, Polygons] = {
     "disc": [_ring(1)],
     "ring": [_ring(1), _ring(0.55)],
     "moon": [_ring(1), _ring(0.8, center=0.45)],
@@ -67,7 +67,7 @@ CATEGORY_IDS = (1, 2, 3, 5, 8, 10, 11, 12, 20, 33)
 @dataclass
 class _Scene:
     pixels: np.ndarray  # (H, W, 3) float 0..255
-    owner: np.ndarray  # (H, W) which object shows, -1 for the ground
+    owner: np.ndarray  # (H, W) index of the visible object, -1 for the background
     labels: list[int]
     full_areas: list[int]  # pixels of each object before anything covered it
 
@@ -85,7 +85,8 @@ def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> 
 def _write_split(folder: Path, split: str, generators: list[np.random.Generator]) -> None:
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id, rng in enumerate(generators, 1):
         scene = draw_scene(rng)
         height, width = scene.owner.shape
@@ -101,9 +102,9 @@ def _write_split(folder: Path, split: str, generators: list[np.random.Generator]
 
 
 def draw_scene(rng: np.random.Generator) -> _Scene:
-    """Ground, clutter, then objects from back to front, none of which hides more than half of another."""
+    """Background, clutter, then objects from back to front, none of which hides more than half of another."""
     width, height = SIZES[rng.integers(len(SIZES))]
-    scene = _Scene(_ground(rng, width, height), np.full((height, width), -1), [], [])
+    scene = _Scene(_background(rng, width, height), np.full((height, width), -1), [], [])
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
         for _attempt in range(20):
             if _place(rng, scene):
@@ -112,21 +113,21 @@ def draw_scene(rng: np.random.Generator) -> _Scene:
 
 
 def visible_boxes(scene: _Scene) -> list[tuple[list[int], int, int]]:
-    """Box (x, y, width, height) and area of what shows of each object, in pixels, and its label."""
-    found = []
+    """Box (x, y, width, height) and area of the visible part of each object, in pixels, and its label."""
+    objects = []
     for index, label in enumerate(scene.labels):
         rows, columns = np.nonzero(scene.owner == index)
         x, y = int(columns.min()), int(rows.min())
         box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
-        found.append((box, len(rows), label))
-    return found
+        objects.append((box, len(rows), label))
+    return objects
 
 
 def _place(rng: np.random.Generator, scene: _Scene) -> bool:
-    """Paint one random object; False, and the scene as it was, where it would hide too much or lie too far outside."""
+    """Paint one random object; False, with the scene unchanged, if it would hide too much or lie too far outside."""
     height, width = scene.owner.shape
     label = int(rng.integers(len(SHAPES)))
-    side = math.exp(rng.uniform(*map(math.log, SIDES)))
+    side = math.exp(rng.uniform(math.log(SIDES[0]), math.log(SIDES[1])))
     center = rng.uniform((0.3 * side, 0.3 * side), (width - 0.3 * side, height - 0.3 * side))
     left, top = np.maximum(center - 0.8 * side, 0).astype(int)
     right, bottom = np.minimum(center + 0.8 * side, (width, height)).astype(int)
@@ -145,13 +146,13 @@ def _place(rng: np.random.Generator, scene: _Scene) -> bool:
     return True
 
 
-def _coverage(outline: Outline, center: np.ndarray, side: float, angle: float, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) share of each pixel, 0..1, that the turned and scaled outline covers."""
+def _coverage(polygons: Polygons, center: np.ndarray, side: float, angle: float, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) fraction of each pixel, 0..1, that the rotated and scaled polygons cover."""
     mask = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    for number, polygon in enumerate(outline):
-        points = (np.array(polygon) @ turn.T * side / 2 + center) * SUPERSAMPLING
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    for number, polygon in enumerate(polygons):
+        points = (np.array(polygon) @ rotation.T * side / 2 + center) * SUPERSAMPLING
         draw.polygon([tuple(p) for p in points], fill=0 if number else 255)
     return np.asarray(mask.resize(size, Image.Resampling.BOX), np.float32) / 255
 
@@ -181,8 +182,8 @@ def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
 
 
-def _ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) background: a soft texture, a few strokes that are no objects, grain."""
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) background: a soft texture, a few strokes, which are not objects, and noise."""
     texture = _texture(rng, width, height, contrast=rng.uniform(10, 50)).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(texture)
     draw = ImageDraw.Draw(image)

@@ -20,7 +20,7 @@ def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         InputError: no such file, not an image, damaged, or of another size than `size`.
     """
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         if size is None or image.size != size:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off all that is bright

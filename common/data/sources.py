@@ -1,10 +1,10 @@
-"""Where the images come from: whatever `--data` names becomes a COCO-format folder on disk.
+"""What `--data` names -> `CocoData`.
 
 `--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
 copy of one as parquet files), `coco-official`, or `demo`. Images from a hub are written once to the cache as an
-ordinary COCO-format folder, so every script sees one format and the next run starts at once.
+ordinary COCO-format folder, so that the next run starts at once.
 
-Which of the images are taken is decided here too: the first, those of a list of ids, or a random sample.
+The images are the first of each split, those of a list of ids, or a random sample.
 """
 
 import re
@@ -25,7 +25,7 @@ from common.data.official import official_ids, official_split
 from common.files import cache_folder
 
 BOX_FORMATS = ("auto", "xyxy", "xywh")
-SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # what layouts call the two parts
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # their names in data sets
 DEMO_SEED = 0
 
 
@@ -81,9 +81,9 @@ def load_train_and_val(flags: TrainDataFlags) -> tuple[CocoData, CocoData]:
 def load_split(flags: DataFlags, split: str) -> CocoData:
     """The usable images of a `split`, "train" or "val": the first `--train-images` or `--val-images` of it (0 = all).
 
-    With `--sample-seed` a random sample of so many images, in the order of the data set, and of a hub data set those
-    that `hub.hub_split` draws; the same in every run. The splits are drawn apart. What was repaired or left out is
-    printed.
+    With `--sample-seed`, a random sample of as many images in the order of the data set, the same in every run and
+    drawn separately for each split; `hub.hub_split` says how a hub data set is sampled. What was repaired or left out
+    is printed.
 
     Raises:
         InputError: no such data, or not readable (see `annotations.load_coco`); with `--strict`, anything that would
@@ -98,7 +98,7 @@ def load_split(flags: DataFlags, split: str) -> CocoData:
 
 
 def _read(flags: DataFlags, split: str, limit: int) -> CocoData:
-    """The requested images of the split, whatever the format of its files."""
+    """The requested images of the split, from any source."""
     seed = flags.sample_seed if limit else -1
     ids = read_image_ids(Path(flags.image_ids), split) if flags.image_ids else []
     explicit = any(flags.explicit_files(split))
@@ -134,7 +134,7 @@ def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> CocoData:
 
 
 def _drawn(items: Sequence[int], split: str, limit: int, seed: int) -> list[int]:
-    """`limit` of the items (0 = all): the first, or those that a seed from 0 on draws, in the order of the items."""
+    """`limit` of the items (0 = all): the first ones, or with a seed >= 0 random ones in their order."""
     if seed < 0 or not limit:
         return list(items)[: limit or None]
     places = np.random.default_rng([seed, list(SPLITS).index(split)]).permutation(len(items))[:limit]
@@ -142,10 +142,10 @@ def _drawn(items: Sequence[int], split: str, limit: int, seed: int) -> list[int]
 
 
 def read_image_ids(path: Path, split: str) -> list[int]:
-    """The ids of a split's images in a file with lines such as "train 9" and "val 285"; # begins a remark.
+    """The ids of a split's images in a file with lines such as "train 9" and "val 285"; # begins a comment.
 
     Raises:
-        InputError: no such file, a line of another kind, or no image of that split.
+        InputError: no such file, a line of another form, or no image of that split.
     """
     try:
         lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
@@ -153,7 +153,7 @@ def read_image_ids(path: Path, split: str) -> list[int]:
         raise InputError(f"cannot read the image ids in {path}: {error}") from error
     for number, words in enumerate(lines, 1):
         if words and (len(words) != 2 or words[0] not in SPLITS or not words[1].isdecimal()):
-            raise InputError(f"{path}, line {number}: wanted are train or val and an image's id, such as: train 9")
+            raise InputError(f"{path}, line {number}: expected train or val and an image id, such as: train 9")
     ids = [int(words[1]) for words in lines if words and words[0] == split]
     if not ids:
         raise InputError(f"{path} names no {split} images")
@@ -161,15 +161,15 @@ def read_image_ids(path: Path, split: str) -> list[int]:
 
 
 def _select(data: CocoData, ids: list[int]) -> CocoData:
-    place = {image.id: index for index, image in enumerate(data.images)}
-    missing = [key for key in ids if key not in place]
+    index_of = {image.id: index for index, image in enumerate(data.images)}
+    missing = [number for number in ids if number not in index_of]
     if missing:
-        raise InputError(f"{data.source} lacks {len(missing)} of the {len(ids)} images asked for, {missing[0]} first")
-    return data.select(np.array([place[key] for key in ids]))
+        raise InputError(f"{data.source} lacks {len(missing)} of the {len(ids)} requested images, such as {missing[0]}")
+    return data.select(np.array([index_of[number] for number in ids]))
 
 
 def _is_hub(data: str) -> bool:
-    """Is this a local copy of a hub data set, or else, no folder being there, the form of a hub id?"""
+    """Whether this is a local copy of a hub data set, or has the form of a hub id and is not a folder."""
     folder = Path(data)
     return any(folder.glob("data/*.parquet")) or (
         not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", data) is not None
@@ -177,7 +177,7 @@ def _is_hub(data: str) -> bool:
 
 
 def _locate(flags: DataFlags, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split; the demo's are drawn first where they are not on disk yet."""
+    """Annotation file and image folder of a split; the demo is generated if it is not in the cache."""
     json_path, images = flags.explicit_files(split)
     if bool(json_path) != bool(images):
         raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
@@ -212,7 +212,7 @@ def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
 def _demo_folder() -> Path:
     folder = cache_folder(f"demo-seed{DEMO_SEED}")
     if not folder.is_dir():
-        print(f"drawing the demo's scenes into {folder}", flush=True)
+        print(f"generating the demo's scenes in {folder}", flush=True)
         make_demo(folder, seed=DEMO_SEED)
     return folder
 

@@ -16,11 +16,11 @@ from torchvision.transforms.v2 import functional as F
 from common.types import Letterbox, Target, mirror_boxes
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after the backbone's normalisation
-SMALLEST_SIDE = 2.0  # input pixels; what a crop leaves of an object below that teaches nothing
+SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
 
 
 class LetterboxTransform(nn.Module):
-    """Scale to fit a square of `size` pixels, upper-left corner, pad the rest; the way back goes onto the target."""
+    """Scale to fit a square of `size` pixels, in its upper-left corner, and pad; the target gets the `Letterbox`."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -35,7 +35,7 @@ class LetterboxTransform(nn.Module):
 
 
 class MirrorTransform(LetterboxTransform):
-    """The letterbox, and every second image mirrored: what training on cached features sees."""
+    """The letterbox, and every second image mirrored, as in training on cached features."""
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         image, target = super().forward(image, target)
@@ -49,19 +49,19 @@ def letterbox_target(target: Target, letterbox: Letterbox) -> Target:
 
 
 def mirror_target(target: Target, size: int) -> Target:
-    """The target of the input mirrored left to right, padding and all."""
+    """The target of the input mirrored left to right, with its padding."""
     return replace(target, boxes=mirror_boxes(target.boxes, size), letterbox=None)
 
 
 def mirror_drawn() -> bool:
-    """Heads or tails from torch's random numbers."""
+    """True or False with equal chance, from torch's random numbers."""
     return bool(torch.rand(()) < 0.5)
 
 
 class TrainTransform(nn.Module):
     """Flip, scale jitter with a fixed-size crop, colour jitter (the large-scale jitter of ViTDet, arXiv 2203.16527).
 
-    A crop smaller than the input of evaluation shows objects at the same scale for less work, and less of the image.
+    A crop smaller than the input of evaluation shows a smaller part of the image at the same scale, in less time.
 
     Args:
         size: side of the square input of evaluation, pixels.

@@ -23,9 +23,9 @@ def same_boxes(found, expected):
         assert names == [expected.class_names[label] for label in true_labels.tolist()]
 
 
-@pytest.mark.parametrize("outlines", [False, True])
-def test_yolo_text_files(demo_val, tmp_path, outlines):
-    path = write_yolo(demo_val, tmp_path, outlines=outlines)
+@pytest.mark.parametrize("polygons", [False, True])
+def test_yolo_text_files(demo_val, tmp_path, polygons):
+    path = write_yolo(demo_val, tmp_path, polygons=polygons)
     for data in (str(path), str(tmp_path)):
         for split in ("train", "val"):
             same_boxes(load_split(data_flags(data), split), demo_val)

@@ -1,0 +1,84 @@
+"""Letterbox, augmentation, batches."""
+
+import pytest
+import torch
+from helpers import data_flags
+
+from common.data.annotations import load_coco
+from common.data.dataset import DetectionDataset, collate
+from common.data.sources import load_split
+from common.data.transforms import LetterboxTransform, TrainTransform
+from common.types import Letterbox, Target
+
+ANNOTATION = {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0}
+
+
+@pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
+def test_letterbox_round_trip(size):
+    letterbox = Letterbox.fit(size, 224)
+    boxes = torch.rand(50, 4) * min(size)
+    assert max(letterbox.resized) == 224
+    assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes)), boxes, atol=1e-3)
+    height, width = size
+    corner = letterbox.to_input(torch.tensor([0.0, 0.0, width, height]))
+    assert corner.tolist() == pytest.approx([0, 0, letterbox.resized[1], letterbox.resized[0]], abs=1e-3)
+
+
+def painted(width=300, height=200, box=(60, 40, 180, 120)):
+    """A black image with a red rectangle, and its target."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[0, box[1] : box[3], box[0] : box[2]] = 255
+    target = Target(torch.tensor([box]).float(), torch.tensor([4]), torch.tensor([False]), 1, None)
+    return image, target
+
+
+def red_box(image):
+    red, green, blue = image.float()
+    rows, columns = torch.nonzero(red - torch.maximum(green, blue) > 60, as_tuple=True)
+    return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+
+
+def test_letterbox_transform_carries_the_box_along():
+    image, target = LetterboxTransform(140)(*painted())
+    assert image.shape == (3, 140, 140) and image.dtype == torch.uint8
+    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1)
+
+
+@pytest.mark.parametrize("crop_size", [140, 112])
+def test_augmentation_carries_the_box_along(crop_size):
+    transform, seen = TrainTransform(140, crop_size), set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, target = transform(*painted())
+        assert image.shape == (3, crop_size, crop_size) and image.dtype == torch.uint8
+        assert len(target.boxes) == len(target.labels) == len(target.crowd)
+        if len(target.boxes):
+            assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=2)
+            seen.add(tuple(target.boxes[0].round().tolist()))
+    assert len(seen) > 30
+
+
+def test_a_smaller_crop_shows_objects_at_the_same_scale():
+    widths = []
+    for crop_size in (140, 56):
+        torch.manual_seed(0)
+        transform = TrainTransform(140, crop_size, scale=(1.0, 1.0))
+        found = [transform(*painted(box=(60, 40, 120, 80)))[1].boxes for _ in range(20)]
+        widths.append(max((boxes[:, 2] - boxes[:, 0]).max() for boxes in found if len(boxes)))
+    assert widths[0] == pytest.approx(widths[1], abs=0.5)
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(demo):
+    data = load_split(data_flags(str(demo)), "train")
+    first, second = (DetectionDataset(data, TrainTransform(56), seed=3) for _ in range(2))
+    _ = torch.rand(7), first[0]
+    assert torch.equal(first[5][0], second[5][0])
+    second.set_epoch(1)
+    assert not torch.equal(first[5][0], second[5][0])
+
+
+def test_collate_gives_floats_and_keeps_empty_targets(coco_file):
+    data = load_coco(*coco_file([ANNOTATION]))
+    batch = collate([DetectionDataset(data, LetterboxTransform(28))[i] for i in range(2)])
+    assert batch.images.shape == (2, 3, 28, 28) and batch.images.dtype == torch.float32 and batch.images.max() <= 1
+    assert [len(t.boxes) for t in batch.targets] == [1, 0]
