@@ -23,7 +23,6 @@ from PIL import Image
 from common import cli
 from common.cli import flag
 from common.data.coco import CocoData, unlabelled_images
-from common.data.images import open_image
 from common.data.sources import DataFlags, load_split
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.evaluation import Predictor, evaluate, unique_names
@@ -63,7 +62,7 @@ def write_images(settings: Settings, data: CocoData, models: dict[str, tuple[Che
     sheet = []
     for index, name in names.items():
         file = data.images[index]
-        image = open_image(file.path, (file.width, file.height))
+        image = file.open()
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
         panels = []
         for model, (checkpoint, found) in models.items():

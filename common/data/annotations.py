@@ -19,7 +19,7 @@ import numpy as np
 
 from common.console import InputError, WrongSizeError, progress_bar
 from common.data.coco import CocoData, ImageFile, xywh_to_xyxy
-from common.data.images import open_image, read_size
+from common.data.images import TooLargeError, has_open_orientation, read_sizes
 from common.files import atomic_write, cache_folder, is_file
 
 NEEDED = {
@@ -33,6 +33,8 @@ OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')
 DECODED = 20_000  # images that are decoded beforehand, a few minutes' worth
 EDGE = 1.0  # pixels that a box may reach beyond its image before that is worth a word: rounding
 UNREADABLE = "left out {} images that cannot be read"
+TOO_LARGE = "left out {} images that are too large to decode, scale them down"
+OPEN_ORIENTATION = "used {} images as stored, since their size does not tell whether EXIF's rotation was applied"
 TEXT_IDS = "read {} ids that are written as text"
 SHOWN = 1000  # images from which on checking them takes long enough for a progress bar
 NAMED = 3  # images that a note names
@@ -74,7 +76,7 @@ def load_coco(json_path: Path, images_folder: Path, limit: int = 0) -> CocoData:
     return coco_data(read_json(json_path), images_folder, str(json_path), limit)
 
 
-def coco_data(content: dict, folder: Path, source: str, limit: int = 0) -> CocoData:
+def coco_data(content: dict, folder: Path, source: str, limit: int = 0, upright: bool = False) -> CocoData:
     """The data set that a COCO instances dictionary describes; `notes` says what was repaired or left out.
 
     Args:
@@ -82,6 +84,7 @@ def coco_data(content: dict, folder: Path, source: str, limit: int = 0) -> CocoD
         folder: the folder that the `file_name`s are relative to.
         source: what to call it in messages.
         limit: keep the first `limit` images; 0 keeps all.
+        upright: whether boxes are on the upright images wherever an image's size does not tell.
 
     Raises:
         InputError: not COCO, no images, or ids that leave open which is which.
@@ -92,7 +95,7 @@ def coco_data(content: dict, folder: Path, source: str, limit: int = 0) -> CocoD
     problems = Problems()
     label_of, names = _categories(content["categories"], source, problems)
     listed = content["images"][: limit or None]
-    image_files = _image_files(listed, folder, source, problems)
+    image_files = _image_files(listed, folder, source, problems, upright)
     known = {_number(image["id"], source) for image in content["images"]}
     arrays = _boxes(content["annotations"], image_files, known, label_of, source, problems)
     return CocoData(image_files, tuple(label_of), names, **arrays, source=source, notes=problems.notes())
@@ -112,17 +115,17 @@ def without_unreadable(data: CocoData) -> CocoData:
         return replace(data, notes=(*data.notes, note))
     faults = _faults(data)
     problems = Problems()
-    for image, fault in zip(data.images, faults, strict=True):
-        if fault:
-            problems.add(fault, image.path.name)
-    good = np.nonzero([not fault for fault in faults])[0]
+    for kind, place in faults:
+        if kind:
+            problems.add(kind, place)
+    good = np.nonzero([kind in ("", OPEN_ORIENTATION) for kind, _ in faults])[0]
     if not len(good):
         raise InputError(f"{data.source}: none of its {len(data)} images can be used: {'; '.join(problems.notes())}")
     return replace(data if len(good) == len(data) else data.select(good), notes=(*data.notes, *problems.notes()))
 
 
-def _faults(data: CocoData) -> list[str]:
-    """What is wrong with each image, "" where nothing is."""
+def _faults(data: CocoData) -> list[tuple[str, str]]:
+    """What is wrong with each image, "" where nothing is, and what to call the image."""
     digest = hashlib.sha256()
     for p in data.images:
         digest.update(repr((*p.file_state(), p.width, p.height)).encode())
@@ -142,14 +145,17 @@ def _faults(data: CocoData) -> list[str]:
     return faults
 
 
-def _fault(image: ImageFile) -> str:
+def _fault(image: ImageFile) -> tuple[str, str]:
+    name = image.path.name
     try:
-        open_image(image.path, (image.width, image.height))
+        is_open = has_open_orientation(image.path, (image.width, image.height))
     except WrongSizeError:
-        return "left out {} images of another size than annotated"
+        return "left out {} images of another size than annotated", name
+    except TooLargeError as error:
+        return TOO_LARGE, f"{name}: {str(error).rpartition(': ')[2]}"
     except InputError:
-        return UNREADABLE
-    return ""
+        return UNREADABLE, name
+    return OPEN_ORIENTATION if is_open and not image.upright else "", name
 
 
 def read_json(path: Path) -> dict:
@@ -220,7 +226,7 @@ def _categories(categories: list, source: str, problems: Problems) -> tuple[dict
     return {number: label for label, number in enumerate(ids)}, names
 
 
-def _image_files(images: list, folder: Path, source: str, problems: Problems) -> tuple[ImageFile, ...]:
+def _image_files(images: list, folder: Path, source: str, problems: Problems, upright: bool) -> tuple[ImageFile, ...]:
     kept: dict[int, ImageFile] = {}
     for image in images:
         name = str(image["file_name"])
@@ -241,21 +247,26 @@ def _image_files(images: list, folder: Path, source: str, problems: Problems) ->
             continue
         size = image.get("width"), image.get("height")
         if not all(isinstance(side, int) and side > 0 for side in size):
-            size = _size_of(path, problems)
+            size = _size_of(path, problems, upright)
         if size is not None:
-            kept[number] = ImageFile(number, path, *size)
+            kept[number] = ImageFile(number, path, *size, upright)
     if not kept:
         reasons = "; ".join(problems.notes())
         raise InputError(f"{source}: none of its {len(images)} images can be used: {reasons}")
     return tuple(kept.values())
 
 
-def _size_of(path: Path, problems: Problems) -> tuple[int, int] | None:
+def _size_of(path: Path, problems: Problems, upright: bool) -> tuple[int, int] | None:
     """(width, height) of the file itself."""
-    size = read_size(path)
-    found = "took the sizes of {} images from their files"
-    problems.add(found if size else UNREADABLE, path.name)
-    return size
+    sizes = read_sizes(path)
+    if sizes is None:
+        problems.add(*_fault(ImageFile(0, path, 0, 0)))
+        return None
+    stored, turned = sizes
+    problems.add("took the sizes of {} images from their files", path.name)
+    if stored != turned and not upright:
+        problems.add(OPEN_ORIENTATION, path.name)
+    return turned if upright else stored
 
 
 def _leads_out(name: str) -> bool:

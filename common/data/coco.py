@@ -11,26 +11,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.console import InputError
-from common.data.images import IMAGE_SUFFIXES, open_image
+from common.data.images import find_images, open_image
 from common.types import Target
+
+NAMED = 3  # images that a message about unreadable ones names
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image file: its COCO id, its path, and its size in pixels as annotated."""
+    """One image file: its COCO id, its path, and its size in pixels as annotated.
+
+    `upright`: whether to apply an EXIF rotation that leaves the size unchanged, so that the size does not tell.
+    """
 
     id: int
     path: Path
     width: int
     height: int
+    upright: bool = False
 
-    def file_state(self) -> tuple[str, int, int]:
-        """Path, length and time of change, by which a cache notices that the file was replaced."""
+    def open(self) -> Image.Image:
+        """The decoded image, RGB. Raises InputError as `open_image` does."""
+        return open_image(self.path, (self.width, self.height), self.upright)
+
+    def file_state(self) -> tuple[str, int, int, bool]:
+        """Path, length, time of change and `upright`: a cache of pixels is valid while they are the same."""
         status = self.path.stat()
-        return str(self.path.resolve()), status.st_size, status.st_mtime_ns
+        return str(self.path.resolve()), status.st_size, status.st_mtime_ns, self.upright
 
 
 @dataclass(frozen=True)
@@ -99,22 +110,38 @@ class CocoData:
 def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> CocoData:
     """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
 
+    Images that cannot be read are left out; how many, and why, is printed.
+
     Args:
         paths: image files, and folders whose images (not those of their subfolders) are taken in name order.
 
     Raises:
-        InputError: a path that is not there, a folder without images, a file that is no image.
+        InputError: no such path, a folder without images, or none of the images can be read.
     """
     files: list[Path] = []
+    skipped: list[str] = []
     for path in paths:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in the folder {path}")
+        if not path.exists():
+            raise InputError(f"no such image: {path}")
+        found, others = find_images(path) if path.is_dir() else ([path], [])
+        if not found and not others:
+            raise InputError(f"no images in the folder {path}")
         files += found
-    images = []
-    for number, path in enumerate(files, 1):
-        width, height = open_image(path).size
-        images.append(ImageFile(number, path, width, height))
+        skipped += [f"{file} ({reason})" for file, reason in others]
+    images: list[ImageFile] = []
+    for path in files:
+        try:
+            width, height = open_image(path).size
+        except InputError as error:
+            skipped.append(str(error))
+        else:
+            images.append(ImageFile(len(images) + 1, path, width, height, upright=True))
+    if skipped:
+        message = f"left out {len(skipped)} of {len(images) + len(skipped)} images: {'; '.join(skipped[:NAMED])}"
+        message += "; …" if len(skipped) > NAMED else ""
+        if not images:
+            raise InputError(message)
+        print(message, flush=True)
     return CocoData(
         tuple(images),
         tuple(category_ids),

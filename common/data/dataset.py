@@ -11,7 +11,6 @@ from torchvision.transforms.v2 import functional as F
 
 from common.console import ignore_in_worker
 from common.data.coco import CocoData
-from common.data.images import open_image
 from common.data.transforms import LetterboxTransform
 from common.runtime import derived_seed
 from common.types import Batch, Target
@@ -35,8 +34,7 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Image (3, S, S) uint8 and its `Target`."""
-        file = self.data.images[index]
-        image = F.pil_to_tensor(open_image(file.path, (file.width, file.height)))
+        image = F.pil_to_tensor(self.data.images[index].open())
         with sample_randomness(self.seed, self.epoch, index):
             return self.transform(image, self.data.target(index))
 

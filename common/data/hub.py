@@ -14,7 +14,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import islice
@@ -29,6 +29,7 @@ from PIL import Image
 
 from common.console import InputError, Interrupted, progress_bar
 from common.data.annotations import Problems
+from common.data.formats import choose_split
 from common.data.images import read_size
 from common.files import atomic_write, cache_folder
 
@@ -38,7 +39,7 @@ HUB_TIMEOUT = 5  # seconds for the hub's first answer
 
 
 def hub_split(
-    name: str, split: str, split_names: Iterable[str], limit: int = 0, sample_seed: int = -1, box_format: str = "auto"
+    name: str, split: str, split_names: Sequence[str], limit: int = 0, sample_seed: int = -1, box_format: str = "auto"
 ) -> tuple[Path, Path, tuple[str, ...]]:
     """Annotation file and image folder of a hub data set's split, and notes on rows that were left out.
 
@@ -84,7 +85,7 @@ def hub_split(
     if not path.is_file() or path.read_text() != text:
         with atomic_write(path, "w") as file:
             file.write(text)
-    return path, folder / "images", problems.notes()
+    return path, folder / "images", (*header.get("notes", ()), *problems.notes())
 
 
 def _data_set_folder(name: str) -> Path:
@@ -129,7 +130,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(folder: Path, name: str, split_names: Iterable[str], limit: int, sample_seed: int) -> None:
+def _fetch(folder: Path, name: str, split_names: Sequence[str], limit: int, sample_seed: int) -> None:
     """Go on behind the last row of the cache: first each row's image is written, then its line."""
     header, rows = _read_cache(folder)
     if _is_satisfied(header, rows, limit):  # another process fetched them in the meantime
@@ -159,7 +160,7 @@ def _write_json(content: dict, path: Path) -> None:
 
 
 def _open(
-    name: str, split_names: Iterable[str], revision: str | None, existing: int
+    name: str, split_names: Sequence[str], revision: str | None, existing: int
 ) -> tuple[datasets.IterableDataset, dict]:
     """The split's rows, of a hub's data set in this revision, and what the rows have in common.
 
@@ -176,7 +177,7 @@ def _open(
             advice = f"{existing} of its images are in the cache: request no more"
         reason = "cannot be read" if Path(name).is_dir() else "is not a folder here and cannot be fetched from the hub"
         raise InputError(f"data {name} {reason}; {advice} ({_in_one_line(error)})") from error
-    split = next((s for s in split_names if s in splits), None)
+    split, notes = choose_split(split_names, splits)
     if split is None:
         raise InputError(f"data {name} has the splits {', '.join(splits)}, none of {', '.join(split_names)}")
     features = splits[split].features or {}
@@ -189,6 +190,7 @@ def _open(
         raise InputError(f"data {name} is no detection set: image, objects.bbox and objects.category, but {columns}")
     has_ids = "int" in getattr(features.get("image_id"), "dtype", "")
     header = {"revision": revision, "category": category, "names": getattr(kind, "names", None), "has_ids": has_ids}
+    header["notes"] = notes
     return splits[split].cast_column("image", datasets.Image(decode=False)), header
 
 

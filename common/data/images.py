@@ -1,27 +1,109 @@
-"""Image files: decoding, orientation, sizes."""
+"""Image files: finding them in folders, sizes, EXIF orientation, decoding."""
 
+import os
+import warnings
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.console import InputError, WrongSizeError
 
-ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+ORIENTATION = 0x0112  # EXIF's tag: 1 upright, 2 to 8 how to turn or mirror the stored pixels
+UNDO = {  # the inverse of each orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow recognises them, others decode them
+OTHER_FORMATS = {
+    *(".heic", ".heif", ".hif", ".jxl", ".exr", ".hdr", ".svg"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+}
+UNREADABLE_FORMAT, METADATA = "an image format that Pillow does not read", "macOS metadata, which are no images"
+
+# Pillow warns at half the size that it refuses, which `open_image` reports.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+class TooLargeError(InputError):
+    """An image has so many pixels that decoding it could fill the memory."""
+
+
+def find_images(folder: Path, subfolders: bool = False) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files of a folder that Pillow reads, by their suffix, in the order of their paths.
+
+    Symbolic links are followed, hidden subfolders are left out.
+
+    Returns:
+        The images; and the image files that are left out, with the reason.
+    """
+    images, skipped, visited = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX"))) if subfolders else []
+        if os.path.realpath(place) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in OTHER_FORMATS:
+                skipped.append((Path(place, name), UNREADABLE_FORMAT))
+            elif suffix in image_suffixes():
+                if name.startswith("._"):
+                    skipped.append((Path(place, name), METADATA))
+                else:
+                    images.append(Path(place, name))
+    return sorted(images), sorted(skipped)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The lower-case suffixes of the formats that Pillow reads, each with its dot."""
+    Image.init()
+    formats = Image.OPEN.keys() - NOT_DECODED
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def open_image(path: Path, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
     """Decode an image file to RGB.
 
-    Cameras store the rotation beside the pixels (EXIF). With `size` = (width, height) given, the image is turned
-    only where that makes it match, since annotation tools disagree on it; without, it is always turned upright.
+    Cameras store the rotation beside the pixels (EXIF), and annotation tools differ in whether they apply it. The
+    annotated `size` tells which, unless the rotation does not change it.
+
+    Args:
+        path: the file; of an animation the first frame is taken.
+        size: the annotated (width, height). None turns the image upright.
+        upright: turn the image upright where `size` does not tell.
 
     Raises:
-        InputError: no such file, not an image, damaged, or of another size than `size`.
+        InputError: no such file, not an image, damaged, too large to decode, or of another size than `size`.
     """
+    return _decode(path, size, upright)[0]
+
+
+def has_open_orientation(path: Path, size: tuple[int, int]) -> bool:
+    """Whether an image has an EXIF rotation of which the annotated `size` does not tell if it was applied.
+
+    Raises InputError as `open_image` does, since it decodes the image.
+    """
+    return _decode(path, size, upright=False)[1]
+
+
+def _decode(path: Path, size: tuple[int, int] | None, upright: bool) -> tuple[Image.Image, bool]:
     try:
         image: Image.Image = Image.open(path)
-        if size is None or image.size != size:
+        orientation, stored, turned = _orientation(image)
+        is_open = orientation != 1 and stored == turned == size
+        if size == stored and not (is_open and upright):
+            image.load()
+            if image.format == "TIFF" and orientation in UNDO:  # which Pillow turns upright itself
+                image = image.transpose(UNDO[orientation])
+        else:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off all that is bright
             image = image.point(lambda value: value * (1 / 256)).convert("L")
@@ -30,19 +112,38 @@ def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         image = image.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"no such image: {path}") from error
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        reason = str(error).partition(",")[0]
+        raise TooLargeError(f"{path} is too large to decode, scale it down: {reason}") from error
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
         raise InputError(f"cannot read the image {path}: {error}") from error
     if size is not None and image.size != size:
-        found, said = "x".join(map(str, image.size)), "x".join(map(str, size))
-        raise WrongSizeError(f"{path} is {found} pixels, but its annotation says {said}; mend the annotation file")
-    return image
+        file_size, annotated = "x".join(map(str, image.size)), "x".join(map(str, size))
+        raise WrongSizeError(f"{path} is {file_size} pixels, but its annotation says {annotated}")
+    return image, is_open
+
+
+def _orientation(image: Image.Image) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """EXIF orientation of an image that is not loaded, its (width, height) as stored, and upright."""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation not in UNDO:
+        return 1, image.size, image.size
+    size, swapped = image.size, image.size[::-1]
+    if orientation < 5:
+        return orientation, size, size
+    return (orientation, swapped, size) if image.format == "TIFF" else (orientation, size, swapped)
+
+
+def read_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(width, height) of an image file as stored, and upright; None where the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return _orientation(image)[1:]
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+        return None
 
 
 def read_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) of an image file turned upright, from its first bytes alone; None where they tell nothing."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return (image.height, image.width) if turned else image.size
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        return None
+    """(width, height) of an image file turned upright; None where the file cannot be read."""
+    sizes = read_sizes(path)
+    return sizes[1] if sizes else None

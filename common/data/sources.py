@@ -19,13 +19,13 @@ from common.console import InputError
 from common.data.annotations import coco_data, load_coco, without_unreadable
 from common.data.coco import CocoData
 from common.data.demo import make_demo
-from common.data.formats import find_yaml, is_voc, read_voc, read_yolo
+from common.data.formats import Layout, choose_split, find_yaml, is_voc, read_voc, read_yolo
 from common.data.hub import hub_split
 from common.data.official import official_ids, official_split
 from common.files import cache_folder
 
 BOX_FORMATS = ("auto", "xyxy", "xywh")
-SPLITS = {"train": ("train",), "val": ("val", "validation", "test", "valid")}  # their names in data sets
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # the first that a data set has
 DEMO_SEED = 0
 
 
@@ -117,14 +117,26 @@ def _read_in_order(flags: DataFlags, split: str, limit: int) -> CocoData:
     """The first `limit` images of the split (0 = all)."""
     folder = Path(flags.data)
     if any(flags.explicit_files(split)):
-        return load_coco(*_locate(flags, split), limit)
+        return _load_located(flags, split, limit)
     if _is_hub(flags.data):
         return _read_hub(flags, split, limit, -1)
     if described := find_yaml(folder):
-        return coco_data(*read_yolo(described, SPLITS[split], limit), str(described))
+        return _upright_data(read_yolo(described, SPLITS[split], limit), str(described))
     if folder.is_dir() and is_voc(folder):
-        return coco_data(*read_voc(folder, SPLITS[split], limit), str(folder))
-    return load_coco(*_locate(flags, split), limit)
+        return _upright_data(read_voc(folder, SPLITS[split], limit), str(folder))
+    return _load_located(flags, split, limit)
+
+
+def _upright_data(layout: Layout, source: str) -> CocoData:
+    content, folder, notes = layout
+    data = coco_data(content, folder, source, upright=True)
+    return replace(data, notes=(*notes, *data.notes))
+
+
+def _load_located(flags: DataFlags, split: str, limit: int) -> CocoData:
+    json_path, folder, notes = _locate(flags, split)
+    data = load_coco(json_path, folder, limit)
+    return replace(data, notes=(*notes, *data.notes))
 
 
 def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> CocoData:
@@ -148,7 +160,7 @@ def read_image_ids(path: Path, split: str) -> list[int]:
         InputError: no such file, a line of another form, or no image of that split.
     """
     try:
-        lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+        lines = [line.partition("#")[0].split() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the image ids in {path}: {error}") from error
     for number, words in enumerate(lines, 1):
@@ -176,13 +188,13 @@ def _is_hub(data: str) -> bool:
     )
 
 
-def _locate(flags: DataFlags, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split; the demo is generated if it is not in the cache."""
+def _locate(flags: DataFlags, split: str) -> tuple[Path, Path, tuple[str, ...]]:
+    """Annotation file and image folder of a split, and notes; the demo is generated if it is not in the cache."""
     json_path, images = flags.explicit_files(split)
     if bool(json_path) != bool(images):
         raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
     if json_path:
-        return Path(json_path), Path(images)
+        return Path(json_path), Path(images), ()
     if flags.data == "demo":
         return _find_split(_demo_folder(), split)
     folder = Path(flags.data)
@@ -194,19 +206,23 @@ def _locate(flags: DataFlags, split: str) -> tuple[Path, Path]:
     )
 
 
-def _find_split(folder: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split: COCO's layout, else Roboflow's."""
+def _find_split(folder: Path, split: str) -> tuple[Path, Path, tuple[str, ...]]:
+    """Annotation file and image folder of a split, and notes: COCO's layout, else Roboflow's."""
+    existing: dict[str, tuple[Path, Path]] = {}
     for name in SPLITS[split]:
-        for year in ("2017", "2014", ""):
-            annotations = folder / "annotations" / f"instances_{name}{year}.json"
+        roboflow = folder / name / "_annotations.coco.json"
+        if roboflow.is_file():
+            existing[name] = roboflow, roboflow.parent
+        for year in ("", "2014", "2017"):
+            annotations, images = folder / "annotations" / f"instances_{name}{year}.json", f"{name}{year}"
             if annotations.is_file():
-                inside = folder / "images" / f"{name}{year}"
-                return annotations, inside if inside.is_dir() else folder / f"{name}{year}"
-        annotations = folder / name / "_annotations.coco.json"
-        if annotations.is_file():
-            return annotations, annotations.parent
-    expected = f"annotations/instances_{split}2017.json with the images in {split}2017/, or Roboflow's {name}/"
-    raise InputError(f"no {split} part in {folder}: expected {expected}")
+                inside = folder / "images" / images
+                existing[name] = annotations, inside if inside.is_dir() else folder / images
+    chosen, notes = choose_split(SPLITS[split], existing)
+    if chosen is None:
+        expected = f"annotations/instances_{split}2017.json with the images in {split}2017/, or Roboflow's {split}/"
+        raise InputError(f"no {split} split in {folder}: expected {expected}")
+    return *existing[chosen], notes
 
 
 def _demo_folder() -> Path:

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class TrainTransform(nn.Module):
         self.move = v2.Compose(
             [
                 v2.RandomHorizontalFlip(),
-                v2.ScaleJitter((size, size), scale_range=scale, antialias=True),
+                _ScaleJitter((size, size), scale_range=scale, antialias=True),
                 v2.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=FILL),
                 v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
                 v2.ClampBoundingBoxes(),
@@ -95,6 +96,14 @@ class TrainTransform(nn.Module):
         boxes = sample["boxes"].as_subclass(Tensor)
         moved = replace(target, boxes=boxes, labels=sample["labels"], crowd=sample["crowd"], letterbox=None)
         return sample["image"].as_subclass(Tensor), moved
+
+
+class _ScaleJitter(v2.ScaleJitter):
+    """torchvision's, but an elongated image keeps a side of at least one pixel, as in `Letterbox.fit`."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = super().make_params(flat_inputs)["size"]
+        return {"size": (max(1, height), max(1, width))}
 
 
 def _labels_and_crowd(sample: dict) -> tuple[Tensor, Tensor]:

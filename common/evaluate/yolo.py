@@ -18,7 +18,6 @@ from PIL import Image
 
 from common.console import InputError, progress_bar
 from common.data.coco import CocoData
-from common.data.images import open_image
 from common.evaluate.cost import Cost, PeakMemory
 from common.files import cache_folder
 from common.runtime import device_name
@@ -149,7 +148,7 @@ def _fetch(name: str) -> Path:
 def _pixels(data: CocoData, index: int) -> np.ndarray:
     """(H, W, 3) uint8, blue first, as ultralytics takes images from memory."""
     image = data.images[index]
-    return np.ascontiguousarray(np.asarray(open_image(image.path, (image.width, image.height)))[..., ::-1])
+    return np.ascontiguousarray(np.asarray(image.open())[..., ::-1])
 
 
 def _milliseconds(results: list) -> float:

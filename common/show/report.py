@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 
 from common.data.coco import CocoData
-from common.data.images import open_image
 from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import match
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -126,7 +125,7 @@ def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np
 def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image.Image:
     """Image `index` with its true boxes, and beside it with the detections of the table."""
     file = data.images[index]
-    image = open_image(file.path, (file.width, file.height))
+    image = file.open()
     own = table.select(table.image_id == file.id)
     own = own.select(np.argsort(-own.score))
     boxes = [

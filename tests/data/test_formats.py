@@ -92,7 +92,7 @@ def test_pascal_voc_in_its_own_layout_and_in_a_folder_for_each_part(demo_val, tm
             found = load_split(data_flags(str(folder)), part)
             same_boxes(found, demo_val)
             assert found.category_ids == tuple(range(1, len(found.class_names) + 1))
-    with pytest.raises(InputError, match="no val part"):
+    with pytest.raises(InputError, match="no val split"):
         shutil.rmtree(parts / "valid")
         load_split(data_flags(str(parts)), "val")
 

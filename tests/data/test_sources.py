@@ -20,7 +20,7 @@ def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
     assert load_split(data_flags(str(roboflow.parent)), "val").fingerprint() == expected
     explicit = data_flags("nowhere", val_json=str(annotations), val_images_dir=str(demo / "val2017"))
     assert load_split(explicit, "val").fingerprint() == expected
-    with pytest.raises(InputError, match="no train part"):
+    with pytest.raises(InputError, match="no train split"):
         load_split(data_flags(str(roboflow.parent)), "train")
     with pytest.raises(InputError, match="go together"):
         load_split(data_flags("nowhere", val_json=str(annotations)), "val")
