@@ -1,11 +1,12 @@
 """Image files: finding them in folders, sizes, EXIF orientation, decoding."""
 
 import os
+import struct
 import warnings
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from common.console import InputError, WrongSizeError
 
@@ -26,8 +27,13 @@ OTHER_FORMATS = {
 }
 UNREADABLE_FORMAT, METADATA = "an image format that Pillow does not read", "macOS metadata, which are no images"
 
-# Pillow warns at half the size that it refuses, which `open_image` reports.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What Pillow's decoders raise at damaged files.
+DECODING_ERRORS = (
+    *(OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    struct.error,
+)
+# Pillow warns of damage that it can read past, and of images of half the size that it refuses.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class TooLargeError(InputError):
@@ -115,7 +121,7 @@ def _decode(path: Path, size: tuple[int, int] | None, upright: bool) -> tuple[Im
     except Image.DecompressionBombError as error:
         reason = str(error).partition(",")[0]
         raise TooLargeError(f"{path} is too large to decode, scale it down: {reason}") from error
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+    except DECODING_ERRORS as error:
         raise InputError(f"cannot read the image {path}: {error}") from error
     if size is not None and image.size != size:
         file_size, annotated = "x".join(map(str, image.size)), "x".join(map(str, size))
@@ -139,7 +145,7 @@ def read_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]] | None:
     try:
         with Image.open(path) as image:
             return _orientation(image)[1:]
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+    except (*DECODING_ERRORS, Image.DecompressionBombError):
         return None
 
 

@@ -115,17 +115,6 @@ def test_difficult_objects_are_left_aside_and_broken_ones_counted(demo_val, tmp_
         load_split(data_flags(str(tmp_path)), "val")
 
 
-def test_turned_images_keep_their_upright_size(tmp_path):
-    from common.data.images import read_size
-
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_size(tmp_path / "turned.jpg") == (40, 80)
-    (tmp_path / "bad.jpg").write_bytes(b"no image")
-    assert read_size(tmp_path / "bad.jpg") is None and read_size(tmp_path / "none.jpg") is None
-
-
 def write_labels(root, content, extra="", image=None, names="[red, blue]"):
     """A YOLO data set of one image of 100 x 50 pixels, of which both splits are; `content` is its label file."""
     (root / "images").mkdir(parents=True)

@@ -77,6 +77,23 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(demo):
     assert not torch.equal(first[5][0], second[5][0])
 
 
+@pytest.mark.parametrize("size", [(20000, 40), (10, 6000), (60000, 1), (1, 9000), (1, 1)])
+def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
+    width, height = size
+    image, box = torch.full((3, height, width), 200, dtype=torch.uint8), torch.tensor([[0.0, 0.0, width, height]])
+    target = Target(box, torch.tensor([4]), torch.tensor([False]), 1, None)
+    letterboxed, moved = LetterboxTransform(56)(image, target)
+    sides = [max(1, round(side * 56 / max(size))) for side in size]
+    assert moved.boxes[0].tolist() == pytest.approx([0, 0, *sides])
+    assert (letterboxed[0] == 200).sum() == sides[0] * sides[1]
+    for transform in (TrainTransform(56), TrainTransform(448, 56)):
+        for seed in range(10):
+            torch.manual_seed(seed)
+            augmented, moved = transform(image, target)
+            assert augmented.shape == (3, 56, 56) and moved.boxes.isfinite().all()
+            assert len(moved.boxes) == len(moved.labels) == len(moved.crowd)
+
+
 def test_collate_gives_floats_and_keeps_empty_targets(coco_file):
     data = load_coco(*coco_file([ANNOTATION]))
     batch = collate([DetectionDataset(data, LetterboxTransform(28))[i] for i in range(2)])
