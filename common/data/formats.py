@@ -259,6 +259,8 @@ def _yolo_box(line: str, keypoints: int) -> tuple[int, list[float] | None, str]:
 
 def _columns(line: str) -> list[str]:
     """The columns of a label line, separated by spaces, commas or semicolons; numbers may have decimal commas."""
+    if "," not in line and ";" not in line:
+        return line.split()
     if "." not in line and len(re.findall(r"\d,\d", line)) > 1 and len(line.split()) > 4:
         line = line.replace(",", ".")
     return re.split(r"[\s,;]+", line.strip(" \t,;"))

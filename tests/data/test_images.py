@@ -62,6 +62,7 @@ def test_damaged_images_are_named(tmp_path, content):
         open_image(path)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".gif", ".webp", ".avif", ".bmp", ".jp2", ".tga", ".ico"])
 def test_no_damage_ends_in_another_error(tmp_path, suffix):
     path, rng = tmp_path / f"a{suffix}", np.random.default_rng(0)
