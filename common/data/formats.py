@@ -342,7 +342,8 @@ def _voc_pairs(
     by_stem: dict[str, list[Path]] = {}
     for image in found:
         by_stem.setdefault(image.stem, []).append(image)
-    stems = [_listed_stem(line, files.keys() | by_stem.keys()) for line in listed] if listed else sorted(files)
+    known = files.keys() | by_stem.keys()
+    stems = sorted(files) if listed is None else [_listed_stem(line, known) for line in listed]
     pairs: dict[Path, Path | None] = {}
     for stem in stems:
         file = files.get(stem)
@@ -356,7 +357,8 @@ def _voc_pairs(
     if listed is None:
         pairs |= {image: None for image in found if image not in pairs and image.stem not in files}
     if not any(pairs.values()):
-        raise InputError(f"{folder}: no XML file has an image: {'; '.join(problems.notes())}")
+        reasons = "; ".join(problems.notes()) or "the split is empty"
+        raise InputError(f"{folder}: no XML file has an image: {reasons}")
     return sorted(pairs.items()) if listed is None else list(pairs.items())
 
 

@@ -328,6 +328,14 @@ def test_voc_images_without_xml_and_names_with_spaces(demo_val, tmp_path):
     )
 
 
+def test_empty_voc_split_is_refused(demo_val, tmp_path):
+    write_voc(demo_val, tmp_path / "Annotations", tmp_path / "JPEGImages")
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("\n")
+    with pytest.raises(InputError, match="the split is empty"):
+        load_split(data_flags(tmp_path), "val")
+
+
 def test_voc_folder_whose_files_have_other_names_than_the_images(demo_val, tmp_path):
     write_voc(demo_val, tmp_path / "val", tmp_path / "val")
     for image in (tmp_path / "val").glob("*.jpg"):
