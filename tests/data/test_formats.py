@@ -125,7 +125,7 @@ def write_labels(root, content, extra="", image=None, names="[red, blue]"):
     return root
 
 
-BOX = "1 0.5 0.5 0.2 0.4"  # 40, 15, 60, 35
+BOX, OTHER_BOX = "1 0.5 0.5 0.2 0.4", "0 0.25 0.25 0.5 0.5"  # 40, 15, 60, 35 and 0, 0, 50, 25
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,17 @@ def test_label_lines_left_out_are_counted_with_the_reason(tmp_path, line, reason
 
 
 def test_a_confidence_is_ignored_and_noted(tmp_path):
-    data = load_split(data_flags(write_labels(tmp_path, f"{BOX} 0.9\n{BOX} 0.07\n")), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35]] * 2
+    data = load_split(data_flags(write_labels(tmp_path, f"{BOX} 0.9\n{OTHER_BOX} 0.07\n")), "val")
+    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35], [0, 0, 50, 25]]
     assert data.notes == ("ignored the sixth column of 2 label lines, a confidence (a.txt)",)
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3, 3), (17, 3), (1, 2)])
 def test_pose_labels_are_boxes_with_keypoints(tmp_path, shape):
     keypoints = " ".join(["0.1 0.9 2.0"[: 4 * shape[1] - 1]] * shape[0])
-    root = write_labels(tmp_path, f"{BOX} {keypoints}\n{BOX}\n", f"kpt_shape: {list(shape)}\n")
+    root = write_labels(tmp_path, f"{BOX} {keypoints}\n{OTHER_BOX}\n", f"kpt_shape: {list(shape)}\n")
     data = load_split(data_flags(root, strict=True), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35]] * 2
+    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35], [0, 0, 50, 25]]
     (root / "labels" / "a.txt").write_text(f"{BOX} {keypoints} 0.5 0.5\n{BOX}\n")
     note = "left out 1 label lines that do not have the columns of kpt_shape (a.txt)"
     assert load_split(data_flags(root), "val").notes == (note,)

@@ -183,6 +183,10 @@ def check_same(data, scenes):
         assert np.array_equal(np.asarray(file.open()), np.asarray(scene.image))
 
 
+def flags_of(write, root, **flags):
+    return data_flags(root, **flags, box_format="xyxy" if write is write_hub else "auto")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
@@ -197,7 +201,7 @@ def test_the_same_boxes_in_every_layout(tmp_path, write, seed):
 
     scenes = make_scenes(seed, 24, orientation_of)
     write(tmp_path, "val", scenes)
-    check_same(load_split(data_flags(tmp_path, box_format="xyxy", strict=True), "val"), scenes)
+    check_same(load_split(flags_of(write, tmp_path, strict=True), "val"), scenes)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -210,14 +214,14 @@ def test_validation_split_comes_before_test(tmp_path, write, capsys):
             write(root, name, scenes[name] if write != write_voc else renamed(scenes[name], name))
         expected = list(scenes)[count - 1]
         if expected != "test":
-            check_same(load_split(data_flags(root, box_format="xyxy", strict=True), "val"), scenes[expected])
+            check_same(load_split(flags_of(write, root, strict=True), "val"), scenes[expected])
             continue
         for _ in range(2):  # the second time, hub data come from the cache
-            data = load_split(data_flags(root, box_format="xyxy"), "val")
+            data = load_split(flags_of(write, root), "val")
             assert data.notes == (TEST_NOTE,) and TEST_NOTE in capsys.readouterr().out
             assert np.allclose(data.boxes, [box[1:] for scene in scenes["test"] for box in scene.boxes])
         with pytest.raises(InputError, match="refused by --strict"):
-            load_split(data_flags(root, box_format="xyxy", strict=True), "val")
+            load_split(flags_of(write, root, strict=True), "val")
 
 
 def renamed(scenes, prefix):

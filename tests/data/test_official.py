@@ -104,7 +104,7 @@ def test_images_by_id_from_both_parts_and_from_a_folder(server, demo_val, tmp_pa
     ids.write_text("".join(f"val {key}\n" for key in chosen))
     assert [p.id for p in load_split(data_flags(str(folder), image_ids=str(ids)), "val").images] == chosen
     ids.write_text("val 999")
-    with pytest.raises(InputError, match="lacks 1 of the 1 images"):
+    with pytest.raises(InputError, match="lacks 1 of the 1 requested images"):
         load_split(data_flags(str(folder), image_ids=str(ids)), "val")
 
 
