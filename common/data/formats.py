@@ -119,10 +119,16 @@ def _content(images: list[dict], annotations: list[dict], names: dict[int, str])
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+class _TextLoader(yaml.SafeLoader):
+    """Reads all scalars as text: yes, no, on and off, which YAML makes booleans, may be names of classes."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
 def _read_yaml(path: Path) -> dict:
-    """The settings that are not null. All scalars are text as written: YAML's yes, no, on and off may be classes."""
+    """The settings that are not null, as text, lists and dictionaries."""
     try:
-        content = yaml.load(path.read_bytes(), yaml.BaseLoader)  # noqa: S506 (makes text, lists, dictionaries alone)
+        content = yaml.load(path.read_bytes(), _TextLoader)  # noqa: S506 (it is a SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
