@@ -11,7 +11,7 @@ import numpy as np
 
 from common.console import InputError
 from common.data.coco import CocoData, box_sides, xywh_to_xyxy, xyxy_to_xywh
-from common.data.images import IMAGE_SUFFIXES
+from common.data.images import image_suffixes
 from common.types import Detections, Predictions
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
@@ -297,7 +297,7 @@ def _file_finder(data: CocoData) -> Callable[[int | str | None], int]:
     def find(key: int | str | None) -> int:
         parts = PurePosixPath(key.replace("\\", "/")).parts if isinstance(key, str) else ()
         last = parts[-1] if parts else key
-        stem = Path(last).stem if isinstance(last, str) and Path(last).suffix.lower() in IMAGE_SUFFIXES else last
+        stem = Path(last).stem if isinstance(last, str) and Path(last).suffix.lower() in image_suffixes() else last
         candidates = (names.get(last) or stems.get(stem) or []) if last is not None and stem is not None else []
         if len(candidates) > 1:
             shared = [_shared_parts(parts[:-1], data.images[index].path.parts[:-1]) for index in candidates]
