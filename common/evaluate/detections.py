@@ -18,7 +18,8 @@ ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 EXACT_FLOATS = 2**53  # below it, a float that is a whole number is exact
 MIN_COVERAGE = 0.1  # share of the images that a file with detections on other images must cover
 REASON_LENGTH = 120  # characters of a parser's message
-NAMED = 3  # ids that a message names
+NAMED = 3  # ids or names in a message
+NAME_LENGTH = 40  # characters of each
 
 
 @dataclass(frozen=True)
@@ -219,16 +220,25 @@ def _number_or_text(value: object) -> int | str | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_FLOATS:
         return int(value)
     if value is not None and type(value) is not int:
-        raise ValueError(f"{str(value)[: NAMED * 10]}, not a whole number")
+        raise ValueError(f"{str(value)[:NAME_LENGTH]}, not a whole number")
     return value
 
 
-def _choose(readings: dict[str, list[int]]) -> tuple[str, np.ndarray]:
-    """The first reading of the keys that is complete (no -1), else the one that gives the most different indices."""
-    arrays = {name: np.array(reading, np.int64) for name, reading in readings.items()}
-    complete = [name for name, array in arrays.items() if (array >= 0).all()]
-    best = complete[0] if complete else max(arrays, key=lambda name: len(np.unique(arrays[name][arrays[name] >= 0])))
-    return best, arrays[best]
+def _coverage(indices: np.ndarray) -> int:
+    return len(np.unique(indices[indices >= 0]))
+
+
+def _choose(readings: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
+    """The first reading of the keys that is complete (no -1), else the first with the most different indices."""
+    complete = [name for name, indices in readings.items() if (indices >= 0).all()]
+    best = complete[0] if complete else max(readings, key=lambda name: _coverage(readings[name]))
+    return best, readings[best]
+
+
+def name_some(values: Sequence[object]) -> str:
+    """The first few of the values, for a message."""
+    texts = [str(value)[:NAME_LENGTH] for value in values[:NAMED]]
+    return ", ".join([*texts, "…"] if len(values) > NAMED else texts)
 
 
 def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
@@ -241,19 +251,23 @@ def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
     counts = np.bincount(codes, minlength=len(keys))
     ids = {image.id: index for index, image in enumerate(data.images)}
     find = _file_finder(data)
-    by_id = [ids.get(key, -1) for key, _ in keys]
-    by_file = [find(name) for _, name in keys]
-    how, found = _choose({"file": by_file, "id": by_id, "stem": [find(key) for key, _ in keys]})
+    by_id = np.array([ids.get(key, -1) for key, _ in keys], np.int64)
+    by_file = np.array([find(name) if name is not None else ids.get(key, -1) for key, name in keys], np.int64)
+    by_stem = np.array([find(key) for key, _ in keys], np.int64)
+    how, found = _choose({"file_name": by_file, "image_id": by_id, "the file with that name": by_stem})
     _check_coverage(path, [key if name is None else name for key, name in keys], found, data)
-    warnings, differ = [], int(counts[(found >= 0) & (found != by_id)].sum())
-    if differ and how == "file":
-        warnings.append(f"{differ} detections were assigned by file_name: their image_id is not that of {data.source}")
-    if differ and how == "stem":
-        warnings.append(f"{differ} detections were assigned by taking their image_id for the name of an image file")
-    names = np.array([name is not None for _, name in keys], bool)
-    contradicted = int(counts[names & (found >= 0) & (found != by_file)].sum())
-    if contradicted:
+    warnings = []
+    if differ := int(counts[(found >= 0) & (found != by_id)].sum()):
+        warnings.append(f"{differ} detections were assigned by {how}: their image_id is not that of {data.source}")
+    unnamed = np.array([name is None for _, name in keys], bool)
+    if contradicted := int(counts[~unnamed & (found >= 0) & (found != by_file)].sum()):
         warnings.append(f"{contradicted} detections have a file_name that is not that of the image with their image_id")
+    doubtful = unnamed & (found >= 0) & (found != by_stem)
+    if doubtful.any() and (by_stem >= 0)[found >= 0].all():
+        warnings.append(
+            f"the image_id of {counts[doubtful].sum()} detections is also the number in the name of another image "
+            f"file; they were assigned by the ids of {data.source}: add a file_name to each detection to be certain"
+        )
     beyond = found < 0
     if beyond.any():
         warnings.append(
@@ -272,15 +286,14 @@ def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, 
     unknown = [key for key, index in zip(keys, found, strict=True) if index < 0]
     if not unknown:
         return
-    covered = len(np.unique(found[found >= 0]))
-    example = f"{', '.join(str(key)[:40] for key in unknown[:NAMED])}{', …' if len(unknown) > NAMED else ''}"
+    covered = _coverage(found)
     advice = f"give each detection the image_id or the file_name of {data.source}"
     if 0 in unknown and all(isinstance(key, int) and 0 <= key < len(data) for key in keys):
         raise InputError(f"{path}: its image ids look like positions in a list of images; {advice}")
     if covered < MIN_COVERAGE * len(data):
         raise InputError(
             f"{path}: it has detections on {covered} of the {len(data)} images and on {len(unknown)} others "
-            f"({example}); {advice}, or evaluate the images of the file (--val-images, --image-ids)"
+            f"({name_some(unknown)}); {advice}, or evaluate the images of the file (--val-images, --image-ids)"
         )
 
 
@@ -325,24 +338,22 @@ def _find_labels(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
     ids = {category: label for label, category in enumerate(data.category_ids)}
     texts = list(dict.fromkeys(text for key in keys for text in key if isinstance(text, str)))
     names = dict(zip(texts, label_map(texts, data).tolist(), strict=True))
-    by_id = [ids.get(key, names.get(key, -1)) for key, _ in keys]
-    how, labels = _choose({"category_name": [names.get(name, -1) for _, name in keys], "category_id": by_id})
-    warnings, differ = [], int(counts[(labels >= 0) & (labels != by_id)].sum())
-    if differ:
+    by_id = np.array([ids.get(key, names.get(key, -1)) for key, _ in keys], np.int64)
+    by_name = np.array([label if n is None else names[n] for (_, n), label in zip(keys, by_id, strict=True)], np.int64)
+    how, labels = _choose({"category_name": by_name, "category_id": by_id})
+    warnings = []
+    if differ := int(counts[(labels >= 0) & (labels != by_id)].sum()):
         warnings.append(f"{differ} detections got their class by {how}: their category_id is not that of {data.source}")
-    unknown = [str(key if text is None else text)[:40] for (key, text), n in zip(keys, labels, strict=True) if n < 0]
-    example = f"{', '.join(unknown[:NAMED])}{', …' if len(unknown) > NAMED else ''}"
-    own = ", ".join(
-        f"{number} {name}" for number, name in zip(data.category_ids[:NAMED], data.class_names, strict=False)
-    )
+    unknown = [key if name is None else name for (key, name), label in zip(keys, labels, strict=True) if label < 0]
     if unknown and len(unknown) == len(keys):
+        own = [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
         raise InputError(
-            f"{path}: no detection has a category of {data.source}: the file has {example}, the data set {own}"
-            f"{', …' if len(data.category_ids) > NAMED else ''}; change the category_id or add a category_name"
+            f"{path}: no detection has a category of {data.source}: the file has {name_some(unknown)}, the data set "
+            f"{name_some(own)}; change the category_id or add a category_name"
         )
     if unknown:
         warnings.append(
             f"{counts[labels < 0].sum()} detections of {len(unknown)} categories that {data.source} does not have "
-            f"({example}) were left out"
+            f"({name_some(unknown)}) were left out"
         )
     return labels[codes], warnings

@@ -21,14 +21,13 @@ from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.cost import measure_cost
 from common.evaluate.detect import detect
-from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
+from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map, name_some
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_detector
 from common.types import Detections, Predictions
 
-NAMED = 3  # classes that a warning names
 NAME_BYTES = 200  # of a model's name, from which file names are made
 
 
@@ -108,8 +107,7 @@ def evaluate(
     labels = label_map(predictions.class_names, data)
     known = int((labels >= 0).sum())
     if known == 0:
-        names = ", ".join(predictions.class_names[:3])
-        raise InputError(f"{path}: none of its classes ({names}, …) is in {data.source}")
+        raise InputError(f"{path}: none of its classes ({name_some(predictions.class_names)}) is in {data.source}")
     read = predictions.table if isinstance(predictions, TablePredictions) else None
     table = detection_table(predictions.detections, labels) if read is None else read
     conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
@@ -135,17 +133,13 @@ def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: Coco
     missing = [name for label, name in enumerate(data.class_names) if label not in labels]
     warnings = []
     if differ:
-        warnings.append(f"{len(differ)} classes were matched although their names differ ({_first(differ)})")
+        warnings.append(f"{len(differ)} classes were matched although their names differ ({name_some(differ)})")
     if missing:
         warnings.append(
             f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source} "
-            f"({_first(missing)}); their objects count as missed"
+            f"({name_some(missing)}); their objects count as missed"
         )
     return warnings
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

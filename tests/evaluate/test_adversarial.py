@@ -73,7 +73,7 @@ IDS = {
 @pytest.mark.parametrize("seed", range(5))
 def test_adversarial_lists_give_the_numbers_of_pycocotools(tmp_path, seed, ids):
     annotations, results = adversarial(seed, IDS[ids])
-    images = [{"id": i, "file_name": f"{n}.jpg", "width": 640, "height": 480} for n, i in enumerate(IDS[ids])]
+    images = [{"id": i, "file_name": f"image{n}.jpg", "width": 640, "height": 480} for n, i in enumerate(IDS[ids])]
     truth = {
         "images": images,
         "annotations": annotations,
