@@ -255,7 +255,6 @@ def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
     by_file = np.array([find(name) if name is not None else ids.get(key, -1) for key, name in keys], np.int64)
     by_stem = np.array([find(key) for key, _ in keys], np.int64)
     how, found = _choose({"file_name": by_file, "image_id": by_id, "the file with that name": by_stem})
-    _check_coverage(path, [key if name is None else name for key, name in keys], found, data)
     warnings = []
     if differ := int(counts[(found >= 0) & (found != by_id)].sum()):
         warnings.append(f"{differ} detections were assigned by {how}: their image_id is not that of {data.source}")
@@ -263,16 +262,18 @@ def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
     if contradicted := int(counts[~unnamed & (found >= 0) & (found != by_file)].sum()):
         warnings.append(f"{contradicted} detections have a file_name that is not that of the image with their image_id")
     doubtful = unnamed & (found >= 0) & (found != by_stem)
-    if doubtful.any() and (by_stem >= 0)[found >= 0].all():
+    if doubtful.any() and _coverage(by_stem) >= _coverage(found):
         warnings.append(
             f"the image_id of {counts[doubtful].sum()} detections is also the number in the name of another image "
             f"file; they were assigned by the ids of {data.source}: add a file_name to each detection to be certain"
         )
-    beyond = found < 0
-    if beyond.any():
+    shown = [key if name is None else name for key, name in keys]
+    _check_coverage(path, shown, found, data)
+    beyond = [key for key, index in zip(shown, found, strict=True) if index < 0]
+    if beyond:
         warnings.append(
-            f"{counts[beyond].sum()} detections on {beyond.sum()} images beyond the {len(data)} evaluated were left "
-            "out (--val-images 0 evaluates all images)"
+            f"{counts[found < 0].sum()} detections on {len(beyond)} images beyond the {len(data)} evaluated "
+            f"({name_some(beyond)}) were left out; --val-images 0 evaluates all images"
         )
     objects = np.unique(np.repeat(np.arange(len(data)), np.diff(data.starts))[~data.crowd])
     empty = len(np.setdiff1d(objects, found))

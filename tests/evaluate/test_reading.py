@@ -103,8 +103,17 @@ def test_images_beyond_the_evaluated_ones_are_left_out_with_their_number(demo_va
     predictions = read(rows, few)
     beyond = len(rows) - len(few.boxes)
     assert ap(predictions, few) == pytest.approx(1)
-    assert f"{beyond} detections on 4 images beyond the 2 evaluated" in predictions.warnings[0]
+    assert f"{beyond} detections on 4 images beyond the 2 evaluated (3, 4, 5, …)" in predictions.warnings[0]
     assert predictions.conditions["detections_on_other_images"] == beyond
+
+
+def test_numbers_in_names_are_noticed_among_images_beyond_the_evaluated_ones(demo_val, rows, read):
+    data = renamed(demo_val, NUMBERED)  # ids 1 to 4 are 1.jpg, 10.jpg, 11.jpg and 12.jpg
+    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": int(p.path.stem)}), data.first(4))
+    assert ap(predictions, data.first(4)) == pytest.approx(1) and "assigned by the file" in predictions.warnings[0]
+    data = renamed(demo_val, [f"{n}.jpg" for n in (1, 5, 6, 2, 3, 4)])
+    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": int(p.path.stem)}), data.first(4))
+    assert "also the number in the name of another image file" in predictions.warnings[0]
 
 
 def test_detections_of_another_data_set_are_refused(demo_val, rows, read):
