@@ -13,6 +13,7 @@ each model's detections in COCO's results format.
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def evaluate_all(
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
         if written:
-            interrupted.advice = f"the finished models do not have to run again: --from-detections {' '.join(written)}"
+            interrupted.advice = f"finished models do not have to run again: --from-detections {shlex.join(written)}"
         raise
     except Exception:  # a fault of the program does not lose what was computed
         write_evaluated(settings, data, evaluations, predictor)
