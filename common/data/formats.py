@@ -122,7 +122,7 @@ def _content(images: list[dict], annotations: list[dict], names: dict[int, str])
 class _TextLoader(yaml.SafeLoader):
     """Reads all scalars as text: yes, no, on and off, which YAML makes booleans, may be names of classes."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (the library declares it so)
 
 
 def _read_yaml(path: Path) -> dict:
