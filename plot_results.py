@@ -1,9 +1,9 @@
 """Draw the comparison from validation_results.json; needs neither torch nor any image.
 
-OUTPUT holds the study's six metrics with their intervals, AP by object size, accuracy against speed, and what each kind
-of error costs. Beside it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and
-training, the last from the runs' log.jsonl where they are still there. Works with one model or many; a model that could
-not be evaluated is named below the charts with its reason.
+OUTPUT holds the study's six metrics with their intervals, AP by object size, accuracy against speed, and the cost of
+each kind of error. Beside it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and
+training, the last from the log.jsonl of the runs that still exist. Works with one model or many; a model that could not
+be evaluated is named below the charts with its reason.
 
   python plot_results.py                    validation_results.json -> model_comparison_charts.png and the others
   python plot_results.py --results a.json --output a.png
@@ -26,7 +26,7 @@ DPI = 130
 
 @dataclass(frozen=True)
 class Settings:
-    results: str = flag("validation_results.json", "what comprehensive_validation.py wrote")
+    results: str = flag("validation_results.json", "the file that comprehensive_validation.py wrote")
     output: str = flag("model_comparison_charts.png", "the chart to write, and the first part of the others' names")
 
 

@@ -1,7 +1,7 @@
-"""Look at trained detectors: a few numbers, and their boxes on images.
+"""Check trained detectors quickly: a few numbers, and their boxes on images.
 
 On validation images, prints the study's columns, mAP@0.5 and speed, and draws predictions beside the ground truth.
-With --images no ground truth is needed: it draws what is found on your own images and writes it as COCO detections.
+With --images no ground truth is needed: detections on your own images are drawn and written in COCO's format.
 
   python validate_models.py                                        both detectors on 500 images of COCO
   python validate_models.py --checkpoints a.pth b.pth --data my_folder --val-images 0
@@ -30,7 +30,7 @@ from common.files import atomic_write, check_writable
 from common.model.checkpoint import Checkpoint, load_detector
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
-from common.show.tables import format_table
+from common.show.tables import format_table, number_of
 from common.types import Detections, Predictions
 
 SHEET_IMAGES = 16
@@ -39,16 +39,16 @@ COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "imag
 
 @dataclass(frozen=True)
 class Settings(RuntimeFlags, DataFlags):
-    checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to look at")
+    checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to check")
     images: tuple[str, ...] = flag((), "your own image files and folders, instead of validation images")
     draw: int = flag(24, "validation images to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
     min_score: float = flag(0.3, "draw detections with this score or a higher one, 0..1", at_least=0)
-    flip: bool = flag(False, "look at the mirror image of each image too: more accurate, half as fast")
+    flip: bool = flag(False, "detect on the mirror image of each image too: more accurate, half as fast")
     output: str = flag("predictions", "folder for the images and detections")
 
 
-def predicted_boxes(found: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+def predicted_boxes(detections: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
+    rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
     return [LabelledBox(tuple(b), k, f"{class_names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
 
 
@@ -59,14 +59,14 @@ def write_images(settings: Settings, data: CocoData, models: dict[str, tuple[Che
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
     truth = bool(len(data.labels))
     names = dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
-    sheet = []
+    sheet: list[Image.Image] = []
     for index, name in names.items():
         file = data.images[index]
         image = file.open()
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
         panels = []
-        for model, (checkpoint, found) in models.items():
-            boxes = predicted_boxes(found[index], checkpoint.class_names, settings.min_score)
+        for model, (checkpoint, detections) in models.items():
+            boxes = predicted_boxes(detections[index], checkpoint.class_names, settings.min_score)
             panels.append((model, draw_boxes(image, boxes)))
             save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
         if len(sheet) < SHEET_IMAGES:
@@ -81,9 +81,9 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
         image.save(file, "JPEG", quality=88)
 
 
-def write_detections(path: Path, checkpoint: Checkpoint, found: list[Detections], data: CocoData) -> int:
+def write_detections(path: Path, checkpoint: Checkpoint, detections: list[Detections], data: CocoData) -> int:
     """COCO results JSON of one model on images without ground truth; returns the number of detections."""
-    table = detection_table(found, np.arange(len(checkpoint.class_names)))
+    table = detection_table(detections, np.arange(len(checkpoint.class_names)))
     files = {image.id: str(image.path) for image in data.images}
     names = dict(zip(checkpoint.category_ids, checkpoint.class_names, strict=True))
     entries = [
@@ -106,26 +106,26 @@ def main(settings: Settings) -> dict[str, dict]:
         first = checkpoints[0]
         data = unlabelled_images([Path(p) for p in settings.images], first.class_names, first.category_ids)
     else:
-        with predictor.accelerator.main_process_first():  # what is fetched or drawn then exists for the others
+        with predictor.accelerator.main_process_first():  # it downloads or generates the data once for all
             data = load_split(settings, "val")
 
     models, records = {}, []
     for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):
-        found = predictor.detect(checkpoint, data, name)
-        models[name] = (checkpoint, found)
+        detections = predictor.detect(checkpoint, data, name)
+        models[name] = (checkpoint, detections)
         if not predictor.accelerator.is_main_process:
             continue
         if settings.images:
-            detections = Path(settings.output, name, "detections.json")
-            print(f"{name}: {write_detections(detections, checkpoint, found, data)} detections in {detections}")
+            file = Path(settings.output, name, "detections.json")
+            print(f"{name}: {write_detections(file, checkpoint, detections, data)} detections in {file}")
         else:
-            predictions = Predictions(found, checkpoint.class_names, predictor.cost(checkpoint, data))
+            predictions = Predictions(detections, checkpoint.class_names, predictor.cost(checkpoint, data))
             records.append(evaluate(name, path, predictions, data).record)
     if records:
         print(format_table(tuple(records), COLUMNS))
     if predictor.accelerator.is_main_process:
-        print(f"annotated images in {settings.output}/, all at a glance in {write_images(settings, data, models)}")
-    return {r.name: r.primary | {"AP50": r.detection["AP50"]} for r in records}
+        print(f"annotated images in {settings.output}/, contact sheet: {write_images(settings, data, models)}")
+    return {r.name: {**(r.primary or {}), "AP50": number_of(r, "detection", "AP50")} for r in records}
 
 
 if __name__ == "__main__":

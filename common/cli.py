@@ -1,7 +1,7 @@
-"""Command-line flags from a dataclass of settings, and one way for every script to end.
+"""Command-line flags from a dataclass of settings, and the exit of every script.
 
 The only module that knows argparse. A script declares its settings once, as a frozen dataclass of `flag(...)` fields,
-and hands it to `run`. Flags that several scripts share are frozen dataclasses beside the code that reads them, from
+and passes it to `run`. Flags that several scripts share are frozen dataclasses beside the code that reads them, from
 which the script's settings inherit; nothing in `common/` sees a script's own settings.
 """
 
@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers, last_line
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
-# What a resumed run may do with a flag: change it, as it changes no number; change it, which makes it another run from
-# there on and is printed; not change it, as weights or optimizer state would not fit; change it, and the checkpoint
-# does not record it.
+# What happens where a resumed run changes a flag: nothing, as no number depends on it; a warning, as it is another run
+# from there on; a refusal, as weights or optimizer state would not fit; nothing, and the checkpoint does not record it.
 ON_RESUME = ("free", "warn", "refuse", "unrecorded")
-SETTINGS = typing.TypeVar("SETTINGS")
+SETTINGS = typing.TypeVar("SETTINGS", bound="DataclassInstance")
 
 
 def flag(
@@ -96,7 +98,8 @@ def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, kind: t
 def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | None = None) -> SETTINGS:
     """Read `argv` (default: the command line) into `settings_type`; `--help` prints `description` and the flags."""
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    kinds, groups = typing.get_type_hints(settings_type), {}
+    kinds = typing.get_type_hints(settings_type)
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(settings_type):
         title = _group_title(settings_type, field.name)
         groups[title] = groups.get(title) or parser.add_argument_group(title)
@@ -122,7 +125,7 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
         main(settings)
     except InputError as error:
         _exit(last_line(error).rpartition("InputError: ")[2], 2)
-    except OSError as error:  # of a file, folder or connection, where nothing closer to it made an InputError of it
+    except OSError as error:  # of a file, folder or connection, where no InputError was raised
         _exit(last_line(error), 2)
     except (MemoryError, RuntimeError) as error:  # torch raises either when memory runs out
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):

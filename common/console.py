@@ -47,7 +47,9 @@ SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that 
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt it is no Exception, so that no `except Exception` catches it.
+    """SIGINT or SIGTERM arrived.
+
+    It does not inherit from Exception, like KeyboardInterrupt, so that `except Exception` does not catch it.
 
     `at_once`: it arrived in the middle of a step, which is incomplete. `advice` is one line: what was saved, how to
     resume.

@@ -16,7 +16,7 @@ from common.console import InputError
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; flush it to disk and rename it over `path` when the block succeeds.
 
-    When the block fails, `path` stays as it was. Missing parent folders are created.
+    When the block fails, `path` is unchanged. Missing parent folders are created.
 
     Raises:
         InputError: the folder can't be created or written to, or the disk is full.

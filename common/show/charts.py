@@ -49,11 +49,11 @@ ERRORS = {
     "background": ("diagnosis", "errors", "background", "gain"),
     "missed": ("diagnosis", "errors", "missed", "gain"),
 }
-COLOURS = sns.color_palette("colorblind")  # also told apart by the colour-blind
-HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++", "||", "**")  # tell bars apart without colour
+COLOURS = sns.color_palette("colorblind")  # distinguishable for colour-blind readers too
+HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++", "||", "**")  # distinguish bars without colour
 MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
-CONFUSED = 15  # classes that a confusion matrix shows by name
+CONFUSION_CLASSES = 15  # classes that a confusion matrix shows by name
 
 Models = Sequence[ValidationRecord]
 
@@ -155,13 +155,15 @@ def evaluated(results: ValidationResults) -> list[ValidationRecord]:
     """
     models = [record for record in results.models if not record.error]
     if not models:
-        raise InputError("there is no model with numbers to draw: all have an error")
+        raise InputError("no model with numbers to draw: every model has an error")
     return models
 
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
-    sns.set_theme(style="ticks", font_scale=0.95, rc={"text.parse_math": False})  # "$" in a name is no formula
+    sns.set_theme(
+        style="ticks", font_scale=0.95, rc={"text.parse_math": False}
+    )  # "$" in a name does not start a formula
     return Figure((width, height), layout="constrained")
 
 
@@ -201,17 +203,17 @@ def _drawable(text: str) -> str:
 
 
 def figures(results: ValidationResults) -> dict[str, Figure]:
-    """Every chart that there are numbers for, by its name.
+    """Every chart for which there are numbers, by name.
 
     Raises:
         InputError: no model with numbers.
     """
-    found = {"comparison": comparison(results)}
-    found |= {"precision_recall": precision_recall(results), "per_class": per_class(results)}
+    drawn = {"comparison": comparison(results)}
+    drawn |= {"precision_recall": precision_recall(results), "per_class": per_class(results)}
     if any(record.diagnosis for record in results.models):
-        found |= {"confusion": confusion(results), "calibration": calibration(results)}
+        drawn |= {"confusion": confusion(results), "calibration": calibration(results)}
     logs = logs_of(results)
-    return found | {"training": training(results, logs)} if logs else found
+    return drawn | {"training": training(results, logs)} if logs else drawn
 
 
 def logs_of(results: ValidationResults) -> dict[str, Path]:
@@ -221,7 +223,7 @@ def logs_of(results: ValidationResults) -> dict[str, Path]:
 
 
 def comparison(results: ValidationResults) -> Figure:
-    """The study's six metrics, AP by object size, accuracy against speed, and what each kind of error costs."""
+    """The study's six metrics, AP by object size, accuracy against speed, and the cost of each kind of error."""
     models = evaluated(results)
     diagnosed = any(record.diagnosis for record in models)
     figure = _figure(13, 12 if diagnosed else 8.6)
@@ -237,7 +239,7 @@ def comparison(results: ValidationResults) -> Figure:
     if diagnosed:
         lower = figure.add_subplot(grid[2, :])
         draw_bars(lower, models, ERRORS)
-        lower.set_title("What each kind of error costs: mAP@0.5 gained if it alone were mended")
+        lower.set_title("Cost of each kind of error: mAP@0.5 gained if this kind alone were corrected")
     return _finish(figure, results)
 
 
@@ -256,7 +258,7 @@ def precision_recall(results: ValidationResults) -> Figure:
 
 
 def per_class(results: ValidationResults) -> Figure:
-    """AP@0.5 of each class, the best-found classes on top."""
+    """AP@0.5 of each class, the classes with the highest on top."""
     models = evaluated(results)
     values = {}
     for name in sorted({name for record in models for name in value_of(record, "detection", "per_class") or {}}):
@@ -280,17 +282,17 @@ def per_class(results: ValidationResults) -> Figure:
 
 
 def confusion(results: ValidationResults) -> Figure:
-    """Where the objects of the commonest classes go, for each model at its best-F1 score: shares of a true class."""
+    """The class that objects of the most frequent classes are detected as, for each model at its best-F1 score."""
     models = [record for record in evaluated(results) if value_of(record, "diagnosis", "confusion")]
     names = list(results.dataset.get("class_names") or [])
     columns = min(len(models), 3) or 1
     rows = -(-len(models) // columns) or 1
     figure = _figure(5.4 * columns + 0.8, 5.6 * rows)
     for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, models, strict=False):
-        counts, labels = _commonest(np.array(value_of(record, "diagnosis", "confusion")), names)
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        shares[-1] = np.nan  # detections on the background have no objects to be a share of
-        image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+        counts, labels = _most_frequent(np.array(value_of(record, "diagnosis", "confusion")), names)
+        fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        fractions[-1] = np.nan  # background has no objects, so no fraction of them
+        image = axes.imshow(fractions, cmap="cividis", vmin=0, vmax=1)
         axes.set_xticks(range(len(labels)), [*labels[:-1], "missed"], rotation=90, fontsize=8)
         axes.set_yticks(range(len(labels) - 1), labels[:-1], fontsize=8)
         axes.set_ylim(len(labels) - 1.5, -0.5)
@@ -300,14 +302,14 @@ def confusion(results: ValidationResults) -> Figure:
     for axes in figure.axes[len(models) :]:
         axes.set_visible(False)
     if models:
-        figure.colorbar(image, ax=figure.axes, shrink=0.6, label="share of the class's objects")
+        figure.colorbar(image, ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
     _add_caption(figure, results)
     return figure
 
 
-def _commonest(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """The rows and columns of the classes with most objects, the others taken together, background last."""
-    kept = np.argsort(-counts[:-1].sum(1), kind="stable")[:CONFUSED]
+def _most_frequent(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """The rows and columns of the classes with most objects, the others added up, background last."""
+    kept = np.argsort(-counts[:-1].sum(1), kind="stable")[:CONFUSION_CLASSES]
     place = np.full(len(counts), len(kept))  # the others
     place[kept] = np.arange(len(kept))
     place[-1] = len(kept) + 1
@@ -321,7 +323,7 @@ def _commonest(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[s
 
 
 def calibration(results: ValidationResults) -> Figure:
-    """How often detections of a score are right; on the diagonal, a score says just that."""
+    """Precision of detections by their score; on the diagonal the two are equal."""
     figure = _figure(7.5, 7)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
@@ -329,7 +331,7 @@ def calibration(results: ValidationResults) -> Figure:
         bins = value_of(record, "diagnosis", "calibration", "bins") or []
         line = line_style(position, len(bins)) | {"markersize": 7}
         axes.plot([b["score"] for b in bins], [b["precision"] for b in bins], **line)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share that is right at IoU 0.5")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="precision at IoU 0.5")
     axes.set_aspect("equal")
     axes.grid(alpha=0.4)
     return _finish(figure, results)
@@ -365,7 +367,7 @@ def read_log(path: Path) -> list[dict]:
     """The epochs of a run's `log.jsonl`.
 
     Raises:
-        InputError: the file can't be read, or is no such log.
+        InputError: the file can't be read, or is not such a log.
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -374,5 +376,5 @@ def read_log(path: Path) -> list[dict]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no log of a training run: {error!r}") from error
+        raise InputError(f"{path} is not the log of a training run: {error!r}") from error
     return lines

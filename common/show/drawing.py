@@ -11,11 +11,11 @@ from common.data.coco import CocoData
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
-PALETTE = (  # Okabe and Ito's colours, told apart also by the colour-blind; classes share them in turn
+PALETTE = (  # Okabe and Ito's, distinguishable for colour-blind readers too; used in turn
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
     *((0, 114, 178), (213, 94, 0), (204, 121, 167), (255, 255, 255)),
 )
-GAP, PAPER, INK = 8, (245, 245, 245), (20, 20, 20)
+GAP, BACKGROUND, TEXT_COLOR = 8, (245, 245, 245), (20, 20, 20)
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
     scaled = [tuple(side * factor for side in b.box) for b in boxes]
     for corners, b in reversed(list(zip(scaled, boxes, strict=True))):
         _outline(draw, corners, PALETTE[b.label % len(PALETTE)], max(2, round(unit)), b.dashed)
-    taken: list[tuple[float, float, float, float]] = []
+    occupied: list[tuple[float, float, float, float]] = []
     for corners, b in zip(scaled, boxes, strict=True):
-        _caption(draw, corners, b, font, canvas.size, taken)
+        _caption(draw, corners, b, font, canvas.size, occupied)
     return canvas
 
 
@@ -66,19 +66,19 @@ def _outline(draw: ImageDraw.ImageDraw, corners: tuple, color: tuple[int, int, i
 
 
 def _caption(
-    draw: ImageDraw.ImageDraw, corners: tuple, b: LabelledBox, font, size: tuple[int, int], taken: list
+    draw: ImageDraw.ImageDraw, corners: tuple, b: LabelledBox, font, size: tuple[int, int], occupied: list
 ) -> None:
     left, top, right, bottom = draw.textbbox((0, 0), b.text, font=font)
     width, height = right - left + 6, bottom - top + 6
     x = min(max(0, corners[0]), max(0, size[0] - width))
     heights = (corners[1] - height, corners[1], corners[3] - height, corners[3], (corners[1] + corners[3] - height) / 2)
     places = [(x, min(max(0, y), size[1] - height)) for y in heights]
-    free = [p for p in places if not any(_overlap((*p, p[0] + width, p[1] + height), t) for t in taken)]
+    free = [p for p in places if not any(_overlap((*p, p[0] + width, p[1] + height), t) for t in occupied)]
     x, y = (free or places)[0]
-    taken.append((x, y, x + width, y + height))
+    occupied.append((x, y, x + width, y + height))
     color = PALETTE[b.label % len(PALETTE)]
     luminance = np.dot(color, (0.299, 0.587, 0.114))
-    draw.rectangle(taken[-1], fill=color)
+    draw.rectangle(occupied[-1], fill=color)
     draw.text((x + 3 - left, y + 3 - top), b.text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
 
 
@@ -92,10 +92,10 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     size = max(14, height // 26)
     font, header = ImageFont.load_default(size), round(1.6 * size)
     images = [image.resize((round(image.width * height / image.height), height)) for _, image in panels]
-    strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), PAPER)
+    strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), BACKGROUND)
     draw, x = ImageDraw.Draw(strip), 0
     for (title, _), image in zip(panels, images, strict=True):
-        draw.text((x + 4, header // 6), _shortened(draw, title, font, image.width - 8), font=font, fill=INK)
+        draw.text((x + 4, header // 6), _shortened(draw, title, font, image.width - 8), font=font, fill=TEXT_COLOR)
         strip.paste(image, (x, header))
         x += image.width + GAP
     return strip
@@ -120,7 +120,7 @@ def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int 
         if line is None:
             lines.append(line := [])
         line.append(image)
-    sheet = Image.new("RGB", (width, GAP + len(lines) * (height + GAP)), PAPER)
+    sheet = Image.new("RGB", (width, GAP + len(lines) * (height + GAP)), BACKGROUND)
     for row, line in enumerate(lines):
         for position, image in enumerate(line):
             sheet.paste(image, (_length(line[:position]), GAP + row * (height + GAP)))

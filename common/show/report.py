@@ -69,7 +69,7 @@ def _row(record: ValidationRecord) -> dict:
 
 
 def _pair(comparison: dict) -> dict:
-    """One pair's line of the verdicts: in which numbers `a` is better than `b`, as far as the images tell."""
+    """One pair's line of the verdicts: in which numbers `a` is better than `b`, with the intervals."""
     cells = []
     for key in NAMES:
         number = comparison["numbers"].get(key)
@@ -115,11 +115,11 @@ def _extremes(name: str, table: DetectionTable, data: CocoData) -> Iterator[dict
 def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
     """(P,) float64 F1 at IoU 0.5 of each image, and (P,) int64 its number of objects."""
     m = match(table, data, np.array([0.5]))
-    objects, found, right = (
+    objects, detected, correct = (
         np.bincount(images, minlength=len(data))
         for images in (m.images[m.objects], m.image[~m.ignored[0]], m.image[m.hit[0]])
     )
-    return 2 * right / np.maximum(objects + found, 1), objects
+    return 2 * correct / np.maximum(objects + detected, 1), objects
 
 
 def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image.Image:
@@ -139,7 +139,7 @@ def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image
 
 
 def _conditions(results: ValidationResults) -> list[tuple[str, dict]]:
-    """How every number came about: by title, the settings of the data set, the protocol and each model."""
+    """The conditions of the numbers: by title, the settings of the data set, the protocol and each model."""
     dataset = {key: value for key, value in results.dataset.items() if key != "class_names"}
     models = [(r.name, {"path": r.path} | (r.cost or {}) | r.conditions) for r in results.models]
     return [("data", dataset), ("protocol", results.protocol), *models]

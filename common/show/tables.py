@@ -65,7 +65,7 @@ def cell(record: ValidationRecord, column: Column) -> str:
 
 
 def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...] = ()) -> str:
-    """A table for the terminal, one line per model; `headings` selects columns of TABLE, none = all of them."""
+    """A table for the terminal, one line per model; `headings` selects columns of TABLE; empty selects all."""
     columns = [column for column in TABLE if not headings or column.heading in headings]
     rows = [["model", *(column.heading for column in columns)]]
     rows += [[record.name, *(cell(record, column) for column in columns)] for record in records]

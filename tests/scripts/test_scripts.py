@@ -1,4 +1,4 @@
-"""The scripts as their users run them: the whole chain, an overfit run, their help, and bad input."""
+"""The scripts as users run them: the whole chain, an overfit run, their help, and bad input."""
 
 import contextlib
 import io
@@ -40,10 +40,10 @@ MODULES = (
 )
 PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
-TRAINS, IMPROVES, LOOKS, JUDGES, PLOTS = SCRIPTS
+SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION, PLOT = SCRIPTS
 CHECKPOINTS = ("dino2_detector.pth", "improved_dino2_detector.pth")
 STAGES = ("--epochs-frozen", 2, "--epochs-unfrozen", 1)
-JUDGED = (*CHECKPOINTS, "missing.pth", "no<b>model.pt")
+EVALUATED = (*CHECKPOINTS, "missing.pth", "no<b>model.pt")
 
 
 def run(script, *flags, cwd=ROOT):
@@ -59,11 +59,11 @@ def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
     sizes = ("--image-size", 112, "--blocks", 2, -1, "--batch-size", 4, "--workers", 0)
     training = ("--data", demo, "--backbone", tiny_backbone, *sizes)
     done = [
-        run(TRAINS, *training, "--epochs", 2, cwd=folder),
-        run(IMPROVES, *training, *STAGES, cwd=folder),
-        run(LOOKS, "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
-        run(JUDGES, "--data", demo, "--workers", 0, "--report", "r.html", "--models", *JUDGED, cwd=folder),
-        run(PLOTS, cwd=folder),
+        run(SIMPLE, *training, "--epochs", 2, cwd=folder),
+        run(IMPROVED, *training, *STAGES, cwd=folder),
+        run(QUICK_CHECK, "--data", demo, "--workers", 0, "--draw", 3, "--min-score", 0.01, cwd=folder),
+        run(VALIDATION, "--data", demo, "--workers", 0, "--report", "r.html", "--models", *EVALUATED, cwd=folder),
+        run(PLOT, cwd=folder),
     ]
     for result in done:
         assert result.returncode == 0, result.stderr
@@ -71,7 +71,7 @@ def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
     return folder
 
 
-def test_training_leaves_what_it_promises(chain):
+def test_files_of_a_training_run(chain):
     lines = [json.loads(line) for line in (chain / "runs/simple/log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[0]["loss"].keys() == {"object", "class", "box"} and set(PRIMARY) <= lines[0]["val"].keys()
@@ -102,15 +102,15 @@ def test_results_have_their_documented_form(chain):
     assert "not evaluated" in (chain / "output.txt").read_text()
 
 
-def test_anyone_can_recompute_the_numbers_from_the_detections(chain, demo):
+def test_pycocotools_gets_the_same_numbers_from_the_detections_file(chain, demo):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(demo / "annotations" / "instances_val2017.json"))
         for record in read_results(chain / "validation_results.json").models[:2]:
-            judge = COCOeval(truth, truth.loadRes(str(chain / record.detections)), "bbox")
-            judge.evaluate()
-            judge.accumulate()
-            judge.summarize()
-            assert judge.stats[1] == pytest.approx(record.detection["AP50"], abs=1e-6)
+            reference = COCOeval(truth, truth.loadRes(str(chain / record.detections)), "bbox")
+            reference.evaluate()
+            reference.accumulate()
+            reference.summarize()
+            assert reference.stats[1] == pytest.approx(record.detection["AP50"], abs=1e-6)
 
 
 def test_the_report_needs_no_other_file(chain):
@@ -140,7 +140,7 @@ def test_training_and_both_validations_agree(chain):
         assert record.detection["AP50"] == pytest.approx(trained["AP50"])
 
 
-def test_both_stages_leave_what_they_promise(chain):
+def test_files_of_a_run_of_two_stages(chain):
     folder = chain / "runs/improved"
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["epoch"]) for line in lines] == [("frozen", 1), ("frozen", 2), ("unfrozen", 3)]
@@ -153,7 +153,7 @@ def test_both_stages_leave_what_they_promise(chain):
     before, after = frozen.detector.state_dict(), last.detector.state_dict()
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == ["backbone.vit.embeddings.mask_token"]  # stage 2 trains all that the features depend on
-    assert final.train_config["precision"] in ("fp32", "bf16")  # what auto came to
+    assert final.train_config["precision"] in ("fp32", "bf16")  # the precision that auto selected
 
 
 def test_crops_are_never_larger_than_the_input(chain):
@@ -188,14 +188,14 @@ def test_own_images_need_no_ground_truth(chain, demo, tmp_path):
     files = [demo / "val2017" / "000001.jpg", demo / "train2017"]
     checkpoint = chain / "dino2_detector.pth"
     flags = ("--checkpoints", checkpoint, "--images", *files, "--workers", 0, "--output", tmp_path)
-    assert run(LOOKS, *flags).returncode == 0
+    assert run(QUICK_CHECK, *flags).returncode == 0
     assert len(list((tmp_path / "dino2_detector").glob("*.jpg"))) == 13
     found = json.loads((tmp_path / "dino2_detector" / "detections.json").read_text())
     assert {d["image_id"] for d in found} <= set(range(1, 14)) and Path(found[0]["file_name"]).is_file()
     assert found[0].keys() == {"image_id", "category_id", "bbox", "score", "file_name", "category_name"}
 
 
-def learn_by_heart(script, demo, folder, **options):
+def overfit(script, demo, folder, **options):
     """Train on four scenes, with random weights and no augmentation, and return the numbers on the same four."""
     torch.manual_seed(0)
     from transformers import Dinov2Backbone, Dinov2Config
@@ -220,24 +220,24 @@ def learn_by_heart(script, demo, folder, **options):
     return script.main(settings)
 
 
-def test_the_simple_detector_learns_a_few_images_by_heart(demo, tmp_path, monkeypatch):
+def test_the_simple_detector_overfits_four_images(demo, tmp_path, monkeypatch):
     """End to end from random weights: the whole of assignment, loss, box decoding, post-processing and metrics."""
     monkeypatch.setattr("finetune_dino2_simple.TrainTransform", LetterboxTransform)
-    numbers = learn_by_heart(finetune_dino2_simple, demo, tmp_path, epochs=100, lr=2e-3, backbone_lr=1e-3)
+    numbers = overfit(finetune_dino2_simple, demo, tmp_path, epochs=100, lr=2e-3, backbone_lr=1e-3)
     assert numbers["AP50"] >= 0.9
 
 
-def test_the_improved_detector_learns_a_few_images_by_heart(demo, tmp_path, monkeypatch):
+def test_the_improved_detector_overfits_four_images(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("improved_dino_detector.TrainTransform", lambda size, _: LetterboxTransform(size))
     rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0, "layer_decay": 1.0}
-    numbers = learn_by_heart(
+    numbers = overfit(
         improved_dino_detector, demo, tmp_path, epochs_frozen=0, epochs_unfrozen=100, dropout=0.0, **rates
     )
     assert numbers["AP50"] >= 0.9
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_reads_like_a_manual(script):
+def test_help_names_the_script_and_the_defaults(script):
     result = run(script, "--help")
     assert result.returncode == 0
     assert script in result.stdout and "default:" in result.stdout and "--output" in result.stdout
@@ -252,7 +252,7 @@ BAD = {
     "no checkpoint": {"--checkpoint": "{tmp}/none.pth", "--data": "{demo}"},
     "no such image": {"--checkpoint": "{chain}/dino2_detector.pth", "--images": "{tmp}/none.jpg"},
     "no such flag": {"--colour": "red"},
-    "no number": {"--batch-size": "many"},
+    "not a number": {"--batch-size": "many"},
     "number too small": {"--batch-size": "0"},
     "number below 0": {"--batch-size": "-1"},
     "wrong image size": {"--image-size": "100", "--data": "{demo}"},
@@ -267,43 +267,54 @@ BAD = {
     "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
     "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
     "other classes": {"--start-from": "{tmp}/classes.pth", "--data": "{demo}"},
-    "no start": {"--start-from": "{tmp}/none.pth", "--data": "{demo}"},
+    "no checkpoint to start from": {"--start-from": "{tmp}/none.pth", "--data": "{demo}"},
     "no results": {"--results": "{tmp}/none.json"},
     "other results": {"--results": "{tmp}/other.json"},
-    "no such place": {"--output": "{tmp}/other.json/a"},
+    "output below a file": {"--output": "{tmp}/other.json/a"},
     "run folder is a file": {"--run-dir": "{tmp}/other.json", "--data": "{demo}"},
     "number too large": {"--seed": "4294967296"},
     "share above 1": {"--dropout": "1.5"},
     "name too long": {"--data": "a" * 5000},
-    "more blocks than there are": {
+    "more blocks than the backbone has": {
         "--unfreeze-blocks": "13",
         "--data": "{demo}",
         "--start-from": "{chain}/dino2_detector.pth",
     },
-    "crops of broken patches": {
+    "crops that are no multiple of the patch": {
         "--crop-size": "100",
         "--data": "{demo}",
         "--start-from": "{chain}/dino2_detector.pth",
     },
     "the same model twice": {"--models": "{tmp}/a.pth {tmp}/a.pth", "--data": "{demo}"},
-    "no PNG": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/chart.pdf"},
+    "not a PNG": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/chart.pdf"},
     "output is a folder": {"--output": "{tmp}"},
     "unwritable output": {"--results": "{chain}/validation_results.json", "--output": "{tmp}/other.json/a.png"},
 }
-CASES = [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in list(BAD)[:4]]
-CASES += [(s, c) for s in (LOOKS, JUDGES) for c in list(BAD)[4:6]]
-CASES += [(LOOKS, "no such image"), (TRAINS, "output is a folder"), (JUDGES, "output is a folder")]
-CASES += [(s, "no such place") for s in (TRAINS, IMPROVES, LOOKS, JUDGES)]
-CASES += [(s, c) for s in (TRAINS, IMPROVES, LOOKS, JUDGES) for c in ("no such flag", "no number", "number below 0")]
-CASES += [(s, "number too small") for s in (TRAINS, LOOKS, JUDGES)]  # to IMPROVES 0 means what suits the hardware
-CASES += [(IMPROVES, c) for c in ("nothing to train", "crops from the cache", "other classes", "no start")]
-CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("no objects", "no class in common")]
-CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
-CASES += [(s, c) for s in (TRAINS, IMPROVES) for c in ("run folder is a file", "number too large")]
-CASES += [(s, "name too long") for s in (TRAINS, LOOKS, JUDGES)]
-CASES += [(IMPROVES, c) for c in ("share above 1", "more blocks than there are", "crops of broken patches")]
-CASES += [(JUDGES, "the same model twice")]
-CASES += [(PLOTS, c) for c in ("no PNG", "no such flag", "no results", "other results", "unwritable output")]
+CASES = [(s, c) for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION) for c in list(BAD)[:4]]
+CASES += [(s, c) for s in (QUICK_CHECK, VALIDATION) for c in list(BAD)[4:6]]
+CASES += [(QUICK_CHECK, "no such image"), (SIMPLE, "output is a folder"), (VALIDATION, "output is a folder")]
+CASES += [(s, "output below a file") for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION)]
+CASES += [
+    (s, c)
+    for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION)
+    for c in ("no such flag", "not a number", "number below 0")
+]
+CASES += [
+    (s, "number too small") for s in (SIMPLE, QUICK_CHECK, VALIDATION)
+]  # IMPROVED takes 0 for a default that depends on the hardware
+CASES += [
+    (IMPROVED, c) for c in ("nothing to train", "crops from the cache", "other classes", "no checkpoint to start from")
+]
+CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("no objects", "no class in common")]
+CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
+CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("run folder is a file", "number too large")]
+CASES += [(s, "name too long") for s in (SIMPLE, QUICK_CHECK, VALIDATION)]
+CASES += [
+    (IMPROVED, c)
+    for c in ("share above 1", "more blocks than the backbone has", "crops that are no multiple of the patch")
+]
+CASES += [(VALIDATION, "the same model twice")]
+CASES += [(PLOT, c) for c in ("not a PNG", "no such flag", "no results", "other results", "unwritable output")]
 
 
 @pytest.mark.parametrize(("script", "case"), CASES)
@@ -319,10 +330,10 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     known = load_detector(chain / "dino2_detector.pth")
     save_detector(tmp_path / "classes.pth", replace(known, class_names=("a",) * len(known.class_names)))
-    flags = {"--models": chain / "dino2_detector.pth"} if script == JUDGES else {}
-    flags |= {"--checkpoints": chain / "dino2_detector.pth"} if script == LOOKS else {}
+    flags = {"--models": chain / "dino2_detector.pth"} if script == VALIDATION else {}
+    flags |= {"--checkpoints": chain / "dino2_detector.pth"} if script == QUICK_CHECK else {}
     if (
-        script in (TRAINS, IMPROVES) and "--val-json" in BAD[case]
+        script in (SIMPLE, IMPROVED) and "--val-json" in BAD[case]
     ):  # with good training images, so that the bad ones are reached
         flags = {
             "--train-json": "{demo}/annotations/instances_train2017.json",
@@ -330,7 +341,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
         }
     bad = dict(BAD[case])
     if "--checkpoint" in bad:
-        bad["--models" if script == JUDGES else "--checkpoints"] = bad.pop("--checkpoint")
+        bad["--models" if script == VALIDATION else "--checkpoints"] = bad.pop("--checkpoint")
     places = {"tmp": tmp_path, "demo": demo, "chain": chain}
     words = [word for pair in (flags | bad).items() for w in pair for word in str(w).format(**places).split(" ")]
     module = MODULES[SCRIPTS.index(script)]
@@ -345,7 +356,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
 
 
 def test_bad_input_in_a_process_of_its_own():
-    result = run(JUDGES, "--data", "no/such/folder/here")
+    result = run(VALIDATION, "--data", "no/such/folder/here")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no/such/folder/here" in result.stderr
 
 
@@ -363,10 +374,10 @@ def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
         charts.training(results, {"dino2_detector": chain / "broken.jsonl"})
 
 
-def test_classes_that_one_part_lacks_are_said(demo, capsys):
+def test_classes_that_one_split_lacks_are_printed(demo, capsys):
     source = data_flags(str(demo))
     train, val = (load_split(source, split) for split in ("train", "val"))
     check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith(f"lacks 1 classes of {train.source}: disc")
-    assert said[1].endswith(f"lacks 1 classes of {val.source}: zebra")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"lacks 1 classes of {train.source}: disc")
+    assert lines[1].endswith(f"lacks 1 classes of {val.source}: zebra")

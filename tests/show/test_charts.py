@@ -20,7 +20,7 @@ def test_plotting_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_plotting_needs_no_package_of_a_notebook(results_file, tmp_path):
+def test_the_backend_of_a_notebook_is_not_used(results_file, tmp_path):
     flags = ("--results", str(results_file), "--output", str(tmp_path / "chart.png"))
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
     subprocess.run([sys.executable, "plot_results.py", *flags], cwd=ROOT, env=environment, check=True)
@@ -57,8 +57,8 @@ def test_bars_show_the_numbers_of_the_records(results_file):
     models = charts.evaluated(read_results(results_file))
     axes = charts.comparison(read_results(results_file)).axes[0]
     heights = [bar.get_height() for bar in axes.patches]
-    wanted = [getattr(r, part)[key] for r in models for part, key in charts.STUDY_METRICS.values()]
-    assert heights == pytest.approx(wanted)
+    expected = [getattr(r, part)[key] for r in models for part, key in charts.STUDY_METRICS.values()]
+    assert heights == pytest.approx(expected)
 
 
 def test_charts_without_any_numbers():
