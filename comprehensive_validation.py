@@ -23,7 +23,7 @@ import numpy as np
 from accelerate.utils import set_seed
 
 from common import cli
-from common.cli import flag
+from common.cli import flag, flag_texts
 from common.console import InputError, Interrupted, last_line
 from common.data.coco import CocoData
 from common.data.sources import DataFlags, load_split
@@ -31,7 +31,7 @@ from common.evaluate import bootstrap
 from common.evaluate.detections import DetectionTable, coco_detections, read_detections
 from common.evaluate.evaluation import Evaluation, Predictor, evaluate, unique_names
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
-from common.files import atomic_write, check_writable
+from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.model import postprocess
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.tables import format_comparisons, format_table
@@ -86,7 +86,7 @@ def write_detections(settings: Settings, name: str, path: str, table: DetectionT
     A file that is itself read with --from-detections is left as it is: it may hold more images than were evaluated.
     """
     file = detections_file(settings, name)
-    if file.resolve() != Path(path).resolve():
+    if not is_same_file(file, Path(path)):
         folder = os.path.commonpath([image.path.parent for image in data.images])
         names = {image.id: image.path.relative_to(folder).as_posix() for image in data.images}
         rows = [row | {"file_name": names[row["image_id"]]} for row in coco_detections(table, data.category_ids)]
@@ -125,23 +125,45 @@ def evaluate_model(
     return replace(evaluation, record=replace(evaluation.record, detections=written, warnings=warnings))
 
 
-def evaluate_all(
-    settings: Settings, data: CocoData, predictor: Predictor
-) -> tuple[ValidationResults, list[Evaluation]]:
-    """Evaluate every model and write the results, after an unexpected error those of the finished models.
+def named_models(settings: Settings) -> dict[str, str]:
+    """The path of each model, by its short name.
 
     Raises:
-        InputError: a model is given twice, or the results cannot be written.
-        Interrupted: its advice are the flags that read the detections of the finished models.
+        InputError: a model is given twice.
     """
     models = settings.models or (() if settings.from_detections else MODELS)
     paths = (*models, *settings.from_detections)
     if len(set(paths)) < len(paths):
         raise InputError(f"a model is given twice: {', '.join(paths)}")
+    return dict(zip(unique_names(paths), paths, strict=True))
+
+
+def check_files(settings: Settings, models: dict[str, str], data: CocoData) -> None:
+    """Check before the work that no output overwrites a model, detections that are read, annotations or an image.
+
+    Raises:
+        InputError: an output would.
+    """
+    written = {name: detections_file(settings, name) for name in models}
+    outputs = [file for name, file in written.items() if not is_same_file(file, Path(models[name]))]
+    outputs += [Path(path) for path in (settings.output, settings.report) if path]
+    images = (image.path for image in data.images)
+    check_outputs(outputs, [*flag_texts(settings, "output", "report"), *models.values(), data.source, *images])
+
+
+def evaluate_all(
+    settings: Settings, models: dict[str, str], data: CocoData, predictor: Predictor
+) -> tuple[ValidationResults, list[Evaluation]]:
+    """Evaluate every model and write the results, after an unexpected error those of the finished models.
+
+    Raises:
+        InputError: the results cannot be written.
+        Interrupted: its advice are the flags that read the detections of the finished models.
+    """
     weights = bootstrap.draws(len(data), settings.seed)
     evaluations: list[Evaluation] = []
     try:
-        for name, path in zip(unique_names(paths), paths, strict=True):
+        for name, path in models.items():
             evaluations.append(evaluate_model(name, path, settings, data, predictor, weights))
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
@@ -202,6 +224,24 @@ def describe_data(settings: Settings, data: CocoData) -> dict:
     }
 
 
+def report(settings: Settings, results: ValidationResults, data: CocoData, evaluations: list[Evaluation]) -> None:
+    """Write the report.
+
+    Raises:
+        InputError: for any error, as the results are on disk already.
+    """
+    tables = {e.record.name: e.table for e in evaluations if e.samples}
+    try:
+        from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
+
+        write_report(Path(settings.report), results, data, tables)
+    except Exception as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        message = f"the results are in {settings.output}, but the report failed: {kind}{last_line(error)}"
+        raise InputError(message) from error
+    print(f"report written to {settings.report}")
+
+
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results; only the main process prints and writes."""
     check_writable(settings.output)
@@ -212,7 +252,9 @@ def main(settings: Settings) -> ValidationResults:
     predictor = Predictor(accelerator, settings.batch_size, settings.workers, settings.flip)
     with accelerator.main_process_first():  # it fetches or draws data for the others
         data = load_split(settings, "val")
-    results, evaluations = evaluate_all(settings, data, predictor)
+    models = named_models(settings)
+    check_files(settings, models, data)
+    results, evaluations = evaluate_all(settings, models, data, predictor)
     if not accelerator.is_main_process:
         return results
     if all(record.error for record in results.models):
@@ -224,10 +266,7 @@ def main(settings: Settings) -> ValidationResults:
         print(f"a verdict needs {bootstrap.MIN_IMAGES} images with objects, and these are {images}")
     print(f"written to {settings.output}")
     if settings.report:
-        from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
-
-        write_report(Path(settings.report), results, data, {e.record.name: e.table for e in evaluations if e.samples})
-        print(f"report written to {settings.report}")
+        report(settings, results, data, evaluations)
     if settings.strict and any(record.error for record in results.models):
         sys.exit(INCOMPLETE)
     return results

@@ -18,7 +18,7 @@ from common import cli
 from common.cli import flag
 from common.console import InputError
 from common.evaluate.results import read_results
-from common.files import atomic_write
+from common.files import atomic_write, check_outputs
 from common.show import charts
 
 DPI = 130
@@ -35,8 +35,11 @@ def main(settings: Settings) -> Path:
     output = Path(settings.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")
-    for name, figure in charts.figures(read_results(settings.results)).items():
-        path = output if name == "comparison" else output.with_stem(f"{output.stem}_{name}")
+    figures = charts.figures(read_results(settings.results))
+    paths = {name: output.with_stem(f"{output.stem}_{name}") for name in figures} | {"comparison": output}
+    check_outputs(paths.values(), [settings.results])
+    for name, figure in figures.items():
+        path = paths[name]
         with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=DPI)
         with Image.open(path) as image:

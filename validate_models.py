@@ -21,19 +21,22 @@ from accelerate.utils import set_seed
 from PIL import Image
 
 from common import cli
-from common.cli import flag
+from common.cli import flag, flag_texts
+from common.console import InputError
 from common.data.coco import CocoData, unlabelled_images
 from common.data.sources import DataFlags, load_split
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.evaluation import Predictor, evaluate, unique_names
-from common.files import atomic_write, check_writable
+from common.files import atomic_write, check_outputs, check_writable
 from common.model.checkpoint import Checkpoint, load_detector
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
+from common.show.fonts import class_labels, print_replaced
 from common.show.tables import format_table, number_of
 from common.types import Detections, Predictions
 
 SHEET_IMAGES = 16
+JPEG_COMMENT = b"annotated by validate_models.py"
 COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "images/s")
 
 
@@ -48,19 +51,47 @@ class Settings(RuntimeFlags, DataFlags):
 
 
 def predicted_boxes(detections: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
+    names = class_labels(class_names)
     rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    return [LabelledBox(tuple(b), k, f"{class_names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
+    return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
 
 
-def write_images(settings: Settings, data: CocoData, models: dict[str, tuple[Checkpoint, list[Detections]]]) -> Path:
-    """Annotated images of each model and one contact sheet with all models; returns the sheet's path."""
+def images_to_draw(settings: Settings, data: CocoData) -> dict[int, str]:
+    """The names of the annotated images, without suffix, by the index of the image in `data`."""
     chosen = np.arange(len(data))
     if settings.draw and not settings.images and settings.draw < len(data):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
+    return dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
+
+
+def check_files(settings: Settings, models: Sequence[str], data: CocoData, drawn: dict[int, str]) -> None:
+    """Refuse to overwrite what is read, or an image that this script did not write.
+
+    Raises:
+        InputError: an output is an input file, or an image of somebody else.
+    """
+    folder = Path(settings.output)
+    images = [folder / "contact_sheet.jpg", *(folder / m / f"{name}.jpg" for m in models for name in drawn.values())]
+    outputs = images + [folder / model / "detections.json" for model in models if settings.images]
+    check_outputs(outputs, [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)])
+    for path in images:
+        if path.exists() and not is_own_jpeg(path):
+            raise InputError(f"{path} exists and was not written by this script: delete it, or name another --output")
+    for model in models:
+        check_writable(folder / model / "detections.json")
+
+
+def write_images(
+    settings: Settings,
+    data: CocoData,
+    models: dict[str, tuple[Checkpoint, list[Detections]]],
+    drawn: dict[int, str],
+) -> Path:
+    """Annotated images of each model and one contact sheet with all models; returns the sheet's path."""
     truth = bool(len(data.labels))
-    names = dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
+    print_replaced([*models, *data.class_names, *(name for c, _ in models.values() for name in c.class_names)])
     sheet: list[Image.Image] = []
-    for index, name in names.items():
+    for index, name in drawn.items():
         file = data.images[index]
         image = file.open()
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
@@ -76,9 +107,18 @@ def write_images(settings: Settings, data: CocoData, models: dict[str, tuple[Che
     return path
 
 
+def is_own_jpeg(path: Path) -> bool:
+    """Whether this script wrote the image, by its JPEG comment."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("comment") == JPEG_COMMENT
+    except OSError:
+        return False
+
+
 def save_jpeg(image: Image.Image, path: Path) -> None:
     with atomic_write(path) as file:
-        image.save(file, "JPEG", quality=88)
+        image.save(file, "JPEG", quality=88, comment=JPEG_COMMENT)
 
 
 def write_detections(path: Path, checkpoint: Checkpoint, detections: list[Detections], data: CocoData) -> int:
@@ -108,6 +148,8 @@ def main(settings: Settings) -> dict[str, dict]:
     else:
         with predictor.accelerator.main_process_first():  # it downloads or generates the data once for all
             data = load_split(settings, "val")
+    drawn = images_to_draw(settings, data)
+    check_files(settings, names, data, drawn)
 
     models, records = {}, []
     for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):
@@ -124,7 +166,7 @@ def main(settings: Settings) -> dict[str, dict]:
     if records:
         print(format_table(tuple(records), COLUMNS))
     if predictor.accelerator.is_main_process:
-        print(f"annotated images in {settings.output}/, contact sheet: {write_images(settings, data, models)}")
+        print(f"annotated images in {settings.output}/, contact sheet: {write_images(settings, data, models, drawn)}")
     return {r.name: {**(r.primary or {}), "AP50": number_of(r, "detection", "AP50")} for r in records}
 
 

@@ -7,6 +7,7 @@ which the script's settings inherit; nothing in `common/` sees a script's own se
 
 import argparse
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -14,7 +15,8 @@ import traceback
 import typing
 from collections.abc import Callable
 
-from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers, last_line
+from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers, last_line, one_line
+from common.files import ensure_home
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -23,6 +25,7 @@ OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
 # What happens where a resumed run changes a flag: nothing, as no number depends on it; a warning, as it is another run
 # from there on; a refusal, as weights or optimizer state would not fit; nothing, and the checkpoint does not record it.
 ON_RESUME = ("free", "warn", "refuse", "unrecorded")
+MESSAGE_LENGTH = 1000  # characters, of which names of files may need many
 SETTINGS = typing.TypeVar("SETTINGS", bound="DataclassInstance")
 
 
@@ -113,6 +116,13 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def flag_texts(settings: "DataclassInstance", *without: str) -> list[str]:
+    """All texts among the values of the flags, paths of input files among them, but for those of some flags."""
+    values = [getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in without]
+    texts = [text for value in values for text in (value if isinstance(value, tuple) else (value,))]
+    return [text for text in texts if isinstance(text, str)]
+
+
 def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:
     """Parse the command line, call `main`, and exit.
 
@@ -121,10 +131,13 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     """
     settings = parse(settings_type, description or "")
     install_handlers()
+    ensure_home()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
     try:
         main(settings)
     except InputError as error:
-        _exit(last_line(error).rpartition("InputError: ")[2], 2)
+        _exit(str(error).rpartition("InputError: ")[2], 2)  # a worker's error begins with its traceback
     except OSError as error:  # of a file, folder or connection, where no InputError was raised
         _exit(last_line(error), 2)
     except (MemoryError, RuntimeError) as error:  # torch raises either when memory runs out
@@ -139,5 +152,5 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
 def _exit(message: str, status: int) -> typing.NoReturn:
     if os.environ.get("DETECTION_DEBUG") == "1":
         traceback.print_exc()
-    print(f"{sys.argv[0].rpartition('/')[2]}: error: {message}", file=sys.stderr)
+    print(f"{sys.argv[0].rpartition('/')[2]}: error: {one_line(message, MESSAGE_LENGTH)}", file=sys.stderr)
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,19 @@ def last_line(error: BaseException) -> str:
     A data-loading worker's error carries a traceback, which ends in the message itself.
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def one_line(text: object, width: int = 40) -> str:
+    """The text on one line of at most `width` characters, for messages, tables, charts and images.
+
+    Line ends become spaces, what cannot be printed (control characters, invalid text) "?"; invisible marks, such as
+    those that change the direction of writing, are left out; long texts lose their middle.
+    """
+    words = " ".join(unicodedata.normalize("NFC", str(text)).split())
+    visible = [c if c.isprintable() else "?" for c in words if unicodedata.category(c) != "Cf"]
+    head = width // 2
+    tail = len(visible) - (width - 1 - head)
+    return "".join(visible if len(visible) <= width else [*visible[:head], "…", *visible[tail:]])
 
 
 def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool = True) -> tqdm:

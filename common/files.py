@@ -1,10 +1,11 @@
 """Files that are complete or absent, and the cache folder."""
 
+import glob
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -25,7 +26,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        encoding, prefix = None if "b" in mode else "utf-8", _temporary_prefix(path)
+        with tempfile.NamedTemporaryFile(mode, -1, encoding, dir=path.parent, prefix=prefix, delete=False) as file:
             temporary = Path(file.name)
             yield file
             file.flush()
@@ -42,9 +44,14 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             temporary.unlink(missing_ok=True)
 
 
+def _temporary_prefix(path: Path) -> str:
+    """Of the names of temporary files for `path`; a file system takes 255 bytes, a letter has up to four."""
+    return f".{path.name[:60]}."
+
+
 def remove_leftovers(path: Path, age: float = 0.0) -> None:
     """Delete temporary files of `path` that killed processes left behind, unmodified for `age` seconds."""
-    for leftover in path.parent.glob(f".{path.name}.????????"):
+    for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}????????"):
         if time.time() - leftover.stat().st_mtime >= age:
             leftover.unlink(missing_ok=True)
 
@@ -81,6 +88,41 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Check before the work that it overwrites no input, also by a link or another spelling of the path.
+
+    Args:
+        outputs: the files that will be written.
+        inputs: the files that are read; names of files that do not exist are ignored.
+
+    Raises:
+        InputError: an output is an input file, or two outputs are one file, on some systems because only case differs.
+    """
+    places: dict[str, Path] = {}
+    for path in outputs:
+        if (other := places.setdefault(os.path.realpath(path).casefold(), path)) is not path:
+            raise InputError(f"{other} and {path} would be written to one file: give them different names")
+    existing = {identity: path for path in places.values() if (identity := _identity(path))}
+    for read in inputs if existing else ():
+        identity = _identity(Path(read))
+        if identity in existing:
+            raise InputError(f"the output {existing[identity]} would overwrite the input {read}: name another output")
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether both paths lead to one existing file."""
+    return (identity := _identity(path)) is not None and identity == _identity(other)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and number of an existing file, the same under all its paths; None where there is no such file."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
 def is_file(path: Path) -> bool:
     """Whether the file exists; False for names that the file system can't hold, for which pathlib raises OSError."""
     try:
@@ -108,6 +150,15 @@ def cache_folder(*parts: str) -> Path:
     except RuntimeError as error:
         raise InputError("this user has no home folder for the cache: set DETECTION_CACHE to a folder") from error
     return base.joinpath("dinov2-detection", *parts)
+
+
+def ensure_home() -> None:
+    """Make `$DETECTION_CACHE` the home folder of a user who has none, since libraries stop without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        if root := os.environ.get("DETECTION_CACHE"):
+            os.environ["HOME"] = str(Path(root).absolute())
 
 
 def sha256(path: str | Path) -> str:

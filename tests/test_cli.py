@@ -1,10 +1,13 @@
 """How every script ends: exit status, one line on stderr, a traceback where it is requested."""
 
+import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+from helpers import ROOT
 
 from common import cli
 from common.console import InputError, Interrupted
@@ -18,6 +21,8 @@ class Settings:
 ERRORS = {  # what main raises, the line on stderr, the exit status
     "input": (InputError("a.json: no such file"), "a.json: no such file", 2),
     "worker": (InputError("Caught InputError in worker 0.\n...\nInputError: a.jpg is damaged"), "a.jpg is damaged", 2),
+    "line end": (InputError("no such image: a\nb\x1b[2J.jpg"), "no such image: a b?[2J.jpg", 2),
+    "long": (InputError("a" * 50000), "a" * 500 + "…" + "a" * 499, 2),
     "file": (PermissionError(13, "Permission denied", "a.json"), "[Errno 13] Permission denied: 'a.json'", 2),
     "memory": (MemoryError(), "out of memory; take a smaller", 2),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take a smaller", 2),
@@ -40,3 +45,12 @@ def test_errors_end_in_one_line_and_debugging_adds_the_traceback(error, line, st
     assert bool(above) == bool(debug)
     if debug:
         assert "ValueError: the cause" in above and "in main" in "".join(above)
+
+
+def test_any_name_can_be_printed(tmp_path):
+    """On a terminal of any encoding, also what Python makes of bytes in a file name that are not valid text."""
+    program = "from dataclasses import make_dataclass as m; from common import cli\n"
+    program += "cli.run(lambda _: print('caf\\xe9 \\u732b \\udcff'), m('Settings', []), '')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "caf\\xe9 \\u732b \\udcff\n")

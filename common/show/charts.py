@@ -6,16 +6,12 @@ pyplot, so none has to be closed and no window system is needed.
 
 import itertools
 import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# A notebook's backend is passed on to the scripts that it starts; where its package is not installed for them,
-# matplotlib could not even be imported.
-os.environ["MPLBACKEND"] = "agg"
-
+import matplotlib
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -24,9 +20,11 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from common.console import InputError
+from common.console import InputError, one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
-from common.show.tables import interval_of, number_of, value_of
+from common.files import is_file
+from common.show import fonts
+from common.show.tables import interval_of, list_of, number_of, value_of
 
 STUDY_METRICS = {
     "Accuracy": ("primary", "accuracy"),
@@ -54,6 +52,9 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++", "||", "**")  # distin
 MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
 CONFUSION_CLASSES = 15  # classes that a confusion matrix shows by name
+
+# In the record they are those of the model, in a run's settings.json those requested; flip is the evaluation's.
+RESOLVED = ("backbone", "blocks", "flip", "head", "image_size")
 
 Models = Sequence[ValidationRecord]
 
@@ -86,7 +87,7 @@ def draw_bars(axes: Axes, models: Models, groups: Mapping[str, tuple[str, ...]])
     crowded = len(models) > 4
     text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
     text |= {"rotation": 90, "fontsize": 7} if crowded else {"rotation": 0, "fontsize": 9}
-    highest = 0.05
+    lowest, highest = 0.0, 0.05
     for position, record in enumerate(models):
         for group, keys in enumerate(groups.values()):
             value, interval = number_of(record, *keys), interval_of(record, keys[-1])
@@ -99,11 +100,11 @@ def draw_bars(axes: Axes, models: Models, groups: Mapping[str, tuple[str, ...]])
                 top = max(top, high)
             label = "–" if value is None else f"{value:.2f}" if crowded else f"{value:.3f}"
             axes.annotate(label, (x, max(top, 0)), (0, 3), **text)
-            highest = max(highest, top)
+            lowest, highest = min(lowest, value or 0.0), max(highest, top)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.tick_params(axis="x", length=0)
-    axes.set_ylim(min(0, axes.get_ylim()[0]), highest * (1.22 if crowded else 1.14))
+    axes.set_ylim(1.1 * lowest, highest * (1.22 if crowded else 1.14))
     axes.grid(axis="y", alpha=0.4)
     axes.set_axisbelow(True)
 
@@ -113,14 +114,14 @@ def draw_speed(axes: Axes, models: Models) -> None:
     speeds, tops, devices = [], [0.05], set()
     for position, record in enumerate(models):
         speed, ap = number_of(record, "cost", "images_per_s"), number_of(record, "detection", "AP50")
-        if not speed or ap is None:
+        if speed is None or speed <= 0 or ap is None:
             continue
         low, high = interval_of(record, "AP50") or (ap, ap)
         axes.plot([speed, speed], [low, high], color="0.4", linewidth=1)
         axes.plot(speed, ap, **marker_style(position), markersize=11)
         speeds.append(speed)
         tops += [ap, high]
-        devices.add(str(value_of(record, "cost", "device")))
+        devices.add(_text(value_of(record, "cost", "device"), 60))
     if not speeds:
         axes.text(0.5, 0.5, "no speeds were measured", ha="center", transform=axes.transAxes, color="0.4")
         axes.set_axis_off()
@@ -139,12 +140,14 @@ def draw_speed(axes: Axes, models: Models) -> None:
 
 def caption(results: ValidationResults, width: int = 150) -> str:
     """What the numbers were measured on, and which models are missing from the chart and why."""
-    images, source, boxes = (results.dataset.get(key, "?") for key in ("images", "source", "boxes"))
+    images, source, boxes = (_text(results.dataset.get(key, "?"), 100) for key in ("images", "source", "boxes"))
     lines = [f"{images} validation images of {source}, {boxes} boxes"]
     for record in results.models:
         if record.error:
-            lines += textwrap.wrap(f"{record.name} was not evaluated: {record.error}", width)[:2]
-    return _drawable("\n".join(lines))
+            lines += textwrap.wrap(f"{_text(record.name)} was not evaluated: {_text(record.error, 2 * width)}", width)[
+                :2
+            ]
+    return "\n".join(lines)
 
 
 def evaluated(results: ValidationResults) -> list[ValidationRecord]:
@@ -159,12 +162,35 @@ def evaluated(results: ValidationResults) -> list[ValidationRecord]:
     return models
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure; sizes in inches."""
-    sns.set_theme(
-        style="ticks", font_scale=0.95, rc={"text.parse_math": False}
-    )  # "$" in a name does not start a formula
+def _figure(results: ValidationResults, width: float, height: float) -> Figure:
+    """An empty figure for these results; sizes in inches."""
+    matplotlib.rcdefaults()  # the user's own settings may ask for LaTeX, or for fonts with few letters
+    reasons = [f"{record.error} {value_of(record, 'cost', 'device')}" for record in results.models]
+    family = fonts.font_names("".join(one_line(text, 1000) for text in (*_names(results), *reasons)))
+    no_formulas = {"text.parse_math": False}  # "$" in a name does not start a formula
+    sns.set_theme(style="ticks", font_scale=0.95, rc={"font.family": family} | no_formulas)
     return Figure((width, height), layout="constrained")
+
+
+def _names(results: ValidationResults) -> list[str]:
+    """All names that the charts show: of the data, its classes and the models."""
+    return [*map(str, (results.dataset.get("source"), *_class_names(results))), *(r.name for r in results.models)]
+
+
+def _class_names(results: ValidationResults) -> list[str]:
+    """The names of the classes, in the order of their labels; empty where the results lack them."""
+    names = results.dataset.get("class_names")
+    return list(map(str, names)) if isinstance(names, list | tuple) else []
+
+
+def _text(text: object, width: int = 40) -> str:
+    """The text as the fonts can draw it, on one line of at most `width` characters."""
+    return fonts.drawable(one_line(text, width))
+
+
+def _numbers(values: Sequence[object]) -> np.ndarray:
+    """(N,) float64, NaN for what is not a number."""
+    return np.array([v if isinstance(v, int | float) and abs(v) <= 1 else np.nan for v in values], np.float64)
 
 
 def _add_caption(figure: Figure, results: ValidationResults) -> None:
@@ -174,7 +200,7 @@ def _add_caption(figure: Figure, results: ValidationResults) -> None:
 def _finish(figure: Figure, results: ValidationResults, shown: dict[int, ValidationRecord] | None = None) -> Figure:
     """Caption, and a legend of the models shown (by position; None = all) in as many columns as their names allow."""
     shown = dict(enumerate(evaluated(results))) if shown is None else shown
-    names = [_label(record.name) for record in shown.values()]
+    names = [_text(record.name) for record in shown.values()]
     keys: list[Any] = [(Patch(**bar_style(place)), Line2D([], [], **marker_style(place))) for place in shown]
     characters = int(9.2 * figure.get_figwidth())
     sns.despine(figure)
@@ -191,23 +217,13 @@ def _finish(figure: Figure, results: ValidationResults, shown: dict[int, Validat
     return figure
 
 
-def _label(name: str, width: int = 40) -> str:
-    """The name on one line of at most `width` characters."""
-    text = " ".join(_drawable(name).split())
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _drawable(text: str) -> str:
-    """The text with "?" for what no font can draw: bytes of a file name that are not valid text."""
-    return text.encode(errors="replace").decode()
-
-
 def figures(results: ValidationResults) -> dict[str, Figure]:
-    """Every chart for which there are numbers, by name.
+    """Every chart for which there are numbers, by name; names that the fonts cannot draw are printed.
 
     Raises:
         InputError: no model with numbers.
     """
+    fonts.print_replaced(_names(results))
     drawn = {"comparison": comparison(results)}
     drawn |= {"precision_recall": precision_recall(results), "per_class": per_class(results)}
     if any(record.diagnosis for record in results.models):
@@ -216,17 +232,50 @@ def figures(results: ValidationResults) -> dict[str, Figure]:
     return drawn | {"training": training(results, logs)} if logs else drawn
 
 
-def logs_of(results: ValidationResults) -> dict[str, Path]:
-    """The training log of each model whose run folder, as its record names it, still exists."""
-    paths = {r.name: Path(str(r.conditions.get("run_dir")), "log.jsonl") for r in results.models if not r.error}
-    return {name: path for name, path in paths.items() if path.is_file()}
+class Epoch(NamedTuple):
+    """One line of a run's log; NaN for a number that does not exist."""
+
+    number: int
+    stage: str
+    loss: float  # the sum of all terms
+    ap50: float
+
+
+def logs_of(results: ValidationResults) -> dict[int, list[Epoch]]:
+    """The training log of each model, by its place among those with numbers.
+
+    The run folder that a record names may have been deleted, or used again by a later run: the log is taken only where
+    the settings beside it are those of the record. If they are not, or the log cannot be read, a line says so.
+    """
+    logs = {}
+    for position, record in enumerate(evaluated(results)):
+        folder = Path(str(record.conditions.get("run_dir")))
+        if not is_file(folder / "log.jsonl"):
+            continue
+        try:
+            if changed := _changed_settings(record, folder / "settings.json"):
+                raise InputError(f"the settings in {folder} are not those of its training: {', '.join(changed)}")
+            logs[position] = read_log(folder / "log.jsonl")
+        except InputError as error:
+            print(f"{one_line(record.name)}: no training curve: {error}")
+    return logs
+
+
+def _changed_settings(record: ValidationRecord, path: Path) -> list[str]:
+    """The names of the settings in the file that differ from those with which the model of the record was trained."""
+    try:
+        settings = json.loads(path.read_bytes()).items()
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    trained = json.loads(json.dumps(record.conditions, default=str))  # tuples become lists
+    return sorted(name for name, value in settings if name not in RESOLVED and trained.get(name, value) != value)
 
 
 def comparison(results: ValidationResults) -> Figure:
     """The study's six metrics, AP by object size, accuracy against speed, and the cost of each kind of error."""
     models = evaluated(results)
     diagnosed = any(record.diagnosis for record in models)
-    figure = _figure(13, 12 if diagnosed else 8.6)
+    figure = _figure(results, 13, 12 if diagnosed else 8.6)
     grid = figure.add_gridspec(2 + diagnosed, 2, height_ratios=(1.1, 1, 1)[: 2 + diagnosed])
     wide, left, right = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
     draw_bars(wide, models, STUDY_METRICS)
@@ -245,12 +294,11 @@ def comparison(results: ValidationResults) -> Figure:
 
 def precision_recall(results: ValidationResults) -> Figure:
     """Precision at each recall, the mean over the classes, at IoU 0.5 and 0.75."""
-    figure = _figure(12, 5.6)
+    figure = _figure(results, 12, 5.6)
     for axes, iou in zip(figure.subplots(1, 2, sharey=True), ("0.5", "0.75"), strict=True):
         for position, record in enumerate(evaluated(results)):
-            curve = value_of(record, "detection", "precision_at_recall", iou)
-            if curve:
-                axes.plot(np.linspace(0, 1, len(curve)), curve, **line_style(position, len(curve)))
+            curve = list_of(record, "detection", "precision_at_recall", iou)
+            axes.plot(np.linspace(0, 1, len(curve)), _numbers(curve), **line_style(position, len(curve)))
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", title=f"IoU {iou}")
         axes.grid(alpha=0.4)
     figure.axes[0].set_ylabel("precision, mean over classes")
@@ -260,13 +308,16 @@ def precision_recall(results: ValidationResults) -> Figure:
 def per_class(results: ValidationResults) -> Figure:
     """AP@0.5 of each class, the classes with the highest on top."""
     models = evaluated(results)
+    parts = [value_of(record, "detection", "per_class") for record in models]
     values = {}
-    for name in sorted({name for record in models for name in value_of(record, "detection", "per_class") or {}}):
+    for name in sorted({name for part in parts if isinstance(part, dict) for name in part}):
         row = [number_of(record, "detection", "per_class", name, "AP50") for record in models]
         if any(value is not None for value in row):
             values[name] = np.array(row, float)  # None becomes NaN
     names = sorted(values, key=lambda name: np.nanmean(values[name]))
-    figure = _figure(9, 2.2 + 0.19 * len(names))
+    known = _class_names(results)
+    labels = dict(zip(known, fonts.class_labels(known), strict=True))
+    figure = _figure(results, 9, 2.2 + 0.19 * len(names))
     axes = figure.subplots()
     for height, name in enumerate(names):
         ends = [np.nanmin(values[name]), np.nanmax(values[name])]
@@ -274,7 +325,7 @@ def per_class(results: ValidationResults) -> Figure:
     for position in range(len(models)):
         own = [values[name][position] for name in names]
         axes.plot(own, range(len(names)), **marker_style(position), markersize=6)
-    axes.set_yticks(range(len(names)), map(_label, names), fontsize=8)
+    axes.set_yticks(range(len(names)), [labels.get(name) or _text(name) for name in names], fontsize=8)
     axes.set(ylim=(-0.7, len(names) - 0.3), xlim=(-0.02, 1.02), xlabel="AP@0.5")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.4)
@@ -283,13 +334,13 @@ def per_class(results: ValidationResults) -> Figure:
 
 def confusion(results: ValidationResults) -> Figure:
     """The class that objects of the most frequent classes are detected as, for each model at its best-F1 score."""
-    models = [record for record in evaluated(results) if value_of(record, "diagnosis", "confusion")]
-    names = list(results.dataset.get("class_names") or [])
+    models = [record for record in evaluated(results) if len(_confusion_counts(record))]
+    names = fonts.class_labels(_class_names(results))
     columns = min(len(models), 3) or 1
     rows = -(-len(models) // columns) or 1
-    figure = _figure(5.4 * columns + 0.8, 5.6 * rows)
+    figure = _figure(results, 5.4 * columns + 0.8, 5.6 * rows)
     for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, models, strict=False):
-        counts, labels = _most_frequent(np.array(value_of(record, "diagnosis", "confusion")), names)
+        counts, labels = _most_frequent(_confusion_counts(record), names)
         fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         fractions[-1] = np.nan  # background has no objects, so no fraction of them
         image = axes.imshow(fractions, cmap="cividis", vmin=0, vmax=1)
@@ -297,7 +348,7 @@ def confusion(results: ValidationResults) -> Figure:
         axes.set_yticks(range(len(labels) - 1), labels[:-1], fontsize=8)
         axes.set_ylim(len(labels) - 1.5, -0.5)
         score = number_of(record, "diagnosis", "operating_point", "score") or 0
-        axes.set_title(f"{_label(record.name, 36)}\nscores from {score:.2f}", fontsize=10)
+        axes.set_title(f"{_text(record.name, 36)}\nscores from {score:.2f}", fontsize=10)
         axes.set(xlabel="detected as", ylabel="object")
     for axes in figure.axes[len(models) :]:
         axes.set_visible(False)
@@ -305,6 +356,16 @@ def confusion(results: ValidationResults) -> Figure:
         figure.colorbar(image, ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
     _add_caption(figure, results)
     return figure
+
+
+def _confusion_counts(record: ValidationRecord) -> np.ndarray:
+    """(K + 1, K + 1) float64 counts, true class by detected class, background last; (0, 0) where there are none."""
+    rows = list_of(record, "diagnosis", "confusion")
+    try:
+        counts = np.array(rows, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        counts = np.zeros(0)
+    return counts if counts.shape == (len(rows), len(rows)) and np.isfinite(counts).all() else np.zeros((0, 0))
 
 
 def _most_frequent(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -315,7 +376,7 @@ def _most_frequent(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, li
     place[-1] = len(kept) + 1
     merged = np.zeros((len(kept) + 2,) * 2)
     np.add.at(merged, (place[:, None], place[None, :]), counts)
-    labels = [_label(names[k]) if k < len(names) else str(k) for k in kept]
+    labels = [names[k] if k < len(names) else f"class {k}" for k in kept]
     if len(counts) - 1 > len(kept):
         return merged, [*labels, "others", "background"]
     chosen = np.array([*range(len(kept)), len(kept) + 1])
@@ -324,57 +385,58 @@ def _most_frequent(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, li
 
 def calibration(results: ValidationResults) -> Figure:
     """Precision of detections by their score; on the diagonal the two are equal."""
-    figure = _figure(7.5, 7)
+    figure = _figure(results, 7.5, 7)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     for position, record in enumerate(evaluated(results)):
-        bins = value_of(record, "diagnosis", "calibration", "bins") or []
+        bins = [b for b in list_of(record, "diagnosis", "calibration", "bins") if isinstance(b, dict)]
         line = line_style(position, len(bins)) | {"markersize": 7}
-        axes.plot([b["score"] for b in bins], [b["precision"] for b in bins], **line)
+        axes.plot(*(_numbers([b.get(key) for b in bins]) for key in ("score", "precision")), **line)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="precision at IoU 0.5")
     axes.set_aspect("equal")
     axes.grid(alpha=0.4)
     return _finish(figure, results)
 
 
-def training(results: ValidationResults, logs: dict[str, Path]) -> Figure:
+def training(results: ValidationResults, logs: dict[int, list[Epoch]]) -> Figure:
     """Loss and mAP@0.5 after each epoch of the models that have a log.
 
     Args:
-        logs: by model name, its run's `log.jsonl`; at least one.
+        logs: as `logs_of` returns them; at least one.
     """
-    figure = _figure(12, 5.2)
+    figure = _figure(results, 12, 5.2)
     left, right = figure.subplots(1, 2)
-    shown = {position: record for position, record in enumerate(evaluated(results)) if record.name in logs}
-    for position, record in shown.items():
-        lines = read_log(logs[record.name])
-        epochs, line = [entry["epoch"] for entry in lines], line_style(position, len(lines))
-        left.plot(epochs, [sum(entry["loss"].values()) for entry in lines], **line)
-        right.plot(epochs, [entry["val"].get("AP50") for entry in lines], **line)
-        starts = [b["epoch"] for a, b in itertools.pairwise(lines) if a.get("stage") != b.get("stage")]
-        for axes, epoch in itertools.product((left, right), starts):
-            axes.axvline(epoch - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
+    for position, log in logs.items():
+        numbers, line = [epoch.number for epoch in log], line_style(position, len(log))
+        left.plot(numbers, [epoch.loss for epoch in log], **line)
+        right.plot(numbers, [epoch.ap50 for epoch in log], **line)
+        starts = [b.number for a, b in itertools.pairwise(log) if a.stage != b.stage]
+        for axes, start in itertools.product((left, right), starts):
+            axes.axvline(start - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
     left.set(xlabel="epoch", ylabel="loss", title="Training loss, all terms")
-    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first 100 validation images")
+    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first validation images, at most 100")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.4)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, results, shown)
+    models = evaluated(results)
+    return _finish(figure, results, {position: models[position] for position in logs})
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[Epoch]:
     """The epochs of a run's `log.jsonl`.
 
     Raises:
         InputError: the file can't be read, or is not such a log.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        for line in lines:
-            line["epoch"], line["loss"].values(), line["val"].get
+        return [_epoch(json.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not the log of a training run: {error!r}") from error
-    return lines
+
+
+def _epoch(line: dict) -> Epoch:
+    loss, (ap50,) = sum(line["loss"].values()), _numbers([line["val"].get("AP50")])
+    return Epoch(int(line["epoch"]), str(line.get("stage")), float(loss), float(ap50))

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from common.console import one_line
 from common.data.coco import CocoData
+from common.show.fonts import class_labels, image_text
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
@@ -17,12 +19,14 @@ PALETTE = (  # Okabe and Ito's, distinguishable for colour-blind readers too; us
 )
 GAP, BACKGROUND, TEXT_COLOR = 8, (245, 245, 245), (20, 20, 20)
 
+Corners = tuple[float, float, float, float]  # xyxy, pixels
+
 
 @dataclass(frozen=True)
 class LabelledBox:
     """One box to draw."""
 
-    box: tuple[float, float, float, float]  # xyxy, pixels of the image
+    box: Corners  # of the image
     label: int  # selects the colour
     text: str  # the caption
     dashed: bool = False  # crowds
@@ -31,28 +35,40 @@ class LabelledBox:
 def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
     """The boxes of image `index` of a data set, crowds dashed."""
     rows = zip(*(column.tolist() for column in data.image_boxes(index)), strict=True)
-    return [
-        LabelledBox(tuple(b), k, data.class_names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows
-    ]
+    names = class_labels(data.class_names)
+    return [LabelledBox(tuple(b), k, names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
-    """A copy with the boxes on it, the first in front; captions avoid each other where there is room."""
+    """A copy with the boxes on it, the first in front; captions avoid each other where there is room.
+
+    Boxes of negative size, and those outside the image, are left out.
+    """
     factor = min(max(1.0, SMALLEST_SIDE / min(image.size)), LARGEST_SIDE / max(image.size))
-    canvas = image.convert("RGB").resize([round(side * factor) for side in image.size], Image.Resampling.LANCZOS)
+    size = [max(1, round(side * factor)) for side in image.size]
+    canvas = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
     unit = max(canvas.size) / 320  # line width
-    font = ImageFont.load_default(max(12, round(7 * unit)))
-    scaled = [tuple(side * factor for side in b.box) for b in boxes]
-    for corners, b in reversed(list(zip(scaled, boxes, strict=True))):
+    visible = [(corners, b) for b in boxes if (corners := _clipped([s * factor for s in b.box], canvas.size))]
+    for corners, b in reversed(visible):
         _outline(draw, corners, PALETTE[b.label % len(PALETTE)], max(2, round(unit)), b.dashed)
-    occupied: list[tuple[float, float, float, float]] = []
-    for corners, b in zip(scaled, boxes, strict=True):
-        _caption(draw, corners, b, font, canvas.size, occupied)
+    occupied: list[Corners] = []
+    for corners, b in visible:
+        _caption(draw, corners, b, max(12, round(7 * unit)), canvas.size, occupied)
     return canvas
 
 
-def _outline(draw: ImageDraw.ImageDraw, corners: tuple, color: tuple[int, int, int], width: int, dashed: bool) -> None:
+def _clipped(corners: Sequence[float], size: tuple[int, int]) -> Corners | None:
+    """The part of a box (xyxy, pixels) inside an image of (width, height) `size`; None where there is none."""
+    x1, y1, x2, y2 = corners
+    if not (x1 <= x2 and y1 <= y2 and x1 <= size[0] and y1 <= size[1] and x2 >= 0 and y2 >= 0):
+        return None
+    return max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
+
+
+def _outline(
+    draw: ImageDraw.ImageDraw, corners: Corners, color: tuple[int, int, int], width: int, dashed: bool
+) -> None:
     x1, y1, x2, y2 = corners
     if not dashed:
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=width + 2)
@@ -66,9 +82,10 @@ def _outline(draw: ImageDraw.ImageDraw, corners: tuple, color: tuple[int, int, i
 
 
 def _caption(
-    draw: ImageDraw.ImageDraw, corners: tuple, b: LabelledBox, font, size: tuple[int, int], occupied: list
+    draw: ImageDraw.ImageDraw, corners: Corners, b: LabelledBox, font_size: int, size: tuple[int, int], occupied: list
 ) -> None:
-    left, top, right, bottom = draw.textbbox((0, 0), b.text, font=font)
+    text, font = image_text(b.text, font_size)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 6
     x = min(max(0, corners[0]), max(0, size[0] - width))
     heights = (corners[1] - height, corners[1], corners[3] - height, corners[3], (corners[1] + corners[3] - height) / 2)
@@ -79,7 +96,7 @@ def _caption(
     color = PALETTE[b.label % len(PALETTE)]
     luminance = np.dot(color, (0.299, 0.587, 0.114))
     draw.rectangle(occupied[-1], fill=color)
-    draw.text((x + 3 - left, y + 3 - top), b.text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
+    draw.text((x + 3 - left, y + 3 - top), text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
 
 
 def _overlap(a: tuple, b: tuple) -> bool:
@@ -90,23 +107,18 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Images of equal height in a row, each under its title."""
     height = max(image.height for _, image in panels)
     size = max(14, height // 26)
-    font, header = ImageFont.load_default(size), round(1.6 * size)
-    images = [image.resize((round(image.width * height / image.height), height)) for _, image in panels]
+    header = round(1.6 * size)
+    images = [image.resize((max(1, round(image.width * height / image.height)), height)) for _, image in panels]
     strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), BACKGROUND)
     draw, x = ImageDraw.Draw(strip), 0
     for (title, _), image in zip(panels, images, strict=True):
-        draw.text((x + 4, header // 6), _shortened(draw, title, font, image.width - 8), font=font, fill=TEXT_COLOR)
+        text, font = image_text(one_line(title, 100), size)
+        while len(text) > 1 and draw.textlength(text, font=font) > image.width - 8:
+            text = one_line(text, len(text) - 1)
+        draw.text((x + 4, header // 6), text, font=font, fill=TEXT_COLOR)
         strip.paste(image, (x, header))
         x += image.width + GAP
     return strip
-
-
-def _shortened(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int = 260) -> Image.Image:
@@ -114,7 +126,7 @@ def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int 
     lines: list[list[Image.Image]] = []
     for strip in strips:
         factor = min(height / strip.height, (width - 2 * GAP) / strip.width)
-        size = round(strip.width * factor), round(strip.height * factor)
+        size = max(1, round(strip.width * factor)), max(1, round(strip.height * factor))
         image = strip.resize(size, Image.Resampling.LANCZOS)
         line = next((line for line in lines if _length([*line, image]) <= width + GAP), None)
         if line is None:

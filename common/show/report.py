@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.data.coco import CocoData
 from common.evaluate.detections import DetectionTable
@@ -20,11 +20,12 @@ from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
 from common.show import charts
 from common.show.drawing import LabelledBox, draw_boxes, side_by_side, true_boxes
-from common.show.tables import NAMES, TABLE, cell, interval_of, number_of
+from common.show.fonts import class_labels
+from common.show.tables import NAMES, TABLE, cell, interval_of, number_of, verdict_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 EXTREMES = 4  # best images, and as many worst ones, of each model
-IMAGE_WIDTH = 900  # pixels
+IMAGE_SIDE = 900  # pixels, the longer side of an image and its ground truth together
 
 
 def write_report(path: Path, results: ValidationResults, data: CocoData, tables: dict[str, DetectionTable]) -> None:
@@ -72,10 +73,10 @@ def _pair(comparison: dict) -> dict:
     """One pair's line of the verdicts: in which numbers `a` is better than `b`, with the intervals."""
     cells = []
     for key in NAMES:
-        number = comparison["numbers"].get(key)
-        limits = "{:+.3f} to {:+.3f}".format(*number["interval"]) if number else ""
-        cells.append({"text": number["verdict"] if number else "–", "interval": limits})
-    return {"a": comparison["a"], "b": comparison["b"], "cells": cells}
+        verdict = verdict_of(comparison, key)
+        limits = f"{verdict.low:+.3f} to {verdict.high:+.3f}" if verdict else ""
+        cells.append({"text": verdict.text if verdict else "–", "interval": limits})
+    return {"a": comparison.get("a"), "b": comparison.get("b"), "cells": cells}
 
 
 def _charts(results: ValidationResults) -> Iterator[dict]:
@@ -128,14 +129,15 @@ def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image
     image = file.open()
     own = table.select(table.image_id == file.id)
     own = own.select(np.argsort(-own.score))
+    names = class_labels(data.class_names)
     boxes = [
-        LabelledBox(tuple(box), label, f"{data.class_names[label]} {score:.2f}")
+        LabelledBox(tuple(box), label, f"{names[label]} {score:.2f}")
         for box, score, label in zip(own.boxes.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
     ]
     strip = side_by_side(
         [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     )
-    return strip.resize((IMAGE_WIDTH, round(strip.height * IMAGE_WIDTH / strip.width)), Image.Resampling.LANCZOS)
+    return ImageOps.contain(strip, (IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
 
 
 def _conditions(results: ValidationResults) -> list[tuple[str, dict]]:

@@ -1,7 +1,12 @@
-"""Results as text tables for the terminal, and how a number is read from a record. Imports no torch."""
+"""Results as text tables for the terminal, and how a number is read from a record. Imports no torch.
+
+Results files may be edited by hand or come from an earlier version: a part that is missing, or not what the schema
+says, is read as a number that does not exist.
+"""
 
 from typing import Any, NamedTuple
 
+from common.console import one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 
 
@@ -36,6 +41,7 @@ NAMES = {  # of the numbers that have intervals
     "AP": "AP",
     "class_agnostic_AP50": "class-agnostic mAP@0.5",
 }
+MAX_NUMBER = 1e300  # beyond it Python's whole numbers do not fit into a float
 
 
 def value_of(record: ValidationRecord, *keys: str) -> Any:
@@ -46,16 +52,50 @@ def value_of(record: ValidationRecord, *keys: str) -> Any:
     return value
 
 
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+        return None
+    return float(value)
+
+
 def number_of(record: ValidationRecord, *keys: str) -> float | None:
-    """The number under these keys; None where there is none."""
+    """The number under these keys; None where it does not exist or is inf or NaN."""
+    return _number(value_of(record, *keys))
+
+
+def list_of(record: ValidationRecord, *keys: str) -> list:
+    """The list under these keys; empty where it does not exist."""
     value = value_of(record, *keys)
-    return float(value) if isinstance(value, int | float) else None
+    return value if isinstance(value, list) else []
+
+
+def _interval(value: object) -> tuple[float, float] | None:
+    numbers = [_number(limit) for limit in value] if isinstance(value, list | tuple) else []
+    match numbers:
+        case [float(low), float(high)]:
+            return low, high
+    return None
 
 
 def interval_of(record: ValidationRecord, key: str) -> tuple[float, float] | None:
-    """The 95% interval of a number; None where there is none."""
-    interval = value_of(record, "intervals", key)
-    return (float(interval[0]), float(interval[1])) if interval else None
+    """The 95% interval of a number; None where it does not exist."""
+    return _interval(value_of(record, "intervals", key))
+
+
+class Verdict(NamedTuple):
+    """Of one number of a pair of models: the interval of the difference, and what follows from it."""
+
+    low: float
+    high: float
+    text: str
+
+
+def verdict_of(pair: dict, key: str) -> Verdict | None:
+    """The verdict of a pair of `ValidationResults.comparisons` on a number; None where it does not exist."""
+    numbers = pair.get("numbers")
+    number = numbers.get(key) if isinstance(numbers, dict) else None
+    interval = _interval(number.get("interval")) if isinstance(number, dict) else None
+    return Verdict(*interval, str(number.get("verdict") or "no verdict")) if number and interval else None
 
 
 def cell(record: ValidationRecord, column: Column) -> str:
@@ -68,12 +108,12 @@ def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...
     """A table for the terminal, one line per model; `headings` selects columns of TABLE; empty selects all."""
     columns = [column for column in TABLE if not headings or column.heading in headings]
     rows = [["model", *(column.heading for column in columns)]]
-    rows += [[record.name, *(cell(record, column) for column in columns)] for record in records]
+    rows += [[one_line(record.name), *(cell(record, column) for column in columns)] for record in records]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_aligned(row, widths) for row in rows]
     for position, record in enumerate(records, 1):
         if record.error:
-            lines[position] = f"{record.name.ljust(widths[0])}  not evaluated: {record.error}"
+            lines[position] = f"{rows[position][0].ljust(widths[0])}  not evaluated: {one_line(record.error, 300)}"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -87,10 +127,7 @@ def format_comparisons(results: ValidationResults, numbers: tuple[str, ...] = ("
     """A line per pair of models: the 95% interval of the difference of some numbers, and the verdict."""
     lines = []
     for pair in results.comparisons:
-        parts = []
-        for key in numbers:
-            if key in pair["numbers"]:
-                low, high = pair["numbers"][key]["interval"]
-                parts.append(f"{NAMES[key]} [{low:+.3f}, {high:+.3f}] {pair['numbers'][key]['verdict']}")
-        lines.append(f"{pair['a']} against {pair['b']}: {'; '.join(parts)}")
+        verdicts = {NAMES[key]: verdict for key in numbers if (verdict := verdict_of(pair, key))}
+        parts = [f"{name} [{v.low:+.3f}, {v.high:+.3f}] {v.text}" for name, v in verdicts.items()]
+        lines.append(f"{one_line(pair.get('a'))} against {one_line(pair.get('b'))}: {'; '.join(parts)}")
     return "\n".join(lines)

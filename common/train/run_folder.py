@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cli import flag
+from common.cli import flag, flag_texts
 from common.console import InputError, Interrupted, NotFiniteError, finish_step_first
 from common.data.coco import CocoData
 from common.evaluate.coco_metrics import format_headline
 from common.evaluate.detect import validate
-from common.files import atomic_write, check_writable, is_file, remove_leftovers
+from common.files import atomic_write, check_outputs, check_writable, is_file, remove_leftovers
 from common.model.checkpoint import Checkpoint, load_detector, save_detector
 from common.runtime import RuntimeFlags
 from common.train.resume import check_resumable, read_state, state_files, write_state
@@ -52,6 +52,8 @@ class RunFlags(RuntimeFlags):
             )
         check_writable(self.output)
         check_writable(folder / "state.pth")
+        outputs = [Path(self.output), folder / "best.pth", folder / "last.pth"]
+        check_outputs(outputs, flag_texts(self, "output", "run_dir"))
 
 
 def training_conditions(settings: RunFlags, data: CocoData, accelerator: Accelerator) -> dict:
@@ -115,7 +117,7 @@ class RunFolder:
         for name in ("settings.json", "log.jsonl", *checkpoints):
             remove_leftovers(self.path / name)
         with atomic_write(self.path / "settings.json", "w") as file:
-            json.dump(self.run["settings"], file, indent=2)
+            json.dump(self.run["settings"] | {"train_fingerprint": self.run["train_fingerprint"]}, file, indent=2)
         self._write_log()
 
     def is_past(self, stage: str) -> bool:

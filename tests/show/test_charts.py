@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import ROOT
@@ -13,6 +14,7 @@ import plot_results
 from common.console import InputError
 from common.evaluate.results import ValidationRecord, ValidationResults, read_results
 from common.show import charts
+from common.show.tables import format_table
 
 
 def test_plotting_needs_no_torch():
@@ -20,11 +22,14 @@ def test_plotting_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_the_backend_of_a_notebook_is_not_used(results_file, tmp_path):
+def test_charts_in_a_notebook_without_a_home_folder(results_file, tmp_path):
     flags = ("--results", str(results_file), "--output", str(tmp_path / "chart.png"))
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
-    subprocess.run([sys.executable, "plot_results.py", *flags], cwd=ROOT, env=environment, check=True)
-    assert (tmp_path / "chart.png").is_file()
+    (tmp_path / "home").touch()  # no folder, so that nothing can be written there
+    environment |= {"HOME": str(tmp_path / "home"), "DETECTION_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(ROOT / "plot_results.py"), *flags]
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert (tmp_path / "chart.png").is_file() and result.stderr == ""
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])
@@ -59,6 +64,99 @@ def test_bars_show_the_numbers_of_the_records(results_file):
     heights = [bar.get_height() for bar in axes.patches]
     expected = [getattr(r, part)[key] for r in models for part, key in charts.STUDY_METRICS.values()]
     assert heights == pytest.approx(expected)
+
+
+BROKEN = (None, "text", {"a": None}, -1, 10**400, [None, None], [[1, "x"], [2]])
+PARTS = (
+    *((part,) for part in ("detection", "primary", "cost", "intervals", "diagnosis")),
+    ("detection", "AP50"),
+    ("detection", "per_class"),
+    ("detection", "per_class", "square"),
+    ("detection", "precision_at_recall"),
+    ("detection", "precision_at_recall", "0.5"),
+    ("primary", "f1"),
+    ("cost", "images_per_s"),
+    ("cost", "device"),
+    ("intervals", "AP50"),
+    ("diagnosis", "confusion"),
+    ("diagnosis", "operating_point"),
+    ("diagnosis", "calibration", "bins"),
+    ("diagnosis", "errors"),
+)
+
+
+@pytest.mark.parametrize("part", PARTS, ids="/".join)
+def test_a_broken_part_of_a_record_is_a_number_that_does_not_exist(part, results_file):
+    results = read_results(results_file)
+    good = charts.evaluated(results)[0]
+    for value in BROKEN:
+        fields = json.loads(json.dumps(vars(good)))
+        place = fields
+        for key in part[:-1]:
+            place = place[key]
+        place[part[-1]] = value
+        broken = ValidationRecord(**fields)
+        assert set(charts.figures(replace(results, models=(good, broken)))) >= {"comparison", "per_class", "confusion"}
+        assert "first" in format_table((good, broken))
+
+
+def test_bars_of_zeros_stand_on_the_axis(results_file):
+    results = read_results(results_file)
+    record = replace(charts.evaluated(results)[0], detection={key: 0.0 for _, key in charts.SIZES.values()})
+    assert charts.comparison(replace(results, models=(record,))).axes[1].get_ylim()[0] == 0
+
+
+def test_bars_without_an_interval(results_file):
+    results = read_results(results_file)
+    record = replace(charts.evaluated(results)[0], intervals={"AP50": None, "accuracy": [None, None]})
+    bars = charts.comparison(replace(results, models=(record,))).axes[0]
+    assert len(bars.patches) == len(charts.STUDY_METRICS) and not bars.containers[0].errorbar
+
+
+EPOCHS = [
+    {"epoch": 1, "stage": "only", "loss": {"box": 2.0, "class": 1.5}, "val": {"AP50": None}},
+    {"epoch": 2, "stage": "only", "loss": {"box": 1.0, "class": 0.5}, "val": {"AP50": 0.25}},
+]
+SETTINGS = {"epochs": 2, "blocks": [2, -1], "output": "a.pth", "train_fingerprint": "abc"}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """The folder of a training run of two epochs."""
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, EPOCHS)))
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {"resume": True}))
+    return tmp_path
+
+
+def trained(name, folder, **changes):
+    conditions = SETTINGS | {"run_dir": str(folder), "epoch": 2, "blocks": (2, 4)} | changes
+    return ValidationRecord(name, f"{name}.pth", detection={"AP50": 0.5}, conditions=conditions)
+
+
+def test_training_curves_have_the_numbers_of_the_log(run_dir, capsys):
+    results = ValidationResults({}, {}, (trained("a", run_dir), trained("b", "no/folder")))
+    logs = charts.logs_of(results)
+    assert list(logs) == [0] and [epoch.loss for epoch in logs[0]] == [3.5, 1.5]
+    loss, ap50 = (axes.lines[0].get_ydata() for axes in charts.training(results, logs).axes)
+    assert list(loss) == [3.5, 1.5] and list(ap50)[1] == 0.25
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 3}, {"output": "b.pth"}, {"train_fingerprint": "other images"}])
+def test_the_log_of_a_later_run_is_not_drawn(changes, run_dir, capsys):
+    results = ValidationResults({}, {}, (trained("a", run_dir, **changes), trained("b", run_dir)))
+    assert list(charts.logs_of(results)) == [1]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("a: no training curve") and line.endswith(next(iter(changes)))
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "settings.json"])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "hello", '{"epoch": 1, "loss": {"box": null}, "val": {}}'])
+def test_a_log_that_cannot_be_read_leaves_the_other_charts(file, content, run_dir, capsys):
+    (run_dir / file).write_text(content)
+    drawn = charts.figures(ValidationResults({}, {}, (trained("a", run_dir),)))
+    assert {"comparison", "precision_recall", "per_class"} <= set(drawn)
+    assert capsys.readouterr().out.count("no training curve") == ("training" not in drawn)
 
 
 def test_charts_without_any_numbers():

@@ -6,8 +6,11 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
+from PIL import Image
 
+from common.data.coco import CocoData, ImageFile
 from common.evaluate.bootstrap import comparisons, draws
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -65,3 +68,36 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
     for text in (f"a {EVIL}", f"b {EVIL}", f"c {EVIL}", f"failed {EVIL}", f"warned {EVIL}", f"{EVIL}: {EVIL}"):
         assert text in page.text
     assert '"><script>alert(1)<' in page.text.partition("best and worst")[2]
+
+
+def test_a_report_on_boxes_of_negative_size(demo_val, tmp_path):
+    found = []
+    for index, image in enumerate(demo_val.images):
+        boxes, labels, _ = demo_val.image_boxes(index)
+        found.append(Detections(image.id, boxes[:, [2, 3, 0, 1]], torch.full((len(boxes),), 0.9), labels))
+    evaluated = evaluate("m", "m.json", Predictions(found, demo_val.class_names), demo_val, draws(len(demo_val), 0))
+    pair = {"a": "m", "b": "n", "numbers": {"AP50": {"interval": None, "verdict": None}, "AP": None}}
+    results = ValidationResults({}, {}, (evaluated.record,), [pair, {"a": "m"}])
+    write_report(tmp_path / "r.html", results, demo_val, {"m": evaluated.table})
+    page = Page((tmp_path / "r.html").read_text())
+    assert "m against n" in " ".join(page.text.replace("against", " against").split())
+    assert page.text.count("F1 0.00") > 0
+
+
+def test_a_report_on_an_image_of_extreme_shape(tmp_path):
+    Image.new("RGB", (10, 6000), "grey").save(tmp_path / "tall.png")
+    data = CocoData(
+        (ImageFile(1, tmp_path / "tall.png", 10, 6000),),
+        (1,),
+        ("cat",),
+        np.array([[1.0, 100.0, 9.0, 900.0]]),
+        np.array([0]),
+        np.array([False]),
+        np.array([6400.0]),
+        np.array([0, 1]),
+        "tall",
+    )
+    found = [Detections(1, torch.tensor([[1.0, 100.0, 9.0, 900.0]]), torch.tensor([0.9]), torch.tensor([0]))]
+    evaluated = evaluate("m", "m.json", Predictions(found, ("cat",)), data, draws(1, 0))
+    write_report(tmp_path / "r.html", ValidationResults({}, {}, (evaluated.record,)), data, {"m": evaluated.table})
+    assert "F1 1.00" in Page((tmp_path / "r.html").read_text()).text

@@ -1,6 +1,6 @@
 """Text tables for the terminal."""
 
-from common.evaluate.results import ValidationRecord, read_results
+from common.evaluate.results import ValidationRecord, ValidationResults, read_results
 from common.show.tables import format_comparisons, format_table
 
 
@@ -22,3 +22,20 @@ def test_each_pair_of_models_has_a_verdict(results_file):
     (pair,) = read_results(results_file).comparisons
     assert line.startswith("first against second: mAP@0.5 [")
     assert line.endswith(pair["numbers"]["AP50"]["verdict"])
+
+
+def test_tables_keep_one_line_a_model_whatever_the_names_are():
+    good = [ValidationRecord(name, "m.pth") for name in ("a\nb", "\x1b[2J", "y" * 250)]
+    table = format_table((*good, ValidationRecord("z", "z.pth", error="a\nb"))).splitlines()
+    assert len(table) == 6 and "\x1b" not in "".join(table)
+    assert table[2].startswith("a b ") and table[3].startswith("?[2J ")
+    assert table[5].endswith("not evaluated: a b") and len(table[4]) < 160
+
+
+def test_a_pair_without_an_interval_or_a_verdict():
+    numbers = {"AP50": {"interval": None, "verdict": "better"}, "AP": {"interval": [-0.1, 0.2], "verdict": None}}
+    results = ValidationResults({}, {}, (), [{"a": "a", "b": "b", "numbers": numbers}, {"a": "a", "b": "b"}])
+    assert format_comparisons(results).splitlines() == [
+        "a against b: AP [-0.100, +0.200] no verdict",
+        "a against b: ",
+    ]
