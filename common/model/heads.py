@@ -34,8 +34,9 @@ class LinearHead(nn.Module):
         self.embed: nn.Module = nn.Identity()
         self.classify = nn.Linear(channels, 1 + num_classes)  # object, then classes
         self.locate = nn.Linear(channels, 4)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.zeros_(self.locate.weight)  # random boxes of raw tokens reach 50 strides, and may never shrink again
         for layer in (self.classify, self.locate):
-            nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.classify.bias[0], -math.log(1 / OBJECT_PRIOR - 1))
         nn.init.constant_(self.locate.bias[2:], math.log(SIZE_PRIOR))
