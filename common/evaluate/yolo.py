@@ -77,6 +77,8 @@ def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.d
 
 
 def _load(name: str) -> Any:
+    path = Path(name)
+    _check_kind(path)
     os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
@@ -86,8 +88,6 @@ def _load(name: str) -> Any:
             from ultralytics import YOLO
     except ImportError as error:
         raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
-    path = Path(name)
-    _check_kind(path)
     try:
         with _restore_patched():
             model = YOLO(path if path.exists() else _fetch(name))
