@@ -45,7 +45,7 @@ STAGES = ("--epochs-frozen", 2, "--epochs-unfrozen", 1)
 EVALUATED = (*CHECKPOINTS, "missing.pth", "no<b>model.pt")
 
 
-def run(script, *flags, cwd=ROOT):
+def run(script, *flags, cwd):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "DETECTION_CACHE": str(Path(cwd, "cache"))}
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
@@ -187,7 +187,7 @@ def test_own_images_need_no_ground_truth(chain, demo, tmp_path):
     files = [demo / "val2017" / "000001.jpg", demo / "train2017"]
     checkpoint = chain / "dino2_detector.pth"
     flags = ("--checkpoints", checkpoint, "--images", *files, "--workers", 0, "--output", tmp_path)
-    assert run(QUICK_CHECK, *flags).returncode == 0
+    assert run(QUICK_CHECK, *flags, cwd=tmp_path).returncode == 0
     assert len(list((tmp_path / "dino2_detector").glob("*.jpg"))) == 13
     found = json.loads((tmp_path / "dino2_detector" / "detections.json").read_text())
     assert {d["image_id"] for d in found} <= set(range(1, 14)) and Path(found[0]["file_name"]).is_file()
@@ -236,8 +236,8 @@ def test_the_improved_detector_overfits_four_images(demo, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_the_script_and_the_defaults(script):
-    result = run(script, "--help")
+def test_help_names_the_script_and_the_defaults(script, tmp_path):
+    result = run(script, "--help", cwd=tmp_path)
     assert result.returncode == 0
     assert script in result.stdout and "default:" in result.stdout and "--output" in result.stdout
 
@@ -354,8 +354,8 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "validation_results.json").exists()
 
 
-def test_bad_input_in_a_process_of_its_own():
-    result = run(VALIDATION, "--data", "no/such/folder/here")
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    result = run(VALIDATION, "--data", "no/such/folder/here", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no/such/folder/here" in result.stderr
 
 
