@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag
 from common.console import progress_bar
+from common.data.annotations import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
 from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import TrainTransform
@@ -85,6 +86,7 @@ def main(settings: Settings) -> dict:
         image_size=settings.image_size,
         num_classes=len(train_data.class_names),
     )
+    check_object_sizes(train_data, settings.image_size)
     if settings.freeze_backbone:
         detector.backbone.freeze()
     else:

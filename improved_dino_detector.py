@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag
 from common.console import InputError, progress_bar
+from common.data.annotations import check_object_sizes
 from common.data.coco import CocoData
 from common.data.dataset import DetectionDataset, EpochOrder, collate, make_eval_loader, make_train_loader
 from common.data.sources import TrainDataFlags, load_train_and_val
@@ -254,6 +255,7 @@ def main(settings: Settings) -> dict:
     with accelerator.main_process_first():  # the others then read what it downloaded or generated
         train_data, val_data = load_train_and_val(settings)
     start = first_detector(settings, train_data)
+    check_object_sizes(train_data, start.detector.config.image_size)
     quick_data = quick_validation(val_data)
     settings = fitted_to(settings, start.detector, len(train_data), len(quick_data))
     start = replace(start, train_config=training_conditions(settings, train_data, accelerator) | start.train_config)

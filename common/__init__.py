@@ -6,8 +6,8 @@ cli.py        command-line flags from a dataclass of settings, and one way for e
 files.py      atomic files, the cache folder
 runtime.py    device, precision, processes, stopping between two steps
 data/         whatever --data names -> batches
-              sources, annotations, formats, hub, official, demo | coco (the data set in memory), images (decoding),
-              dataset (samples, order, loaders), transforms
+              sources, annotations, box_format, formats, hub, official, demo | coco (the data set in memory),
+              images (decoding), dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
               backbone, img_focus, heads, detector | assignment, losses | postprocess, checkpoint
 train/        one training run

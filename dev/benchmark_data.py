@@ -1,9 +1,9 @@
-"""What all of COCO costs before the first step: time and memory to read and check 118,287 images and 860,001 boxes.
+"""Time and memory that reading and checking all of COCO takes: 118,287 images and 860,001 boxes.
 
   python -m dev.benchmark_data
 
-The annotations are generated, outlines included, in the form and number of instances_train2017.json; the image files
-are empty, since of so many none is decoded beforehand.
+The annotations are generated, polygons included, in the form and number of instances_train2017.json. The image files
+are empty, because so many are not decoded before training.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from common.data.sources import TrainDataFlags, load_split
 from common.evaluate.cost import PeakMemory
 
-IMAGES, BOXES, CLASSES, OUTLINE = 118_287, 860_001, 80, 40
+IMAGES, BOXES, CLASSES, POINTS = 118_287, 860_001, 80, 40
 WIDTH, HEIGHT = 64, 48
 
 
@@ -34,9 +34,9 @@ def generate(folder: Path) -> Path:
     corners = rng.random((BOXES, 2)) * (WIDTH / 2, HEIGHT / 2)
     boxes = np.concatenate([corners, 1 + rng.random((BOXES, 2)) * 20], axis=1).round(2).tolist()
     owners, classes = rng.integers(1, IMAGES + 1, BOXES).tolist(), rng.integers(1, CLASSES + 1, BOXES).tolist()
-    outline = [rng.random(2 * OUTLINE).round(2).tolist()]
+    polygon = [rng.random(2 * POINTS).round(2).tolist()]
     annotations = [
-        {"id": i, "image_id": owner, "category_id": k, "bbox": b, "area": 9.5, "iscrowd": 0, "segmentation": outline}
+        {"id": i, "image_id": owner, "category_id": k, "bbox": b, "area": 9.5, "iscrowd": 0, "segmentation": polygon}
         for i, (owner, k, b) in enumerate(zip(owners, classes, boxes, strict=True), 1)
     ]
     categories = [{"id": number, "name": f"class {number}"} for number in range(1, CLASSES + 1)]
@@ -51,11 +51,11 @@ if __name__ == "__main__":
         folder = Path(name)
         process = multiprocessing.get_context("spawn").Process(target=generate, args=(folder,))
         process.start()
-        process.join()  # in a process of its own, so that its memory does not count
+        process.join()  # in a separate process, so that its memory is not measured
         size = (folder / "annotations" / "instances_train2017.json").stat().st_size
         began = time.perf_counter()
         with PeakMemory(torch.device("cpu")) as memory:
             data = load_split(TrainDataFlags(str(folder), train_images=0), "train")
         seconds = time.perf_counter() - began
         print(f"{len(data)} images, {len(data.labels)} boxes, a file of {size / 1e6:.0f} MB: {seconds:.1f} s")
-        print(f"most memory, libraries included: {memory.megabytes:.0f} MB" if memory.megabytes else "memory not known")
+        print(f"peak memory, libraries included: {memory.megabytes:.0f} MB" if memory.megabytes else "memory unknown")

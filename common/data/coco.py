@@ -18,7 +18,7 @@ from common.console import InputError
 from common.data.images import find_images, open_image
 from common.types import Target
 
-NAMED = 3  # images that a message about unreadable ones names
+MAX_REASONS = 3  # images that a message about unreadable ones names
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class CocoData:
     """Images and the boxes on them, boxes in flat arrays ordered by image.
 
     Shapes: boxes (A, 4) float64 xyxy original pixels; labels (A,) int64 in 0..K-1; crowd (A,) bool; areas (A,) float64
-    square pixels (COCO: of the mask, by which it tells small, medium and large objects); starts (P + 1,) int64, the
-    boxes of image i being starts[i] up to starts[i + 1].
+    square pixels (COCO: of the mask; it defines small, medium and large objects); starts (P + 1,) int64: the boxes of
+    image i are starts[i] up to starts[i + 1].
     """
 
     images: tuple[ImageFile, ...]
@@ -62,7 +62,7 @@ class CocoData:
     areas: np.ndarray
     starts: np.ndarray
     source: str
-    notes: tuple[str, ...] = ()  # what was left out or repaired, for people to read
+    notes: tuple[str, ...] = ()  # what was left out or repaired, a line each
     file_sides: np.ndarray | None = None  # (A, 2) float64 width and height as in the file, see `box_sides`
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class CocoData:
         return self.images[index].height, self.images[index].width
 
     def target(self, index: int) -> Target:
-        """What is known of image `index`; boxes still in *original* pixels, for a transform to move."""
+        """The ground truth of image `index`, boxes in *original* pixels."""
         return Target(*self.image_boxes(index), self.images[index].id, letterbox=None)
 
     def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,10 +123,10 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
     for path in paths:
         if not path.exists():
             raise InputError(f"no such image: {path}")
-        found, others = find_images(path) if path.is_dir() else ([path], [])
-        if not found and not others:
+        inside, others = find_images(path) if path.is_dir() else ([path], [])
+        if not inside and not others:
             raise InputError(f"no images in the folder {path}")
-        files += found
+        files += inside
         skipped += [f"{file} ({reason})" for file, reason in others]
     images: list[ImageFile] = []
     for path in files:
@@ -137,8 +137,8 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
         else:
             images.append(ImageFile(len(images) + 1, path, width, height, upright=True))
     if skipped:
-        message = f"left out {len(skipped)} of {len(images) + len(skipped)} images: {'; '.join(skipped[:NAMED])}"
-        message += "; …" if len(skipped) > NAMED else ""
+        message = f"left out {len(skipped)} of {len(images) + len(skipped)} images: {'; '.join(skipped[:MAX_REASONS])}"
+        message += "; …" if len(skipped) > MAX_REASONS else ""
         if not images:
             raise InputError(message)
         print(message, flush=True)

@@ -1,10 +1,10 @@
 """Hub data sets: only the requested images are streamed, into a COCO-format folder in the cache that grows.
 
 A data set needs the columns `image` and `objects`, the latter with `bbox` and a category for each box. What hub data
-sets differ in is understood: boxes xyxy or xywh, in pixels or normalised; categories as class labels, numbers or
-names; objects as a list or as a dictionary of lists; with `image_id`, `width`, `height`, `area`, `iscrowd` or without.
-`detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no images without objects, so official
-AP can't be computed from it.
+sets differ in is understood: boxes xyxy, xywh or cxcywh, in pixels or normalised; categories as class labels, numbers
+or names; objects as a list or as a dictionary of lists; with `image_id`, `width`, `height`, `area`, `iscrowd` or
+without. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no images without objects, so
+official AP can't be computed from it.
 
 A split's folder in the cache holds the images; `rows.jsonl`, with a line for each row of the stream, written after the
 row's image; and `stream.json`, their header: what the rows have in common. The COCO file is made from these two.
@@ -29,6 +29,8 @@ from PIL import Image
 
 from common.console import InputError, Interrupted, progress_bar
 from common.data.annotations import Problems
+from common.data.box_format import are_normalised, fits, to_xyxy
+from common.data.coco import xyxy_to_xywh
 from common.data.formats import choose_split
 from common.data.images import read_size
 from common.files import atomic_write, cache_folder
@@ -57,7 +59,8 @@ def hub_split(
         split_names: what the data set may call that split.
         limit: number of rows; 0 for all.
         sample_seed: of the random sample, the same in every run; -1 for the first rows.
-        box_format: "xyxy", "xywh", or "auto": the one that keeps more boxes inside their images, for all splits alike.
+        box_format: "xyxy", "xywh", "cxcywh", or "auto": the one that keeps most boxes inside their images, for all
+            splits alike.
 
     Raises:
         InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, or a
@@ -313,31 +316,28 @@ def _categories(rows: list[dict], names: list[str] | None, source: str) -> tuple
 def _boxes(rows: list[dict], box_format: str, decision: Path, source: str) -> tuple[list[list[float] | None], bool]:
     """All boxes as COCO's xywh in pixels, None for what is no box; and whether they were normalised.
 
-    The file `decision` tells which they are. Where there is none yet, the boxes do, and unless both formats fit equally
-    well it is written, for the other splits of the data set and for later runs.
+    The file `decision` tells which they are. Where there is none yet, the boxes do, and it is written for the other
+    splits of the data set and for later runs, unless xyxy and xywh fit equally well.
     """
     listed = [box if _is_box(box) else [np.nan] * 4 for row in rows for box, *_ in row["objects"]]
     boxes = np.array(listed, np.float64).reshape(-1, 4)
     sizes = np.array([(row["width"], row["height"]) for row in rows for _ in row["objects"]]).reshape(-1, 2)
-    finite = np.isfinite(boxes.sum(axis=1))
+    finite = np.isfinite(boxes.sum(1))
     decided = json.loads(decision.read_text()) if decision.is_file() else {}
-    guess = finite.any() and boxes[finite].max() <= 1 and sizes[finite].max() > 2
-    normalised = decided.get("normalised", bool(guess))
+    normalised = decided.get("normalised", are_normalised(boxes, sizes))
     if normalised:
         boxes *= np.tile(sizes, 2)
         print(f"{source}: boxes read as normalised coordinates", flush=True)
-    fits = {
-        "xyxy": int(((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sizes + 1)).all(1).sum()),
-        "xywh": int((boxes[:, :2] + boxes[:, 2:] <= sizes + 1).all(1).sum()),
-    }
-    if box_format == "auto" and len(boxes):
-        box_format = decided.get("format", max(fits, key=fits.__getitem__))
-        counts = ", ".join(f"{count} of {len(boxes)} fit as {key}" for key, count in fits.items())
+    fitting = {layout: int(fits(boxes, sizes, layout).sum()) for layout in ("xyxy", "xywh", "cxcywh")}
+    if box_format == "auto":
+        best = max(fitting, key=fitting.__getitem__)
+        box_format = decided.get("format", best)
+        counts = ", ".join(f"{count} of {len(boxes)} fit as {layout}" for layout, count in fitting.items())
         print(f"{source}: boxes read as {box_format}: {counts} (--box-format overrides)", flush=True)
-        if not decided and fits["xyxy"] != fits["xywh"]:
+        if not decided and (best == "cxcywh" or fitting["xyxy"] != fitting["xywh"]):
             _write_json({"format": box_format, "normalised": normalised}, decision)
-    if box_format == "xyxy":
-        boxes[:, 2:] -= boxes[:, :2]
+    if box_format != "xywh":
+        boxes = xyxy_to_xywh(to_xyxy(boxes, box_format))
     return [box if whole else None for box, whole in zip(boxes.tolist(), finite.tolist(), strict=True)], normalised
 
 

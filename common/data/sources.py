@@ -9,6 +9,7 @@ The images are the first of each split, those of a list of ids, or a random samp
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from common.cli import flag
 from common.console import InputError
 from common.data.annotations import coco_data, load_coco, without_unreadable
+from common.data.box_format import LAYOUTS
 from common.data.coco import CocoData
 from common.data.demo import make_demo
 from common.data.formats import Layout, choose_split, find_yaml, is_voc, read_voc, read_yolo
@@ -24,7 +26,7 @@ from common.data.hub import hub_split
 from common.data.official import official_ids, official_split
 from common.files import cache_folder
 
-BOX_FORMATS = ("auto", "xyxy", "xywh")
+BOX_FORMATS = ("auto", *LAYOUTS)
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # the first that a data set has
 DEMO_SEED = 0
 
@@ -49,13 +51,16 @@ class DataFlags:
         -1, "draw the images at random with this seed; -1 = take the first", at_least=-1, on_resume="free"
     )
     box_format: str = flag(
-        "auto", "boxes of hub data; auto = the format that fits best, printed", choices=BOX_FORMATS, on_resume="free"
+        "auto",
+        "boxes of COCO files (auto = xywh unless certainly another) and hub data (auto = what fits best)",
+        choices=BOX_FORMATS,
+        on_resume="free",
     )
     strict: bool = flag(False, "stop where data would have to be repaired or left out", on_resume="free")
 
     def explicit_files(self, split: str) -> tuple[str, str]:
         """Annotation file and image folder that the flags name for a split; empty where they name none."""
-        return getattr(self, f"{split}_json"), getattr(self, f"{split}_images_dir")
+        return getattr(self, f"{split}_json", ""), getattr(self, f"{split}_images_dir", "")
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,20 @@ def _upright_data(layout: Layout, source: str) -> CocoData:
 
 
 def _load_located(flags: DataFlags, split: str, limit: int) -> CocoData:
+    """The first `limit` images of a COCO file, whose boxes have one format in both splits."""
     json_path, folder, notes = _locate(flags, split)
-    data = load_coco(json_path, folder, limit)
+    other = "val" if split == "train" else "train"
+    other_file = None
+    if any(flags.explicit_files(split)) == any(flags.explicit_files(other)):
+        with suppress(InputError):  # no such split
+            other_file, *_ = _locate(flags, other)
+    data = load_coco(json_path, folder, limit, flags.box_format, other_file)
     return replace(data, notes=(*notes, *data.notes))
 
 
 def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> CocoData:
     json_path, folder, notes = hub_split(flags.data, split, SPLITS[split], limit, seed, flags.box_format)
-    data = load_coco(json_path, folder)
+    data = load_coco(json_path, folder, box_format="xywh")
     return replace(data, notes=(*notes, *data.notes))
 
 
@@ -257,5 +268,5 @@ def check_objects(train: CocoData, val: CocoData, *, strict: bool = False) -> No
 
 
 def _without_objects(data: CocoData) -> str:
-    boxes = f"only crowd boxes ({len(data.crowd)})" if len(data.crowd) else "no box"
+    boxes = f"all {len(data.crowd)} boxes are crowds (iscrowd=1, in VOC difficult)" if len(data.crowd) else "no box"
     return f"{boxes} on the {len(data)}"

@@ -309,6 +309,16 @@ def test_the_box_format_may_be_given(twelve, capsys):
     assert read(twelve, 2, box_format="xyxy").fingerprint() == read(twelve, 2).fingerprint() != wrong.fingerprint()
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_boxes_by_their_centres(tmp_path, capsys, normalised):
+    """Images are of 60 x 30 pixels. The second box of each would also fit as xywh."""
+    boxes = np.array([[50.0, 20.0, 16.0, 18.0], [20.0, 10.0, 8.0, 6.0]]) / ([60, 30, 60, 30] if normalised else 1)
+    parquet(tmp_path / "some", [row(i, objects={"bbox": boxes.tolist(), "category": [0, 0]}) for i in (1, 2)], CATS)
+    data = read(tmp_path / "some", 1)
+    assert np.allclose(data.boxes, [[42, 11, 58, 29], [16, 7, 24, 13]])
+    assert "boxes read as cxcywh: 0 of 2 fit as xyxy, 1 of 2 fit as xywh, 2 of 2" in capsys.readouterr().out
+
+
 def test_one_box_format_for_all_splits(tmp_path, capsys):
     folder = tmp_path / "some"
     for split, box in (("train", [40.0, 20.0, 15.0, 8.0]), ("val", [5.0, 5.0, 25.0, 20.0])):

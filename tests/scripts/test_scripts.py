@@ -262,6 +262,11 @@ BAD = {
         **{f"--{part}-json": "{tmp}/empty.json" for part in ("train", "val")},
         **{f"--{part}-images-dir": "{demo}/train2017" for part in ("train", "val")},
     },
+    "objects too small": {
+        **{f"--{part}-json": "{tmp}/small.json" for part in ("train", "val")},
+        **{f"--{part}-images-dir": "{demo}/train2017" for part in ("train", "val")},
+        "--backbone": "{tiny}",
+    },
     "no class in common": {"--val-json": "{tmp}/animals.json", "--val-images-dir": "{demo}/val2017"},
     "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
     "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
@@ -304,7 +309,7 @@ CASES += [
 CASES += [
     (IMPROVED, c) for c in ("nothing to train", "crops from the cache", "other classes", "no checkpoint to start from")
 ]
-CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("no objects", "no class in common")]
+CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("no objects", "objects too small", "no class in common")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("run folder is a file", "number too large")]
 CASES += [(s, "name too long") for s in (SIMPLE, QUICK_CHECK, VALIDATION)]
@@ -317,12 +322,16 @@ CASES += [(PLOT, c) for c in ("not a PNG", "no such flag", "no results", "other 
 
 
 @pytest.mark.parametrize(("script", "case"), CASES)
-def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_path, monkeypatch, capfd):
+def test_bad_input_ends_in_one_line_and_status_2(
+    script, case, chain, demo, tiny_backbone, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text('{"hello": "world"}')
     (tmp_path / "text.json").write_text("hello")
     annotated = json.loads((demo / "annotations" / "instances_train2017.json").read_text())
     (tmp_path / "empty.json").write_text(json.dumps(annotated | {"annotations": []}))
+    small = [a | {"bbox": [*a["bbox"][:2], 0.5, 9], "area": 4.5} for a in annotated["annotations"]]
+    (tmp_path / "small.json").write_text(json.dumps(annotated | {"annotations": small}))
     animals = [c | {"name": f"animal {c['id']}"} for c in annotated["categories"]]
     truth = json.loads((demo / "annotations" / "instances_val2017.json").read_text())
     (tmp_path / "animals.json").write_text(json.dumps(truth | {"categories": animals}))
@@ -341,7 +350,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, case, chain, demo, tmp_
     bad = dict(BAD[case])
     if "--checkpoint" in bad:
         bad["--models" if script == VALIDATION else "--checkpoints"] = bad.pop("--checkpoint")
-    places = {"tmp": tmp_path, "demo": demo, "chain": chain}
+    places = {"tmp": tmp_path, "demo": demo, "chain": chain, "tiny": tiny_backbone}
     words = [word for pair in (flags | bad).items() for w in pair for word in str(w).format(**places).split(" ")]
     module = MODULES[SCRIPTS.index(script)]
     monkeypatch.chdir(tmp_path)
