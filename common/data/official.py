@@ -168,15 +168,14 @@ def _fetch(session: requests.Session, name: str, path: Path, is_whole: Callable[
     for _ in range(TRIES):
         try:
             with session.get(url, stream=True, timeout=TIMEOUT) as answer:
-                answer.raise_for_status()
+                if not answer.ok:
+                    reason = f"the server says {answer.status_code}"
+                    break
                 with atomic_write(path) as file:
                     _receive(answer, file, is_whole)
             return
         except _Damaged as damage:
             reason = damage
-        except requests.HTTPError as error:
-            reason = f"the server says {error.response.status_code}"
-            break
         except requests.RequestException as error:
             reason = getattr(error.args[0], "reason", error) if error.args else type(error).__name__
             break
