@@ -2,8 +2,8 @@
 
 types.py      the types that travel between the rooms: Target, Batch, RawOutput, Detections; letterbox and boxes
 console.py    how a program talks to its user: errors, progress bars, signals; imports no torch
-cli.py        command-line flags from a dataclass of settings, and one way for every script to end
-files.py      atomic files, the cache folder
+cli.py        command-line flags from a dataclass of settings, and the exit of every script
+files.py      atomic files, the cache folder, no output over an input
 runtime.py    device, precision, processes, stopping between two steps
 data/         whatever --data names -> batches
               sources, annotations, box_format, formats, hub, official, demo | coco (the data set in memory),
@@ -16,7 +16,7 @@ evaluate/     detections -> numbers; draws nothing
               detect, cost | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
               yolo, evaluation, results
 show/         numbers -> what people look at
-              tables, charts, drawing, report
+              tables, fonts (text that can be drawn), charts, drawing, report
 
 Imports go one way: scripts -> train, show -> evaluate -> data, model -> the files at the root. data and model do not
 import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.
