@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Bad input. The message is one line: what is wrong, where, and how to mend it.
+    """Bad input. The message is one line: what is wrong, where, and how to correct it.
 
     `cli.run` prints it and exits with status 2; any other exception that reaches the user is a bug.
     """

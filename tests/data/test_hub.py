@@ -1,4 +1,4 @@
-"""Hub data sets from small parquet files, and random samples of whatever kind of data set."""
+"""Hub data sets from small parquet files, and random samples of all kinds of data sets."""
 
 import io
 import multiprocessing
@@ -123,7 +123,7 @@ def ids(data):
 
 
 def contents(data):
-    """Everything that is told of a data set's images and boxes, but for where they lie."""
+    """A data set's images, boxes and notes, without the folders of the images."""
     images = [(p.id, p.width, p.height, p.path.name, p.path.read_bytes()) for p in data.images]
     return images, data.fingerprint(), data.areas.tolist(), data.notes
 

@@ -250,9 +250,9 @@ def test_frame_of_coco_images_is_as_stored_unless_the_size_tells(tmp_path, orien
                 load_split(data_flags(tmp_path), "val")
             continue
         data = load_split(data_flags(tmp_path), "val")
-        told = size_tells(orientation, size) and (annotated is not None or orientation == 1)
-        assert any("EXIF" in note for note in data.notes) == (not told)
-        is_upright = orientation == 1 or (told and annotated == size)
+        decided = size_tells(orientation, size) and (annotated is not None or orientation == 1)
+        assert any("EXIF" in note for note in data.notes) == (not decided)
+        is_upright = orientation == 1 or (decided and annotated == size)
         expected = upright if is_upright else upright.transpose(UPRIGHT_BY[orientation])
         pixels = np.asarray(data.images[0].open(), int)
         assert pixels.shape == (*expected.size[::-1], 3)
