@@ -169,6 +169,7 @@ def test_what_the_cache_holds_needs_no_stream_and_the_end_is_remembered(twelve, 
     assert ids(read(twelve, sample_seed=seed)) == in_order == sorted(p[0] for p in whole[0]) == list(range(1, 13))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "seed"), [("in an image", -1), ("before the line", -1), ("in the line", -1), ("in the line", 3)]
 )
@@ -189,6 +190,7 @@ def test_a_killed_run_goes_on_as_if_never_interrupted(process, twelve, cache, mo
     assert len(read(twelve)) == 12
 
 
+@pytest.mark.slow
 def test_of_processes_at_the_same_time_one_fetches_and_the_others_wait(process, twelve, cache):
     children = [process(cache, twelve, limit) for limit in (7, 11, 11)]
     for child in children:
@@ -217,6 +219,7 @@ def test_files_that_were_changed_are_read_anew(twelve):
     assert ids(read(twelve, 3)) == [21, 22, 23]
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_every_time_and_another_by_each_seed(process, twelve, cache, monkeypatch):
     monkeypatch.setattr(hub, "SHUFFLE_BUFFER", 4)
     drawn = [ids(read(twelve, 6, sample_seed=seed)) for seed in (0, 1, 2)]

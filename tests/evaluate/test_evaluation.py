@@ -259,6 +259,7 @@ def test_average_precision_by_hand():
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_yolo_reproduces_its_known_figure(assets):
     """YOLOv8n int8 with one label a box on 250 images: AP 0.398, AP50 0.561, measured elsewhere by pycocotools."""
     if not (find_spec("openvino") and find_spec("ultralytics")):  # importing the latter would replace parts of Pillow

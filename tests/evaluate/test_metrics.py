@@ -128,6 +128,7 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
     assert scores["accuracy"] == 0.5 and scores["mean_iou"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_numbers_equal_pycocotools_on_real_annotations(assets):
     data = load_split(data_flags(str(assets / "coco-subset")), "val")

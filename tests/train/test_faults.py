@@ -154,6 +154,7 @@ def test_fp16_without_a_gpu_is_refused(demo, tiny_backbone):
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone, precision="fp16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_validation_keeps_the_finished_models(number, demo, tiny_backbone, monkeypatch, capsys):
     torch.manual_seed(0)

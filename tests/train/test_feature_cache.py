@@ -157,6 +157,7 @@ def test_too_little_disk_space_is_an_error_before_the_build(detector, demo_val, 
     assert list(own_cache.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_on_the_cache_equals_training_on_mirrored_images(demo, tiny_backbone, tmp_path, capsys):
     """All of stage 1, twice: the same losses up to the precision of float16."""
 

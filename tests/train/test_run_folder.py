@@ -23,6 +23,7 @@ from common.train.optim import cosine_schedule
 from common.train.run_folder import RunFlags, RunFolder
 from common.train.state import TrainState
 
+pytestmark = pytest.mark.slow
 SCRIPTS = {"simple": finetune_dino2_simple, "improved": improved_dino_detector}
 
 
