@@ -42,6 +42,12 @@ def arguments_of(settings) -> list[str]:
     return words
 
 
+def tiny_settings(script, data, backbone, **options):
+    """Settings with which a training script needs seconds on the demo's scenes; the options come on top."""
+    sizes = {"blocks": (2, 4), "image_size": 56, "batch_size": 4, "workers": 0}
+    return script.Settings(str(data), backbone=(str(backbone),), **sizes | options)
+
+
 def stop_at_step(script, settings, step):
     """Train until a signal after `step` steps."""
     steps, finish_step = itertools.count(1), TrainState.finish_step
@@ -104,16 +110,21 @@ def crowded(data):
     return replace(data, crowd=np.arange(len(data.crowd)) % 5 == 0)
 
 
-def pycocotools_numbers(table, data):
+def pycocotools_stats(truth, detections):
+    """COCO's twelve numbers, by pycocotools, from an instances dictionary and a list of COCO results."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = coco_dict(data)
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(coco_detections(table, data.category_ids)), "bbox")
+        ground_truth = COCO()
+        ground_truth.dataset = truth
+        ground_truth.createIndex()
+        evaluation = COCOeval(ground_truth, ground_truth.loadRes(detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats
+
+
+def pycocotools_numbers(table, data):
+    return pycocotools_stats(coco_dict(data), coco_detections(table, data.category_ids))
 
 
 def write_yolo(data, root, *, polygons=False, train="images/train"):

@@ -12,7 +12,7 @@ from common.data.coco import unlabelled_images
 from common.data.images import find_images, open_image, read_size, read_sizes
 from common.data.sources import load_split
 
-TURNS = {
+TURNS = {  # what turns the stored pixels upright, by the EXIF standard
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

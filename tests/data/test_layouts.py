@@ -14,19 +14,10 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.formats import TEST_NOTE
+from common.data.images import UNDO
 from common.data.sources import load_split
 
 NAMES = ["cat", "dog", "traffic light"]
-UPRIGHT_BY = {  # the transposition of an upright image that each EXIF orientation reverts
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 @dataclass
@@ -39,12 +30,18 @@ class Scene:
     boxes: list[tuple[int, ...]]
 
 
+def turned_back(image, orientation):
+    """An upright image as a camera stores it that notes this EXIF orientation; Pillow turns it upright again."""
+    return image.transpose(UNDO[orientation]) if orientation in UNDO else image
+
+
 def encoded(image, orientation, suffix):
-    """A file of the image, its pixels stored as a camera stores them that notes this orientation."""
-    stored = image.transpose(UPRIGHT_BY[orientation]) if UPRIGHT_BY[orientation] is not None else image
+    """A file of the image as `turned_back`."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    stored.save(file, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper()), exif=exif)
+    turned_back(image, orientation).save(
+        file, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper()), exif=exif
+    )
     return file.getvalue()
 
 
@@ -231,7 +228,7 @@ def renamed(scenes, prefix):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
 @pytest.mark.parametrize("size", [(24, 16), (16, 16)])
-@pytest.mark.parametrize("orientation", UPRIGHT_BY)
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_frame_of_coco_images_is_as_stored_unless_the_size_tells(tmp_path, orientation, size, suffix):
     quarters = np.array([[0, 80], [160, 240]], np.uint8)
     upright = Image.fromarray(quarters).resize(size, Image.Resampling.NEAREST).convert("RGB")
@@ -253,7 +250,7 @@ def test_frame_of_coco_images_is_as_stored_unless_the_size_tells(tmp_path, orien
         decided = size_tells(orientation, size) and (annotated is not None or orientation == 1)
         assert any("EXIF" in note for note in data.notes) == (not decided)
         is_upright = orientation == 1 or (decided and annotated == size)
-        expected = upright if is_upright else upright.transpose(UPRIGHT_BY[orientation])
+        expected = upright if is_upright else turned_back(upright, orientation)
         pixels = np.asarray(data.images[0].open(), int)
         assert pixels.shape == (*expected.size[::-1], 3)
         assert (
@@ -276,5 +273,5 @@ def test_size_in_voc_files_tells_the_frame_and_is_compared_with_the_image(tmp_pa
     assert list(frames) == ["stored", "upright", "zero"]
     for name, frame in frames.items():
         image = scenes[name].image
-        expected = image.transpose(UPRIGHT_BY[6]) if name == "stored" else image
+        expected = turned_back(image, 6) if name == "stored" else image
         assert np.array_equal(np.asarray(frame), np.asarray(expected))

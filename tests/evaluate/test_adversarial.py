@@ -1,13 +1,10 @@
 """COCO's twelve numbers on adversarial lists, from the files on disk, compared with pycocotools on the same files."""
 
-import contextlib
-import io
 import json
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from helpers import pycocotools_stats
 
 from common.data.annotations import load_coco
 from common.evaluate.coco_metrics import COCO_NUMBERS, coco_numbers
@@ -49,18 +46,6 @@ def adversarial(seed, image_ids):
     return annotations, [results[i] for i in rng.permutation(len(results))]
 
 
-def reference(truth, results):
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = COCO()
-        ground_truth.dataset = truth
-        ground_truth.createIndex()
-        evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats
-
-
 IDS = {
     "small": list(range(1, IMAGES + 1)),
     "unsorted": [7, 3, 9, 1, 100, 2, 50, 4],
@@ -86,7 +71,7 @@ def test_adversarial_lists_give_the_numbers_of_pycocotools(tmp_path, seed, ids):
     data = load_coco(tmp_path / "truth.json", tmp_path)
     predictions = read_detections(str(tmp_path / "results.json"), data)
     table = predictions.table
-    expected = reference(truth, results)
+    expected = pycocotools_stats(truth, results)
     numbers = coco_numbers(table, data)
     for name, value in zip(COCO_NUMBERS, expected, strict=True):
         assert numbers[name] == pytest.approx(value, abs=1e-6), name

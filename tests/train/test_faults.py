@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments_of
+from helpers import arguments_of, tiny_settings
 
 import comprehensive_validation
 import finetune_dino2_simple
@@ -32,9 +32,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def settings_of(demo, tiny_backbone, **options):
-    chosen = {"blocks": (2, 4), "image_size": 56, "batch_size": 4, "workers": 0, "epochs": 2, "precision": "fp32"}
-    paths = {"output": "out.pth", "run_dir": "run"}
-    return finetune_dino2_simple.Settings(str(demo), backbone=(str(tiny_backbone),), **paths, **chosen | options)
+    common = {"output": "out.pth", "run_dir": "run", "precision": "fp32", "epochs": 2}
+    return tiny_settings(finetune_dino2_simple, demo, tiny_backbone, **common | options)
 
 
 def limited(limits, settings, out):

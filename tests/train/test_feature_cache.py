@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import tiny_settings
 
 import improved_dino_detector
 from common.console import InputError
@@ -162,21 +163,9 @@ def test_training_on_the_cache_equals_training_on_mirrored_images(demo, tiny_bac
     """All of stage 1, twice: the same losses up to the precision of float16."""
 
     def losses(name, **options):
-        settings = improved_dino_detector.Settings(
-            data=str(demo),
-            backbone=(str(tiny_backbone),),
-            blocks=(2, 4),
-            image_size=112,
-            epochs_frozen=3,
-            dropout=0.0,
-            precision="fp32",
-            batch_size=4,
-            workers=0,
-            stop_after="frozen",
-            output=str(tmp_path / name / "out.pth"),
-            run_dir=str(tmp_path / name),
-            **options,
-        )
+        paths = {"output": str(tmp_path / name / "out.pth"), "run_dir": str(tmp_path / name)}
+        common = {"image_size": 112, "epochs_frozen": 3, "dropout": 0.0, "precision": "fp32", "stop_after": "frozen"}
+        settings = tiny_settings(improved_dino_detector, demo, tiny_backbone, **paths, **common, **options)
         improved_dino_detector.main(settings)
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         return [sum(json.loads(line)["loss"].values()) for line in lines]
@@ -189,17 +178,8 @@ def test_training_on_the_cache_equals_training_on_mirrored_images(demo, tiny_bac
 
 def test_a_cache_above_the_limit_is_not_built(demo, tiny_backbone, tmp_path, own_cache, capsys):
     paths = {"output": str(tmp_path / "out.pth"), "run_dir": str(tmp_path / "run")}
-    settings = improved_dino_detector.Settings(
-        data=str(demo),
-        backbone=(str(tiny_backbone),),
-        blocks=(2, 4),
-        image_size=56,
-        epochs_frozen=1,
-        stop_after="frozen",
-        feature_cache_limit=1e-5,
-        workers=0,
-        **paths,
-    )
+    limited = {"epochs_frozen": 1, "stop_after": "frozen", "feature_cache_limit": 1e-5}
+    settings = tiny_settings(improved_dino_detector, demo, tiny_backbone, **paths, **limited)
     improved_dino_detector.main(settings)
     assert "above --feature-cache-limit 1e-05: stage 1 runs without it" in capsys.readouterr().out
     assert not own_cache.exists()

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import arguments_of, stop_at_step
+from helpers import arguments_of, stop_at_step, tiny_settings
 
 import finetune_dino2_simple
 import improved_dino_detector
@@ -28,20 +28,8 @@ SCRIPTS = {"simple": finetune_dino2_simple, "improved": improved_dino_detector}
 
 def settings_of(name, folder, demo, tiny_backbone, **options):
     epochs = {"epochs": 3} if name == "simple" else {"epochs_frozen": 3, "epochs_unfrozen": 3, "dropout": 0.3}
-    return SCRIPTS[name].Settings(
-        **{
-            "data": str(demo),
-            "backbone": (str(tiny_backbone),),
-            "blocks": (2, 4),
-            "image_size": 56,
-            "batch_size": 4,
-            "workers": 0,
-            "output": str(folder / "out.pth"),
-            "run_dir": str(folder / "run"),
-            **epochs,
-            **options,
-        }
-    )
+    paths = {"output": str(folder / "out.pth"), "run_dir": str(folder / "run")}
+    return tiny_settings(SCRIPTS[name], demo, tiny_backbone, **paths | epochs | options)
 
 
 def results(folder):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import arguments_of, stop_at_step
+from helpers import arguments_of, stop_at_step, tiny_settings
 
 import finetune_dino2_simple
 import improved_dino_detector
@@ -35,9 +35,8 @@ def own_folder(tmp_path, monkeypatch):
 
 def settings_of(name, data, tiny_backbone, **options):
     epochs = {"epochs": 2} if name == "simple" else {"epochs_frozen": 2, "epochs_unfrozen": 1}
-    paths = {"data": str(data), "backbone": (str(tiny_backbone),), "output": "out.pth", "run_dir": "run"}
-    sizes = {"blocks": (2, 4), "image_size": 56, "batch_size": 4, "workers": 0, "precision": "fp32"}
-    return SCRIPTS[name].Settings(**paths | sizes | epochs | options)
+    common = {"output": "out.pth", "run_dir": "run", "precision": "fp32"}
+    return tiny_settings(SCRIPTS[name], data, tiny_backbone, **common | epochs | options)
 
 
 def epochs_of(*files):
