@@ -93,7 +93,7 @@ def main(settings: Settings) -> dict:
         detector.backbone.unfreeze()
 
     train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
-    train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers, settings.seed)
+    train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers)
     quick_data = quick_validation(val_data)
     quick_loader = make_eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
     groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import cli
@@ -31,7 +31,14 @@ from common.cli import flag
 from common.console import InputError, progress_bar
 from common.data.annotations import check_object_sizes
 from common.data.coco import CocoData
-from common.data.dataset import DetectionDataset, EpochOrder, collate, make_eval_loader, make_train_loader
+from common.data.dataset import (
+    DetectionDataset,
+    EpochOrder,
+    SampleDataset,
+    collate,
+    make_eval_loader,
+    make_train_loader,
+)
 from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
@@ -179,7 +186,7 @@ def stage_loaders(
         options = {"batch_size": batch_size, "workers": settings.workers, "accelerator": accelerator}
         features = cached_features(detector, train_data, views=2, **options)
         val_features = cached_features(detector, val_data, views=1, **options)
-        train_set: Dataset = CachedDataset(train_data, features, size, mirror=True, seed=seed)
+        train_set: SampleDataset = CachedDataset(train_data, features, size, mirror=True, seed=seed)
         val_set = CachedDataset(val_data, val_features, size)
         workers = 0  # reading a memory map is faster than receiving it from another process
         val_loader = DataLoader(val_set, batch_size, collate_fn=collate)
@@ -188,7 +195,7 @@ def stage_loaders(
         train_set = DetectionDataset(train_data, transform, seed)
         workers = settings.workers
         val_loader = make_eval_loader(val_data, size, batch_size, workers)
-    return *make_train_loader(train_set, batch_size, workers, seed), val_loader
+    return *make_train_loader(train_set, batch_size, workers), val_loader
 
 
 def train_stage(

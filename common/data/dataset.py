@@ -1,8 +1,7 @@
 """Samples of a data set, their order, and loaders of batches."""
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,15 +15,15 @@ from common.runtime import derived_seed
 from common.types import Batch, Target
 
 
-class DetectionDataset(Dataset):
-    """Images and targets of a `CocoData`, decoded and transformed item by item.
+class SampleDataset(Dataset):
+    """A sample for each image of a `CocoData`.
 
-    Every item draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
+    Every sample draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
     on the number of workers or processes, or on where a run was resumed. Call `set_epoch` before each epoch.
     """
 
-    def __init__(self, data: CocoData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0):
-        self.data, self.transform, self.seed, self.epoch = data, transform, seed, 0
+    def __init__(self, data: CocoData, seed: int):
+        self.data, self.seed, self.epoch = data, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -32,19 +31,26 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
+    @contextmanager
+    def randomness(self, index: int) -> Iterator[None]:
+        """Inside the block, torch's random numbers are those of this sample; outside they are unaffected."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, self.epoch, index))
+            yield
+
+
+class DetectionDataset(SampleDataset):
+    """Images and targets, decoded and transformed item by item."""
+
+    def __init__(self, data: CocoData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0):
+        super().__init__(data, seed)
+        self.transform = transform
+
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Image (3, S, S) uint8 and its `Target`."""
         image = F.pil_to_tensor(self.data.images[index].open())
-        with sample_randomness(self.seed, self.epoch, index):
+        with self.randomness(index):
             return self.transform(image, self.data.target(index))
-
-
-@contextmanager
-def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Inside the block, torch's random numbers are those of this sample in this epoch; outside they are unaffected."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, epoch, index))
-        yield
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
@@ -75,15 +81,14 @@ class EpochOrder(Sampler[int]):
         yield from torch.randperm(self.count, generator=generator)[self.done :].tolist()
 
 
-def make_train_loader(dataset: Dataset, batch_size: int, workers: int, seed: int) -> tuple[DataLoader, EpochOrder]:
+def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int) -> tuple[DataLoader, EpochOrder]:
     """Batches of `dataset` in an order drawn from the epoch, and that order; an incomplete last batch is left out."""
-    count = len(cast(Sized, dataset))  # torch's Dataset declares no length
-    order = EpochOrder(count, seed)
+    order = EpochOrder(len(dataset), dataset.seed)
     loader = DataLoader(
         dataset,
         batch_size,
         sampler=order,
-        drop_last=count >= batch_size,
+        drop_last=len(dataset) >= batch_size,
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_in_worker,

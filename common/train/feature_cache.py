@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from common.console import InputError, Interrupted, progress_bar
 from common.data.coco import CocoData
-from common.data.dataset import make_eval_loader, sample_randomness
+from common.data.dataset import SampleDataset, make_eval_loader
 from common.data.transforms import letterbox_target, mirror_drawn, mirror_target
 from common.files import atomic_write, cache_folder, remove_leftovers
 from common.model.detector import Detector
@@ -177,7 +176,7 @@ def _build(
         raise
 
 
-class CachedDataset(Dataset):
+class CachedDataset(SampleDataset):
     """`DetectionDataset` with the features of an image in place of its pixels.
 
     Whether a view is mirrored is drawn as `MirrorTransform` draws it, so that training on the cache sees the same
@@ -192,20 +191,14 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, data: CocoData, features: list[Tensor], image_size: int, *, mirror: bool = False, seed: int = 0):
-        self.data, self.features, self.image_size, self.mirror = data, features, image_size, mirror
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.data)
+        super().__init__(data, seed)
+        self.features, self.image_size, self.mirror = features, image_size, mirror
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Features (h, w, blocks, C) and the image's `Target`."""
         letterbox = Letterbox.fit(self.data.size(index), self.image_size)
         target = letterbox_target(self.data.target(index), letterbox)
-        with sample_randomness(self.seed, self.epoch, index):
+        with self.randomness(index):
             mirrored = self.mirror and mirror_drawn()
         view = self.features[index // SHARD][index % SHARD, int(mirrored)]
         return view, mirror_target(target, self.image_size) if mirrored else target
