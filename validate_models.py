@@ -30,8 +30,8 @@ from common.evaluate.evaluation import Predictor, evaluate, unique_names
 from common.files import atomic_write, check_outputs, check_writable
 from common.model.checkpoint import Checkpoint, load_detector
 from common.runtime import RuntimeFlags, make_accelerator
-from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side, true_boxes
-from common.show.fonts import class_labels, print_replaced
+from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
+from common.show.fonts import print_replaced
 from common.show.tables import format_table, number_of
 from common.types import Detections, Predictions
 
@@ -48,12 +48,6 @@ class Settings(RuntimeFlags, DataFlags):
     min_score: float = flag(0.3, "draw detections with this score or a higher one, 0..1", at_least=0)
     flip: bool = flag(False, "detect on the mirror image of each image too: more accurate, half as fast")
     output: str = flag("predictions", "folder for the images and detections")
-
-
-def predicted_boxes(detections: Detections, class_names: Sequence[str], min_score: float) -> list[LabelledBox]:
-    names = class_labels(class_names)
-    rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
 
 
 def images_to_draw(settings: Settings, data: CocoData) -> dict[int, str]:
@@ -97,7 +91,8 @@ def write_images(
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
         panels = []
         for model, (checkpoint, detections) in models.items():
-            boxes = predicted_boxes(detections[index], checkpoint.class_names, settings.min_score)
+            d = detections[index]
+            boxes = detected_boxes(d.boxes, d.scores, d.labels, checkpoint.class_names, settings.min_score)
             panels.append((model, draw_boxes(image, boxes)))
             save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
         if len(sheet) < SHEET_IMAGES:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from common.console import one_line
 from common.data.coco import CocoData
@@ -37,6 +38,27 @@ def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
     rows = zip(*(column.tolist() for column in data.image_boxes(index)), strict=True)
     names = class_labels(data.class_names)
     return [LabelledBox(tuple(b), k, names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows]
+
+
+def detected_boxes(
+    boxes: np.ndarray | Tensor,
+    scores: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    class_names: Sequence[str],
+    min_score: float = 0.0,
+) -> list[LabelledBox]:
+    """Detections of a score of `min_score` or more, captioned with class and score, in the order given.
+
+    Args:
+        boxes: (N, 4) xyxy, pixels of the image.
+        scores: (N,) in 0..1.
+        labels: (N,) indices into `class_names`.
+        class_names: of the model or the data set that the labels are of.
+        min_score: the lowest score to draw.
+    """
+    names = class_labels(class_names)
+    rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:

@@ -19,8 +19,7 @@ from common.evaluate.matching import match
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
 from common.show import charts
-from common.show.drawing import LabelledBox, draw_boxes, side_by_side, true_boxes
-from common.show.fonts import class_labels
+from common.show.drawing import detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.tables import NAMES, TABLE, cell, interval_of, number_of, verdict_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -129,11 +128,7 @@ def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image
     image = file.open()
     own = table.select(table.image_id == file.id)
     own = own.select(np.argsort(-own.score))
-    names = class_labels(data.class_names)
-    boxes = [
-        LabelledBox(tuple(box), label, f"{names[label]} {score:.2f}")
-        for box, score, label in zip(own.boxes.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
-    ]
+    boxes = detected_boxes(own.boxes, own.score, own.label, data.class_names)
     strip = side_by_side(
         [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     )
