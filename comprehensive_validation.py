@@ -15,7 +15,6 @@ import json
 import os
 import shlex
 import sys
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from accelerate.utils import set_seed
 
 from common import cli
 from common.cli import flag, flag_texts
-from common.console import InputError, Interrupted, last_line
+from common.console import InputError, Interrupted, last_line, print_traceback
 from common.data.coco import CocoData
 from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
@@ -112,8 +111,7 @@ def evaluate_model(
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         if shared and predictor.accelerator.num_processes > 1 and not isinstance(error, InputError):
             raise  # the other processes wait for this one
-        if os.environ.get("DETECTION_DEBUG") == "1":
-            traceback.print_exc()
+        print_traceback()
         return Evaluation(ValidationRecord(name, path, error=last_line(error)[:ERROR_LENGTH]))
     warnings, written = evaluation.record.warnings, None
     try:
@@ -193,7 +191,7 @@ def collect(settings: Settings, data: CocoData, evaluations: list[Evaluation]) -
         describe_protocol(settings.seed),
         describe_data(settings, data),
         tuple(evaluation.record for evaluation in evaluations),
-        bootstrap.comparisons(samples, bootstrap.images_with_objects(data)),
+        bootstrap.comparisons(samples, len(data.with_objects())),
     )
 
 
@@ -261,7 +259,7 @@ def main(settings: Settings) -> ValidationResults:
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in results.models))
     print(f"{len(data)} validation images of {results.dataset['source']}")
     print(format_table(results.models), format_comparisons(results), sep="\n")
-    images = bootstrap.images_with_objects(data)
+    images = len(data.with_objects())
     if results.comparisons and images < bootstrap.MIN_IMAGES:
         print(f"a verdict needs {bootstrap.MIN_IMAGES} images with objects, and these are {images}")
     print(f"written to {settings.output}")

@@ -8,14 +8,20 @@ which the script's settings inherit; nothing in `common/` sees a script's own se
 import argparse
 import dataclasses
 import io
-import os
 import re
 import sys
-import traceback
 import typing
 from collections.abc import Callable
 
-from common.console import SIGNAL_STATUS, InputError, Interrupted, install_handlers, last_line, one_line
+from common.console import (
+    SIGNAL_STATUS,
+    InputError,
+    Interrupted,
+    install_handlers,
+    last_line,
+    one_line,
+    print_traceback,
+)
 from common.files import ensure_home
 
 if typing.TYPE_CHECKING:
@@ -150,7 +156,6 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
 
 
 def _exit(message: str, status: int) -> typing.NoReturn:
-    if os.environ.get("DETECTION_DEBUG") == "1":
-        traceback.print_exc()
+    print_traceback()
     print(f"{sys.argv[0].rpartition('/')[2]}: error: {one_line(message, MESSAGE_LENGTH)}", file=sys.stderr)
     sys.exit(status)

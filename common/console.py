@@ -1,12 +1,16 @@
 """How a program talks to its user: errors, progress bars, signals. Imports no torch."""
 
+import os
 import signal
 import sys
+import traceback
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+NAMED = 3  # ids or names in a message
 
 
 class InputError(Exception):
@@ -34,6 +38,18 @@ def last_line(error: BaseException) -> str:
     A data-loading worker's error carries a traceback, which ends in the message itself.
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def name_some(values: Sequence[object], width: int = 40) -> str:
+    """The first few of the values, each cut to `width` characters, for a message."""
+    texts = [str(value)[:width] for value in values[:NAMED]]
+    return ", ".join([*texts, "…"] if len(values) > NAMED else texts)
+
+
+def print_traceback() -> None:
+    """Print the traceback of the error being handled, where the environment has `DETECTION_DEBUG=1`."""
+    if os.environ.get("DETECTION_DEBUG") == "1":
+        traceback.print_exc()
 
 
 def one_line(text: object, width: int = 40) -> str:

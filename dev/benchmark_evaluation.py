@@ -17,7 +17,7 @@ from common import cli
 from common.cli import flag
 from common.data.annotations import load_coco
 from common.data.coco import CocoData
-from common.evaluate.bootstrap import comparisons, draws, images_with_objects, resampled
+from common.evaluate.bootstrap import comparisons, draws, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose, self_check
@@ -82,7 +82,7 @@ def intervals(tables: list[DetectionTable], data: CocoData) -> list[dict]:
     for number, table in enumerate(tables):
         agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
         samples[str(number)] = resampled(table, match(table, data), agnostic, data, weights)
-    return comparisons(samples, images_with_objects(data))
+    return comparisons(samples, len(data.with_objects()))
 
 
 def main(settings: Settings) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from common.console import InputError, WrongSizeError, progress_bar
-from common.data.box_format import LAYOUTS, are_normalised, detect_layout, fits, to_xyxy
+from common.console import NAMED, InputError, WrongSizeError, name_some, progress_bar
+from common.data.box_format import are_normalised, detect_layout, layout_fits, to_xyxy
 from common.data.coco import CocoData, ImageFile, box_sides
 from common.data.images import TooLargeError, has_open_orientation, read_sizes
 from common.data.transforms import SMALLEST_SIDE
@@ -38,8 +38,7 @@ POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')
 MAX_DECODED = 20_000  # images that are decoded before training, which takes a few minutes
 ROUNDING = 1.0  # pixels that a box may reach beyond its image without a note
 PROGRESS_FROM = 1000  # images; checking fewer needs no progress bar
-MAX_NAMES = 3  # image names in a note
-MAX_NAME_LENGTH = 200  # characters of each name
+MAX_NAME_LENGTH = 200  # characters of an image name in a note
 MAX_SIDE = 2**31  # pixels of an annotated width or height
 MIN_MISFITS = 3  # boxes; fewer that do not fit their images do not call the format of the boxes into question
 UNREADABLE = "left out {} images that cannot be read"
@@ -59,16 +58,15 @@ class Problems:
         """Count faults of `kind`, a sentence with {} for the count, at `place`, usually an image's file name."""
         self.counts[kind] += count
         names = self.names.setdefault(kind, {})
-        if len(names) <= MAX_NAMES:
+        if len(names) <= NAMED:
             names["".join(letter if letter.isprintable() else "?" for letter in str(place)[:MAX_NAME_LENGTH])] = None
 
     def notes(self) -> tuple[str, ...]:
         """A line for each kind, with its count and the first images."""
         lines = []
         for kind, count in self.counts.items():
-            names = list(self.names[kind])
-            more = ", …" if len(names) > MAX_NAMES else ""
-            lines.append(f"{kind.replace('{}', str(count), 1)} ({', '.join(names[:MAX_NAMES])}{more})")
+            names = name_some(list(self.names[kind]), MAX_NAME_LENGTH)
+            lines.append(f"{kind.replace('{}', str(count), 1)} ({names})")
         return tuple(lines)
 
 
@@ -137,7 +135,7 @@ def check_object_sizes(data: CocoData, image_size: int) -> None:
         InputError: all of them are.
     """
     image_sizes = np.array([(image.width, image.height) for image in data.images])
-    image_sizes = np.repeat(image_sizes, np.diff(data.starts), axis=0)[~data.crowd]
+    image_sizes = image_sizes[data.image_of_box()[~data.crowd]]
     boxes = data.boxes[~data.crowd]
     sides = np.minimum(boxes[:, 2:], image_sizes) - np.maximum(boxes[:, :2], 0)
     needed = SMALLEST_SIDE * image_sizes.max(1, initial=0) / sides.min(1, initial=np.inf)  # size of the input, pixels
@@ -461,12 +459,13 @@ def _is_number(value: object) -> bool:
 def _with_corners(columns: _Columns, box_format: str, other_split: Path | None, problems: Problems) -> _Columns:
     """The columns with boxes as xyxy in pixels; their layout is detected where `box_format` is "auto"."""
     boxes, normalised = _in_pixels(columns)
+    fit, known = layout_fits(boxes, columns.sizes)
     layout = box_format
     if box_format == "auto":
-        layout = detect_layout(boxes, columns.sizes) or _layout_of_file(other_split) or "xywh"
-    fitting = {name: int(fits(boxes, columns.sizes, name).sum()) for name in LAYOUTS}
+        layout = detect_layout(fit, known) or _layout_of_file(other_split) or "xywh"
+    fitting = {name: int(fit[name].sum()) for name in fit}
     counts = ", ".join(f"{count} fit as {name}" for name, count in fitting.items())
-    misfits = int((np.isfinite(boxes) & np.isfinite(columns.sizes).repeat(2, 1)).all(1).sum()) - fitting[layout]
+    misfits = known - fitting[layout]
     if normalised or layout not in ("xywh", box_format):
         unit = "normalised coordinates" if normalised else "pixels"
         problems.add(f"read {{}} boxes as {layout} in {unit}", f"{counts}; --box-format decides", len(boxes))
@@ -497,7 +496,7 @@ def _layout_of_file(path: Path | None) -> str:
         columns = _read_columns(content["annotations"], size_of, source, Problems())
     except InputError:
         return ""
-    return detect_layout(_in_pixels(columns)[0], columns.sizes)
+    return detect_layout(*layout_fits(_in_pixels(columns)[0], columns.sizes))
 
 
 def _checked_arrays(

@@ -34,17 +34,25 @@ def fits(boxes: np.ndarray, sizes: np.ndarray, layout: str) -> np.ndarray:
     return np.all((low < high) & (low >= -TOLERANCE) & (high <= sizes + TOLERANCE), axis=1)
 
 
-def detect_layout(boxes: np.ndarray, sizes: np.ndarray) -> str:
+def layout_fits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    """`fits` for every layout, and the number of the boxes that are finite and on images of known size."""
+    known = np.isfinite(boxes).all(1) & np.isfinite(sizes).all(1)
+    return {layout: fits(boxes, sizes, layout) for layout in LAYOUTS}, int(known.sum())
+
+
+def detect_layout(fit: dict[str, np.ndarray], known: int) -> str:
     """The layout of boxes in pixels that should be xywh: another one where that is certain, "" where too few decide.
 
     Many correct boxes fit their images in several layouts, but of a large set never all of them do.
+
+    Args:
+        fit: (A,) bool for each layout, as `layout_fits` returns it.
+        known: the number that `layout_fits` returns with it.
     """
-    count = (np.isfinite(boxes).all(1) & np.isfinite(sizes).all(1)).sum()
-    fit = {layout: fits(boxes, sizes, layout) for layout in LAYOUTS}
     undecided = False
     for layout in sorted(LAYOUTS[1:], key=lambda name: -fit[name].sum()):
         only_so, only_xywh = (fit[layout] & ~fit["xywh"]).sum(), (fit["xywh"] & ~fit[layout]).sum()
-        possible = fit[layout].sum() >= MIN_FIT * count and only_so >= MIN_RATIO * only_xywh
+        possible = fit[layout].sum() >= MIN_FIT * known and only_so >= MIN_RATIO * only_xywh
         if possible and only_so >= MIN_EVIDENCE:
             return layout
         undecided = undecided or possible

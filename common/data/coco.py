@@ -81,6 +81,14 @@ class CocoData:
         sides = None if self.file_sides is None else self.file_sides[rows]
         return replace(self, images=tuple(self.images[i] for i in indices), starts=starts, file_sides=sides, **kept)
 
+    def image_of_box(self) -> np.ndarray:
+        """(A,) int64 index of the image of each box."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def with_objects(self) -> np.ndarray:
+        """(N,) int64 indices of the images that have at least one non-crowd box."""
+        return np.unique(self.image_of_box()[~self.crowd])
+
     def sides(self) -> np.ndarray:
         """(A, 2) float64 width and height of the boxes."""
         return box_sides(self.boxes, self.file_sides)
@@ -153,11 +161,6 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
         starts=np.zeros(len(images) + 1, np.int64),
         source=", ".join(map(str, paths)),
     )
-
-
-def xywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """(M, 4) float64 boxes of a COCO file (left, top, width, height) -> (M, 4) xyxy."""
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
 def box_sides(boxes: np.ndarray, file_sides: np.ndarray | None = None) -> np.ndarray:

@@ -51,10 +51,11 @@ def find_images(folder: Path, subfolders: bool = False) -> tuple[list[Path], lis
     images, skipped, visited = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX"))) if subfolders else []
-        if os.path.realpath(place) in visited:  # a link to a folder above
+        real = os.path.realpath(place)
+        if real in visited:  # a link to a folder above
             folders.clear()
             continue
-        visited.add(os.path.realpath(place))
+        visited.add(real)
         for name in names:
             suffix = Path(name).suffix.lower()
             if suffix in OTHER_FORMATS:

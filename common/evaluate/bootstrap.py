@@ -83,11 +83,6 @@ def interval(values: np.ndarray) -> list[float] | None:
     return np.percentile(values, [50 - LEVEL / 2, 50 + LEVEL / 2]).tolist() if len(values) else None
 
 
-def images_with_objects(data: CocoData) -> int:
-    """The number of images with at least one non-crowd box."""
-    return len(np.unique(np.repeat(np.arange(len(data)), np.diff(data.starts))[~data.crowd]))
-
-
 def comparisons(models: Mapping[str, Mapping[str, np.ndarray]], images: int) -> list[dict]:
     """The interval of the difference and the verdict, for every pair of models and every number.
 

@@ -35,18 +35,17 @@ def evaluate_table(table: DetectionTable, data: CocoData) -> dict:
 
 def coco_dict(data: CocoData) -> dict:
     """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
-    image_ids = np.repeat([image.id for image in data.images], np.diff(data.starts))
-    columns = (image_ids, data.labels, xyxy_to_xywh(data.boxes, data.file_sides), data.areas, data.crowd)
+    columns = (data.image_of_box(), data.labels, xyxy_to_xywh(data.boxes, data.file_sides), data.areas, data.crowd)
     annotations = [
         {
             "id": number,
-            "image_id": int(image),
+            "image_id": data.images[index].id,
             "category_id": data.category_ids[label],
             "bbox": box.tolist(),
             "area": float(area),
             "iscrowd": int(crowd),
         }
-        for number, (image, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
+        for number, (index, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
     ]
     images = [{"id": i.id, "file_name": i.path.name, "width": i.width, "height": i.height} for i in data.images]
     categories = zip(data.category_ids, data.class_names, strict=True)

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.console import InputError
-from common.data.coco import CocoData, box_sides, xywh_to_xyxy, xyxy_to_xywh
+from common.console import InputError, name_some
+from common.data.box_format import to_xyxy
+from common.data.coco import CocoData, box_sides, xyxy_to_xywh
 from common.data.images import image_suffixes
 from common.types import Detections, Predictions
 
@@ -18,8 +19,7 @@ ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 EXACT_FLOATS = 2**53  # below it, a float that is a whole number is exact
 MIN_COVERAGE = 0.1  # share of the images that a file with detections on other images must cover
 REASON_LENGTH = 120  # characters of a parser's message
-NAMED = 3  # ids or names in a message
-NAME_LENGTH = 40  # characters of each
+VALUE_LENGTH = 40  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def read_detections(path: str, data: CocoData) -> TablePredictions:
     order = order[(labels >= 0)[order] & (images >= 0)[order]]
     conditions = {"detections_of_unknown_categories": unknown, "detections_on_other_images": int((images < 0).sum())}
     ids = np.array([image.id for image in data.images], np.int64)
-    table = DetectionTable(ids[images], xywh_to_xyxy(boxes), scores, labels, boxes[:, 2:]).select(order)
+    table = DetectionTable(ids[images], to_xyxy(boxes, "xywh"), scores, labels, boxes[:, 2:]).select(order)
     return TablePredictions([], data.class_names, None, conditions, (*warnings, *label_warnings), table)
 
 
@@ -220,7 +220,7 @@ def _number_or_text(value: object) -> int | str | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_FLOATS:
         return int(value)
     if value is not None and type(value) is not int:
-        raise ValueError(f"{str(value)[:NAME_LENGTH]}, not a whole number")
+        raise ValueError(f"{str(value)[:VALUE_LENGTH]}, not a whole number")
     return value
 
 
@@ -233,12 +233,6 @@ def _choose(readings: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
     complete = [name for name, indices in readings.items() if (indices >= 0).all()]
     best = complete[0] if complete else max(readings, key=lambda name: _coverage(readings[name]))
     return best, readings[best]
-
-
-def name_some(values: Sequence[object]) -> str:
-    """The first few of the values, for a message."""
-    texts = [str(value)[:NAME_LENGTH] for value in values[:NAMED]]
-    return ", ".join([*texts, "…"] if len(values) > NAMED else texts)
 
 
 def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
@@ -275,10 +269,10 @@ def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
             f"{counts[found < 0].sum()} detections on {len(beyond)} images beyond the {len(data)} evaluated "
             f"({name_some(beyond)}) were left out; --val-images 0 evaluates all images"
         )
-    objects = np.unique(np.repeat(np.arange(len(data)), np.diff(data.starts))[~data.crowd])
-    empty = len(np.setdiff1d(objects, found))
-    if empty > len(objects) / 2:
-        warnings.append(f"{empty} of the {len(objects)} images with objects have no detections")
+    with_objects = data.with_objects()
+    empty = len(np.setdiff1d(with_objects, found))
+    if empty > len(with_objects) / 2:
+        warnings.append(f"{empty} of the {len(with_objects)} images with objects have no detections")
     return found[codes], warnings
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from common.console import InputError
+from common.console import InputError, name_some
 from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
 from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.cost import measure_cost
 from common.evaluate.detect import detect
-from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map, name_some
+from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord

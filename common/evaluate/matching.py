@@ -67,7 +67,7 @@ def match(
     row = np.lexsort((-table.score, group))
     row = row[rank_in_group(group[row]) < MAX_DETECTIONS]
 
-    truth_image = np.repeat(np.arange(len(data.images)), np.diff(data.starts))
+    truth_image = data.image_of_box()
     truth_label = data.labels if by_class else np.zeros_like(data.labels)
     truth_group = position[truth_image] * classes + truth_label
     detected = BoxesWithArea(table.boxes[row], table.sides()[row].prod(1))

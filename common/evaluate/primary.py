@@ -25,7 +25,7 @@ class PrimaryPairs:
 
 def primary_pairs(table: DetectionTable, data: CocoData) -> PrimaryPairs:
     """The pairs of all images with at least one non-crowd box; of equally large boxes the first is taken."""
-    owners = np.repeat(np.arange(len(data)), np.diff(data.starts))
+    owners = data.image_of_box()
     boxes = np.nonzero(~data.crowd)[0]
     by_size = boxes[np.lexsort((-data.sides()[boxes].prod(1), owners[boxes]))]  # stable
     images, first = np.unique(owners[by_size], return_index=True)

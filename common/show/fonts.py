@@ -15,7 +15,7 @@ from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
-from common.console import one_line
+from common.console import name_some, one_line
 
 DEJAVU = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 REGULAR = (400, "normal", "regular", "book")  # weights
@@ -95,8 +95,7 @@ def print_replaced(names: Iterable[str]) -> None:
     """Print a line on the names that cannot be drawn as they are written, if there are any."""
     replaced = [name for name in map(one_line, dict.fromkeys(names)) if drawable(name) != name]
     if replaced:
-        first = ", ".join(replaced[:3]) + (", …" if len(replaced) > 3 else "")
         print(
-            f"no installed font has all letters of {len(replaced)} names ({first}): they are drawn with "
+            f"no installed font has all letters of {len(replaced)} names ({name_some(replaced)}): they are drawn with "
             f"{REPLACEMENT!r}, and classes with their number; install a font that has them, such as Noto Sans CJK"
         )

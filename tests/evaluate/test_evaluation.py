@@ -13,7 +13,7 @@ from helpers import ROOT, crowded, data_flags, random_detections, truth_as_detec
 from PIL import Image
 
 from common.console import InputError
-from common.evaluate.bootstrap import COMPARED, MIN_IMAGES, comparisons, draws, images_with_objects, interval, resampled
+from common.evaluate.bootstrap import COMPARED, MIN_IMAGES, comparisons, draws, interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
@@ -96,7 +96,7 @@ def test_verdicts(demo_val):
 def test_images_with_objects_have_a_box_that_is_no_crowd(demo_val):
     crowd = demo_val.crowd.copy()
     crowd[: demo_val.starts[1]] = True
-    assert images_with_objects(demo_val) == 6 and images_with_objects(replace(demo_val, crowd=crowd)) == 5
+    assert len(demo_val.with_objects()) == 6 and len(replace(demo_val, crowd=crowd).with_objects()) == 5
 
 
 def test_operating_point_is_the_best_of_all_thresholds(demo_val):
