@@ -10,7 +10,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from common.data.coco import CocoData, xyxy_to_xywh
 from common.evaluate.detections import DetectionTable, coco_detections
-from common.evaluate.matching import IOU_THRESHOLDS, average_precision, match, ranking
+from common.evaluate.matching import IOU_THRESHOLDS, average_precision, match, operating_point, ranking
 from common.evaluate.primary import primary_object
 
 COCO_NUMBERS = (  # pycocotools' twelve, in its order
@@ -25,11 +25,12 @@ def evaluate_table(table: DetectionTable, data: CocoData) -> dict:
 
     Returns:
         {"detection": AP, AP50, …, AR_large, per_class, precision_at_recall, class_agnostic_AP50;
-        "primary": accuracy, …, mean_iou}.
+        "primary": accuracy, …, mean_iou, found}.
     """
+    point = operating_point(ranking(match(table, data, IOU_THRESHOLDS[:1])))
     return {
         "detection": coco_numbers(table, data) | {"class_agnostic_AP50": class_agnostic_ap50(table, data)},
-        "primary": primary_object(table, data),
+        "primary": primary_object(table, data, point["score"]),
     }
 
 
@@ -116,7 +117,7 @@ def _existing(number: float) -> float | None:
 
 
 def headline(numbers: dict) -> dict[str, float | None]:
-    """The study's six columns and AP, out of what `evaluate_table` returns."""
+    """The study's six columns, `found` and AP, out of what `evaluate_table` returns."""
     return {**numbers["primary"], "AP50": numbers["detection"]["AP50"], "AP": numbers["detection"]["AP"]}
 
 

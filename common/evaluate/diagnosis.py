@@ -1,4 +1,4 @@
-"""Diagnosis of a detector at IoU 0.5: operating point, kinds of errors, confusion matrix, calibration; self-check."""
+"""Diagnosis of a detector at IoU 0.5: kinds of errors, confusion matrix, calibration; self-check."""
 
 from dataclasses import dataclass, replace
 
@@ -7,17 +7,18 @@ import numpy as np
 from common.data.coco import CocoData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import (
+    FOUND,
     Matches,
     Ranking,
     average_precision,
     box_iou,
     match,
+    operating_point,
     paired_groups,
     rank_in_group,
     ranking,
 )
 
-FOUND = 0.5  # IoU from which a detection matches a box
 TOUCHED = 0.1  # IoU from which a detection is a poorly localised match of a box (TIDE, arXiv 2008.08115)
 CALIBRATION_BINS = 10  # of equal width
 CALIBRATION_FLOOR = 0.05  # lower scores are left out: they are so many that the mean would show little else
@@ -43,24 +44,6 @@ def diagnose(table: DetectionTable, matches: Matches, data: CocoData) -> dict:
         "calibration": calibration(ranked),
         "confusion": confusion(table, data, point["score"]).tolist(),
     }
-
-
-def operating_point(ranked: Ranking) -> dict[str, float | None]:
-    """The score threshold with the best F1 over all objects, and precision, recall and F1 at it.
-
-    The threshold is chosen on the images that it is reported for. None without objects or detections.
-    """
-    objects, order = len(ranked.object_label), np.argsort(-ranked.score, kind="stable")
-    if not objects or not len(order):
-        return dict.fromkeys(("score", "precision", "recall", "f1"))
-    score, right = ranked.score[order], ranked.hit[order].cumsum()
-    kept = np.arange(1, len(order) + 1)
-    f1 = np.where(
-        np.append(score[1:] < score[:-1], True), 2 * right / (kept + objects), -1
-    )  # equal scores stay together
-    best = int(np.argmax(f1))
-    numbers = score[best], right[best] / kept[best], right[best] / objects, f1[best]
-    return dict(zip(("score", "precision", "recall", "f1"), map(float, numbers), strict=True))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from common.data.coco import CocoData, box_sides
 from common.evaluate.detections import DetectionTable
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
+FOUND = 0.5  # IoU from which a detection matches a box, where one threshold is meant
 MAX_DETECTIONS = 100  # an image and class, COCO's limit
 RECALL_STEPS = 100  # AP is the mean of the precision at recalls 0, 1/100, …, 1
 
@@ -192,6 +193,24 @@ def ranking(matches: Matches, threshold: int = 0) -> Ranking:
         matches.labels[objects],
         matches.images[objects],
     )
+
+
+def operating_point(ranked: Ranking) -> dict[str, float | None]:
+    """The score threshold with the best F1 over all objects, and precision, recall and F1 at it.
+
+    The threshold is chosen on the images that it is reported for. None without objects or detections.
+    """
+    objects, order = len(ranked.object_label), np.argsort(-ranked.score, kind="stable")
+    if not objects or not len(order):
+        return dict.fromkeys(("score", "precision", "recall", "f1"))
+    score, right = ranked.score[order], ranked.hit[order].cumsum()
+    kept = np.arange(1, len(order) + 1)
+    f1 = np.where(
+        np.append(score[1:] < score[:-1], True), 2 * right / (kept + objects), -1
+    )  # equal scores stay together
+    best = int(np.argmax(f1))
+    numbers = score[best], right[best] / kept[best], right[best] / objects, f1[best]
+    return dict(zip(("score", "precision", "recall", "f1"), map(float, numbers), strict=True))
 
 
 def average_precision(ranked: Ranking, classes: int, weights: np.ndarray) -> np.ndarray:

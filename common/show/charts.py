@@ -26,13 +26,14 @@ from common.files import is_file
 from common.show import fonts
 from common.show.tables import interval_of, list_of, number_of, value_of
 
-STUDY_METRICS = {
+HEADLINE_METRICS = {
     "Accuracy": ("primary", "accuracy"),
     "Precision": ("primary", "precision"),
     "Recall": ("primary", "recall"),
     "F1": ("primary", "f1"),
     "Mean IoU": ("primary", "mean_iou"),
     "mAP@0.5": ("detection", "AP50"),
+    "found": ("primary", "found"),
 }
 SIZES = {
     "small\n(< 32² px)": ("detection", "AP_small"),
@@ -272,13 +273,13 @@ def _changed_settings(record: ValidationRecord, path: Path) -> list[str]:
 
 
 def comparison(results: ValidationResults) -> Figure:
-    """The study's six metrics, AP by object size, accuracy against speed, and the cost of each kind of error."""
+    """The study's six metrics and `found`, AP by object size, accuracy against speed, and the cost of each kind of error."""
     models = evaluated(results)
     diagnosed = any(record.diagnosis for record in models)
     figure = _figure(results, 13, 12 if diagnosed else 8.6)
     grid = figure.add_gridspec(2 + diagnosed, 2, height_ratios=(1.1, 1, 1)[: 2 + diagnosed])
     wide, left, right = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    draw_bars(wide, models, STUDY_METRICS)
+    draw_bars(wide, models, HEADLINE_METRICS)
     with_intervals = ", with 95% intervals" if any(record.intervals for record in models) else ""
     wide.set_title(f"Primary object (first five) and detection of all objects (mAP@0.5){with_intervals}")
     draw_bars(left, models, SIZES)

@@ -16,9 +16,9 @@ from common.console import InputError
 from common.evaluate.bootstrap import COMPARED, MIN_IMAGES, comparisons, draws, interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
-from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, operating_point, self_check
+from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, self_check
 from common.evaluate.evaluation import evaluate
-from common.evaluate.matching import IOU_THRESHOLDS, Ranking, average_precision, match, ranking
+from common.evaluate.matching import IOU_THRESHOLDS, Ranking, average_precision, match, operating_point, ranking
 from common.types import Predictions
 
 LABELS = np.arange(10)

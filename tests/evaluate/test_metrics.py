@@ -73,7 +73,7 @@ def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_ap(demo_val):
     nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.images]
     numbers = numbers_of(nothing, demo_val, np.arange(10))
     assert numbers["detection"]["AP"] == numbers["detection"]["class_agnostic_AP50"] == 0
-    assert numbers["primary"] == dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou"), 0)
+    assert numbers["primary"] == dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou", "found"), 0)
     bare = replace(
         demo_val,
         **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")},
@@ -104,7 +104,8 @@ def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
     for _ in range(20):
         truth, answer, iou = rng.integers(0, 6, 40), rng.integers(-1, 8, 40), rng.random(40)
         weights = np.column_stack([np.ones(40), rng.integers(0, 4, 40)])
-        ours = weighted_scores(PrimaryPairs(np.arange(40), truth, answer, iou), weights)
+        found = rng.random(40) < 0.5
+        ours = weighted_scores(PrimaryPairs(np.arange(40), truth, answer, iou, found), weights)
         for column, own in enumerate(weights.T):
             options = {"average": "weighted", "zero_division": 0, "sample_weight": own}
             theirs = precision_recall_fscore_support(truth, answer, **options)[:3]
@@ -112,6 +113,7 @@ def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
             accuracy = accuracy_score(truth, answer, sample_weight=own)
             assert [ours["accuracy"][column], ours["recall"][column]] == pytest.approx([accuracy] * 2)
             assert ours["mean_iou"][column] == pytest.approx(np.average(iou, weights=own))
+            assert ours["found"][column] == pytest.approx(np.average(found, weights=own))
 
 
 def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_val):
@@ -122,10 +124,33 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
         boxes = torch.stack([boxes[largest] + 1000, boxes[largest]])
         tensors = boxes, torch.tensor([0.2, 0.9]), labels[largest].repeat(2)
         right.append(Detections(data.images[index].id, *tensors))
-    scores = primary_object(detection_table(right, np.arange(10)), data)
+    scores = primary_object(detection_table(right, np.arange(10)), data, 0.9)
     assert scores["accuracy"] == 1 and scores["mean_iou"] == pytest.approx(1)
-    scores = primary_object(detection_table(right[:1], np.arange(10)), data)
+    scores = primary_object(detection_table(right[:1], np.arange(10)), data, 0.9)
     assert scores["accuracy"] == 0.5 and scores["mean_iou"] == pytest.approx(0.5)
+
+
+def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_on(demo_val):
+    """The answer is a surer detection of something else, which the study's columns count as wrong."""
+    data = demo_val.first(4)
+
+    def found(box_shift=0.0, label_shift=0, score=0.5):
+        detections = []
+        for index in reversed(range(4)):
+            boxes, labels, _ = data.image_boxes(index)
+            largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
+            side = boxes[largest, 2] - boxes[largest, 0]
+            shift = box_shift * side * torch.tensor([1, 0, 1, 0])
+            boxes = torch.stack([torch.tensor([0.0, 0, 3, 3]), boxes[largest] + shift])
+            labels = torch.stack([labels[0], (labels[largest] + label_shift) % 10])
+            detections.append(Detections(data.images[index].id, boxes, torch.tensor([0.9, score]), labels))
+        return primary_object(detection_table(detections, np.arange(10)), data, 0.5)
+
+    assert found()["found"] == 1 and found()["mean_iou"] < 0.1
+    assert found(box_shift=0.3)["found"] == 1  # an IoU of 0.54
+    assert found(box_shift=0.4)["found"] == 0  # 0.43
+    assert found(label_shift=1)["found"] == 0
+    assert found(score=0.49)["found"] == 0
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ MODULES = (
     comprehensive_validation,
     plot_results,
 )
-PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou")
+PRIMARY = ("accuracy", "precision", "recall", "f1", "mean_iou", "found")
 SCRIPTS = tuple(f"{module.__name__}.py" for module in MODULES)
 SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION, PLOT = SCRIPTS
 CHECKPOINTS = ("dino2_detector.pth", "improved_dino2_detector.pth")

@@ -63,7 +63,7 @@ def test_bars_show_the_numbers_of_the_records(results_file):
     models = charts.evaluated(read_results(results_file))
     axes = charts.comparison(read_results(results_file)).axes[0]
     heights = [bar.get_height() for bar in axes.patches]
-    expected = [getattr(r, part)[key] for r in models for part, key in charts.STUDY_METRICS.values()]
+    expected = [getattr(r, part)[key] for r in models for part, key in charts.HEADLINE_METRICS.values()]
     assert heights == pytest.approx(expected)
 
 
@@ -117,7 +117,7 @@ def test_bars_without_an_interval(results_file):
     results = read_results(results_file)
     record = replace(charts.evaluated(results)[0], intervals={"AP50": None, "accuracy": [None, None]})
     bars = charts.comparison(replace(results, models=(record,))).axes[0]
-    assert len(bars.patches) == len(charts.STUDY_METRICS) and not bars.containers[0].errorbar
+    assert len(bars.patches) == len(charts.HEADLINE_METRICS) and not bars.containers[0].errorbar
 
 
 EPOCHS = [
