@@ -8,8 +8,8 @@ crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 v
   python improved_dino_detector.py --train-images 0            all of COCO
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
-  python improved_dino_detector.py --head multi-layer --assignment center --scores focal --boxes smooth-l1 --ema 0 \\
-      --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5       the original study's recipe
+  python improved_dino_detector.py --head multi-layer --second-look 0 --assignment center --scores focal \\
+      --boxes smooth-l1 --ema 0 --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5    the original study's recipe
 
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
 """
@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -46,6 +46,7 @@ from common.model.backbone import Backbone, fetch_backbone
 from common.model.checkpoint import Checkpoint, load_detector
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector
 from common.model.losses import LossConfig, detection_loss
+from common.model.second_look import example_boxes
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, cosine_schedule, parameter_groups
@@ -66,8 +67,11 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
     dropout: float = flag(
         0.1, "share of the head's hidden units dropped in training", at_least=0, at_most=1, on_resume="refuse"
     )
+    second_look: int = flag(
+        100, "boxes an image whose features are looked at again; 0 = none", at_least=0, on_resume="refuse"
+    )
     epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
-    epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
+    epochs_unfrozen: int = flag(15, "passes in stage 2; 0 = no stage 2", at_least=0)
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(
@@ -98,14 +102,20 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
 
 
 def train_one_epoch(
-    model: nn.Module, loader: DataLoaderShard, config: LossConfig, state: TrainState, run: RunFolder, bar: tqdm
+    model: nn.Module,
+    loader: DataLoaderShard,
+    config: LossConfig,
+    class_shares: Tensor,
+    state: TrainState,
+    run: RunFolder,
+    bar: tqdm,
 ) -> None:
     """One pass over the training images, or their features, or the remaining steps of a resumed run."""
     accelerator, optimizer, schedule, ema = state.accelerator, state.optimizer, state.schedule, state.ema
     model.train()
     for batch in state.batches(loader):
-        out = model(batch.images)
-        losses = detection_loss(out, batch.targets, config, state.mean_of_processes)
+        out = model(batch.images, example_boxes(batch.targets))
+        losses = detection_loss(out, batch.targets, config, state.mean_of_processes, class_shares)
         accelerator.backward(sum(losses.values()))
         norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         state.check_finite(losses, norm, batch)
@@ -216,11 +226,12 @@ def train_stage(
     ema = Ema(detector, settings.ema) if settings.ema else None
     state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, ema=ema, epoch=start.epoch)
 
+    class_shares = train_data.class_shares().to(accelerator.device)
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     with progress_bar(steps, stage.name, "step", accelerator.is_main_process) as bar, run.resumable(state):
         bar.update((state.epoch - start.epoch) * len(train_loader) + state.step)
         while state.epoch < start.epoch + stage.epochs:
-            train_one_epoch(model, train_loader, settings, state, run, bar)
+            train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
             with ema.applied() if ema else nullcontext():
                 numbers = validate(model, val_loader, val_data, start.class_names, accelerator)
                 run.log_epoch(state, replace(start, metrics=numbers, epoch=state.epoch + 1))
@@ -248,6 +259,7 @@ def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
         image_size=settings.image_size,
         num_classes=len(data.class_names),
         dropout=settings.dropout,
+        second_look=settings.second_look,
     )
     return Checkpoint(detector, data.class_names, data.category_ids, {"backbone": name})
 

@@ -9,7 +9,7 @@ data/         whatever --data names -> batches
               sources, annotations, box_format, formats, hub, official, demo | coco (the data set in memory),
               images (decoding), dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
-              backbone, img_focus, heads, detector | assignment, losses | postprocess, checkpoint
+              backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess, checkpoint
 train/        one training run
               optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, feature_cache
 evaluate/     detections -> numbers; draws nothing

@@ -79,6 +79,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class SecondOutput:
+    """What the second look predicts for P boxes of each image: E examples (in training), then N proposals.
+
+    Shapes: locations (B, N) int64, those of the dense head whose boxes are the proposals; proposals (B, P, 4) float32
+    xyxy input pixels, the boxes that were looked at; boxes (B, P, 4) the better ones; object_logits (B, P), of the IoU
+    that a box reaches with an object; class_logits (B, P, K).
+    """
+
+    locations: Tensor
+    proposals: Tensor
+    boxes: Tensor
+    object_logits: Tensor
+    class_logits: Tensor
+
+
+@dataclass(frozen=True)
 class RawOutput:
     """What a head predicts at each of its L locations, the same in training and in evaluation.
 
@@ -96,6 +112,7 @@ class RawOutput:
     boxes: Tensor
     points: Tensor
     strides: Tensor
+    second: SecondOutput | None = None
 
     def scores(self) -> Tensor:
         """(B, L, K) in 0..1: sigmoid(object) x softmax(class)."""

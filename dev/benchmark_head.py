@@ -16,7 +16,7 @@ from common.cli import flag
 from common.data.dataset import make_eval_loader
 from common.data.sources import DataFlags, load_split
 from common.model.checkpoint import load_detector
-from common.model.postprocess import postprocess
+from common.model.postprocess import postprocess, predictions
 from common.runtime import make_accelerator, precision_name
 
 
@@ -44,7 +44,7 @@ def main(settings: Settings) -> None:
                     if name == "backbone":
                         detector.backbone(batch.images)[-1].sum().item()  # waits for the device
                     else:
-                        postprocess(detector(batch.images), batch.targets)
+                        postprocess(*predictions(detector(batch.images)), batch.targets)
                 seconds.append(time.perf_counter() - start)
         backbone, whole = (statistics.median(seconds[2:]) for seconds in times.values())
         print(

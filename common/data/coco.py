@@ -89,6 +89,11 @@ class CocoData:
         """(N,) int64 indices of the images that have at least one non-crowd box."""
         return np.unique(self.image_of_box()[~self.crowd])
 
+    def class_shares(self) -> Tensor:
+        """(K,) float32 shares of the classes in all non-crowd boxes."""
+        counts = np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
+        return torch.from_numpy(counts / max(1, counts.sum())).float()
+
     def sides(self) -> np.ndarray:
         """(A, 2) float64 width and height of the boxes."""
         return box_sides(self.boxes, self.file_sides)

@@ -63,7 +63,7 @@ def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip:
 
     def seconds(images: torch.Tensor, targets: list) -> float:
         start = time.perf_counter()
-        postprocess(predict(model, images, flip), targets)  # on the CPU, so the GPU has finished
+        postprocess(*predict(model, images, flip), targets)  # on the CPU, so the GPU has finished
         return time.perf_counter() - start
 
     singles = [i % len(batch.images) for i in range(WARM_UP + TIMED)]

@@ -5,36 +5,29 @@ The validation during training, the validation scripts and users' own images all
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
 from common.data.coco import CocoData
 from common.evaluate.coco_metrics import evaluate_table, headline
 from common.evaluate.detections import detection_table, label_map
-from common.model.postprocess import postprocess
+from common.model.postprocess import postprocess, predictions
 from common.runtime import raise_if_interrupted
-from common.types import Detections, RawOutput, mirror_boxes
+from common.types import Detections, mirror_boxes
 
 
-def predict(model: nn.Module, images: torch.Tensor, flip: bool) -> RawOutput:
-    """The output of `model` for `images`; with `flip`, followed by that for their mirror images as further locations.
+def predict(model: nn.Module, images: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
+    """Scores (B, M, K) and boxes (B, M, 4) of `model` for `images`; with `flip`, also those for their mirror images.
 
     NMS then keeps the higher-scoring of two predictions of one object.
     """
-    out = model(images)
+    scores, boxes = predictions(model(images))
     if not flip:
-        return out
-    mirrored, width = model(images.flip(-1)), images.shape[-1]
-    x, y = mirrored.points.unbind(1)
-    return RawOutput(
-        torch.cat([out.object_logits, mirrored.object_logits], dim=1),
-        torch.cat([out.class_logits, mirrored.class_logits], dim=1),
-        torch.cat([out.class_rows, mirrored.class_rows + out.class_logits.shape[1]]),
-        torch.cat([out.boxes, mirror_boxes(mirrored.boxes, width)], dim=1),
-        torch.cat([out.points, torch.stack([width - x, y], dim=1)]),
-        torch.cat([out.strides, mirrored.strides]),
-    )
+        return scores, boxes
+    mirrored_scores, mirrored_boxes = predictions(model(images.flip(-1)))
+    mirrored_boxes = mirror_boxes(mirrored_boxes, images.shape[-1])
+    return torch.cat([scores, mirrored_scores], dim=1), torch.cat([boxes, mirrored_boxes], dim=1)
 
 
 @torch.inference_mode()
@@ -57,7 +50,7 @@ def detect(
     images = len(loader.dataset)  # type: ignore[arg-type]  # torch declares no __len__ for Dataset
     with finish_step_first(), progress_bar(images, title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
-            found = postprocess(predict(model, batch.images, flip), batch.targets)
+            found = postprocess(*predict(model, batch.images, flip), batch.targets)
             detections += accelerator.gather_for_metrics(found, use_gather_object=True)
             bar.update(len(detections) - bar.n)
             raise_if_interrupted(accelerator)

@@ -74,7 +74,7 @@ def primary_object(table: DetectionTable, data: CocoData, score: float | None) -
 
 
 def weighted_scores(pairs: PrimaryPairs, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The study's columns and `found` under any number of weightings of the pairs: (V, W) -> (W,) each, NaN without any pair.
+    """The study's columns and `found` under any weightings of the pairs: (V, W) -> (W,) each, NaN without any pair.
 
     Precision, recall and F1 of a class are weighted by its support, and 0 where they are undefined.
     """

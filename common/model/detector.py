@@ -1,6 +1,6 @@
 """The detector: a backbone and a head, and the settings that rebuild it without any network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from common.cli import flag
 from common.console import InputError
 from common.model.backbone import Backbone, backbone_config, check_architecture, choose_blocks, load_backbone
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
+from common.model.second_look import SecondLook
 from common.types import RawOutput
 
 HEADS = ("linear", "multi-layer", "pyramid")
@@ -44,12 +45,13 @@ class DetectorConfig:
     image_size: int  # side of the square input, pixels
     num_classes: int
     dropout: float = 0.0  # in training, of the heads that have hidden layers
+    second_look: int = 0  # boxes an image that are looked at again, 0 = none
 
     def __post_init__(self) -> None:
         check_architecture(self.backbone)
-        blocks, sizes = self.blocks, (self.image_size, self.num_classes)
+        blocks, sizes = self.blocks, (self.image_size, self.num_classes, self.second_look)
         if type(blocks) is not tuple or {type(number) for number in (*blocks, *sizes)} != {int}:
-            raise InputError("a detector's blocks, image_size and num_classes must be whole numbers")
+            raise InputError("a detector's blocks, image_size, num_classes and second_look must be whole numbers")
         depth, patch = self.backbone.get("num_hidden_layers", 12), self.backbone.get("patch_size", 14)
         rising = sorted({block for block in blocks if 1 <= block <= depth})
         rules = {
@@ -57,6 +59,7 @@ class DetectorConfig:
             f"blocks must rise from 1 to {depth}": blocks and list(blocks) == rising,
             f"image_size must be a multiple of {patch}": self.image_size > 0 and self.image_size % patch == 0,
             "num_classes must be at least 1": self.num_classes >= 1,
+            "second_look must be at least 0": self.second_look >= 0,
             "dropout must be 0 to 1": type(self.dropout) in (int, float) and 0 <= self.dropout <= 1,
         }
         for rule, holds in rules.items():
@@ -72,11 +75,21 @@ class Detector(nn.Module):
         self.config = config
         self.backbone = backbone
         self.head = _new_head(config, backbone)
+        self.second_look = None
+        if config.second_look:
+            self.second_look = SecondLook(**_shape(config, backbone), proposals=config.second_look)
 
-    def forward(self, images: Tensor) -> RawOutput:
-        """(B, 3, S, S) RGB in 0..1, or their cached features (B, h, w, blocks, C) -> `RawOutput`."""
+    def forward(self, images: Tensor, examples: Tensor | None = None) -> RawOutput:
+        """(B, 3, S, S) RGB in 0..1, or their cached features (B, h, w, blocks, C) -> `RawOutput`.
+
+        Args:
+            images: or features.
+            examples: (B, E, 4) boxes for the second look beside its proposals, input pixels; in training.
+        """
         features = images if images.ndim == 5 else self.patch_features(images)
-        return self.head(features.flatten(3).to(_compute_type(features.device)))
+        features = features.flatten(3).to(_compute_type(features.device))
+        out = self.head(features)
+        return replace(out, second=self.second_look(features, out, examples)) if self.second_look else out
 
     def patch_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) RGB in 0..1 -> the features of each patch in each block (B, h, w, blocks, C)."""
@@ -88,12 +101,14 @@ def _compute_type(device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
+def _shape(config: DetectorConfig, backbone: Backbone) -> dict[str, int]:
+    """What every part that reads the features needs to know."""
+    channels = backbone.channels * len(config.blocks)
+    return {"channels": channels, "num_classes": config.num_classes, "stride": backbone.patch_size}
+
+
 def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
-    shape = {
-        "channels": backbone.channels * len(config.blocks),
-        "num_classes": config.num_classes,
-        "stride": backbone.patch_size,
-    }
+    shape = _shape(config, backbone)
     if config.head == "linear":
         return LinearHead(**shape)
     if config.head == "multi-layer":
@@ -121,6 +136,7 @@ def new_detector(
     image_size: int,
     num_classes: int,
     dropout: float = 0.0,
+    second_look: int = 0,
 ) -> Detector:
     """A detector on pretrained backbone weights, its head untrained.
 
@@ -132,5 +148,5 @@ def new_detector(
     patch = backbone.get("patch_size", 14)
     check_side("image size", image_size, patch)
     blocks = choose_blocks(blocks, backbone.get("num_hidden_layers", 12))
-    config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout)
+    config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout, second_look)
     return Detector(config, load_backbone(backbone_folder, blocks))

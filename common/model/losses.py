@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from common.cli import flag
 from common.model.assignment import ASSIGNMENTS, Assignment, assign, box_sizes
-from common.types import RawOutput, Target
+from common.types import RawOutput, SecondOutput, Target
 
 SCORE_LOSSES = ("cross-entropy", "focal", "quality")
 BOX_LOSSES = ("giou", "smooth-l1")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
+POSITIVE_IOU = 0.5  # of a box that the second look names and places, with its object
 SMOOTH_L1_BETA = 0.1  # in units of the box
 MIN_BOX_UNIT = 8.0  # input pixels: without it the loss of one tiny box would exceed that of hundreds of others
 
@@ -39,27 +40,34 @@ class LossConfig:
     )
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
+    logit_adjustment: float = flag(
+        0.5, "power of the frequency of a class that the second look need not learn (arXiv 2007.07314)", at_least=0
+    )
 
 
 def detection_loss(
     out: RawOutput,
     targets: list[Target],
     config: LossConfig,
-    mean_of_processes: Callable[[Tensor], Tensor] = lambda count: count,
+    mean_of_processes: Callable[[Tensor], Tensor] = lambda counts: counts,
+    class_shares: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss of a batch, each term divided by the number of positive locations, which are assigned an object.
 
     With `quality` scores the positive locations are weighted by their quality, in the terms and in the divisor.
+    The terms of a second look are divided by its number of positive boxes.
 
     Args:
         out: of the batch.
         targets: B, boxes in input pixels.
         config: the kinds of losses.
-        mean_of_processes: the mean of a scalar over all processes that share the step. The divisor is such a mean, so
+        mean_of_processes: the mean of a vector over all processes that share the step. The divisors are such means, so
             that the mean of the gradients of all processes is that of one process with all of their images.
+        class_shares: (K,) of the training objects, for the logit adjustment of a second look.
 
     Returns:
-        Scalars: object, over the locations that are not ignored; class and box, over the positive locations.
+        Scalars: object, over the locations that are not ignored; class and box, over the positive locations; the same
+        of the second look.
     """
     logits, boxes = out.object_logits.detach(), out.boxes.detach()
     assigned = [
@@ -79,12 +87,61 @@ def detection_loss(
         out.object_logits, scores, out.class_logits_at(image, location), labels, focal=config.scores == "focal"
     )
     box_loss = _box_loss(out.boxes[image, location], truth, config.boxes)
-    count = mean_of_processes(weights.sum()).clamp(min=1)
-    return {
-        "object": (object_loss * ~ignored).sum() / count,
-        "class": (class_loss * weights).sum() / count,
-        "box": config.box_weight * (box_loss * weights).sum() / count,
+    sums = {
+        "object": (object_loss * ~ignored).sum(),
+        "class": (class_loss * weights).sum(),
+        "box": config.box_weight * (box_loss * weights).sum(),
     }
+    if out.second is None:
+        (count,) = mean_of_processes(weights.sum()[None]).clamp(min=1)
+        return {name: total / count for name, total in sums.items()}
+    second_sums, second_count = _second_losses(out.second, targets, config, class_shares)
+    count, second_count = mean_of_processes(torch.stack([weights.sum(), second_count])).clamp(min=1)
+    losses = {name: total / count for name, total in sums.items()}
+    return losses | {name: total / second_count for name, total in second_sums.items()}
+
+
+def _second_losses(
+    second: SecondOutput, targets: list[Target], config: LossConfig, class_shares: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The summed losses of the second look, and the number of its positive proposals, which overlap an object enough.
+
+    Class and box are trained on the positive proposals. The score of every proposal is trained to be the IoU that its
+    better box reaches with an object, except of those in a crowd.
+    """
+    pairs = list(zip(second.proposals, second.boxes.detach(), targets, strict=True))
+    iou, truth, labels = (torch.stack(parts) for parts in zip(*(_best_object(p, t) for p, _, t in pairs), strict=True))
+    reached = torch.stack([_best_object(boxes, target)[0] for _, boxes, target in pairs])
+    positive = iou >= POSITIVE_IOU
+    counted = positive | ~torch.stack([_in_crowd(proposals, target) for proposals, _, target in pairs])
+
+    object_loss = F.binary_cross_entropy_with_logits(second.object_logits, reached, reduction="none")
+    class_logits = second.class_logits[positive]
+    if class_shares is not None:
+        class_logits = class_logits + config.logit_adjustment * class_shares.clamp(min=1e-6).log()
+    sums = {
+        "second object": (object_loss * counted).sum(),
+        "second class": F.cross_entropy(class_logits, labels[positive], reduction="sum"),
+        "second box": config.box_weight * _box_loss(second.boxes[positive], truth[positive], config.boxes).sum(),
+    }
+    return sums, positive.sum().float()
+
+
+def _best_object(boxes: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest IoU (P,) of boxes (P, 4) with an object, and that object's box (P, 4) and label (P,)."""
+    objects = torch.nonzero(~target.crowd)[:, 0]
+    if len(objects) == 0:
+        none = torch.zeros_like(boxes)
+        return none[:, 0], none, none[:, 0].long()
+    iou, index = box_iou(boxes, target.boxes[objects]).max(1)
+    return iou, target.boxes[objects[index]], target.labels[objects[index]]
+
+
+def _in_crowd(boxes: Tensor, target: Target) -> Tensor:
+    """(P,) bool: is more than half of a box (P, 4) inside a crowd box?"""
+    crowd = target.boxes[target.crowd]
+    low, high = boxes[:, None, :2].maximum(crowd[:, :2]), boxes[:, None, 2:].minimum(crowd[:, 2:])
+    return ((high - low).clamp(min=0).prod(2) > box_sizes(boxes).prod(1)[:, None] / 2).any(1)
 
 
 def _assigned_objects(assigned: list[Assignment], targets: list[Target]) -> tuple[Tensor, Tensor]:

@@ -273,7 +273,7 @@ def _changed_settings(record: ValidationRecord, path: Path) -> list[str]:
 
 
 def comparison(results: ValidationResults) -> Figure:
-    """The study's six metrics and `found`, AP by object size, accuracy against speed, and the cost of each kind of error."""
+    """The study's metrics and `found`, AP by object size, accuracy against speed, and the costs of errors."""
     models = evaluated(results)
     diagnosed = any(record.diagnosis for record in models)
     figure = _figure(results, 13, 12 if diagnosed else 8.6)

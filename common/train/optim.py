@@ -21,13 +21,12 @@ def parameter_groups(
 
     Args:
         detector: its weights that require a gradient are trained.
-        lr: learning rate of the head.
+        lr: learning rate of the head and the second look.
         backbone_lr: learning rate of the backbone's last block and final norm.
         weight_decay: of the matrices.
         layer_decay: the rate of each block is that of the following one times this (BEiT, arXiv 2106.08254).
     """
-    rates = {f"head.{name}": lr for name, _ in detector.head.named_parameters()}
-    depth = detector.backbone.depth
+    rates, depth = dict.fromkeys(detector.state_dict(), lr), detector.backbone.depth
     for name, _ in detector.backbone.named_parameters():
         rates[f"backbone.{name}"] = backbone_lr * layer_decay ** (depth - detector.backbone.block_of(name))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -71,13 +72,13 @@ class TrainState:
             if self.stop or (self.accelerator.num_processes == 1 and pending_signal()):
                 raise Interrupted(pending_signal() or signal.SIGTERM)
 
-    def mean_of_processes(self, count: Tensor) -> Tensor:
-        """The mean of a scalar over all processes; once a step, the same exchange shares that one received a signal."""
+    def mean_of_processes(self, counts: Tensor) -> Tensor:
+        """The mean of a vector over all processes; once a step, the same exchange shares that one received a signal."""
         if self.accelerator.num_processes == 1:
-            return count
-        total, signals = self.accelerator.reduce(torch.stack([count, count.new_tensor(pending_signal() or 0)]))
+            return counts
+        *totals, signals = self.accelerator.reduce(F.pad(counts, (0, 1), value=pending_signal() or 0))
         self.stop = bool(signals)
-        return total / self.accelerator.num_processes
+        return torch.stack(totals) / self.accelerator.num_processes
 
     def check_finite(self, losses: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
         """Stop before a step that would make the weights inf or NaN.

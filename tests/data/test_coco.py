@@ -1,5 +1,7 @@
 """COCO annotations in memory: labels, boxes by image, limits."""
 
+import pytest
+
 from common.data.annotations import load_coco
 
 
@@ -38,3 +40,10 @@ def test_limit_keeps_the_first_images_and_their_boxes(coco_file):
     limited, whole = load_coco(path, images, limit=1), load_coco(path, images)
     assert len(limited) == 1 and len(limited.labels) == 1 and not limited.notes
     assert whole.first(1).fingerprint() == limited.fingerprint() != whole.fingerprint()
+
+
+def test_class_shares_count_objects_but_no_crowds(coco_file):
+    boxes = [annotation(), annotation(id=2, category_id=7), annotation(id=3, image_id=5, category_id=7)]
+    path, images = coco_file([*boxes, annotation(id=4, image_id=5, iscrowd=1)], categories=((3, "cat"), (7, "dog")))
+    assert load_coco(path, images).class_shares().tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert load_coco(*coco_file([])).class_shares().tolist() == [0, 0]

@@ -20,7 +20,7 @@ from common.model.backbone import choose_blocks, fetch_backbone, load_backbone
 from common.model.detector import HEADS, new_detector
 from common.model.heads import PyramidHead, decode_boxes, locations
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
-from common.model.postprocess import MAX_DETECTIONS, postprocess
+from common.model.postprocess import MAX_DETECTIONS, postprocess, predictions
 from common.train.optim import Ema, parameter_groups
 from common.types import Letterbox, RawOutput, Target
 
@@ -302,22 +302,21 @@ def test_perfect_output_has_no_loss_and_gives_the_ground_truth(demo_val):
     dataset = DetectionDataset(demo_val, LetterboxTransform(448))
     out, targets = perfect_output(dataset, len(demo_val.class_names), 448)
     assert sum(detection_loss(out, targets, SIMPLE_LOSS).values()) < 1e-4
-    numbers = numbers_of(postprocess(out, targets), demo_val)
+    numbers = numbers_of(postprocess(*predictions(out), targets), demo_val)
     assert numbers["detection"]["AP"] == pytest.approx(1)
 
 
-def test_flip_adds_the_locations_of_the_mirrored_view(detector):
-    """A symmetrical image equals its mirror image: each location occurs twice, with boxes in the same places."""
-    half = torch.rand(1, 3, 112, 56)
-    images = torch.cat([half, half.flip(-1)], dim=-1)
+def test_flip_adds_the_predictions_on_the_mirrored_view(detector):
+    images = torch.rand(1, 3, 112, 112)
     with torch.no_grad():
-        out, plain = predict(detector, images, flip=True), detector(images)
-    assert out.boxes.shape == (1, 128, 4) and out.class_logits.shape == (1, 128, 10) and out.strides.shape == (128,)
-    assert torch.equal(out.boxes[:, :64], plain.boxes)
-    assert torch.equal(out.class_rows, torch.arange(128))
-    offsets = (out.boxes[0, :, :2] + out.boxes[0, :, 2:]) / 2 - out.points
-    assert torch.allclose(offsets[64:] * torch.tensor([-1, 1]), offsets[:64], atol=1e-3)
-    assert torch.equal(out.points[64:].reshape(8, 8, 2).flip(1), out.points[:64].reshape(8, 8, 2))
+        (scores, boxes), plain = predict(detector, images, flip=True), predictions(detector(images))
+        mirrored = predictions(detector(images.flip(-1)))
+    assert scores.shape == (1, 128, 10) and boxes.shape == (1, 128, 4)
+    assert torch.equal(scores, torch.cat([plain[0], mirrored[0]], dim=1))
+    assert torch.equal(boxes[:, :64], plain[1])
+    left, top, right, bottom = mirrored[1].unbind(2)
+    assert torch.allclose(boxes[:, 64:], torch.stack([112 - right, top, 112 - left, bottom], dim=2))
+    assert (boxes[..., 2:] > boxes[..., :2]).all()
 
 
 def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
@@ -326,13 +325,13 @@ def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
     boxes = decode_boxes(torch.randn(1, 1600, 4), points, strides)
     out = RawOutput(torch.randn(1, 1600), torch.randn(1, 1600, 5), torch.arange(1600), boxes, points, strides)
     target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 9, Letterbox((300, 1120), (150, 560)))
-    (detections,) = postprocess(out, [target])
+    (detections,) = postprocess(*predictions(out), [target])
     assert len(detections.scores) == MAX_DETECTIONS and detections.image_id == 9
     assert (detections.scores.diff() <= 0).all() and detections.scores.max() <= 1
     boxes = detections.boxes
     assert boxes.min() >= 0 and boxes[:, [1, 3]].max() <= 300 and 560 < boxes[:, 2].max() <= 1120
     with pytest.raises(ValueError, match="augmented"):
-        postprocess(out, [replace(target, letterbox=None)])
+        postprocess(*predictions(out), [replace(target, letterbox=None)])
 
 
 @pytest.mark.real

@@ -21,7 +21,7 @@ from common.model.assignment import ASSIGNMENTS
 from common.model.checkpoint import Checkpoint, load_detector, save_detector
 from common.model.detector import HEADS, new_detector
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
-from common.model.postprocess import postprocess
+from common.model.postprocess import postprocess, predictions
 from common.types import Letterbox, Target
 
 
@@ -142,7 +142,7 @@ def test_nan_predictions_give_no_detections(detector):
     target = Target(*(torch.zeros(0, *s) for s in ((4,), (), ())), 1, Letterbox.fit((112, 112), 112))
     with torch.no_grad():
         out = detector(torch.full((1, 3, 112, 112), torch.nan))
-    (detections,) = postprocess(out, [target])
+    (detections,) = postprocess(*predictions(out), [target])
     assert torch.isfinite(detections.boxes).all() and torch.isfinite(detections.scores).all()
 
 

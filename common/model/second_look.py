@@ -1,0 +1,173 @@
+"""The second look: the features in each of the dense head's best boxes -> its class, a better box, a better score.
+
+A dense head describes an object by the features of one location. The second look describes it by all features in its
+box, as the second stage of Faster R-CNN does (arXiv 1506.01497). `postprocess.predictions` combines both.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+
+from common.types import RawOutput, SecondOutput, Target
+
+CANDIDATES = 1000  # best locations of an image that enter NMS
+PROPOSAL_IOU = 0.7  # of NMS: overlapping boxes of one object are looked at several times
+CLASS_PARTS = 2  # the class is predicted from a grid of 2 x 2 means of the features in a box
+BOX_PARTS = 7  # the better box and its score from a grid of 7 x 7
+FEW_PARTS = 2  # up to so many, one large matrix product is faster than two steps with less arithmetic
+TRAINED_PROPOSALS = 64  # of an image, a step
+EXAMPLES = 64  # boxes around the objects of an image that are looked at in training, beside the proposals
+MAX_SHIFT, MAX_LOG_SIZE = 0.25, 0.4  # of the examples' centres, in sides of the box, and of their sides' logarithms
+MAX_LOG_CHANGE = 1.0  # of a side
+NO_OBJECT = (112.0, 112.0)  # input pixels: width and height of the box looked at where an image has no object
+
+
+class SecondLook(nn.Module):
+    """Pools the features of boxes and predicts their class, a better box, and the IoU that it reaches.
+
+    Args:
+        channels: of a patch's features, all blocks together.
+        num_classes: K.
+        stride: spacing of the patch tokens, input pixels.
+        proposals: boxes of the dense head that are looked at, an image.
+        width: channels from which the box and its score are predicted.
+        hidden: units of the hidden layer behind them.
+        dropout: share of inputs and hidden units dropped in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        stride: int,
+        proposals: int,
+        width: int = 128,
+        hidden: int = 256,
+        dropout: float = 0.3,
+    ):
+        super().__init__()
+        self.stride, self.proposals = stride, proposals
+        self.normalise = nn.Sequential(
+            nn.LayerNorm(channels, elementwise_affine=False), nn.Flatten(2), nn.Dropout(dropout)
+        )
+        self.classify = nn.Linear(channels * CLASS_PARTS**2, num_classes)
+        self.reduce = nn.Linear(channels, width)
+        self.embed = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Flatten(2),
+            nn.Linear(width * BOX_PARTS**2, hidden),
+            nn.LayerNorm(hidden),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+        )
+        self.predict = nn.Linear(hidden, 5)  # object, then the change of the box
+        for layer in (self.classify, self.predict):
+            nn.init.normal_(layer.weight, std=0.001)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor, out: RawOutput, examples: Tensor | None = None) -> SecondOutput:
+        """Predict from the features in the `examples`, if any, and in the best boxes of the dense head.
+
+        Args:
+            features: (B, h, w, C).
+            out: of the dense head on them.
+            examples: (B, E, 4) input pixels; in training.
+        """
+        locations = best_locations(out, TRAINED_PROPOSALS if self.training else self.proposals)
+        boxes = out.boxes.detach().gather(1, locations[..., None].expand(-1, -1, 4))
+        if examples is not None:
+            boxes = torch.cat([examples, boxes], dim=1)
+        classes = self.classify(self.normalise(pool(features, boxes, CLASS_PARTS, self.stride))).float()
+        outputs = self.predict(self.embed(pool(self.reduce(features), boxes, BOX_PARTS, self.stride))).float()
+        return SecondOutput(locations, boxes, move_boxes(boxes, outputs[..., 1:]), outputs[..., 0], classes)
+
+
+def best_locations(out: RawOutput, count: int) -> Tensor:
+    """The (B, N) locations with the highest object scores, N = `count` or all; first those that NMS keeps.
+
+    The NMS removes every box that overlaps a higher-scoring one (Fast NMS of YOLACT, arXiv 1904.02689): without a loop,
+    and with the same number of locations for each image, so that a batch is one tensor.
+    """
+    logits, boxes = out.object_logits.detach(), out.boxes.detach()
+    best, index = logits.topk(min(CANDIDATES, logits.shape[1]))  # by falling score
+    iou = _iou(boxes.gather(1, index[..., None].expand(-1, -1, 4)))
+    removed = (iou.triu(diagonal=1) > PROPOSAL_IOU).any(1)
+    rank = torch.arange(best.shape[1], device=best.device) + removed * best.shape[1]
+    return index.gather(1, rank.topk(min(count, best.shape[1]), largest=False).indices)
+
+
+def _iou(boxes: Tensor) -> Tensor:
+    """IoU (B, N, N) of boxes (B, N, 4) with each other."""
+    low, high = boxes.split(2, dim=-1)
+    area = (high - low).prod(-1)
+    sides = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
+    overlap = sides.clamp(min=0).prod(-1)
+    return overlap / (area[:, :, None] + area[:, None] - overlap)
+
+
+def pool(features: Tensor, boxes: Tensor, parts: int, stride: int) -> Tensor:
+    """The mean of the features in each of parts x parts equal cells of boxes, the map interpolated linearly.
+
+    The means are exact (PrRoI pooling, arXiv 1807.11590) and computed as matrix products. What is outside the map does
+    not count.
+
+    Args:
+        features: (B, h, w, C).
+        boxes: (B, P, 4) input pixels.
+        parts: of each side.
+        stride: spacing of the features, input pixels.
+
+    Returns:
+        (B, P, parts^2, C).
+    """
+    batch, height, width, channels = features.shape
+    columns = _weights(boxes[..., 0::2] / stride, parts, width).to(features.dtype)  # (B, P, parts, w)
+    rows = _weights(boxes[..., 1::2] / stride, parts, height).to(features.dtype)
+    if parts <= FEW_PARTS:
+        weights = (rows[:, :, :, None, :, None] * columns[:, :, None, :, None, :]).flatten(4).flatten(1, 3)
+        return (weights @ features.flatten(1, 2)).view(batch, -1, parts**2, channels)
+    strips = (rows.flatten(1, 2) @ features.flatten(2)).view(batch, -1, parts, width, channels)
+    return (columns[:, :, None] @ strips).flatten(2, 3)
+
+
+def _weights(sides: Tensor, parts: int, cells: int) -> Tensor:
+    """(B, P, 2) intervals in units of a cell -> (B, P, parts, cells) weights, which sum to 1 for each part."""
+    start, end = sides.unsqueeze(-2).unbind(-1)  # (B, P, 1)
+    cuts = start + (end - start) * torch.linspace(0, 1, parts + 1, device=sides.device)
+    distance = (cuts[..., None] - torch.arange(cells, device=sides.device) - 0.5).clamp(-1, 1)
+    integral = 0.5 + distance - distance * distance.abs() / 2  # of the triangle of linear interpolation
+    weights = integral[..., 1:, :] - integral[..., :-1, :]
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+def move_boxes(boxes: Tensor, change: Tensor) -> Tensor:
+    """Boxes (..., 4) whose centres move by sides of the box and whose sides change by a logarithm; xyxy."""
+    sizes = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1)
+    centers = (boxes[..., :2] + boxes[..., 2:]) / 2 + change[..., :2] * sizes
+    halves = sizes * change[..., 2:].clamp(-MAX_LOG_CHANGE, MAX_LOG_CHANGE).exp() / 2
+    return torch.cat([centers - halves, centers + halves], dim=-1)
+
+
+def example_boxes(targets: list[Target]) -> Tensor:
+    """`EXAMPLES` boxes around the objects of each image, the first the objects themselves, each of them equally often.
+
+    They are the same each time: the shifts are a Sobol sequence, which fills their range evenly.
+
+    Args:
+        targets: B, boxes in input pixels.
+
+    Returns:
+        (B, EXAMPLES, 4) input pixels.
+    """
+    shifts = SobolEngine(4).draw(EXAMPLES + 1)[1:]  # the first of these is the middle: no shift
+    examples = []
+    for target in targets:
+        objects = target.boxes[~target.crowd]
+        if len(objects) == 0:
+            objects = target.boxes.new_tensor([[0.0, 0, *NO_OBJECT]])
+        index = torch.arange(EXAMPLES, device=objects.device)
+        shift = shifts.to(objects.device)[index // len(objects)] * 2 - 1
+        shift = shift * shift.new_tensor([MAX_SHIFT, MAX_SHIFT, MAX_LOG_SIZE, MAX_LOG_SIZE])
+        examples.append(move_boxes(objects[index % len(objects)], shift))
+    return torch.stack(examples)
