@@ -65,7 +65,11 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
     batch_size: int = flag(8, "images a step, on each process", at_least=1)
     head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS, on_resume="refuse")
     dropout: float = flag(
-        0.1, "share of the head's hidden units dropped in training", at_least=0, at_most=1, on_resume="refuse"
+        0.1,
+        "share of the head's hidden units dropped in training, three times as many in the second look",
+        at_least=0,
+        at_most=1,
+        on_resume="refuse",
     )
     second_look: int = flag(
         100, "boxes an image whose features are looked at again; 0 = none", at_least=0, on_resume="refuse"

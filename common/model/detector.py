@@ -14,6 +14,7 @@ from common.model.second_look import SecondLook
 from common.types import RawOutput
 
 HEADS = ("linear", "multi-layer", "pyramid")
+SECOND_LOOK_DROPOUT = 3.0  # in multiples of the head's: its layers have more inputs and fewer samples
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Detector(nn.Module):
         self.head = _new_head(config, backbone)
         self.second_look = None
         if config.second_look:
-            self.second_look = SecondLook(**_shape(config, backbone), proposals=config.second_look)
+            dropout = min(1.0, SECOND_LOOK_DROPOUT * config.dropout)
+            self.second_look = SecondLook(**_shape(config, backbone), proposals=config.second_look, dropout=dropout)
 
     def forward(self, images: Tensor, examples: Tensor | None = None) -> RawOutput:
         """(B, 3, S, S) RGB in 0..1, or their cached features (B, h, w, blocks, C) -> `RawOutput`.

@@ -44,7 +44,7 @@ class SecondLook(nn.Module):
         proposals: int,
         width: int = 128,
         hidden: int = 256,
-        dropout: float = 0.3,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.stride, self.proposals = stride, proposals
