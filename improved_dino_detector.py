@@ -75,7 +75,7 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
         100, "boxes an image whose features are looked at again; 0 = none", at_least=0, on_resume="refuse"
     )
     epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
-    epochs_unfrozen: int = flag(15, "passes in stage 2; 0 = no stage 2", at_least=0)
+    epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(
