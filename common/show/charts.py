@@ -32,8 +32,8 @@ HEADLINE_METRICS = {
     "Recall": ("primary", "recall"),
     "F1": ("primary", "f1"),
     "Mean IoU": ("primary", "mean_iou"),
+    "Found": ("primary", "found"),
     "mAP@0.5": ("detection", "AP50"),
-    "found": ("primary", "found"),
 }
 SIZES = {
     "small\n(< 32² px)": ("detection", "AP_small"),
@@ -281,7 +281,7 @@ def comparison(results: ValidationResults) -> Figure:
     wide, left, right = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
     draw_bars(wide, models, HEADLINE_METRICS)
     with_intervals = ", with 95% intervals" if any(record.intervals for record in models) else ""
-    wide.set_title(f"Primary object (first five) and detection of all objects (mAP@0.5){with_intervals}")
+    wide.set_title(f"Primary object (first six) and detection of all objects (mAP@0.5){with_intervals}")
     draw_bars(left, models, SIZES)
     left.set_title("AP@[.5:.95] by object size")
     draw_speed(right, models)
