@@ -4,10 +4,11 @@ types.py      the types that travel between the rooms: Target, Batch, RawOutput,
 console.py    how a program talks to its user: errors, progress bars, signals; imports no torch
 cli.py        command-line flags from a dataclass of settings, and the exit of every script
 files.py      atomic files, the cache folder, no output over an input
+images.py     image files: finding, decoding, EXIF orientation, the letterbox
 runtime.py    device, precision, processes, stopping between two steps
 data/         whatever --data names -> batches
               sources, annotations, box_format, formats, hub, official, demo | coco (the data set in memory),
-              images (decoding), dataset (samples, order, loaders), transforms
+              dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
               backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess, checkpoint
 train/        one training run

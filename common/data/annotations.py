@@ -25,9 +25,9 @@ import numpy as np
 from common.console import NAMED, InputError, WrongSizeError, name_some, progress_bar
 from common.data.box_format import are_normalised, detect_layout, layout_fits, to_xyxy
 from common.data.coco import CocoData, ImageFile, box_sides
-from common.data.images import TooLargeError, has_open_orientation, read_sizes
 from common.data.transforms import SMALLEST_SIDE
 from common.files import atomic_write, cache_folder
+from common.images import TooLargeError, has_open_orientation, read_sizes
 
 REQUIRED = {"images": {"id", "file_name"}, "annotations": {"image_id"}, "categories": {"id", "name"}}
 NUMBERS = {int, float}

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.console import InputError
-from common.data.images import find_images, open_image
+from common.images import find_images, open_image
 from common.types import Target
 
 MAX_REASONS = 3  # images that a message about unreadable ones names

@@ -17,7 +17,7 @@ import yaml
 
 from common.console import InputError
 from common.data.annotations import Problems
-from common.data.images import find_images, read_size
+from common.images import find_images, read_size
 
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML

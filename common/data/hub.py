@@ -32,8 +32,8 @@ from common.data.annotations import Problems
 from common.data.box_format import are_normalised, fits, to_xyxy
 from common.data.coco import xyxy_to_xywh
 from common.data.formats import choose_split
-from common.data.images import read_size
 from common.files import atomic_write, cache_folder
+from common.images import read_size
 
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
 SHUFFLE_BUFFER = 1000  # rows in memory that a sample is drawn from; with images of COCO, half a GB

@@ -21,8 +21,8 @@ from urllib3.util import Retry
 
 from common.console import InputError, progress_bar
 from common.data.annotations import read_json
-from common.data.images import open_image
 from common.files import atomic_write, cache_folder, remove_leftovers
+from common.images import open_image
 
 HOST = "http://images.cocodataset.org"
 ARCHIVE = "annotations/annotations_trainval2017.zip"

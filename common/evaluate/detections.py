@@ -12,7 +12,7 @@ import numpy as np
 from common.console import InputError, name_some
 from common.data.box_format import to_xyxy
 from common.data.coco import CocoData, box_sides, xyxy_to_xywh
-from common.data.images import image_suffixes
+from common.images import image_suffixes
 from common.types import Detections, Predictions
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0

@@ -13,8 +13,8 @@ from PIL import Image
 from common.console import InputError
 from common.data.annotations import check_object_sizes, load_coco
 from common.data.box_format import to_xyxy
-from common.data.images import open_image
 from common.data.sources import load_split, load_train_and_val
+from common.images import open_image
 
 
 def annotation(**parts):

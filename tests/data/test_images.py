@@ -9,8 +9,8 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.coco import unlabelled_images
-from common.data.images import find_images, open_image, read_size, read_sizes
 from common.data.sources import load_split
+from common.images import find_images, open_image, read_size, read_sizes
 
 TURNS = {  # what turns the stored pixels upright, by the EXIF standard
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -14,8 +14,8 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.formats import TEST_NOTE
-from common.data.images import UNDO
 from common.data.sources import load_split
+from common.images import UNDO
 
 NAMES = ["cat", "dog", "traffic light"]
 
