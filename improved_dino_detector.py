@@ -43,7 +43,7 @@ from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
 from common.model.backbone import Backbone, fetch_backbone
-from common.model.checkpoint import Checkpoint, load_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector
 from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
@@ -250,7 +250,7 @@ def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
         InputError: no such checkpoint or backbone, or a checkpoint with other classes.
     """
     if settings.start_from:
-        start = load_detector(settings.start_from)
+        start = load_checkpoint(settings.start_from)
         if start.class_names != data.class_names:
             raise InputError(f"{settings.start_from} has other classes than {data.source}")
         origin = {"backbone": start.train_config.get("backbone"), "started_from": settings.start_from}
@@ -288,7 +288,7 @@ def main(settings: Settings) -> dict:
             began = time.perf_counter()
             train_stage(settings, stage, start, train_data, quick_data, run)
             accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
-        start = replace(load_detector(run.best_of(stage.name)), epoch=start.epoch + stage.epochs)
+        start = replace(load_checkpoint(run.best_of(stage.name)), epoch=start.epoch + stage.epochs)
     full_loader = make_eval_loader(val_data, start.detector.config.image_size, settings.batch_size, settings.workers)
     return publish_best(run, full_loader, val_data)
 

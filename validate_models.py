@@ -28,7 +28,7 @@ from common.data.sources import DataFlags, load_split
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.evaluation import Predictor, evaluate, unique_names
 from common.files import atomic_write, check_outputs, check_writable
-from common.model.checkpoint import Checkpoint, load_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.fonts import print_replaced
@@ -135,7 +135,7 @@ def main(settings: Settings) -> dict[str, dict]:
     check_writable(Path(settings.output, "contact_sheet.jpg"))
     set_seed(settings.seed)
     predictor = Predictor(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
-    checkpoints = [load_detector(path) for path in settings.checkpoints]
+    checkpoints = [load_checkpoint(path) for path in settings.checkpoints]
     names = unique_names(settings.checkpoints)
     if settings.images:
         first = checkpoints[0]

@@ -15,7 +15,7 @@ from common import cli
 from common.cli import flag
 from common.data.dataset import make_eval_loader
 from common.data.sources import DataFlags, load_split
-from common.model.checkpoint import load_detector
+from common.model.checkpoint import load_checkpoint
 from common.model.postprocess import postprocess, predictions
 from common.runtime import make_accelerator, precision_name
 
@@ -32,7 +32,7 @@ class Settings:
 @torch.inference_mode()
 def main(settings: Settings) -> None:
     accelerator = make_accelerator(settings.precision)
-    detector = load_detector(settings.checkpoint).detector.to(accelerator.device)
+    detector = load_checkpoint(settings.checkpoint).detector.to(accelerator.device)
     data = load_split(DataFlags(settings.data, val_images=max(settings.batch_sizes)), "val")
     for size in settings.batch_sizes:
         batch = next(iter(make_eval_loader(data, detector.config.image_size, size, 0))).to(accelerator.device)

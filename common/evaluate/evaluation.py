@@ -25,7 +25,7 @@ from common.evaluate.detections import DetectionTable, TablePredictions, detecti
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord
-from common.model.checkpoint import Checkpoint, load_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.types import Detections, Predictions
 
 NAME_BYTES = 200  # of a model's name, from which file names are made
@@ -68,7 +68,7 @@ class Predictor:
         Raises:
             InputError: a missing or damaged checkpoint.
         """
-        checkpoint = load_detector(path)
+        checkpoint = load_checkpoint(path)
         config = checkpoint.detector.config
         conditions = checkpoint.train_config | {
             "epoch": checkpoint.epoch,

@@ -1,6 +1,6 @@
 """Detector checkpoints: `.pth` files of tensors and plain types, read with `weights_only=True`, which runs nothing.
 
-A checkpoint may come from an unknown source, so `load_detector` checks everything that a `Detector` relies on, and
+A checkpoint may come from an unknown source, so `load_checkpoint` checks everything that a `Detector` relies on, and
 raises InputError for a damaged file or one of another kind.
 """
 
@@ -73,7 +73,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def save_detector(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a `.pth` from which `load_detector` rebuilds the detector; an existing file stays until it is complete.
+    """Write a `.pth` from which `load_checkpoint` rebuilds the detector; an existing file stays until it is complete.
 
     Raises:
         InputError: the file can't be written.
@@ -92,7 +92,7 @@ def save_detector(path: str | Path, checkpoint: Checkpoint) -> None:
         torch.save(content, file)
 
 
-def load_detector(path: str | Path) -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read what `save_detector` wrote, onto the CPU, in evaluation mode, without any network.
 
     Raises:

@@ -16,7 +16,7 @@ from common.data.coco import CocoData
 from common.evaluate.coco_metrics import format_headline
 from common.evaluate.detect import validate
 from common.files import atomic_write, check_outputs, check_writable, is_file, remove_leftovers
-from common.model.checkpoint import Checkpoint, load_detector, save_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.runtime import RuntimeFlags
 from common.train.resume import check_resumable, read_state, state_files, write_state
 from common.train.state import TrainState
@@ -236,7 +236,7 @@ def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> 
         Its headline numbers.
     """
     run.accelerator.wait_for_everyone()
-    best, output = load_detector(run.best), run.settings.output
+    best, output = load_checkpoint(run.best), run.settings.output
     model = run.accelerator.prepare_model(best.detector, evaluation_mode=True)
     val_loader = run.accelerator.prepare(val_loader)
     try:

@@ -21,15 +21,15 @@ from transformers import Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
 import improved_dino_detector
 from common.console import InputError
-from common.model.checkpoint import Checkpoint, load_detector, save_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import new_detector
 
 NAMES, IDS = (*"abcdefghi", "\u0645\u06cc\u200c\u0632"), tuple(range(10, 30, 2))  # one name as Persian is written
 
 DETECT = """
 import sys, torch
-from common.model.checkpoint import load_detector
-checkpoint = load_detector(sys.argv[1])
+from common.model.checkpoint import load_checkpoint
+checkpoint = load_checkpoint(sys.argv[1])
 with torch.no_grad():
     out = checkpoint.detector(torch.load(sys.argv[2], weights_only=True))
 torch.save([out.object_logits, out.class_logits, out.boxes], sys.argv[3])
@@ -62,7 +62,7 @@ def content(file) -> dict:
 def refusal(path) -> str:
     """The error message for a checkpoint, without its path."""
     with pytest.raises(InputError) as caught, warnings.catch_warnings(record=True) as warned:
-        load_detector(path)
+        load_checkpoint(path)
     assert not warned
     assert str(caught.value).startswith(f"{path}: ") and str(caught.value).isprintable()
     return str(caught.value).removeprefix(f"{path}: ")
@@ -96,7 +96,7 @@ def test_every_kind_of_detector_is_reloaded_and_can_be_trained(head, registers, 
     folder = tmp_path if registers else tiny_backbone
     detector = new_detector(folder, head=head, blocks=(1, 3), image_size=112, num_classes=10, dropout=0.1).eval()
     save_detector(tmp_path / "a.pth", Checkpoint(detector, NAMES, IDS))
-    reloaded = load_detector(tmp_path / "a.pth")
+    reloaded = load_checkpoint(tmp_path / "a.pth")
     images = torch.rand(1, 3, 112, 112)
     assert same(Checkpoint(detector, NAMES, IDS), reloaded) and not reloaded.detector.training
     assert reloaded.detector.config == detector.config
@@ -104,11 +104,11 @@ def test_every_kind_of_detector_is_reloaded_and_can_be_trained(head, registers, 
     reloaded.detector.train()(images).boxes.sum().backward()
     torch.optim.SGD(reloaded.detector.parameters(), 1.0).step()
     save_detector(tmp_path / "b.pth", reloaded)
-    assert not same(load_detector(tmp_path / "b.pth"), load_detector(tmp_path / "a.pth"))
+    assert not same(load_checkpoint(tmp_path / "b.pth"), load_checkpoint(tmp_path / "a.pth"))
 
 
 def test_every_field_is_reloaded(file, detector):
-    checkpoint = load_detector(file)
+    checkpoint = load_checkpoint(file)
     assert checkpoint.detector.config == detector.config and not checkpoint.detector.training
     assert (checkpoint.class_names, checkpoint.category_ids, checkpoint.epoch) == (NAMES, IDS, 3)
     assert checkpoint.train_config == {"lr": 1e-3, "blocks": (2, 4)} and checkpoint.metrics == {"AP50": None}
@@ -120,7 +120,7 @@ def test_a_failed_write_keeps_the_old_file(saved, monkeypatch):
         file.write(b"PK")
         raise OSError(28, "No space left on device")
 
-    before, checkpoint = saved.read_bytes(), load_detector(saved)
+    before, checkpoint = saved.read_bytes(), load_checkpoint(saved)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(InputError, match="No space left"):
         save_detector(saved, checkpoint)
@@ -167,7 +167,7 @@ def flipped(whole: bytes, place: int, bit: int = 0) -> bytes:
 
 
 def test_a_flipped_bit_changes_nothing_or_is_refused_as_damage(file, saved):
-    whole, good, draw = file.read_bytes(), load_detector(file), random.Random(0)
+    whole, good, draw = file.read_bytes(), load_checkpoint(file), random.Random(0)
     with zipfile.ZipFile(file) as archive:
         parts = [part for part in archive.infolist() if "/data/" in part.filename]
     within = []
@@ -180,7 +180,7 @@ def test_a_flipped_bit_changes_nothing_or_is_refused_as_damage(file, saved):
     for place, bit in flips:
         saved.write_bytes(flipped(whole, place, bit))
         try:
-            assert same(load_detector(saved), good) and place not in within
+            assert same(load_checkpoint(saved), good) and place not in within
         except InputError as error:
             assert "damaged" in str(error)
 
@@ -334,7 +334,7 @@ UNREADABLE += [{"metrics": {"a": value}} for value in ({1}, np.float64(1), torch
 @pytest.mark.parametrize("change", UNREADABLE, ids=str)
 def test_values_that_could_not_be_reloaded_are_not_written(file, change):
     with pytest.raises(InputError):
-        replace(load_detector(file), **change)
+        replace(load_checkpoint(file), **change)
 
 
 def start_from(path, data) -> Checkpoint:
@@ -342,7 +342,7 @@ def start_from(path, data) -> Checkpoint:
 
 
 def test_training_starts_only_from_good_checkpoints(file, saved, content, demo_val):
-    known = replace(load_detector(file), class_names=demo_val.class_names)
+    known = replace(load_checkpoint(file), class_names=demo_val.class_names)
     save_detector(saved, known)
     assert same(replace(start_from(saved, demo_val), train_config=known.train_config, epoch=3), known)
     whole, weight = saved.read_bytes(), content["model"]["head.classify.weight"].numpy().tobytes()

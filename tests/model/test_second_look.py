@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from common.console import InputError
-from common.model.checkpoint import Checkpoint, load_detector, save_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import DetectorConfig, new_detector
 from common.model.losses import LossConfig, detection_loss
 from common.model.postprocess import SECOND_OBJECT_SHARE, predictions
@@ -189,7 +189,7 @@ def test_a_checkpoint_keeps_the_second_look_and_older_ones_have_none(looking, ti
     save_detector(tmp_path / "a.pth", Checkpoint(looking, NAMES, IDS))
     with torch.no_grad():
         for ours, theirs in zip(
-            predictions(looking(images)), predictions(load_detector(tmp_path / "a.pth").detector(images)), strict=True
+            predictions(looking(images)), predictions(load_checkpoint(tmp_path / "a.pth").detector(images)), strict=True
         ):
             assert torch.equal(ours, theirs)
     plain = new_detector(tiny_backbone, head="pyramid", blocks=(2, 4), image_size=112, num_classes=10)
@@ -197,6 +197,6 @@ def test_a_checkpoint_keeps_the_second_look_and_older_ones_have_none(looking, ti
     content = torch.load(tmp_path / "b.pth", weights_only=True)
     del content["model_config"]["second_look"]  # as written before it existed
     torch.save(content, tmp_path / "b.pth")
-    assert load_detector(tmp_path / "b.pth").detector.second_look is None
+    assert load_checkpoint(tmp_path / "b.pth").detector.second_look is None
     with pytest.raises(InputError, match="second_look"):
         DetectorConfig(**asdict(looking.config) | {"second_look": -1})

@@ -26,7 +26,7 @@ from common import cli
 from common.data.sources import check_objects, load_split
 from common.data.transforms import LetterboxTransform
 from common.evaluate.results import read_results
-from common.model.checkpoint import load_detector, save_detector
+from common.model.checkpoint import load_checkpoint, save_detector
 from common.show import charts
 
 pytestmark = pytest.mark.slow
@@ -75,8 +75,8 @@ def test_files_of_a_training_run(chain):
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[0]["loss"].keys() == {"object", "class", "box"} and set(PRIMARY) <= lines[0]["val"].keys()
     assert json.loads((chain / "runs/simple/settings.json").read_text())["image_size"] == 112
-    best, last = (load_detector(chain / "runs/simple" / name) for name in ("best.pth", "last.pth"))
-    final = load_detector(chain / "dino2_detector.pth")
+    best, last = (load_checkpoint(chain / "runs/simple" / name) for name in ("best.pth", "last.pth"))
+    final = load_checkpoint(chain / "dino2_detector.pth")
     assert last.epoch == 2 and final.epoch == best.epoch
     assert final.category_ids == (1, 2, 3, 5, 8, 10, 11, 12, 20, 33) and final.train_config["train_images_used"] == 12
     scores = [line["val"]["AP50"] for line in lines]
@@ -134,7 +134,7 @@ def test_strict_fails_where_a_model_is_missing(chain, demo, tmp_path):
 
 def test_training_and_both_validations_agree(chain):
     for name, record in zip(CHECKPOINTS, read_results(chain / "validation_results.json").models, strict=False):
-        trained = load_detector(chain / name).metrics
+        trained = load_checkpoint(chain / name).metrics
         assert record.primary == pytest.approx({key: trained[key] for key in PRIMARY})
         assert record.detection["AP50"] == pytest.approx(trained["AP50"])
 
@@ -144,7 +144,7 @@ def test_files_of_a_run_of_two_stages(chain):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["epoch"]) for line in lines] == [("frozen", 1), ("frozen", 2), ("unfrozen", 3)]
     frozen, last, final = (
-        load_detector(path) for path in (folder / "frozen.pth", folder / "last.pth", chain / CHECKPOINTS[1])
+        load_checkpoint(path) for path in (folder / "frozen.pth", folder / "last.pth", chain / CHECKPOINTS[1])
     )
     assert last.epoch == 3 and frozen.epoch <= 2
     scores = [line["val"]["AP50"] for line in lines]
@@ -156,7 +156,7 @@ def test_files_of_a_run_of_two_stages(chain):
 
 
 def test_crops_are_never_larger_than_the_input(chain):
-    detector = load_detector(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
+    detector = load_checkpoint(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
     for crop_size, expected in ((448, 112), (112, 112), (56, 56)):
         settings = improved_dino_detector.Settings(crop_size=crop_size)
         assert improved_dino_detector.fitted_to(settings, detector, 1, 1).crop_size == expected
@@ -169,7 +169,7 @@ def test_stage_2_starts_from_any_checkpoint(chain, demo, tmp_path, checkpoint):
     rates = {"epochs_frozen": 0, "epochs_unfrozen": 1, "lr_unfrozen": 0.0, "workers": 0}
     start = str(chain / checkpoint)
     improved_dino_detector.main(improved_dino_detector.Settings(str(demo), start_from=start, **rates, **paths))
-    before, after = load_detector(chain / checkpoint), load_detector(tmp_path / "out.pth")
+    before, after = load_checkpoint(chain / checkpoint), load_checkpoint(tmp_path / "out.pth")
     weights = after.detector.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in before.detector.state_dict().items())
     assert after.detector.config == before.detector.config
@@ -336,7 +336,7 @@ def test_bad_input_ends_in_one_line_and_status_2(
     truth = json.loads((demo / "annotations" / "instances_val2017.json").read_text())
     (tmp_path / "animals.json").write_text(json.dumps(truth | {"categories": animals}))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
-    known = load_detector(chain / "dino2_detector.pth")
+    known = load_checkpoint(chain / "dino2_detector.pth")
     save_detector(tmp_path / "classes.pth", replace(known, class_names=("a",) * len(known.class_names)))
     flags = {"--models": chain / "dino2_detector.pth"} if script == VALIDATION else {}
     flags |= {"--checkpoints": chain / "dino2_detector.pth"} if script == QUICK_CHECK else {}

@@ -18,7 +18,7 @@ from common import cli
 from common.console import InputError
 from common.evaluate.results import read_results
 from common.model.assignment import ASSIGNMENTS
-from common.model.checkpoint import Checkpoint, load_detector, save_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, new_detector
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
 from common.model.postprocess import postprocess, predictions
@@ -68,7 +68,7 @@ def test_out_of_memory_ends_in_one_line_and_keeps_the_state(demo, tiny_backbone)
     line = text.strip().splitlines()[-1]
     assert "out of memory" in line and "--batch-size" in line
     status, text = train_below(limits, replace(settings, batch_size=1, resume=True))
-    assert status == 0 and load_detector("out.pth").epoch == 1, text
+    assert status == 0 and load_checkpoint("out.pth").epoch == 1, text
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(demo, tiny_backbone):
                 assert path.read_bytes() == content
         assert not [p.name for p in Path("run").iterdir() if p.name.startswith(".")]
     assert train_below({}, replace(settings, epochs=2, resume=True))[0] == 0
-    assert load_detector("run/last.pth").epoch == 2
+    assert load_checkpoint("run/last.pth").epoch == 2
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

@@ -17,7 +17,7 @@ from common import cli
 from common.cli import ON_RESUME
 from common.console import InputError
 from common.data.dataset import EpochOrder
-from common.model.checkpoint import Checkpoint, load_detector
+from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.train import run_folder
 from common.train.optim import cosine_schedule
 from common.train.run_folder import RunFlags, RunFolder
@@ -40,7 +40,7 @@ def settings_of(name, data, tiny_backbone, **options):
 
 
 def epochs_of(*files):
-    return [load_detector(file).epoch for file in files]
+    return [load_checkpoint(file).epoch for file in files]
 
 
 def log_of(folder="run"):
@@ -216,5 +216,5 @@ def test_changed_settings_of_a_resumed_run_are_printed(demo, tiny_backbone, capf
     expected = "--epochs (was 2, is 3), --lr (was 0.001, is 0.0005), --precision (was fp32, is bf16)"
     assert warning.endswith(f"another run from here on: {expected}")
     assert [line["epoch"] for line in log_of()] == [1, 2, 3]
-    recorded = load_detector("other.pth").train_config
+    recorded = load_checkpoint("other.pth").train_config
     assert recorded["lr"] == 5e-4 and recorded["workers"] == 1 and not {"resume", "save_steps"} & recorded.keys()
