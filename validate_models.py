@@ -45,7 +45,9 @@ class Settings(RuntimeFlags, DataFlags):
     checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to check")
     images: tuple[str, ...] = flag((), "your own image files and folders, instead of validation images")
     draw: int = flag(24, "validation images to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
-    min_score: float = flag(0.3, "draw detections with this score or a higher one, 0..1", at_least=0)
+    min_score: float = flag(
+        -1.0, "draw detections with this score or a higher one, 0..1; below 0 = each detector's operating point"
+    )
     flip: bool = flag(False, "detect on the mirror image of each image too: more accurate, half as fast")
     output: str = flag("predictions", "folder for the images and detections")
 
@@ -92,7 +94,8 @@ def write_images(
         panels = []
         for model, (checkpoint, detections) in models.items():
             d = detections[index]
-            boxes = detected_boxes(d.boxes, d.scores, d.labels, checkpoint.class_names, settings.min_score)
+            least = checkpoint.min_score if settings.min_score < 0 else settings.min_score
+            boxes = detected_boxes(d.boxes, d.scores, d.labels, checkpoint.class_names, least)
             panels.append((model, draw_boxes(image, boxes)))
             save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
         if len(sheet) < SHEET_IMAGES:
@@ -158,6 +161,9 @@ def main(settings: Settings) -> dict[str, dict]:
         else:
             predictions = Predictions(detections, checkpoint.class_names, predictor.cost(checkpoint, data))
             records.append(evaluate(name, path, predictions, data).record)
+    if settings.min_score < 0 and predictor.accelerator.is_main_process:
+        points = ", ".join(f"{checkpoint.min_score:.2f} ({name})" for name, (checkpoint, _) in models.items())
+        print(f"drawn are detections from the operating point on, the score with the best F1 in validation: {points}")
     if records:
         print(format_table(tuple(records), COLUMNS))
     if predictor.accelerator.is_main_process:

@@ -1,14 +1,24 @@
-"""Image files: finding them in folders, sizes, EXIF orientation, decoding."""
+"""Images: finding files in folders, sizes, EXIF orientation, decoding, and the letterbox."""
 
+import io
 import os
 import struct
 import warnings
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import requests
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
-from common.console import InputError, WrongSizeError
+from common.console import InputError, WrongSizeError, last_line
+from common.types import Letterbox
+
+FILL = (124, 116, 104)  # of the letterbox: ImageNet's mean colour, zero after the backbone's normalisation
+URL_TIMEOUT = 30  # seconds
 
 ORIENTATION = 0x0112  # EXIF's tag: 1 upright, 2 to 8 how to turn or mirror the stored pixels
 UNDO = {  # the inverse of each orientation
@@ -93,6 +103,59 @@ def open_image(path: Path, size: tuple[int, int] | None = None, upright: bool = 
     return _decode(path, size, upright)[0]
 
 
+def read_pixels(image: Path | str | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """The pixels (3, H, W) uint8 RGB of an image in any of the forms that Python programs have them in.
+
+    Args:
+        image: a file, an http(s) URL or a PIL image, which are turned upright by their EXIF orientation; an array
+            (H, W, 3) uint8 RGB; a tensor (3, H, W) RGB, uint8 or floating-point in 0..1.
+
+    Raises:
+        InputError: a file or URL that cannot be read, an array or tensor of another shape or type, or an image without
+            pixels.
+    """
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return F.pil_to_tensor(_fetch(image))
+    if isinstance(image, str | Path):
+        return F.pil_to_tensor(open_image(Path(image)))
+    if isinstance(image, Image.Image):
+        try:
+            return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
+        except DECODING_ERRORS as error:  # Pillow decodes when the pixels are used
+            raise InputError(f"cannot read the image: {error}") from error
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise InputError(f"an array must be (H, W, 3) uint8 RGB, and this is {image.shape} {image.dtype}")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise InputError(f"an image must be a path, URL, PIL image, array or tensor, not a {type(image).__name__}")
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise InputError(f"a tensor must be (3, H, W) RGB, and this is {tuple(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image.cpu()
+    if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
+        raise InputError(f"a tensor must be uint8, or floating-point in 0..1, and this is other {image.dtype}")
+    return (image.cpu().float() * 255).round().to(torch.uint8)
+
+
+def _fetch(url: str) -> Image.Image:
+    try:
+        response = requests.get(url, timeout=URL_TIMEOUT)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise InputError(f"cannot fetch the image {url}: {last_line(error):.200}") from error
+    return _decode(io.BytesIO(response.content), None, upright=True, name=url)[0]
+
+
+def letterboxed(image: Tensor, size: int) -> tuple[Tensor, Letterbox]:
+    """An image (3, H, W) uint8 scaled to fit a square of `size` pixels, in its upper-left corner, and padded."""
+    letterbox = Letterbox.fit((image.shape[-2], image.shape[-1]), size)
+    height, width = letterbox.resized
+    canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, size, size)
+    canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
+    return canvas, letterbox
+
+
 def has_open_orientation(path: Path, size: tuple[int, int]) -> bool:
     """Whether an image has an EXIF rotation of which the annotated `size` does not tell if it was applied.
 
@@ -101,7 +164,18 @@ def has_open_orientation(path: Path, size: tuple[int, int]) -> bool:
     return _decode(path, size, upright=False)[1]
 
 
-def _decode(path: Path, size: tuple[int, int] | None, upright: bool) -> tuple[Image.Image, bool]:
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off all that is bright
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions, whose range is unknown")
+    return image.convert("RGB")
+
+
+def _decode(
+    path: Path | io.BytesIO, size: tuple[int, int] | None, upright: bool, name: str = ""
+) -> tuple[Image.Image, bool]:
+    name = name or str(path)
     try:
         image: Image.Image = Image.open(path)
         orientation, stored, turned = _orientation(image)
@@ -112,21 +186,17 @@ def _decode(path: Path, size: tuple[int, int] | None, upright: bool) -> tuple[Im
                 image = image.transpose(UNDO[orientation])
         else:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off all that is bright
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
-        if image.mode == "F":
-            raise ValueError("its pixels are fractions, whose range is unknown")
-        image = image.convert("RGB")
+        image = _to_rgb(image)
     except FileNotFoundError as error:
-        raise InputError(f"no such image: {path}") from error
+        raise InputError(f"no such image: {name}") from error
     except Image.DecompressionBombError as error:
         reason = str(error).partition(",")[0]
-        raise TooLargeError(f"{path} is too large to decode, scale it down: {reason}") from error
+        raise TooLargeError(f"{name} is too large to decode, scale it down: {reason}") from error
     except DECODING_ERRORS as error:
-        raise InputError(f"cannot read the image {path}: {error}") from error
+        raise InputError(f"cannot read the image {name}: {error}") from error
     if size is not None and image.size != size:
         file_size, annotated = "x".join(map(str, image.size)), "x".join(map(str, size))
-        raise WrongSizeError(f"{path} is {file_size} pixels, but its annotation says {annotated}")
+        raise WrongSizeError(f"{name} is {file_size} pixels, but its annotation says {annotated}")
     return image, is_open
 
 

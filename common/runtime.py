@@ -45,7 +45,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     Raises:
         InputError: fp16 without a GPU, or a launcher that shards the weights.
     """
-    chosen = _fastest_precision() if precision == "auto" else precision
+    chosen = fastest_precision(default_device()) if precision == "auto" else precision
     if chosen == "fp16" and not torch.accelerator.is_available():
         raise InputError("--precision fp16 needs a GPU; take bf16, fp32 or auto")
     if deterministic:
@@ -65,10 +65,17 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     return accelerator
 
 
-def _fastest_precision() -> str:
-    if torch.cuda.is_available():
+def default_device() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def fastest_precision(device: torch.device) -> str:
+    """fp32, bf16 or fp16: what the device computes in fastest."""
+    if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if torch.backends.mps.is_available():
+    if device.type != "cpu":
         return "fp32"
     supported = torch.cpu.get_capabilities()  # without these instructions bf16 is five times slower than fp32
     return "bf16" if supported.get("avx512_bf16") or supported.get("amx_bf16") else "fp32"

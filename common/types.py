@@ -128,13 +128,34 @@ class Detections:
     """The objects detected in one image, best score first, on the CPU.
 
     Shapes: boxes (N, 4) float32 xyxy *original* pixels, clipped to the image; scores (N,) float32 in 0..1;
-    labels (N,) int64.
+    labels (N,) int64, indices into `class_names` and `category_ids`, which only `load_detector`'s detections have.
     """
 
     image_id: int
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    class_names: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each object."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    def at_least(self, score: float) -> "Detections":
+        """The objects with that score or a higher one."""
+        keep = self.scores >= score
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+
+    def to_coco(self, image_id: int) -> list[dict]:
+        """The objects in COCO's results format: a dictionary each, with the category's id and the box as xywh."""
+        sizes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1)
+        rows = zip(sizes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
+        return [
+            {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
+            for box, score, label in rows
+        ]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
+from common.images import FILL, letterboxed
 from common.types import Letterbox, Target, mirror_boxes
 
-FILL = (124, 116, 104)  # ImageNet's mean colour: zero after the backbone's normalisation
 SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
 
 
@@ -28,10 +27,7 @@ class LetterboxTransform(nn.Module):
         self.size = size
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        letterbox = Letterbox.fit((image.shape[-2], image.shape[-1]), self.size)
-        height, width = letterbox.resized
-        canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
-        canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
+        canvas, letterbox = letterboxed(image, self.size)
         return canvas, letterbox_target(target, letterbox)
 
 

@@ -116,9 +116,11 @@ def _existing(number: float) -> float | None:
     return None if number < 0 else float(number)
 
 
-def headline(numbers: dict) -> dict[str, float | None]:
-    """The study's six columns, `found` and AP, out of what `evaluate_table` returns."""
-    return {**numbers["primary"], "AP50": numbers["detection"]["AP50"], "AP": numbers["detection"]["AP"]}
+def headline(table: DetectionTable, data: CocoData) -> dict[str, float | None]:
+    """The study's six columns, `found`, AP, and the operating point, which a checkpoint keeps."""
+    numbers, point = evaluate_table(table, data), operating_point(ranking(match(table, data, IOU_THRESHOLDS[:1])))
+    detection = {key: numbers["detection"][key] for key in ("AP50", "AP")}
+    return {**numbers["primary"], **detection, "operating_point": point["score"]}
 
 
 def format_headline(numbers: dict[str, float | None]) -> str:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
 from common.data.coco import CocoData
-from common.evaluate.coco_metrics import evaluate_table, headline
+from common.evaluate.coco_metrics import headline
 from common.evaluate.detections import detection_table, label_map
 from common.model.postprocess import postprocess, predictions
 from common.runtime import raise_if_interrupted
@@ -62,4 +62,4 @@ def validate(
 ) -> dict[str, float | None]:
     """The headline numbers of a model with these classes on the images of `data`, which `loader` yields."""
     detections = detect(model, loader, accelerator, title="validating")
-    return headline(evaluate_table(detection_table(detections, label_map(class_names, data)), data))
+    return headline(detection_table(detections, label_map(class_names, data)), data)

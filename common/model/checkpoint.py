@@ -20,6 +20,7 @@ from common.files import atomic_write
 from common.model.detector import Detector, DetectorConfig, build_detector
 
 FORMAT_VERSION = 1
+MIN_SCORE = 0.3  # of detections that are shown, where no operating point is known
 CONTENT = {
     "model_config": dict,
     "class_names": list,
@@ -62,6 +63,12 @@ class Checkpoint:
             raise InputError(f"epoch must be a whole number from 0, not {reprlib.repr(self.epoch)}")
         if not _is_plain([self.train_config, self.metrics]):
             raise InputError("train_config and metrics must consist of plain types")
+
+    @property
+    def min_score(self) -> float:
+        """The operating point: the score with the best F1 on the validation images of its training, else MIN_SCORE."""
+        score = self.metrics.get("operating_point")
+        return score if type(score) is float and 0 <= score <= 1 else MIN_SCORE
 
 
 def _is_plain(value: Any) -> bool:

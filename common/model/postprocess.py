@@ -58,4 +58,4 @@ def _detections(scores: Tensor, boxes: Tensor, target: Target) -> Detections:
     solid = ((candidates[:, 2:] - candidates[:, :2]) > 0).all(1)
     candidates, best, labels = candidates[solid], best[solid], labels[solid]
     keep = batched_nms(candidates, best, labels, NMS_IOU)[:MAX_DETECTIONS]
-    return Detections(target.image_id, *(t[keep].cpu() for t in (candidates, best, labels)))
+    return Detections(target.image_id, candidates[keep].cpu(), best[keep].cpu(), labels[keep].cpu())

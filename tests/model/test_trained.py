@@ -1,0 +1,151 @@
+"""`load_detector` and `predict`: every form of an image, and the same detections as in the evaluation."""
+
+import functools
+import http.server
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.console import InputError
+from common.evaluate.evaluation import Predictor
+from common.images import read_pixels
+from common.model import load_detector
+from common.model.checkpoint import MIN_SCORE, Checkpoint, load_checkpoint, save_detector
+from common.model.detector import new_detector
+from common.runtime import make_accelerator
+
+
+@pytest.fixture(scope="module")
+def file(tiny_backbone, demo_val, tmp_path_factory) -> Path:
+    """A detector with a second look; its scores are low, as it is not trained."""
+    torch.manual_seed(0)
+    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "second_look": 20}
+    detector = new_detector(tiny_backbone, head="pyramid", **options)
+    path = tmp_path_factory.mktemp("trained") / "detector.pth"
+    ids = tuple(range(10, 30, 2))
+    save_detector(path, Checkpoint(detector, demo_val.class_names, ids))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(file):
+    return load_detector(file)
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("boxes", "scores", "labels"))
+
+
+def test_predictions_on_files_are_those_of_the_evaluation_to_the_bit(file, trained, demo_val):
+    evaluated = Predictor(make_accelerator(), batch_size=4, workers=0).detect(load_checkpoint(file), demo_val, "")
+    files = [image.path for image in demo_val.images]
+    predicted = trained.predict(files, min_score=0.0, batch_size=4)
+    assert len(predicted) == len(evaluated) == 6 and all(map(same, predicted, evaluated))
+    assert all(len(d.scores) > 0 for d in predicted)
+
+
+def test_a_batch_gives_what_single_images_give(trained, demo_val):
+    files = [image.path for image in demo_val.images]
+    for together, alone in zip(trained.predict(files, 0.0), (trained.predict(f, 0.0) for f in files), strict=True):
+        assert torch.allclose(together.scores, alone.scores, atol=1e-4)
+
+
+def test_every_form_of_an_image_gives_the_same_detections(trained, demo_val, tmp_path):
+    path = demo_val.images[0].path
+    image = Image.open(path)
+    pixels = np.asarray(image.convert("RGB"))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(path.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{path.name}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = tmp_path / "turned.png"
+    image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    forms = [
+        str(path),
+        url,
+        image,
+        pixels,
+        tensor,
+        tensor.double() / 255,
+        turned,
+        Image.open(turned),
+        pixels[:, ::-1][:, ::-1],
+    ]
+    expected = trained.predict(path, 0.0)
+    for detections in [*trained.predict(forms, 0.0, batch_size=1), *(trained.predict(form, 0.0) for form in forms)]:
+        assert same(detections, expected)
+    with pytest.raises(InputError, match=r"cannot fetch.*404"):
+        trained.predict(url + ".none")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InputError, match="cannot fetch"):
+        trained.predict(url)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        """Print nothing."""
+
+
+def test_detections_have_names_and_become_coco_results(trained, demo_val):
+    detections = trained.predict(demo_val.images[0].path, min_score=0.0)
+    assert detections.names == [demo_val.class_names[label] for label in detections.labels]
+    first, (x1, y1, x2, y2) = detections.to_coco(77)[0], detections.boxes[0].tolist()
+    assert first["image_id"] == 77 and first["category_id"] == 10 + 2 * int(detections.labels[0])
+    assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1]) and first["score"] == detections.scores[0]
+
+
+def test_the_operating_point_is_the_default_threshold(trained, file, demo_val, tmp_path):
+    path = demo_val.images[0].path
+    everything = trained.predict(path, 0.0)
+    middle = everything.scores.median().item()
+    save_detector(tmp_path / "point.pth", replace(load_checkpoint(file), metrics={"operating_point": middle}))
+    shown = load_detector(tmp_path / "point.pth").predict(path)
+    assert same(shown, everything.at_least(middle)) and 0 < len(shown.scores) < len(everything.scores)
+    save_detector(tmp_path / "old.pth", replace(load_checkpoint(file), metrics={}))
+    assert load_detector(tmp_path / "old.pth").min_score == MIN_SCORE
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (3, "not a int"),
+        (None, "not a NoneType"),
+        ("no/such.jpg", "no such image"),
+        (np.zeros((4, 4, 3)), "uint8 RGB"),
+        (np.zeros((4, 4), np.uint8), "uint8 RGB"),
+        (np.zeros((0, 4, 3), np.uint8), "uint8 RGB"),
+        (torch.zeros(4, 4, 3), r"\(3, H, W\)"),
+        (torch.full((3, 4, 4), 200.0), r"0\.\.1"),
+        (torch.full((3, 4, 4), torch.nan), r"0\.\.1"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), r"0\.\.1"),
+        (Image.new("F", (4, 4)), "fractions"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_line(trained, image, message):
+    for images, match in ((image, message), ([torch.zeros(3, 9, 9), image], f"image 1 of the list: .*{message}")):
+        with pytest.raises(InputError, match=match) as caught:
+            trained.predict(images)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_empty_list_has_no_detections_and_any_shape_is_an_image(trained):
+    assert trained.predict([]) == []
+    for shape in ((3, 1, 1), (3, 2000, 3), (3, 5, 900)):
+        detections = trained.predict(torch.rand(shape), 0.0)
+        assert detections.boxes.numel() == 0 or detections.boxes[:, 2:].max() <= max(shape)
+    assert read_pixels(np.zeros((4, 6, 3), np.uint8)).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_does_not_exist_is_refused(file, device):
+    with pytest.raises(InputError, match="no device"):
+        load_detector(file, device=device)
+    assert load_detector(file, device="cpu").device == torch.device("cpu")
