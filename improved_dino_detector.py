@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import flag
-from common.console import InputError, progress_bar
+from common.console import InputError, name_some, progress_bar
 from common.data.annotations import check_object_sizes
 from common.data.coco import CocoData
 from common.data.dataset import (
@@ -42,9 +42,10 @@ from common.data.dataset import (
 from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
+from common.evaluate.detections import label_map
 from common.model.backbone import Backbone, fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector
+from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, with_classes
 from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
 from common.runtime import make_accelerator, precision_name
@@ -99,7 +100,9 @@ class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
     )
     crop_size: int = flag(336, "side of the crops, pixels, at most that of the input", at_least=1)
     stop_after: str = flag("", "frozen = end with stage 1", choices=STAGES[:1], on_resume="free")
-    start_from: str = flag("", "checkpoint to start from; its head, blocks and input size are kept", on_resume="refuse")
+    start_from: str = flag(
+        "", "checkpoint to start from, also with other classes; its head, blocks and size are kept", on_resume="refuse"
+    )
     ema: float = flag(0.99, "decay of the moving average of the weights, a step; 0 = none", at_least=0, at_most=1)
     run_dir: str = flag("runs/improved", "folder for the run's log and its checkpoints", on_resume="free")
     output: str = flag("improved_dino2_detector.pth", "the checkpoint to write", on_resume="free")
@@ -246,15 +249,26 @@ def train_stage(
 def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
     """The detector to train: that of `--start-from`, or a new head on a pretrained backbone.
 
+    Where the classes of the data are others than those of `--start-from`, all but the class layers are kept, and in
+    them the weights of classes with the same name.
+
     Raises:
-        InputError: no such checkpoint or backbone, or a checkpoint with other classes.
+        InputError: no such checkpoint or backbone.
     """
     if settings.start_from:
         start = load_checkpoint(settings.start_from)
-        if start.class_names != data.class_names:
-            raise InputError(f"{settings.start_from} has other classes than {data.source}")
         origin = {"backbone": start.train_config.get("backbone"), "started_from": settings.start_from}
-        return replace(start, train_config=origin, epoch=0)
+        detector = start.detector
+        if start.class_names != data.class_names:
+            label_of = {label: row for row, label in enumerate(label_map(start.class_names, data)) if label >= 0}
+            detector = with_classes(detector, [label_of.get(label) for label in range(len(data.class_names))])
+            new = [name for label, name in enumerate(data.class_names) if label not in label_of]
+            print(
+                f"all but the class layers of {settings.start_from} are kept, and in them {len(label_of)} of "
+                f"{len(data.class_names)} classes; new: {name_some(new) if new else 'none'}",
+                flush=True,
+            )
+        return Checkpoint(detector, data.class_names, data.category_ids, origin)
     name, folder = fetch_backbone(settings.backbone)
     detector = new_detector(
         folder,

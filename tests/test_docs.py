@@ -7,12 +7,14 @@ import json
 import re
 import shlex
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT
+from PIL import Image
 
 from common import cli
 from common.model.checkpoint import Checkpoint, save_detector
@@ -98,11 +100,16 @@ def test_python_of_the_readme_runs(detector, tmp_path, monkeypatch):
     names = tuple(f"class {number}" for number in range(10))
     save_detector(tmp_path / "improved_dino2_detector.pth", Checkpoint(detector, names, tuple(range(1, 11))))
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 40)).save("street.jpg")
+    converted = []
+    supervision = types.SimpleNamespace(Detections=lambda xyxy, **parts: converted.append((xyxy, *parts.values())))
+    monkeypatch.setitem(sys.modules, "supervision", supervision)
     (code,) = (block for kind, block in FENCE.findall(README.read_text()) if kind == "python")
-    found = {"images": torch.rand(2, 3, 112, 112)}
-    exec(code, found)
-    assert found["checkpoint"].class_names == names
-    assert len(found["out"].boxes) == 2
+    variables: dict = {}
+    exec(code, variables)
+    found = variables["found"]
+    assert found.class_names == names and found.names == [names[label] for label in found.labels]
+    assert [len(part) for part in converted[0]] == [len(found.scores)] * 3
 
 
 @by_page

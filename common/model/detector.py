@@ -1,5 +1,6 @@
 """The detector: a backbone and a head, and the settings that rebuild it without any network."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,6 +122,30 @@ def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
 def build_detector(config: DetectorConfig) -> Detector:
     """A detector with random weights, to be replaced by those of a checkpoint."""
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
+
+
+def with_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:
+    """A detector with the same weights for other classes; only its class layers, all called `classify`, differ.
+
+    Args:
+        detector: to take the weights from.
+        rows: for each class of the new detector its label in the old one, or None for a new class, whose weights are
+            random.
+    """
+    old_classes = detector.config.num_classes
+    new = build_detector(replace(detector.config, num_classes=len(rows)))
+    kept = [(label, row) for label, row in enumerate(rows) if row is not None]
+    weights = new.state_dict()
+    for name, old in detector.state_dict().items():
+        if ".classify." not in name:
+            weights[name] = old
+            continue
+        others = len(old) - old_classes  # the object's row of a linear head
+        weights[name][:others] = old[:others]
+        for label, row in kept:
+            weights[name][others + label] = old[others + row]
+    new.load_state_dict(weights)
+    return new
 
 
 def check_side(what: str, side: int, patch: int) -> None:
