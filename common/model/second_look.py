@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
+from common.model.suppression import kept_by_nms, pairwise_iou, rows_of
 from common.types import RawOutput, SecondOutput, Target
 
 CANDIDATES = 1000  # best locations of an image that enter NMS
@@ -75,7 +76,7 @@ class SecondLook(nn.Module):
             examples: (B, E, 4) input pixels; in training.
         """
         locations = best_locations(out, TRAINED_PROPOSALS if self.training else self.proposals)
-        boxes = out.boxes.detach().gather(1, locations[..., None].expand(-1, -1, 4))
+        boxes = rows_of(out.boxes.detach(), locations)
         if examples is not None:
             boxes = torch.cat([examples, boxes], dim=1)
         classes = self.classify(self.normalise(pool(features, boxes, CLASS_PARTS, self.stride))).float()
@@ -84,26 +85,15 @@ class SecondLook(nn.Module):
 
 
 def best_locations(out: RawOutput, count: int) -> Tensor:
-    """The (B, N) locations with the highest object scores, N = `count` or all; first those that NMS keeps.
+    """The (B, N) locations with the highest object scores after NMS, N = `count` or all; then those that it removed.
 
-    The NMS removes every box that overlaps a higher-scoring one (Fast NMS of YOLACT, arXiv 1904.02689): without a loop,
-    and with the same number of locations for each image, so that a batch is one tensor.
+    The number is the same for each image, so that a batch is one tensor.
     """
     logits, boxes = out.object_logits.detach(), out.boxes.detach()
     best, index = logits.topk(min(CANDIDATES, logits.shape[1]))  # by falling score
-    iou = _iou(boxes.gather(1, index[..., None].expand(-1, -1, 4)))
-    removed = (iou.triu(diagonal=1) > PROPOSAL_IOU).any(1)
-    rank = torch.arange(best.shape[1], device=best.device) + removed * best.shape[1]
+    kept = kept_by_nms(pairwise_iou(rows_of(boxes, index)) > PROPOSAL_IOU)
+    rank = torch.arange(best.shape[1], device=best.device) + ~kept * best.shape[1]
     return index.gather(1, rank.topk(min(count, best.shape[1]), largest=False).indices)
-
-
-def _iou(boxes: Tensor) -> Tensor:
-    """IoU (B, N, N) of boxes (B, N, 4) with each other."""
-    low, high = boxes.split(2, dim=-1)
-    area = (high - low).prod(-1)
-    sides = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
-    overlap = sides.clamp(min=0).prod(-1)
-    return overlap / (area[:, :, None] + area[:, None] - overlap)
 
 
 def pool(features: Tensor, boxes: Tensor, parts: int, stride: int) -> Tensor:
