@@ -32,6 +32,7 @@ from common.evaluate.evaluation import Evaluation, Predictor, evaluate, unique_n
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.model import postprocess
+from common.model.exported import is_exported
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.tables import format_comparisons, format_table
 from common.types import Predictions
@@ -45,7 +46,7 @@ INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 class Settings(RuntimeFlags, DataFlags):
     models: tuple[str, ...] = flag(
         (),
-        "checkpoints (.pth), and weight files or exported folders that ultralytics runs "
+        "checkpoints (.pth), their exports, and weight files or exported folders that ultralytics runs "
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
@@ -68,6 +69,8 @@ def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor)
         return read_detections(path, data)
     if is_checkpoint(path):
         return predictor.predictions(path, data)
+    if is_exported(path):
+        return predictor.exported_predictions(path, data)
     from common.evaluate.yolo import yolo_predictions  # ultralytics is optional
 
     return yolo_predictions(path, data, settings.batch_size, predictor.accelerator.device)

@@ -1,4 +1,4 @@
-"""What the scripts share, in five rooms.
+"""What the scripts share, in six rooms.
 
 types.py      the types that travel between the rooms: Target, Batch, RawOutput, Detections; letterbox and boxes
 console.py    how a program talks to its user: errors, progress bars, signals; imports no torch
@@ -10,7 +10,8 @@ data/         whatever --data names -> batches
               sources, annotations, box_format, formats, hub, official, demo | coco (the data set in memory),
               dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
-              backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess, checkpoint
+              backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess | checkpoint,
+              trained (load_detector), exported (detectors in ONNX and OpenVINO)
 train/        one training run
               optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, feature_cache
 evaluate/     detections -> numbers; draws nothing
@@ -18,7 +19,9 @@ evaluate/     detections -> numbers; draws nothing
               yolo, evaluation, results
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report
+export/       a checkpoint -> files that others run: python -m common.export
+              graph
 
-Imports go one way: scripts -> train, show -> evaluate -> data, model -> the files at the root. data and model do not
-import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.
+Imports go one way: scripts, export -> train, show -> evaluate -> data, model -> the files at the root. data and model
+do not import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.
 """

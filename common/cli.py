@@ -43,8 +43,9 @@ def flag(
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
     on_resume: str = "warn",
+    positional: bool = False,
 ) -> typing.Any:
-    """A dataclass field that becomes `--name`.
+    """A dataclass field that becomes `--name`, or an argument without a name.
 
     Args:
         default: of a plain type, or a tuple for a flag with several values.
@@ -52,11 +53,11 @@ def flag(
         at_least: the least number allowed, likewise `at_most`.
         choices: the values allowed.
         on_resume: one of ON_RESUME, what a resumed run may do with it.
+        positional: it is given without its name, and may be left out.
     """
     limits = {"at_least": at_least, "at_most": at_most}
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "on_resume": on_resume} | limits
-    )
+    texts = {"help": help, "choices": choices, "on_resume": on_resume, "positional": positional}
+    return dataclasses.field(default=default, metadata=texts | limits)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,10 +94,12 @@ def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, kind: t
     several = typing.get_origin(kind) is tuple
     element = typing.get_args(kind)[0] if several else kind
     metavar = None if metadata["choices"] else {int: "N", float: "X"}.get(element, "TEXT")
+    if metadata["positional"]:
+        name, metavar = field.name, field.name.upper()
     parser.add_argument(
         name,
         type=_checked(element, metadata["at_least"], metadata["at_most"]),
-        nargs="+" if several else None,
+        nargs="+" if several else "?" if metadata["positional"] else None,
         choices=metadata["choices"],
         metavar=metavar,
         default=field.default,

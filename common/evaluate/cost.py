@@ -3,17 +3,15 @@
 import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
-from common.evaluate.detect import predict
-from common.model.postprocess import postprocess
-from common.runtime import device_name, precision_name
-from common.types import Batch
+from common.runtime import device_name
+from common.types import Batch, Detections, Target
 
 TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
 MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
@@ -57,25 +55,38 @@ class PeakMemory:
 
 
 @torch.inference_mode()
-def measure_cost(model: nn.Module, batch: Batch, accelerator: Accelerator, flip: bool = False) -> Cost:
-    """Time a prepared model on the images of one batch on its device."""
-    model.eval()
+def measure_cost(
+    run: Callable[[Tensor, list[Target]], list[Detections]],
+    batch: Batch,
+    device: torch.device,
+    precision: str,
+    parameters: int | None = None,
+) -> Cost:
+    """Time a detector on the images of one batch.
 
-    def seconds(images: torch.Tensor, targets: list) -> float:
+    Args:
+        run: the detector with its post-processing; its detections are on the CPU, so that a GPU has finished.
+        batch: on the device.
+        device: that the detector runs on.
+        precision: fp32, bf16, fp16 or int8.
+        parameters: of the detector, where they are known.
+    """
+
+    def seconds(images: Tensor, targets: list[Target]) -> float:
         start = time.perf_counter()
-        postprocess(*predict(model, images, flip), targets)  # on the CPU, so the GPU has finished
+        run(images, targets)
         return time.perf_counter() - start
 
     singles = [i % len(batch.images) for i in range(WARM_UP + TIMED)]
-    with PeakMemory(accelerator.device) as memory:
+    with PeakMemory(device) as memory:
         times = [seconds(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in singles][WARM_UP:]
         whole = min(seconds(batch.images, batch.targets) for _ in range(2))
     return Cost(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         ms_per_image=1000 * statistics.median(times),
         images_per_s=len(batch.images) / whole,
         batch_size=len(batch.images),
         peak_memory_mb=memory.megabytes,
-        device=device_name(accelerator.device),
-        precision=precision_name(accelerator),
+        device=device_name(device),
+        precision=precision,
     )

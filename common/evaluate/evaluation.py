@@ -1,7 +1,7 @@
 """From a model and a data set to a record, for both validation scripts.
 
-A model is a checkpoint of this project, anything that ultralytics runs, or a file of detections. Each gives
-`Predictions`, which one function evaluates.
+A model is a checkpoint of this project, one of its exports, anything that ultralytics runs, or a file of detections.
+Each gives `Predictions`, which one function evaluates.
 """
 
 import itertools
@@ -12,21 +12,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from common.console import InputError, name_some
+from common.console import InputError, finish_step_first, name_some, progress_bar
 from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
 from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
 from common.evaluate.cost import measure_cost
-from common.evaluate.detect import detect
+from common.evaluate.detect import detect, predict
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.types import Detections, Predictions
+from common.model.exported import load_exported
+from common.model.postprocess import detections_of, postprocess
+from common.runtime import precision_name, raise_if_interrupted
+from common.types import Batch, Detections, Predictions, Target
 
 NAME_BYTES = 200  # of a model's name, from which file names are made
 
@@ -55,12 +60,18 @@ class Predictor:
 
     def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
         """Parameters and speed, the fields of `cost.Cost`, measured on the first images of `data`."""
-        loader = make_eval_loader(
-            data.first(self.batch_size), checkpoint.detector.config.image_size, self.batch_size, workers=0
-        )
-        model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
-        batch = next(iter(loader)).to(self.accelerator.device)
-        return asdict(measure_cost(model, batch, self.accelerator, self.flip))
+        batch = self._first_batch(checkpoint.detector.config.image_size, data)
+        model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True).eval()
+        parameters = sum(p.numel() for p in model.parameters())
+
+        def run(images: Tensor, targets: list[Target]) -> list[Detections]:
+            return postprocess(*predict(model, images, self.flip), targets)
+
+        device, precision = self.accelerator.device, precision_name(self.accelerator)
+        return asdict(measure_cost(run, batch.to(device), device, precision, parameters))
+
+    def _first_batch(self, image_size: int, data: CocoData) -> Batch:
+        return next(iter(make_eval_loader(data.first(self.batch_size), image_size, self.batch_size, workers=0)))
 
     def predictions(self, path: str, data: CocoData) -> Predictions:
         """What the checkpoint in the file `path` detects on the images of `data`.
@@ -69,17 +80,35 @@ class Predictor:
             InputError: a missing or damaged checkpoint.
         """
         checkpoint = load_checkpoint(path)
-        config = checkpoint.detector.config
-        conditions = checkpoint.train_config | {
-            "epoch": checkpoint.epoch,
-            "validation_metrics": checkpoint.metrics,
-            "image_size": config.image_size,
-            "blocks": list(config.blocks),
-            "head": config.head,
-            "flip": self.flip,
-        }
+        conditions = checkpoint.conditions() | {"flip": self.flip}
         detections = self.detect(checkpoint, data, Path(path).stem)
         return Predictions(detections, checkpoint.class_names, self.cost(checkpoint, data), conditions)
+
+    def exported_predictions(self, path: str, data: CocoData) -> Predictions:
+        """What an exported detector detects on the images of `data`, on the CPU.
+
+        Raises:
+            InputError: a damaged detector, a runtime that is not installed, or mirrored images, which it does not take.
+            Interrupted: between two batches, after a signal.
+        """
+        if self.flip:
+            raise InputError(f"{path}: --flip is for checkpoints, not for exported detectors")
+        detector = load_exported(path)
+
+        def run(images: Tensor, targets: list[Target]) -> list[Detections]:
+            return detections_of(*detector.run(images), targets)
+
+        detections: list[Detections] = []
+        loader = make_eval_loader(data, detector.image_size, self.batch_size, self.workers)
+        with finish_step_first(), progress_bar(len(data), Path(path).stem) as bar:
+            for batch in loader:
+                detections += run(batch.images, batch.targets)
+                bar.update(len(batch.targets))
+                raise_if_interrupted(self.accelerator)
+        batch = self._first_batch(detector.image_size, data)
+        cost = measure_cost(run, batch, torch.device("cpu"), detector.precision)
+        conditions = detector.conditions | {"flip": False, "runtime": detector.runtime}
+        return Predictions(detections, detector.class_names, asdict(cost), conditions)
 
 
 @dataclass(frozen=True)

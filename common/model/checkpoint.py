@@ -70,6 +70,17 @@ class Checkpoint:
         score = self.metrics.get("operating_point")
         return score if type(score) is float and 0 <= score <= 1 else MIN_SCORE
 
+    def conditions(self) -> dict:
+        """How the detector was trained and what it is, for records of evaluations and descriptions of exports."""
+        config = self.detector.config
+        return self.train_config | {
+            "epoch": self.epoch,
+            "validation_metrics": self.metrics,
+            "image_size": config.image_size,
+            "blocks": list(config.blocks),
+            "head": config.head,
+        }
+
 
 def _is_plain(value: Any) -> bool:
     if type(value) is dict:

@@ -5,13 +5,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
-from common.model.suppression import kept_by_nms, pairwise_iou, rows_of
 from common.types import Detections, RawOutput, Target
 
 MIN_SCORE = 0.001  # detections below it are dropped: ultralytics' evaluation setting
 CANDIDATES = 500  # best (box, class) pairs that enter NMS; 1000 give the same AP
 NMS_IOU = 0.5
 MAX_DETECTIONS = 100  # an image: COCO's limit
+NMS_ROUNDS = 10
 SECOND_OBJECT_SHARE, SECOND_CLASS_SHARE = 0.4, 0.6  # of the second look, in the means of both looks
 
 
@@ -79,3 +79,36 @@ def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, target: Target) -
     original = clip_boxes_to_image(target.letterbox.to_original(boxes), target.letterbox.original)
     keep = (scores > MIN_SCORE) & ((original[:, 2:] - original[:, :2]) > 0).all(1)
     return Detections(target.image_id, original[keep], scores[keep], labels[keep])
+
+
+def pairwise_iou(boxes: Tensor) -> Tensor:
+    """IoU (B, N, N) of boxes (B, N, 4) with each other."""
+    low, high = boxes.split(2, dim=-1)
+    area = (high - low).prod(-1)
+    sides = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
+    overlap = sides.clamp(min=0).prod(-1)
+    return overlap / (area[:, :, None] + area[:, None] - overlap)
+
+
+def kept_by_nms(conflict: Tensor) -> Tensor:
+    """Greedy NMS: a box is kept unless it conflicts with a kept box before it.
+
+    Each round decides the boxes that depend on boxes which the round before decided. After `NMS_ROUNDS` all are decided
+    as a loop would, unless a chain of more boxes decide about each other, one by one.
+
+    Args:
+        conflict: (B, N, N) bool, between the boxes of an image, by falling score.
+
+    Returns:
+        (B, N) bool.
+    """
+    before = conflict.triu(diagonal=1).float()
+    kept = torch.ones_like(before[:, :1])  # (B, 1, N)
+    for _ in range(NMS_ROUNDS):
+        kept = ((kept @ before) == 0).float()
+    return kept[:, 0] > 0
+
+
+def rows_of(boxes: Tensor, index: Tensor) -> Tensor:
+    """The boxes (B, N, 4) at the indices (B, N) of boxes (B, M, 4)."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
-from common.model.suppression import kept_by_nms, pairwise_iou, rows_of
+from common.model.postprocess import kept_by_nms, pairwise_iou, rows_of
 from common.types import RawOutput, SecondOutput, Target
 
 CANDIDATES = 1000  # best locations of an image that enter NMS

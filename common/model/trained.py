@@ -6,6 +6,7 @@ detector = load_detector("improved_dino2_detector.pth")
 detections = detector.predict("street.jpg")
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from common.console import InputError
 from common.images import letterboxed, read_pixels
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.postprocess import postprocess, predictions
+from common.model.postprocess import best_boxes, detections_of, predictions
 from common.runtime import default_device, fastest_precision
 from common.types import Detections, Target
 
@@ -27,23 +28,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
-@dataclass(frozen=True)
-class TrainedDetector:
-    """A checkpoint on a device, in the precision that the device computes in fastest."""
+class TrainedDetector(ABC):
+    """What a checkpoint and an exported detector have in common."""
 
-    checkpoint: Checkpoint
-    device: torch.device
-    precision: str  # fp32, bf16 or fp16
+    class_names: tuple[str, ...]  # of the labels 0..K-1
+    category_ids: tuple[int, ...]  # of the data set that it was trained on
+    image_size: int  # side of its square input, pixels
+    min_score: float  # the operating point, see `Checkpoint.min_score`
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the labels 0..K-1."""
-        return self.checkpoint.class_names
+    @abstractmethod
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, S, S) float32 RGB in 0..1, letterboxed -> boxes (B, D, 4) in input pixels, scores and labels (B, D).
 
-    @property
-    def min_score(self) -> float:
-        """The lowest score of the detections that `predict` returns by default, see `Checkpoint.min_score`."""
-        return self.checkpoint.min_score
+        As `best_boxes` returns them.
+        """
 
     def predict(
         self, images: AnyImage | Sequence[AnyImage], min_score: float | None = None, batch_size: int = 8
@@ -70,20 +68,14 @@ class TrainedDetector:
             detections += self._detect(batch, first, min_score)
         return detections
 
-    @torch.inference_mode()
     def _detect(self, images: list[Tensor], first: int, min_score: float | None) -> list[Detections]:
         """The detections in a batch of images (3, H, W) uint8, numbered from `first`."""
-        detector, checkpoint = self.checkpoint.detector, self.checkpoint
-        inputs, letterboxes = zip(*(letterboxed(image, detector.config.image_size) for image in images), strict=True)
+        inputs, letterboxes = zip(*(letterboxed(image, self.image_size) for image in images), strict=True)
         nothing = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
         targets = [Target(*nothing, first + i, letterbox) for i, letterbox in enumerate(letterboxes)]
-        batch = (torch.stack(inputs).float() / 255).to(self.device)
-        with torch.autocast(self.device.type, DTYPES.get(self.precision), enabled=self.precision in DTYPES):
-            out = detector(batch)
+        found = detections_of(*self.run(torch.stack(inputs).float() / 255), targets)
         least = self.min_score if min_score is None else min_score
-        names, ids = checkpoint.class_names, checkpoint.category_ids
-        found = postprocess(*predictions(out), targets)
-        return [replace(d.at_least(least), class_names=names, category_ids=ids) for d in found]
+        return [replace(d.at_least(least), class_names=self.class_names, category_ids=self.category_ids) for d in found]
 
 
 def _read(image: AnyImage, number: int) -> Tensor:
@@ -93,20 +85,47 @@ def _read(image: AnyImage, number: int) -> Tensor:
         raise InputError(f"image {number} of the list: {error}") from error
 
 
+@dataclass(frozen=True)
+class CheckpointDetector(TrainedDetector):
+    """A checkpoint on a device, in the precision that the device computes in fastest."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        for name in ("class_names", "category_ids", "min_score"):
+            object.__setattr__(self, name, getattr(self.checkpoint, name))
+        object.__setattr__(self, "image_size", self.checkpoint.detector.config.image_size)
+
+    @torch.inference_mode()
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        precision = fastest_precision(self.device)
+        with torch.autocast(self.device.type, DTYPES.get(precision), enabled=precision in DTYPES):
+            out = self.checkpoint.detector(images.to(self.device))
+        scores, boxes = predictions(out)
+        return best_boxes(scores.float(), boxes.float())
+
+
 def load_detector(path: str | Path, device: str | torch.device | None = None) -> TrainedDetector:
     """Read a trained detector, without any network.
 
     Args:
-        path: a `.pth` that a training script wrote.
-        device: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one.
+        path: a `.pth` that a training script wrote, or what `python -m common.export` made of it: a `.onnx` file, or a
+            folder for OpenVINO. The checkpoint of an exported detector is not needed.
+        device: of a checkpoint: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one. Exported detectors
+            run on the CPU.
 
     Raises:
-        InputError: the file is missing, damaged or no checkpoint of this project, or there is no such device.
+        InputError: the file is missing, damaged or no detector of this project, or there is no such device.
     """
+    from common.model.exported import is_exported, load_exported
+
+    if is_exported(path):
+        return load_exported(path)
     checkpoint = load_checkpoint(path)
     try:
         chosen = default_device() if device is None else torch.device(device)
         checkpoint.detector.to(chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise InputError(f"no device {device} on this machine: {str(error).splitlines()[0]}") from error
-    return TrainedDetector(checkpoint, chosen, fastest_precision(chosen))
+    return CheckpointDetector(checkpoint, chosen)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torchvision.ops import batched_nms, box_iou
 
-from common.model.postprocess import CANDIDATES, MAX_DETECTIONS, NMS_IOU, best_boxes
-from common.model.suppression import kept_by_nms, pairwise_iou
+from common.model.postprocess import CANDIDATES, MAX_DETECTIONS, NMS_IOU, best_boxes, kept_by_nms, pairwise_iou
 
 
 def random_boxes(*shape, seed):

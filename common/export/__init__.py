@@ -1,0 +1,1 @@
+"""A checkpoint -> files that run without this project: ONNX and OpenVINO."""

@@ -1,0 +1,173 @@
+"""Exported detectors: the same detections without the checkpoint, judged like any other model, refused when damaged."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import ROOT
+
+import comprehensive_validation
+from common import cli
+from common.console import InputError
+from common.evaluate.results import read_results
+from common.export import __main__ as export
+from common.model import load_detector
+from common.model.checkpoint import Checkpoint, save_detector
+from common.model.detector import new_detector
+from common.model.exported import METADATA, OPENVINO_FOLDER, is_exported, openvino_file
+from common.model.postprocess import best_boxes, predictions
+
+pytestmark = pytest.mark.slow  # an export takes ten seconds
+NAME = "improved_dino2_detector"  # in docs/deployment.md
+FORMATS = {"onnx": "detector.onnx", "openvino": f"detector{OPENVINO_FOLDER}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_backbone, demo_val, tmp_path_factory) -> Path:
+    """A checkpoint and its exports. Its weights are random but large enough for scores that differ."""
+    torch.manual_seed(0)
+    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "second_look": 20}
+    detector = new_detector(tiny_backbone, head="pyramid", **options).eval()
+    for weight in (*detector.head.parameters(), *detector.second_look.parameters()):
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.1)
+    folder = tmp_path_factory.mktemp("exported")
+    metrics, training = {"operating_point": 0.02}, {"backbone": "tiny", "seed": 3}
+    checkpoint = Checkpoint(detector, demo_val.class_names, demo_val.category_ids, training, metrics, epoch=4)
+    save_detector(folder / "detector.pth", checkpoint)
+    for form in FORMATS:
+        export.main(export.Settings(str(folder / "detector.pth"), form))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    return load_detector(folder / "detector.pth").checkpoint
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("images", [1, 3])
+def test_it_computes_what_torch_computes_in_fp32(folder, checkpoint, form, images):
+    exported = load_detector(folder / FORMATS[form])
+    inputs = torch.rand(images, 3, 112, 112)
+    with torch.no_grad():
+        expected, scores, labels = best_boxes(*predictions(checkpoint.detector(inputs)))
+    boxes, ours, our_labels = exported.run(inputs)
+    assert torch.allclose(ours, scores, atol=1e-4) and scores.max() > 0.05
+    for i in range(images):
+        same_label = our_labels[i][:, None] == labels[i]
+        distance = (boxes[i][:, None] - expected[i].clamp(0, 112)).abs().amax(2) + 1e6 * ~same_label
+        assert (distance.amin(1)[ours[i] > scores[i].median()] < 0.1).all()  # equal scores may change places
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_it_predicts_without_the_checkpoint(folder, checkpoint, form, demo_val, tmp_path):
+    source = folder / FORMATS[form]
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)
+    exported, files = load_detector(tmp_path / source.name), [image.path for image in demo_val.images]
+    original = load_detector(folder / "detector.pth", device="cpu")
+    assert exported.class_names == original.class_names and exported.category_ids == original.category_ids
+    assert exported.min_score == 0.02 and exported.image_size == 112
+    assert exported.conditions["backbone"] == "tiny" and exported.conditions["epoch"] == 4
+    found = exported.predict(files)
+    assert [len(d.scores) for d in exported.predict(files, batch_size=1)] == [len(d.scores) for d in found]
+    assert found[0].names and found[0].to_coco(1)[0]["category_id"] in demo_val.category_ids
+
+
+def test_it_is_evaluated_and_timed_like_the_checkpoint(folder, demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = tuple(str(folder / name) for name in ("detector.pth", *FORMATS.values()))
+    settings = comprehensive_validation.Settings(data=str(demo), models=models, workers=0, precision="fp32")
+    comprehensive_validation.main(settings)
+    torch_record, *records = read_results("validation_results.json").models
+    for record in records:
+        assert not record.error and record.cost["precision"] == "fp32" and record.cost["ms_per_image"] > 0
+        assert record.detection["AP50"] == pytest.approx(torch_record.detection["AP50"], abs=1e-3)
+        assert record.conditions["runtime"] in ("ONNX Runtime", "OpenVINO")
+        assert record.conditions["seed"] == torch_record.conditions["seed"] == 3
+    flipped = replace(settings, flip=True, models=models[1:], output="flipped.json")
+    with pytest.raises(InputError, match="--flip is for checkpoints"):
+        comprehensive_validation.main(flipped)
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
+    model = onnx.load(folder / "detector.onnx")
+
+    def saved(name, change):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(model)
+        (entry,) = [p for p in changed.metadata_props if p.key == METADATA]
+        entry.value = change(json.loads(entry.value))
+        onnx.save(changed, tmp_path / name)
+        return tmp_path / name
+
+    cases = {
+        "version": saved("version.onnx", lambda content: json.dumps(content | {"format_version": 9})),
+        "class_names": saved("names.onnx", lambda content: json.dumps(content | {"class_names": None})),
+        "category ids": saved("ids.onnx", lambda content: json.dumps(content | {"category_ids": [1]})),
+        "readable description": saved("text.onnx", lambda _: "{"),
+        "cannot read": tmp_path / "short.onnx",
+    }
+    whole = (folder / "detector.onnx").read_bytes()
+    cases["cannot read"].write_bytes(whole[len(whole) // 2 :])
+    for message, path in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            load_detector(path)
+        assert str(caught.value).isprintable()
+    foreign = onnx.ModelProto()
+    foreign.CopyFrom(model)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert not is_exported(tmp_path / "foreign.onnx") and is_exported(folder / "detector.onnx")
+    assert not is_exported(tmp_path) and not is_exported(tmp_path / "none.onnx") and not is_exported("yolov8n.pt")
+    broken = tmp_path / f"broken{OPENVINO_FOLDER}"
+    broken.mkdir()
+    text = openvino_file(folder / FORMATS["openvino"]).read_text()
+    openvino_file(broken).write_text(text[: len(text) // 2] + METADATA)
+    with pytest.raises(InputError, match="OpenVINO cannot read"):
+        load_detector(broken)
+
+
+def test_the_command_line(folder, tmp_path, monkeypatch, capsys):
+    def run(*words) -> int:
+        monkeypatch.setattr("sys.argv", ["common.export", *map(str, words)])
+        try:
+            cli.run(export.main, export.Settings, "")
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    source = folder / "detector.pth"
+    for output, expected in (("a.onnx", "a.onnx"), ("b", "b.onnx")):
+        assert run(source, "--output", tmp_path / output) == 0
+        assert is_exported(tmp_path / expected) and expected in capsys.readouterr().out
+    for words in ((tmp_path / "none.pth",), (source, "--format", "tflite"), (folder / "detector.onnx",)):
+        assert run(*words) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_python_of_the_page_runs(folder, demo_val, tmp_path, monkeypatch, capsys):
+    """Every block of docs/deployment.md; those that use a runtime alone find what `predict` finds."""
+    for form, name in FORMATS.items():
+        export.main(export.Settings(str(folder / "detector.pth"), form, str(tmp_path / name.replace("detector", NAME))))
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip(("street.jpg", "cat.jpg"), demo_val.images, strict=False):
+        image.open().save(name)
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    variables: dict = {}
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, variables)
+        if "scores" in variables:
+            expected = variables["detector"].predict("street.jpg", min_score=0.0)
+            ours = variables["boxes"][0] / variables["scale"]
+            assert np.allclose(variables["scores"][0][:5], expected.scores[:5], atol=0.02)
+            assert np.abs(ours[0] - expected.boxes[0].numpy()).max() < 5
+    assert capsys.readouterr().out.count("[") > 0
