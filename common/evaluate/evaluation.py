@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from common.console import InputError, finish_step_first, name_some, progress_bar
+from common.console import InputError, name_some, progress_bar
 from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
 from common.evaluate.bootstrap import interval, resampled
@@ -30,7 +30,7 @@ from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import load_exported
 from common.model.postprocess import detections_of, postprocess
-from common.runtime import precision_name, raise_if_interrupted
+from common.runtime import precision_name
 from common.types import Batch, Detections, Predictions, Target
 
 NAME_BYTES = 200  # of a model's name, from which file names are made
@@ -89,7 +89,6 @@ class Predictor:
 
         Raises:
             InputError: a damaged detector, a runtime that is not installed, or mirrored images, which it does not take.
-            Interrupted: between two batches, after a signal.
         """
         if self.flip:
             raise InputError(f"{path}: --flip is for checkpoints, not for exported detectors")
@@ -100,11 +99,10 @@ class Predictor:
 
         detections: list[Detections] = []
         loader = make_eval_loader(data, detector.image_size, self.batch_size, self.workers)
-        with finish_step_first(), progress_bar(len(data), Path(path).stem) as bar:
+        with progress_bar(len(data), Path(path).stem) as bar:
             for batch in loader:
                 detections += run(batch.images, batch.targets)
                 bar.update(len(batch.targets))
-                raise_if_interrupted(self.accelerator)
         batch = self._first_batch(detector.image_size, data)
         cost = measure_cost(run, batch, torch.device("cpu"), detector.precision)
         conditions = detector.conditions | {"flip": False, "runtime": detector.runtime}
