@@ -54,7 +54,8 @@ def flags_of(module):
 
 def settings_of(module, flags):
     """Exits where a flag does not exist or its value is refused."""
-    settings = getattr(importlib.import_module(module), "Settings", None)
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    settings = getattr(importlib.import_module(f"{module}.__main__" if package else module), "Settings", None)
     if settings:
         return cli.parse(settings, "", flags)
     assert not flags, f"{module} takes no flags"
