@@ -260,11 +260,11 @@ def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
         origin = {"backbone": start.train_config.get("backbone"), "started_from": settings.start_from}
         detector = start.detector
         if start.class_names != data.class_names:
-            label_of = {label: row for row, label in enumerate(label_map(start.class_names, data)) if label >= 0}
-            detector = with_classes(detector, [label_of.get(label) for label in range(len(data.class_names))])
-            new = [name for label, name in enumerate(data.class_names) if label not in label_of]
+            old_label = {new: old for old, new in enumerate(label_map(start.class_names, data)) if new >= 0}
+            detector = with_classes(detector, [old_label.get(label) for label in range(len(data.class_names))])
+            new = [name for label, name in enumerate(data.class_names) if label not in old_label]
             print(
-                f"all but the class layers of {settings.start_from} are kept, and in them {len(label_of)} of "
+                f"all but the class layers of {settings.start_from} are kept, and in them {len(old_label)} of "
                 f"{len(data.class_names)} classes; new: {name_some(new) if new else 'none'}",
                 flush=True,
             )

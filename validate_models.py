@@ -93,9 +93,8 @@ def write_images(
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
         panels = []
         for model, (checkpoint, detections) in models.items():
-            d = detections[index]
-            least = checkpoint.min_score if settings.min_score < 0 else settings.min_score
-            boxes = detected_boxes(d.boxes, d.scores, d.labels, checkpoint.class_names, least)
+            d = detections[index].at_least(checkpoint.min_score if settings.min_score < 0 else settings.min_score)
+            boxes = detected_boxes(d.boxes, d.scores, d.labels, checkpoint.class_names)
             panels.append((model, draw_boxes(image, boxes)))
             save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
         if len(sheet) < SHEET_IMAGES:

@@ -11,7 +11,7 @@ data/         whatever --data names -> batches
               dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
               backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess | checkpoint,
-              trained (load_detector), exported (detectors in ONNX and OpenVINO)
+              trained (what load_detector returns), exported (detectors in ONNX and OpenVINO)
 train/        one training run
               optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, feature_cache
 evaluate/     detections -> numbers; draws nothing

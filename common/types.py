@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class RawOutput:
     Several locations may share a row of class logits, which shortens a training step of the head by a fifth; read them
     by `scores` and `class_logits_at`.
 
+    `second` is what a second look predicts, where the detector has one.
+
     Shapes: object_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows (L,)
     int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y)
     in input pixels; strides (L,) their spacing in input pixels.
@@ -150,8 +153,9 @@ class Detections:
 
     def to_coco(self, image_id: int) -> list[dict]:
         """The objects in COCO's results format: a dictionary each, with the category's id and the box as xywh."""
-        sizes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1)
-        rows = zip(sizes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
+        rows = zip(
+            box_convert(self.boxes, "xyxy", "xywh").tolist(), self.scores.tolist(), self.labels.tolist(), strict=True
+        )
         return [
             {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in rows

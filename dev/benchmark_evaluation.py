@@ -18,10 +18,9 @@ from common.cli import flag
 from common.data.annotations import load_coco
 from common.data.coco import CocoData
 from common.evaluate.bootstrap import comparisons, draws, resampled
-from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
+from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose, self_check
-from common.evaluate.matching import IOU_THRESHOLDS, match
 from tests.helpers import pycocotools_numbers
 
 DETECTIONS = 100  # an image
@@ -72,16 +71,15 @@ def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
 
 
 def all_numbers(table: DetectionTable, data: CocoData) -> dict:
-    return (
-        evaluate_table(table, data) | diagnose(table, match(table, data), data) | {"warnings": self_check(table, data)}
-    )
+    matched = match_all(table, data)
+    diagnosis = diagnose(table, matched.by_class, data)
+    return evaluate_table(table, data, matched) | diagnosis | {"warnings": self_check(table, data)}
 
 
 def intervals(tables: list[DetectionTable], data: CocoData) -> list[dict]:
     weights, samples = draws(len(data), 0), {}
     for number, table in enumerate(tables):
-        agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
-        samples[str(number)] = resampled(table, match(table, data), agnostic, data, weights)
+        samples[str(number)] = resampled(match_all(table, data), data, weights)
     return comparisons(samples, len(data.with_objects()))
 
 

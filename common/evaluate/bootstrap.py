@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from common.data.coco import CocoData
-from common.evaluate.detections import DetectionTable
-from common.evaluate.matching import IOU_THRESHOLDS, Matches, average_precision, operating_point, ranking
-from common.evaluate.primary import PrimaryPairs, primary_pairs, weighted_scores
+from common.evaluate.coco_metrics import Matched
+from common.evaluate.matching import IOU_THRESHOLDS, average_precision, ranking
+from common.evaluate.primary import weighted_scores
 
 RESAMPLES = 1000
 LEVEL = 95  # per cent
@@ -33,20 +33,15 @@ def draws(images: int, seed: int) -> np.ndarray:
     return (np.round(weights * WEIGHT_STEPS) / WEIGHT_STEPS).astype(np.float32)
 
 
-def resampled(
-    table: DetectionTable, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
-) -> dict[str, np.ndarray]:
+def resampled(matched: Matched, data: CocoData, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Each number of COMPARED in each resample, (R,) float64; NaN where it does not exist.
 
     Args:
-        table: the detections of one model.
-        matches: the matches of that table, by class, at COCO's thresholds.
-        agnostic: the matches of its `best_of_duplicates`, all classes as one.
+        matched: the detections of one model, as `match_all` returns them.
         data: the ground truth.
         weights: (P, R) as `draws` returns them.
     """
-    pairs = primary_pairs(table, data, operating_point(ranking(matches))["score"])
-    parts = [_numbers(pairs, matches, agnostic, data, part) for part in _batches(weights)]
+    parts = [_numbers(matched, data, part) for part in _batches(weights)]
     return {name: np.concatenate([part[name] for part in parts]) for name in COMPARED}
 
 
@@ -54,15 +49,13 @@ def _batches(weights: np.ndarray) -> list[np.ndarray]:
     return np.array_split(weights, max(1, weights.shape[1] // BATCH), axis=1)
 
 
-def _numbers(
-    pairs: PrimaryPairs, matches: Matches, agnostic: Matches, data: CocoData, weights: np.ndarray
-) -> dict[str, np.ndarray]:
-    numbers = weighted_scores(pairs, weights[pairs.image].astype(np.float64))
+def _numbers(matched: Matched, data: CocoData, weights: np.ndarray) -> dict[str, np.ndarray]:
+    numbers = weighted_scores(matched.primary, weights[matched.primary.image].astype(np.float64))
     by_threshold = [
-        _mean_of_classes(average_precision(ranking(matches, t), len(data.class_names), weights))
+        _mean_of_classes(average_precision(ranking(matched.by_class, t), len(data.class_names), weights))
         for t in range(len(IOU_THRESHOLDS))
     ]
-    agnostic_ap = average_precision(ranking(agnostic), 1, weights)[0]
+    agnostic_ap = average_precision(ranking(matched.agnostic), 1, weights)[0]
     return numbers | {
         "AP50": by_threshold[0],
         "AP": np.mean(by_threshold, axis=0),

@@ -3,15 +3,15 @@
 COCO's own numbers come from faster-coco-eval, which equals pycocotools (tests compare them).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from common.data.coco import CocoData, xyxy_to_xywh
 from common.evaluate.detections import DetectionTable, coco_detections
-from common.evaluate.matching import IOU_THRESHOLDS, average_precision, match, operating_point, ranking
-from common.evaluate.primary import primary_object
+from common.evaluate.matching import IOU_THRESHOLDS, Matches, average_precision, match, operating_point, ranking
+from common.evaluate.primary import PrimaryPairs, primary_object, primary_pairs
 
 COCO_NUMBERS = (  # pycocotools' twelve, in its order
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -20,17 +20,40 @@ COCO_NUMBERS = (  # pycocotools' twelve, in its order
 CURVES = {"0.5": 0, "0.75": 5}  # IoU and its index among COCO's thresholds
 
 
-def evaluate_table(table: DetectionTable, data: CocoData) -> dict:
+@dataclass(frozen=True)
+class Matched:
+    """What the numbers of one model, their intervals and its diagnosis have in common, computed once."""
+
+    by_class: Matches  # at COCO's thresholds
+    agnostic: Matches  # of its `best_of_duplicates`, all classes as one, at IoU 0.5
+    operating_point: dict[str, float | None]
+    primary: PrimaryPairs
+
+
+def match_all(table: DetectionTable, data: CocoData) -> Matched:
+    """Match the detections of one model with the ground truth."""
+    by_class = match(table, data)
+    point = operating_point(ranking(by_class))
+    agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
+    return Matched(by_class, agnostic, point, primary_pairs(table, data, point["score"]))
+
+
+def evaluate_table(table: DetectionTable, data: CocoData, matched: Matched | None = None) -> dict:
     """The numbers of one model, as fractions; None where a number does not exist (no objects of that size, say).
+
+    Args:
+        table: the detections of one model.
+        data: the ground truth.
+        matched: what `match_all` returns for them, where it is known already.
 
     Returns:
         {"detection": AP, AP50, …, AR_large, per_class, precision_at_recall, class_agnostic_AP50;
         "primary": accuracy, …, mean_iou, found}.
     """
-    point = operating_point(ranking(match(table, data, IOU_THRESHOLDS[:1])))
+    matched = matched or match_all(table, data)
     return {
-        "detection": coco_numbers(table, data) | {"class_agnostic_AP50": class_agnostic_ap50(table, data)},
-        "primary": primary_object(table, data, point["score"]),
+        "detection": coco_numbers(table, data) | {"class_agnostic_AP50": _class_agnostic_ap50(matched.agnostic, data)},
+        "primary": primary_object(matched.primary),
     }
 
 
@@ -92,10 +115,9 @@ def coco_numbers(table: DetectionTable, data: CocoData) -> dict:
     return numbers | {"per_class": per_class, "precision_at_recall": curves}
 
 
-def class_agnostic_ap50(table: DetectionTable, data: CocoData) -> float | None:
+def _class_agnostic_ap50(agnostic: Matches, data: CocoData) -> float | None:
     """AP at IoU 0.5 with all classes taken as one: how well objects are localised, whatever their class."""
-    matches = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
-    (precision,) = average_precision(ranking(matches), 1, np.ones((len(data), 1), np.float32))[0]
+    (precision,) = average_precision(ranking(agnostic), 1, np.ones((len(data), 1), np.float32))[0]
     return None if np.isnan(precision) else float(precision)
 
 
@@ -118,9 +140,10 @@ def _existing(number: float) -> float | None:
 
 def headline(table: DetectionTable, data: CocoData) -> dict[str, float | None]:
     """The study's six columns, `found`, AP, and the operating point, which a checkpoint keeps."""
-    numbers, point = evaluate_table(table, data), operating_point(ranking(match(table, data, IOU_THRESHOLDS[:1])))
+    matched = match_all(table, data)
+    numbers = evaluate_table(table, data, matched)
     detection = {key: numbers["detection"][key] for key in ("AP50", "AP")}
-    return {**numbers["primary"], **detection, "operating_point": point["score"]}
+    return {**numbers["primary"], **detection, "operating_point": matched.operating_point["score"]}
 
 
 def format_headline(numbers: dict[str, float | None]) -> str:

@@ -20,12 +20,11 @@ from common.console import InputError, name_some, progress_bar
 from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
 from common.evaluate.bootstrap import interval, resampled
-from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
+from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.cost import measure_cost
 from common.evaluate.detect import detect, predict
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose, self_check
-from common.evaluate.matching import IOU_THRESHOLDS, match
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import load_exported
@@ -138,15 +137,14 @@ def evaluate(
     read = predictions.table if isinstance(predictions, TablePredictions) else None
     table = detection_table(predictions.detections, labels) if read is None else read
     conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
-    parts = evaluate_table(table, data) | {"cost": predictions.cost, "conditions": conditions}
+    matched = match_all(table, data)
+    parts = evaluate_table(table, data, matched) | {"cost": predictions.cost, "conditions": conditions}
     warnings = [*predictions.warnings, *_class_warnings(predictions.class_names, labels, data)]
     samples: dict[str, np.ndarray] = {}
     if weights is not None:
-        matches = match(table, data)
-        agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
-        samples = resampled(table, matches, agnostic, data, weights)
+        samples = resampled(matched, data, weights)
         parts |= {
-            "diagnosis": diagnose(table, matches, data),
+            "diagnosis": diagnose(table, matched.by_class, data),
             "intervals": {key: interval(values) for key, values in samples.items()},
         }
         warnings += self_check(table, data)

@@ -60,15 +60,14 @@ def _found(table: DetectionTable, data: CocoData, ids: np.ndarray, boxes: np.nda
     return np.isin(np.arange(len(ids)), place[same])
 
 
-def primary_object(table: DetectionTable, data: CocoData, score: float | None) -> dict:
+def primary_object(pairs: PrimaryPairs) -> dict:
     """The study's columns: the image's largest object against the model's highest-scoring detection; and `found`.
 
     Only images with at least one non-crowd box count. Precision, recall and F1 are averaged over the classes,
     weighted by the number of images of each class (so recall equals accuracy). IoU is 0 where nothing was detected.
     The columns see one detection an image, so a model that finds every object may still be wrong; `found` is the share
-    of images whose largest object is detected, with its class, at or above the operating point's `score`.
+    of images whose largest object is detected, with its class, at or above the operating point.
     """
-    pairs = primary_pairs(table, data, score)
     scores = weighted_scores(pairs, np.ones((len(pairs.image), 1)))
     return {name: None if np.isnan(value) else float(value) for name, (value,) in scores.items()}
 

@@ -15,9 +15,9 @@ from common import cli
 from common.cli import flag
 from common.export.graph import describe, write_onnx, write_openvino
 from common.files import check_outputs, check_writable
+from common.model import load_detector
 from common.model.checkpoint import load_checkpoint
 from common.model.exported import OPENVINO_FOLDER, openvino_file
-from common.model.trained import load_detector
 
 FORMATS = ("onnx", "openvino")
 

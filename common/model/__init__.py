@@ -1,5 +1,23 @@
 """The detector, and what teaches it. `load_detector` is the way in for Python programs."""
 
-from common.model.trained import load_detector
+from pathlib import Path
 
-__all__ = ["load_detector"]
+import torch
+
+from common.model.exported import is_exported, load_exported
+from common.model.trained import TrainedDetector, load_on_device
+
+
+def load_detector(path: str | Path, device: str | torch.device | None = None) -> TrainedDetector:
+    """Read a trained detector, without any network.
+
+    Args:
+        path: a `.pth` that a training script wrote, or what `python -m common.export` made of it: a `.onnx` file, or a
+            folder for OpenVINO. The checkpoint of an exported detector is not needed.
+        device: of a checkpoint: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one. Exported detectors
+            run on the CPU.
+
+    Raises:
+        InputError: the file is missing, damaged or no detector of this project, or there is no such device.
+    """
+    return load_exported(path) if is_exported(path) else load_on_device(path, device)

@@ -20,7 +20,7 @@ from common.files import atomic_write
 from common.model.detector import Detector, DetectorConfig, build_detector
 
 FORMAT_VERSION = 1
-MIN_SCORE = 0.3  # of detections that are shown, where no operating point is known
+DEFAULT_MIN_SCORE = 0.3  # of detections that are shown, where no operating point is known
 CONTENT = {
     "model_config": dict,
     "class_names": list,
@@ -66,9 +66,9 @@ class Checkpoint:
 
     @property
     def min_score(self) -> float:
-        """The operating point: the score with the best F1 on the validation images of its training, else MIN_SCORE."""
+        """The operating point: the score with the best F1 on the validation images of its training, or the default."""
         score = self.metrics.get("operating_point")
-        return score if type(score) is float and 0 <= score <= 1 else MIN_SCORE
+        return score if type(score) is float and 0 <= score <= 1 else DEFAULT_MIN_SCORE
 
     def conditions(self) -> dict:
         """How the detector was trained and what it is, for records of evaluations and descriptions of exports."""

@@ -29,10 +29,6 @@ FIELDS = {
 class ExportedDetector(TrainedDetector):
     """A detector that its runtime executes, described by the metadata of its file."""
 
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    image_size: int
-    min_score: float
     precision: str  # fp32 or int8
     conditions: dict  # how it was trained
     runtime: str  # ONNX Runtime or OpenVINO

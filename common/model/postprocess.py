@@ -44,6 +44,7 @@ def best_boxes(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Boxes (B, D, 4), scores (B, D), 0 where an image has fewer than D, and labels (B, D) int64.
     """
+    scores, boxes = scores.float(), boxes.float()
     classes, pairs = scores.shape[2], scores.flatten(1)
     best, index = pairs.topk(min(CANDIDATES, pairs.shape[1]))
     labels, candidates = index % classes, rows_of(boxes, index // classes)
@@ -64,7 +65,7 @@ def postprocess(scores: Tensor, boxes: Tensor, targets: list[Target]) -> list[De
     Raises:
         ValueError: a target without a letterbox, that of an augmented image.
     """
-    return detections_of(*best_boxes(scores.float(), boxes.float()), targets)
+    return detections_of(*best_boxes(scores, boxes), targets)
 
 
 def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, targets: list[Target]) -> list[Detections]:

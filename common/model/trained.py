@@ -28,6 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
+@dataclass(frozen=True)
 class TrainedDetector(ABC):
     """What a checkpoint and an exported detector have in common."""
 
@@ -87,45 +88,33 @@ def _read(image: AnyImage, number: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CheckpointDetector(TrainedDetector):
-    """A checkpoint on a device, in the precision that the device computes in fastest."""
+    """A checkpoint on a device."""
 
     checkpoint: Checkpoint
     device: torch.device
-
-    def __post_init__(self) -> None:
-        for name in ("class_names", "category_ids", "min_score"):
-            object.__setattr__(self, name, getattr(self.checkpoint, name))
-        object.__setattr__(self, "image_size", self.checkpoint.detector.config.image_size)
+    dtype: torch.dtype | None  # that autocast computes in; None for float32
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        precision = fastest_precision(self.device)
-        with torch.autocast(self.device.type, DTYPES.get(precision), enabled=precision in DTYPES):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = self.checkpoint.detector(images.to(self.device))
-        scores, boxes = predictions(out)
-        return best_boxes(scores.float(), boxes.float())
+        return best_boxes(*predictions(out))
 
 
-def load_detector(path: str | Path, device: str | torch.device | None = None) -> TrainedDetector:
-    """Read a trained detector, without any network.
-
-    Args:
-        path: a `.pth` that a training script wrote, or what `python -m common.export` made of it: a `.onnx` file, or a
-            folder for OpenVINO. The checkpoint of an exported detector is not needed.
-        device: of a checkpoint: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one. Exported detectors
-            run on the CPU.
-
-    Raises:
-        InputError: the file is missing, damaged or no detector of this project, or there is no such device.
-    """
-    from common.model.exported import is_exported, load_exported
-
-    if is_exported(path):
-        return load_exported(path)
+def load_on_device(path: str | Path, device: str | torch.device | None = None) -> CheckpointDetector:
+    """Read a checkpoint and put it on a device, see `load_detector`; it runs in the device's fastest precision."""
     checkpoint = load_checkpoint(path)
     try:
         chosen = default_device() if device is None else torch.device(device)
         checkpoint.detector.to(chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise InputError(f"no device {device} on this machine: {str(error).splitlines()[0]}") from error
-    return CheckpointDetector(checkpoint, chosen)
+    return CheckpointDetector(
+        checkpoint.class_names,
+        checkpoint.category_ids,
+        checkpoint.detector.config.image_size,
+        checkpoint.min_score,
+        checkpoint,
+        chosen,
+        DTYPES.get(fastest_precision(chosen)),
+    )

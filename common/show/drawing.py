@@ -45,20 +45,18 @@ def detected_boxes(
     scores: np.ndarray | Tensor,
     labels: np.ndarray | Tensor,
     class_names: Sequence[str],
-    min_score: float = 0.0,
 ) -> list[LabelledBox]:
-    """Detections of a score of `min_score` or more, captioned with class and score, in the order given.
+    """Detections captioned with class and score, in the order given.
 
     Args:
         boxes: (N, 4) xyxy, pixels of the image.
         scores: (N,) in 0..1.
         labels: (N,) indices into `class_names`.
         class_names: of the model or the data set that the labels are of.
-        min_score: the lowest score to draw.
     """
     names = class_labels(class_names)
     rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-    return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows if s >= min_score]
+    return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:

@@ -14,11 +14,11 @@ from PIL import Image
 
 from common.console import InputError
 from common.evaluate.bootstrap import COMPARED, MIN_IMAGES, comparisons, draws, interval, resampled
-from common.evaluate.coco_metrics import best_of_duplicates, evaluate_table
+from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown, self_check
 from common.evaluate.evaluation import evaluate
-from common.evaluate.matching import IOU_THRESHOLDS, Ranking, average_precision, match, operating_point, ranking
+from common.evaluate.matching import Ranking, average_precision, match, operating_point, ranking
 from common.types import Predictions
 
 LABELS = np.arange(10)
@@ -29,8 +29,7 @@ def table_of(data, seed=0, count=30):
 
 
 def samples_of(table, data, weights):
-    agnostic = match(best_of_duplicates(table), data, IOU_THRESHOLDS[:1], by_class=False)
-    return resampled(table, match(table, data), agnostic, data, weights)
+    return resampled(match_all(table, data), data, weights)
 
 
 def repeated(data, counts):

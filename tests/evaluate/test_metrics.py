@@ -13,7 +13,7 @@ from common.data.sources import load_split
 from common.evaluate.coco_metrics import COCO_NUMBERS, coco_numbers
 from common.evaluate.detections import detection_table, label_map
 from common.evaluate.matching import average_precision, match, ranking
-from common.evaluate.primary import PrimaryPairs, primary_object, weighted_scores
+from common.evaluate.primary import PrimaryPairs, primary_object, primary_pairs, weighted_scores
 from common.types import Detections
 
 
@@ -124,9 +124,9 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
         boxes = torch.stack([boxes[largest] + 1000, boxes[largest]])
         tensors = boxes, torch.tensor([0.2, 0.9]), labels[largest].repeat(2)
         right.append(Detections(data.images[index].id, *tensors))
-    scores = primary_object(detection_table(right, np.arange(10)), data, 0.9)
+    scores = primary_object(primary_pairs(detection_table(right, np.arange(10)), data, 0.9))
     assert scores["accuracy"] == 1 and scores["mean_iou"] == pytest.approx(1)
-    scores = primary_object(detection_table(right[:1], np.arange(10)), data, 0.9)
+    scores = primary_object(primary_pairs(detection_table(right[:1], np.arange(10)), data, 0.9))
     assert scores["accuracy"] == 0.5 and scores["mean_iou"] == pytest.approx(0.5)
 
 
@@ -144,7 +144,7 @@ def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_o
             boxes = torch.stack([torch.tensor([0.0, 0, 3, 3]), boxes[largest] + shift])
             labels = torch.stack([labels[0], (labels[largest] + label_shift) % 10])
             detections.append(Detections(data.images[index].id, boxes, torch.tensor([0.9, score]), labels))
-        return primary_object(detection_table(detections, np.arange(10)), data, 0.5)
+        return primary_object(primary_pairs(detection_table(detections, np.arange(10)), data, 0.5))
 
     assert found()["found"] == 1 and found()["mean_iou"] < 0.1
     assert found(box_shift=0.3)["found"] == 1  # an IoU of 0.54

@@ -15,7 +15,7 @@ from common.console import InputError
 from common.evaluate.evaluation import Predictor
 from common.images import read_pixels
 from common.model import load_detector
-from common.model.checkpoint import MIN_SCORE, Checkpoint, load_checkpoint, save_detector
+from common.model.checkpoint import DEFAULT_MIN_SCORE, Checkpoint, load_checkpoint, save_detector
 from common.model.detector import new_detector
 from common.runtime import make_accelerator
 
@@ -110,7 +110,7 @@ def test_the_operating_point_is_the_default_threshold(trained, file, demo_val, t
     shown = load_detector(tmp_path / "point.pth").predict(path)
     assert same(shown, everything.at_least(middle)) and 0 < len(shown.scores) < len(everything.scores)
     save_detector(tmp_path / "old.pth", replace(load_checkpoint(file), metrics={}))
-    assert load_detector(tmp_path / "old.pth").min_score == MIN_SCORE
+    assert load_detector(tmp_path / "old.pth").min_score == DEFAULT_MIN_SCORE
 
 
 @pytest.mark.parametrize(
