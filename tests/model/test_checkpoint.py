@@ -1,5 +1,6 @@
 """Checkpoints: the same detections in another process; damaged, foreign and hostile files are refused in one line."""
 
+import json
 import math
 import pickle
 import random
@@ -12,8 +13,10 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from helpers import ROOT, Hostile
 from torch import nn
@@ -21,7 +24,7 @@ from transformers import Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 
 import improved_dino_detector
 from common.console import InputError
-from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
+from common.model.checkpoint import Checkpoint, is_checkpoint, load_checkpoint, save_detector, save_folder
 from common.model.detector import new_detector
 
 NAMES, IDS = (*"abcdefghi", "\u0645\u06cc\u200c\u0632"), tuple(range(10, 30, 2))  # one name as Persian is written
@@ -134,7 +137,7 @@ def write_other_archive(path) -> None:
 
 OTHERS = {
     "missing": (lambda path, content: path.unlink(), "no such checkpoint"),
-    "folder": (lambda path, content: (path.unlink(), path.mkdir()), "no such checkpoint"),
+    "folder": (lambda path, content: (path.unlink(), path.mkdir()), "no detector's folder"),
     "text": (lambda path, content: path.write_text("not a checkpoint"), "not a detector's checkpoint"),
     "archive": (lambda path, content: write_other_archive(path), "not a detector's checkpoint"),
     "list": (lambda path, content: torch.save([content], path), "not a detector's checkpoint"),
@@ -390,3 +393,66 @@ def test_training_starts_only_from_good_checkpoints(file, saved, content, demo_v
         with pytest.raises(InputError, match=str(saved)) as caught:
             start_from(saved, demo_val)
         assert str(caught.value).isprintable()
+
+
+@pytest.fixture
+def hub_folder(file, tmp_path) -> Path:
+    save_folder(tmp_path / "mine_hub", load_checkpoint(file))
+    return tmp_path / "mine_hub"
+
+
+def test_a_folder_for_the_hub_holds_the_same_checkpoint(file, hub_folder):
+    original, read = load_checkpoint(file), load_checkpoint(hub_folder)
+    assert is_checkpoint(hub_folder) and not is_checkpoint(hub_folder.parent)
+    assert read.class_names == NAMES and read.category_ids == IDS and read.epoch == 3
+    assert read.detector.config == original.detector.config and read.train_config["lr"] == 1e-3
+    weights = read.detector.state_dict()
+    for name, weight in original.detector.state_dict().items():
+        assert torch.equal(weights[name], weight)
+
+
+def test_a_detector_on_the_hub_is_read_from_the_cache(hub_folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "models--somebody--mine"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    (cache / "snapshots").mkdir()
+    hub_folder.rename(cache / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert load_checkpoint("hub:somebody/mine").class_names == NAMES
+    with pytest.raises(InputError, match=r"hub:somebody/other: detector somebody/other is not in the cache and"):
+        load_checkpoint("hub:somebody/other")
+    with pytest.raises(InputError, match="is named hub:user/name"):
+        load_checkpoint("hub:../mine")
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("library_name", lambda c: c | {"library_name": "timm"}),
+        ("damaged", lambda c: "{"),
+        ("not a detector's folder", lambda c: [c]),
+        ("blocks must rise", lambda c: c | {"model_config": c["model_config"] | {"blocks": [4, 2]}}),
+        ("image_size must be a multiple", lambda c: c | {"model_config": c["model_config"] | {"image_size": 13}}),
+        ("class names", lambda c: c | {"class_names": ["a"]}),
+    ],
+)
+def test_damaged_settings_of_a_folder_are_refused(hub_folder, message, change):
+    path = hub_folder / "config.json"
+    changed = change(json.loads(path.read_text()))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(hub_folder)
+
+
+def test_damaged_weights_of_a_folder_are_refused(hub_folder):
+    path = hub_folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: w for name, w in weights.items() if "head" not in name}, path)
+    with pytest.raises(InputError, match="weights do not fit"):
+        load_checkpoint(hub_folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(hub_folder)
+    path.unlink()
+    with pytest.raises(InputError, match=r"no detector's folder, which has config\.json and model\.safetensors"):
+        load_checkpoint(hub_folder)
