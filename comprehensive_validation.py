@@ -27,10 +27,12 @@ from common.console import InputError, Interrupted, last_line, print_traceback
 from common.data.coco import CocoData
 from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
+from common.evaluate.auto import auto_predictions, is_auto
 from common.evaluate.detections import DetectionTable, coco_detections, read_detections
 from common.evaluate.evaluation import Evaluation, Predictor, evaluate, unique_names
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
+from common.hub import hub_name, located
 from common.model import postprocess
 from common.model.checkpoint import is_checkpoint
 from common.model.exported import is_exported
@@ -47,7 +49,8 @@ INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 class Settings(RuntimeFlags, DataFlags):
     models: tuple[str, ...] = flag(
         (),
-        "checkpoints (.pth, hub:user/name), their exports, and weight files or exported folders that ultralytics runs "
+        "checkpoints (.pth), their exports, folders and hub ids of detectors of transformers, and weight files or "
+        "exported folders that ultralytics runs "
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
@@ -61,12 +64,12 @@ class Settings(RuntimeFlags, DataFlags):
 
 def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor) -> Predictions:
     """The detections of the model in `path` on the images."""
-    if path in settings.from_detections:
-        return read_detections(path, data)
     if is_checkpoint(path):
         return predictor.predictions(path, data)
     if is_exported(path):
         return predictor.exported_predictions(path, data)
+    if is_auto(path):
+        return auto_predictions(path, data, settings.batch_size, predictor.accelerator.device)
     from common.evaluate.yolo import yolo_predictions  # ultralytics is optional
 
     return yolo_predictions(path, data, settings.batch_size, predictor.accelerator.device)
@@ -100,10 +103,14 @@ def evaluate_model(
 
     Several processes share the images of a checkpoint; the main one runs other models, and evaluates.
     """
-    is_main = predictor.accelerator.is_main_process
-    shared = is_checkpoint(path) and path not in settings.from_detections
+    is_main, shared, predictions = predictor.accelerator.is_main_process, False, None
     try:
-        predictions = predict(path, settings, data, predictor) if shared or is_main else None
+        if path in settings.from_detections:
+            predictions = read_detections(path, data)
+        else:
+            source = located(hub_name(path))
+            shared = is_checkpoint(source)
+            predictions = predict(source, settings, data, predictor) if shared or is_main else None
         if predictions is None or not is_main:
             return Evaluation(ValidationRecord(name, path))
         evaluation = evaluate(name, path, predictions, data, weights)

@@ -4,6 +4,7 @@ types.py      the types that travel between the rooms: Target, Batch, RawOutput,
 console.py    how a program talks to its user: errors, progress bars, signals; imports no torch
 cli.py        command-line flags from a dataclass of settings, and the exit of every script
 files.py      atomic files, the cache folder, no output over an input
+hub.py        models on the hub: their names and files
 images.py     image files: finding, decoding, EXIF orientation, the letterbox
 runtime.py    device, precision, processes, stopping between two steps
 data/         whatever --data names -> batches
@@ -15,12 +16,12 @@ model/        the detector and what teaches it
 train/        one training run
               optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, feature_cache
 evaluate/     detections -> numbers; draws nothing
-              detect, cost | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
-              yolo, evaluation, results
+              detect | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
+              yolo, auto (detectors of transformers), evaluation, results
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report
 export/       a checkpoint -> files that others run: python -m common.export
-              graph
+              graph, int8, hub (a folder with a model card)
 
 Imports go one way: scripts, export -> train, show -> evaluate -> data, model -> the files at the root. data and model
 do not import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.

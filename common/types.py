@@ -168,7 +168,7 @@ class Predictions:
 
     detections: list[Detections]
     class_names: tuple[str, ...]
-    cost: dict | None = None  # the fields of `evaluate.cost.Cost`
+    cost: dict | None = None  # the fields of `evaluate.detect.Cost`
     conditions: dict = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # how detections were read, and what was left out
 

@@ -1,7 +1,14 @@
-"""Running a detector: batches of images in, `Detections` out.
+"""Running a detector: batches of images in, `Detections` out; and what it costs: parameters, time, memory.
 
 The validation during training, the validation scripts and users' own images all use `detect`.
 """
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +20,11 @@ from common.data.coco import CocoData
 from common.evaluate.coco_metrics import headline
 from common.evaluate.detections import detection_table, label_map
 from common.model.postprocess import postprocess, predictions
-from common.runtime import raise_if_interrupted
+from common.runtime import device_name, raise_if_interrupted
 from common.types import Detections, mirror_boxes
+
+TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
+MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
 def predict(model: nn.Module, images: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
@@ -63,3 +73,81 @@ def validate(
     """The headline numbers of a model with these classes on the images of `data`, which `loader` yields."""
     detections = detect(model, loader, accelerator, title="validating")
     return headline(detection_table(detections, label_map(class_names, data)), data)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of detection on this machine. It contains post-processing, but not decoding and resizing of image files."""
+
+    parameters: int | None  # None for an exported model
+    ms_per_image: float  # batch of one, median
+    images_per_s: float  # at `batch_size`
+    batch_size: int
+    peak_memory_mb: float | None  # see `PeakMemory`
+    device: str
+    precision: str
+
+
+class PeakMemory:
+    """Context manager that measures the peak memory of its block: `megabytes` (10^6 bytes) afterwards.
+
+    On a GPU the memory that torch allocated; on a CPU that of the whole process with its libraries, on Linux only.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.megabytes: float | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif RESET_PEAK.exists():  # some sandboxes have MEMORY_STATUS only
+            RESET_PEAK.write_text("5")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.megabytes = torch.cuda.max_memory_allocated(self.device) / 1e6
+        elif RESET_PEAK.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", MEMORY_STATUS.read_text())):
+            self.megabytes = int(peak[1]) * 1024 / 1e6
+
+
+@torch.inference_mode()
+def measure_cost(
+    run: Callable,
+    singles: Sequence[tuple],
+    several: tuple,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    parameters: int | None = None,
+) -> Cost:
+    """Time a detector.
+
+    Args:
+        run: the detector with its post-processing; what it returns is on the CPU, so that a GPU has finished.
+        singles: its arguments for one image each.
+        several: its arguments for `batch_size` images at once.
+        batch_size: of `several`.
+        device: that the detector runs on.
+        precision: fp32, bf16, fp16 or int8.
+        parameters: of the detector, where they are known.
+    """
+
+    def seconds(inputs: tuple) -> float:
+        start = time.perf_counter()
+        run(*inputs)
+        return time.perf_counter() - start
+
+    with PeakMemory(device) as memory:
+        times = [seconds(singles[i % len(singles)]) for i in range(WARM_UP + TIMED)][WARM_UP:]
+        together = min(seconds(several) for _ in range(2))
+    return Cost(
+        parameters=parameters,
+        ms_per_image=1000 * statistics.median(times),
+        images_per_s=batch_size / together,
+        batch_size=batch_size,
+        peak_memory_mb=memory.megabytes,
+        device=device_name(device),
+        precision=precision,
+    )

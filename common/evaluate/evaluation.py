@@ -7,7 +7,7 @@ Each gives `Predictions`, which one function evaluates.
 import itertools
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
 from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import evaluate_table, match_all
-from common.evaluate.cost import measure_cost
-from common.evaluate.detect import detect, predict
+from common.evaluate.detect import Cost, detect, measure_cost, predict
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.results import ValidationRecord
@@ -58,7 +57,7 @@ class Predictor:
         return detect(model, self.accelerator.prepare(loader), self.accelerator, title, self.flip)
 
     def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
-        """Parameters and speed, the fields of `cost.Cost`, measured on the first images of `data`."""
+        """Parameters and speed, the fields of `Cost`, measured on the first images of `data`."""
         batch = self._first_batch(checkpoint.detector.config.image_size, data)
         model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True).eval()
         parameters = sum(p.numel() for p in model.parameters())
@@ -67,7 +66,7 @@ class Predictor:
             return postprocess(*predict(model, images, self.flip), targets)
 
         device, precision = self.accelerator.device, precision_name(self.accelerator)
-        return asdict(measure_cost(run, batch.to(device), device, precision, parameters))
+        return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
 
     def _first_batch(self, image_size: int, data: CocoData) -> Batch:
         return next(iter(make_eval_loader(data.first(self.batch_size), image_size, self.batch_size, workers=0)))
@@ -103,9 +102,15 @@ class Predictor:
                 detections += run(batch.images, batch.targets)
                 bar.update(len(batch.targets))
         batch = self._first_batch(detector.image_size, data)
-        cost = measure_cost(run, batch, torch.device("cpu"), detector.precision)
+        cost = _cost_on(batch, run, torch.device("cpu"), detector.precision)
         conditions = detector.conditions | {"flip": False, "runtime": detector.runtime}
         return Predictions(detections, detector.class_names, asdict(cost), conditions)
+
+
+def _cost_on(batch: Batch, run: Callable, *about) -> Cost:
+    """What `run`, a function of images and targets, costs on the images of a batch."""
+    singles = [(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in range(len(batch.targets))]
+    return measure_cost(run, singles, (batch.images, batch.targets), len(singles), *about)
 
 
 @dataclass(frozen=True)

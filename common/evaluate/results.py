@@ -26,7 +26,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-e
 class ValidationRecord:
     """The numbers of one model.
 
-    `detection` and `primary` as `coco_metrics.evaluate_table` returns them; `cost` has the fields of `cost.Cost`;
+    `detection` and `primary` as `coco_metrics.evaluate_table` returns them; `cost` has the fields of `detect.Cost`;
     `intervals` by number; `diagnosis` as `diagnosis.diagnose` returns it; `detections` is the path of the file with the
     model's detections, relative to the results.
     """

@@ -18,7 +18,7 @@ from PIL import Image
 
 from common.console import InputError, progress_bar
 from common.data.coco import CocoData
-from common.evaluate.cost import Cost, PeakMemory
+from common.evaluate.detect import Cost, PeakMemory
 from common.files import cache_folder
 from common.runtime import device_name
 from common.types import Detections, Predictions

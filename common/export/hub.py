@@ -9,7 +9,7 @@ import yaml
 from common.console import InputError
 from common.evaluate.results import ValidationRecord, ValidationResults, read_results
 from common.files import atomic_write, check_writable
-from common.model.backbone import HUB_ID
+from common.hub import HUB_ID
 from common.model.checkpoint import LIBRARY, Checkpoint, save_folder
 
 CARD = "README.md"

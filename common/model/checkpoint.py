@@ -6,7 +6,6 @@ file or one of another kind.
 """
 
 import json
-import re
 import reprlib
 import unicodedata
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from common.console import InputError
 from common.files import atomic_write
-from common.model.backbone import HUB_ID, hub_folder
+from common.hub import CONFIG, WEIGHTS, located
 from common.model.detector import Detector, DetectorConfig, build_detector
 
 FORMAT_VERSION = 1
@@ -36,9 +35,7 @@ CONTENT = {
     "metrics": dict,
     "epoch": int,
 }
-HUB = "hub:"  # in front of the name of a detector on the hub
 LIBRARY = "dinov2-detection"  # library_name in its config.json
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FOLDER = 0x10  # the attribute of a folder in a ZIP archive
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, surrogates, line and paragraph ends
 
@@ -138,8 +135,8 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Is this a checkpoint of this project: by its name a `.pth`, or one on the hub, or a folder for the hub?"""
-    if str(path).lower().endswith(".pth") or str(path).startswith(HUB):
+    """Is this a checkpoint of this project: by its name a `.pth`, or a folder for the hub?"""
+    if str(path).lower().endswith(".pth"):
         return True
     try:
         content = json.loads(Path(path, CONFIG).read_bytes())
@@ -158,18 +155,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         InputError: the file is missing, damaged, no checkpoint of this project, or its weights do not fit its settings.
     """
     try:
-        return _rebuild(_read_any(str(path)))
+        place = Path(located(str(path)))
+        return _rebuild(_read_folder(place) if place.is_dir() else _read(place))
     except (InputError, RuntimeError) as error:  # RuntimeError: tensors without data, a list that contains itself
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
-
-
-def _read_any(path: str) -> Any:
-    if path.startswith(HUB):
-        name = path.removeprefix(HUB)
-        if not re.fullmatch(HUB_ID, name):
-            raise InputError("a detector on the hub is named hub:user/name")
-        return _read_folder(hub_folder(name, "detector", "name a checkpoint on this machine"))
-    return _read_folder(Path(path)) if Path(path).is_dir() else _read(Path(path))
 
 
 def _read_folder(folder: Path) -> Any:

@@ -1,0 +1,92 @@
+"""Detectors of transformers as `Predictions`: what `AutoModelForObjectDetection` loads, with its image processor."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from common.console import InputError, last_line, progress_bar
+from common.data.coco import CocoData
+from common.evaluate.detect import measure_cost
+from common.hub import CONFIG
+from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
+from common.types import Detections, Predictions
+
+
+def is_auto(path: str) -> bool:
+    """Is this a folder with a model of transformers?"""
+    return Path(path, CONFIG).is_file()
+
+
+@torch.inference_mode()
+def auto_predictions(folder: str, data: CocoData, batch_size: int, device: torch.device) -> Predictions:
+    """The detections of a model on every image of `data`, in fp32, as its own post-processing returns them.
+
+    Args:
+        folder: with config.json, model.safetensors and preprocessor_config.json.
+        data: the images.
+        batch_size: images at once; where they are padded to a common shape, only their speed is measured together.
+        device: to run on.
+
+    Raises:
+        InputError: the folder is damaged or holds no detector, or a package that it needs is not installed.
+    """
+    processor, model = _load(folder)
+    model.to(device)
+    labels = sorted(model.config.id2label)
+
+    def inputs_of(indices: range) -> tuple[Any, list[tuple[int, int]]]:
+        images = [data.images[index].open() for index in indices]
+        return processor(images=images, return_tensors="pt").to(device), [image.size[::-1] for image in images]
+
+    def run(inputs: Any, sizes: list[tuple[int, int]]) -> list[dict]:
+        found = processor.post_process_object_detection(model(**inputs), threshold=MIN_SCORE, target_sizes=sizes)
+        return [{name: values.cpu() for name, values in image.items()} for image in found]
+
+    detections: list[Detections] = []
+    try:
+        padded = "pixel_mask" in inputs_of(range(1))[0]  # to a common shape, which changes scores in the second digit
+        at_once = 1 if padded else batch_size
+        with progress_bar(len(data), Path(folder).name) as bar:
+            for first in range(0, len(data), at_once):
+                indices = range(first, min(first + at_once, len(data)))
+                found = run(*inputs_of(indices))
+                detections += [_detections(f, data.images[i].id, labels) for f, i in zip(found, indices, strict=True)]
+                bar.update(len(indices))
+        several = range(min(len(data), batch_size))
+        singles = [inputs_of(range(i, i + 1)) for i in several]
+        parameters = sum(p.numel() for p in model.parameters())
+        cost = measure_cost(run, singles, inputs_of(several), len(several), device, "fp32", parameters)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
+        raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
+    conditions = {"model_type": model.config.model_type, "transformers": transformers.__version__}
+    names = tuple(str(model.config.id2label[label]) for label in labels)
+    return Predictions(detections, names, asdict(cost), conditions)
+
+
+def _load(folder: str) -> tuple[Any, Any]:
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, **options)
+        model, report = AutoModelForObjectDetection.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged files, other models and missing packages raise many types
+        raise InputError(f"{folder}: transformers loads no detector from it: {last_line(error):.300}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{folder} lacks {len(missing)} weights, the first of them {missing[0]}")
+    return processor, model.eval()
+
+
+def _detections(found: dict, image_id: int, labels: list[int]) -> Detections:
+    """The best detections of one image, by falling score, labels as places in `labels`."""
+    order = found["scores"].argsort(descending=True, stable=True)[:MAX_DETECTIONS]
+    places = torch.searchsorted(torch.tensor(labels), found["labels"][order])
+    return Detections(image_id, found["boxes"][order].float(), found["scores"][order].float(), places)

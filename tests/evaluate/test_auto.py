@@ -1,0 +1,190 @@
+"""Detectors of transformers: their detections are those of transformers' own post-processing, in original pixels."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    DFineConfig,
+    DFineForObjectDetection,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
+)
+
+import comprehensive_validation
+from common.console import InputError
+from common.data.coco import CocoData, ImageFile
+from common.evaluate.auto import auto_predictions, is_auto
+from common.evaluate.results import read_results
+from common.hub import hub_name
+
+CPU = torch.device("cpu")
+SIZE = {"height": 64, "width": 64}
+SHAPES = ((120, 80), (60, 100), (64, 64), (33, 97))  # width and height
+
+
+def detr(classes):
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"])
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 7}
+    config = DetrConfig(use_timm_backbone=False, backbone_config=backbone, **sizes, **heads, **classes)
+    size = {"shortest_edge": 64, "longest_edge": 100}
+    return DetrForObjectDetection(config), DetrImageProcessor(size=size)
+
+
+def yolos(classes):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = YolosConfig(image_size=[64, 64], num_detection_tokens=7, **sizes, **classes)
+    return YolosForObjectDetection(config), YolosImageProcessor(size=SIZE)
+
+
+def rt_detr_sizes():
+    backbone = RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    return {
+        "backbone_config": backbone,
+        "encoder_hidden_dim": 16,
+        "encoder_in_channels": [8, 8, 8],
+        "encoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "d_model": 16,
+        "num_queries": 20,
+        "decoder_in_channels": [16, 16, 16],
+        "decoder_ffn_dim": 16,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "anchor_image_size": None,
+    }
+
+
+def rt_detr(classes):
+    config = RTDetrConfig(**rt_detr_sizes(), **classes)
+    return RTDetrForObjectDetection(config), RTDetrImageProcessor(size=SIZE)
+
+
+def d_fine(classes):
+    config = DFineConfig(**rt_detr_sizes(), **classes)
+    return DFineForObjectDetection(config), RTDetrImageProcessor(size=SIZE)
+
+
+BUILDERS = {"DETR": detr, "YOLOS": yolos, "RT-DETR": rt_detr, "D-FINE": d_fine}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> CocoData:
+    """Four images of random pixels and different shapes, with two classes."""
+    folder, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    images = []
+    for number, (width, height) in enumerate(SHAPES):
+        path = folder / f"{number}.png"
+        Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8)).save(path)
+        images.append(ImageFile(10 + number, path, width, height))
+    nothing = {"labels": np.zeros(0, np.int64), "crowd": np.zeros(0, bool), "areas": np.zeros(0)}
+    boxes, starts = np.zeros((0, 4)), np.zeros(len(SHAPES) + 1, np.int64)
+    return CocoData(tuple(images), (1, 2), ("cat", "dog"), boxes, **nothing, starts=starts, source=str(folder))
+
+
+def saved(build, folder: Path, names) -> Path:
+    torch.manual_seed(0)
+    model, processor = build({"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_detections_are_those_of_its_own_post_processing(name, shapes, tmp_path):
+    folder = saved(BUILDERS[name], tmp_path / name, ("cat", "N/A", "dog"))
+    assert is_auto(str(folder)) and not is_auto(str(tmp_path))
+    found = auto_predictions(str(folder), shapes, 3, CPU)
+    assert found.class_names == ("cat", "N/A", "dog") and found.cost["precision"] == "fp32"
+    assert found.cost["ms_per_image"] > 0 and found.cost["parameters"] > 1000 and found.cost["batch_size"] == 3
+    model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForObjectDetection, AutoImageProcessor))
+    for detections, image, (width, height) in zip(found.detections, shapes.images, SHAPES, strict=True):
+        assert detections.image_id == image.id and len(detections.scores) > 5
+        with torch.no_grad():
+            out = model.eval()(**processor(images=image.open(), return_tensors="pt"))
+        (own,) = processor.post_process_object_detection(out, threshold=0.001, target_sizes=[(height, width)])
+        best = own["scores"].sort(descending=True, stable=True).indices[: len(detections.scores)]
+        assert torch.allclose(detections.scores, own["scores"][best], atol=1e-4)
+        distance = (detections.boxes[:, None] - own["boxes"]).abs().amax(-1)
+        distance[(detections.scores[:, None] - own["scores"]).abs() > 1e-3] = torch.inf
+        assert (distance.amin(1) < 0.1).all()
+
+
+@pytest.mark.parametrize("name", ["DETR", "YOLOS"])
+def test_a_known_box_lies_in_the_pixels_of_each_image(name, shapes, tmp_path):
+    folder = saved(BUILDERS[name], tmp_path / name, ("cat", "dog"))
+    weights = load_file(folder / "model.safetensors")
+    for key, weight in weights.items():
+        if "bbox_predictor.layers.2" in key or "class_labels_classifier" in key:
+            weight.zero_()
+        if "class_labels_classifier" in key and weight.shape == (3,):  # the bias of the last layer
+            weight[1] = 9.0  # a dog, wherever it looks
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for detections, (width, height) in zip(
+        auto_predictions(str(folder), shapes, 4, CPU).detections, SHAPES, strict=True
+    ):
+        middle = torch.tensor([0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height])
+        assert len(detections.labels) == 7 and (detections.labels == 1).all() and (detections.scores > 0.99).all()
+        assert torch.allclose(detections.boxes, middle.expand(7, 4), atol=1e-3)
+
+
+def test_it_is_one_row_of_the_evaluation(demo, demo_val, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(rt_detr, tmp_path / "theirs", demo_val.class_names)
+    settings = comprehensive_validation.Settings(data=str(demo), workers=0, batch_size=4, seed=0)
+    models = ("theirs", "somebody/no-such-detector", "hub:somebody/no-such-one")
+    comprehensive_validation.main(replace(settings, models=models))
+    theirs, *missing = read_results("validation_results.json").models
+    assert theirs.name == "theirs" and theirs.detection["AP"] is not None and theirs.cost["ms_per_image"] > 0
+    assert theirs.conditions["model_type"] == "rt_detr"
+    assert all("is not in the cache and the hub can't be reached" in record.error for record in missing)
+
+
+def test_names_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    assert hub_name("PekingU/rtdetr_r50vd") == "hub:PekingU/rtdetr_r50vd"
+    for name in ("runs/mine", "runs/mine.pt", "yolov8n.pt", "hub:a/b", "a/b/c"):
+        assert hub_name(name) == name
+
+
+def test_damaged_folders_are_refused_in_one_line(shapes, tmp_path):
+    folder = saved(yolos, tmp_path / "yolos", ("cat", "dog"))
+
+    def refusal():
+        with pytest.raises(InputError) as caught:
+            auto_predictions(str(folder), shapes, 1, CPU)
+        return str(caught.value)
+
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, settings = load_file(weights), json.loads(config.read_text())
+    save_file({key: w for key, w in whole.items() if "bbox" not in key}, weights, metadata={"format": "pt"})
+    assert "lacks 6 weights, the first of them bbox_predictor" in refusal()
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert refusal().isprintable()
+    for content in ("{", json.dumps(settings | {"model_type": "bert"}), json.dumps(settings | {"model_type": "none"})):
+        config.write_text(content)
+        assert "transformers loads no detector from it" in refusal() and refusal().isprintable()
