@@ -13,11 +13,12 @@ Writes OUTPUT, and in RUN_DIR best.pth, last.pth, settings.json and log.jsonl (o
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli
@@ -26,16 +27,18 @@ from common.console import progress_bar
 from common.data.annotations import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
 from common.data.sources import TrainDataFlags, load_train_and_val
-from common.data.transforms import TrainTransform
+from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import validate
 from common.model.backbone import fetch_backbone
 from common.model.checkpoint import Checkpoint
 from common.model.detector import DetectorFlags, new_detector
 from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
+from common.show.drawing import detection_sheet
 from common.train.optim import cosine_schedule, parameter_groups
 from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
-from common.train.state import TrainState
+from common.train.state import TrainState, steps_an_epoch
+from common.types import Batch
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -43,7 +46,7 @@ LOSS = LossConfig(assignment="center", scores="cross-entropy", boxes="giou", box
 
 
 @dataclass(frozen=True)
-class Settings(RunFlags, DetectorFlags, TrainDataFlags):
+class Settings(RunFlags, AugmentationFlags, DetectorFlags, TrainDataFlags):
     freeze_backbone: bool = flag(False, "train the heads alone (a linear probe)", on_resume="refuse")
     epochs: int = flag(10, "passes over the training images", at_least=1)
     lr: float = flag(1e-3, "learning rate of the heads", at_least=0)
@@ -56,23 +59,27 @@ def train_one_epoch(model: nn.Module, loader: DataLoaderShard, state: TrainState
     """One pass over the training images, or the remaining steps of a resumed run."""
     accelerator, optimizer, schedule = state.accelerator, state.optimizer, state.schedule
     model.train()
-    for batch in state.batches(loader):
-        out = model(batch.images)
-        losses = detection_loss(out, batch.targets, LOSS, state.mean_of_processes)
-        accelerator.backward(sum(losses.values()))
+
+    def losses_of(batch: Batch) -> dict[str, Tensor]:
+        return detection_loss(model(batch.images), batch.targets, LOSS, state.mean_counts)
+
+    for batches in state.steps(loader):
+        for losses in state.losses(batches, model, losses_of):
+            accelerator.backward(sum(losses.values()))
         norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        state.check_finite(losses, norm, batch)
+        state.check_finite(losses, norm, batches)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        state.finish_step(losses)
-        run.save_if_due(state)
+        state.finish_step()
+        run.after_step(state)
         bar.update()
 
 
 def main(settings: Settings) -> dict:
     """Train, keep the best epoch, and return its numbers on the validation images."""
     settings.check_paths()
+    settings.check_augmentation()
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
@@ -92,27 +99,32 @@ def main(settings: Settings) -> dict:
     else:
         detector.backbone.unfreeze()
 
-    train_set = DetectionDataset(train_data, TrainTransform(settings.image_size), settings.seed)
+    train_set = DetectionDataset(train_data, TrainTransform(settings.image_size, flags=settings), settings.seed)
     train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers)
     quick_data = quick_validation(val_data)
     quick_loader = make_eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
     groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups)
     model, optimizer, train_loader, quick_loader = accelerator.prepare(detector, optimizer, train_loader, quick_loader)
-    steps = settings.epochs * len(train_loader)
+    epoch_steps = steps_an_epoch(train_loader, settings.accumulate)
+    steps = settings.epochs * epoch_steps
     schedule = cosine_schedule(optimizer, steps)
-    state = TrainState("only", detector, optimizer, schedule, order, accelerator)
+    state = TrainState("only", detector, optimizer, schedule, order, accelerator, accumulate=settings.accumulate)
 
     run = RunFolder(settings, train_data, accelerator)
     conditions = training_conditions(settings, train_data, accelerator) | {"backbone": backbone_name}
     untrained = Checkpoint(detector, train_data.class_names, train_data.category_ids, conditions)
-    accelerator.print(f"training {settings.epochs} epochs on {len(train_data)} images with {backbone_name}")
+    begin = f"training {settings.epochs} epochs on {len(train_data)} images with {backbone_name}"
+    accelerator.print(f"{begin}; {settings.describe()}")
     with progress_bar(steps, "training", "step", accelerator.is_main_process) as bar, run.resumable(state):
-        bar.update(state.epoch * len(train_loader) + state.step)
-        while state.epoch < settings.epochs:
+        bar.update(state.epoch * epoch_steps + state.step)
+        while state.epoch < settings.epochs and not run.has_stalled(state.stage):
             train_one_epoch(model, train_loader, state, run, bar)
-            numbers = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
-            run.log_epoch(state, replace(untrained, metrics=numbers, epoch=state.epoch + 1))
+            numbers, found = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
+            checkpoint = replace(untrained, metrics=numbers, epoch=state.epoch + 1)
+            run.log_epoch(state, checkpoint)
+            sheet = partial(detection_sheet, quick_data, found, train_data.class_names, checkpoint.min_score)
+            run.trackers.log_image("detections", sheet, state.total_steps)
             state.finish_epoch()
             run.save(state)
 

@@ -17,6 +17,7 @@ Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, s
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +41,7 @@ from common.data.dataset import (
     make_train_loader,
 )
 from common.data.sources import TrainDataFlags, load_train_and_val
-from common.data.transforms import MirrorTransform, TrainTransform
+from common.data.transforms import AugmentationFlags, LetterboxTransform, MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
 from common.evaluate.detections import label_map
 from common.model.backbone import Backbone, fetch_backbone
@@ -49,10 +50,12 @@ from common.model.detector import HEADS, Detector, DetectorFlags, check_side, ne
 from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
 from common.runtime import make_accelerator, precision_name
+from common.show.drawing import detection_sheet
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, cosine_schedule, parameter_groups
 from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
-from common.train.state import TrainState
+from common.train.state import TrainState, steps_an_epoch
+from common.types import Batch
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -61,7 +64,7 @@ AUGMENTATIONS = ("auto", "mirror", "crop")
 
 
 @dataclass(frozen=True)
-class Settings(RunFlags, LossConfig, DetectorFlags, TrainDataFlags):
+class Settings(RunFlags, LossConfig, AugmentationFlags, DetectorFlags, TrainDataFlags):
     train_images: int = flag(5000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
     batch_size: int = flag(8, "images a step, on each process", at_least=1)
     head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS, on_resume="refuse")
@@ -120,19 +123,23 @@ def train_one_epoch(
     """One pass over the training images, or their features, or the remaining steps of a resumed run."""
     accelerator, optimizer, schedule, ema = state.accelerator, state.optimizer, state.schedule, state.ema
     model.train()
-    for batch in state.batches(loader):
+
+    def losses_of(batch: Batch) -> dict[str, Tensor]:
         out = model(batch.images, example_boxes(batch.targets))
-        losses = detection_loss(out, batch.targets, config, state.mean_of_processes, class_shares)
-        accelerator.backward(sum(losses.values()))
+        return detection_loss(out, batch.targets, config, state.mean_counts, class_shares)
+
+    for batches in state.steps(loader):
+        for losses in state.losses(batches, model, losses_of):
+            accelerator.backward(sum(losses.values()))
         norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        state.check_finite(losses, norm, batch)
+        state.check_finite(losses, norm, batches)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if ema:
             ema.update()
-        state.finish_step(losses)
-        run.save_if_due(state)
+        state.finish_step()
+        run.after_step(state)
         bar.update()
 
 
@@ -168,6 +175,11 @@ def stages(settings: Settings) -> list[Stage]:
     return requested
 
 
+def views_of(settings: Settings) -> int:
+    """How many views of a training image are cached: the image itself, and its mirror image."""
+    return 1 if settings.no_mirror else 2
+
+
 def fitted_to(settings: Settings, detector: Detector, train_images: int, val_images: int) -> Settings:
     """The settings with crops no larger than the input, and without a feature cache above the limit.
 
@@ -180,7 +192,7 @@ def fitted_to(settings: Settings, detector: Detector, train_images: int, val_ima
         raise InputError(f"--unfreeze-blocks: the detector uses only {backbone.depth} blocks of the backbone")
     settings = replace(settings, crop_size=min(settings.crop_size, detector.config.image_size))
     check_side("crop size", settings.crop_size, backbone.patch_size)
-    size = feature_gigabytes(detector, train_images, 2) + feature_gigabytes(detector, val_images, 1)
+    size = feature_gigabytes(detector, train_images, views_of(settings)) + feature_gigabytes(detector, val_images, 1)
     if settings.no_feature_cache or settings.epochs_frozen == 0 or size <= settings.feature_cache_limit:
         return settings
     limit = f"--feature-cache-limit {settings.feature_cache_limit:g}"
@@ -201,14 +213,17 @@ def stage_loaders(
     if stage.cached:
         detector.to(accelerator.device)
         options = {"batch_size": batch_size, "workers": settings.workers, "accelerator": accelerator}
-        features = cached_features(detector, train_data, views=2, **options)
+        features = cached_features(detector, train_data, views=views_of(settings), **options)
         val_features = cached_features(detector, val_data, views=1, **options)
-        train_set: SampleDataset = CachedDataset(train_data, features, size, mirror=True, seed=seed)
+        train_set: SampleDataset = CachedDataset(train_data, features, size, mirror=not settings.no_mirror, seed=seed)
         val_set = CachedDataset(val_data, val_features, size)
         workers = 0  # reading a memory map is faster than receiving it from another process
         val_loader = DataLoader(val_set, batch_size, collate_fn=collate)
     else:
-        transform = TrainTransform(size, settings.crop_size) if stage.crops else MirrorTransform(size)
+        if stage.crops:
+            transform: nn.Module = TrainTransform(size, settings.crop_size, settings)
+        else:
+            transform = LetterboxTransform(size) if settings.no_mirror else MirrorTransform(size)
         train_set = DetectionDataset(train_data, transform, seed)
         workers = settings.workers
         val_loader = make_eval_loader(val_data, size, batch_size, workers)
@@ -228,20 +243,27 @@ def train_stage(
     groups = parameter_groups(detector, stage.head_lr, stage.backbone_lr, WEIGHT_DECAY, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups)
     model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
-    steps = stage.epochs * len(train_loader)
+    epoch_steps = steps_an_epoch(train_loader, settings.accumulate)
+    steps = stage.epochs * epoch_steps
     schedule = cosine_schedule(optimizer, steps)
     ema = Ema(detector, settings.ema) if settings.ema else None
-    state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, ema=ema, epoch=start.epoch)
+    options = {"ema": ema, "epoch": start.epoch, "accumulate": settings.accumulate}
+    state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, **options)
 
     class_shares = train_data.class_shares().to(accelerator.device)
-    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
+    whole = "whole images" if settings.no_mirror else "whole images and their mirror images"
+    views = f"crops of {settings.crop_size} px, {settings.describe()}" if stage.crops else whole
+    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images; {views}", flush=True)
     with progress_bar(steps, stage.name, "step", accelerator.is_main_process) as bar, run.resumable(state):
-        bar.update((state.epoch - start.epoch) * len(train_loader) + state.step)
-        while state.epoch < start.epoch + stage.epochs:
+        bar.update((state.epoch - start.epoch) * epoch_steps + state.step)
+        while state.epoch < start.epoch + stage.epochs and not run.has_stalled(state.stage):
             train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
             with ema.applied() if ema else nullcontext():
-                numbers = validate(model, val_loader, val_data, start.class_names, accelerator)
-                run.log_epoch(state, replace(start, metrics=numbers, epoch=state.epoch + 1))
+                numbers, found = validate(model, val_loader, val_data, start.class_names, accelerator)
+                checkpoint = replace(start, metrics=numbers, epoch=state.epoch + 1)
+                run.log_epoch(state, checkpoint)
+            sheet = partial(detection_sheet, val_data, found, start.class_names, checkpoint.min_score)
+            run.trackers.log_image("detections", sheet, state.total_steps)
             state.finish_epoch()
             run.save(state)
 
@@ -286,6 +308,7 @@ def main(settings: Settings) -> dict:
     """Train the stages, keep the best epoch, and return its numbers on the validation images."""
     stages(settings)  # raises for contradictory settings before anything is loaded
     settings.check_paths()
+    settings.check_augmentation()
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine

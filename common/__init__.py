@@ -14,7 +14,8 @@ model/        the detector and what teaches it
               backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess | checkpoint,
               trained (what load_detector returns), exported (detectors in ONNX and OpenVINO)
 train/        one training run
-              optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, feature_cache
+              optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, trackers,
+              feature_cache
 evaluate/     detections -> numbers; draws nothing
               detect | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
               yolo, auto (detectors of transformers), evaluation, results

@@ -46,8 +46,8 @@ def at_step(step: int, act: Callable[[], None]):
     """A patch of training that calls `act` after `step` steps."""
     finish, steps = TrainState.finish_step, itertools.count(1)
 
-    def finish_step(state: TrainState, losses: dict) -> None:
-        finish(state, losses)
+    def finish_step(state: TrainState) -> None:
+        finish(state)
         if next(steps) == step:
             act()
 

@@ -52,8 +52,8 @@ def stop_at_step(script, settings, step):
     """Train until a signal after `step` steps."""
     steps, finish_step = itertools.count(1), TrainState.finish_step
 
-    def finish(state, losses):
-        finish_step(state, losses)
+    def finish(state):
+        finish_step(state)
         if next(steps) == step:
             signal.raise_signal(signal.SIGTERM)
 

@@ -22,7 +22,7 @@ from common.model.checkpoint import Checkpoint, save_detector
 README = ROOT / "README.md"
 PAGES = (README, *sorted(ROOT.glob("docs/*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(?:\w+=\S+ )*(?:\S*/)?(?:python3?|make|accelerate) ")
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:\S*/)?(?:python3?|make|accelerate|tensorboard) ")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OWN_FILE = re.compile(r"`((?:common|dev|docs|tests)/[\w./]*)`")
 NAME_IN_FILE = re.compile(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`")
@@ -78,6 +78,8 @@ def test_command_exists_with_its_flags_and_values(line):
         assert first == "launch"
         launched = launch_command_parser().parse_args(others)
         settings_of_script(launched.training_script, *launched.training_script_args)
+    elif program == "tensorboard":
+        assert importlib.util.find_spec(program) and first == "--logdir"
     elif first != "-m":
         settings_of_script(first, *others)
     elif others[0].startswith(("dev.", "common.")):

@@ -4,7 +4,7 @@
 (3, S, S) uint8 on the way out, S being a multiple of the backbone's patch size.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,38 @@ from torchvision import tv_tensors
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms import v2
 
+from common.cli import flag
+from common.console import InputError
 from common.images import FILL, letterboxed
 from common.types import Letterbox, Target, mirror_boxes
 
 SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
+
+
+@dataclass(frozen=True)
+class AugmentationFlags:
+    """Augmentation of the training images."""
+
+    no_mirror: bool = flag(False, "no mirror images: for text, traffic signs and other things with a left and a right")
+    scales: tuple[float, ...] = flag(
+        (0.75, 1.33), "range of the random scale of crops; 1 1 = all at the scale of the input", at_least=0.01
+    )
+    color_jitter: float = flag(0.3, "change of brightness, contrast and saturation; 0 = none", at_least=0, at_most=1)
+
+    def check_augmentation(self) -> None:
+        """Raises InputError unless the scales are two numbers in rising order."""
+        if len(self.scales) != 2 or self.scales[0] > self.scales[1]:
+            raise InputError(f"--scales {' '.join(map(str, self.scales))}: give the lowest and the highest")
+
+    def describe(self) -> str:
+        """The augmentation of crops in words, for the terminal."""
+        low, high = self.scales
+        parts = [
+            "no mirror images" if self.no_mirror else "mirror images",
+            f"scales {low:g} to {high:g}",
+            f"colour jitter {self.color_jitter:g}" if self.color_jitter else "no colour jitter",
+        ]
+        return ", ".join(parts)
 
 
 class LetterboxTransform(nn.Module):
@@ -55,6 +83,9 @@ def mirror_drawn() -> bool:
     return bool(torch.rand(()) < 0.5)
 
 
+DEFAULT_AUGMENTATION = AugmentationFlags()
+
+
 class TrainTransform(nn.Module):
     """Flip, scale jitter with a fixed-size crop, colour jitter (the large-scale jitter of ViTDet, arXiv 2203.16527).
 
@@ -63,18 +94,18 @@ class TrainTransform(nn.Module):
     Args:
         size: side of the square input of evaluation, pixels.
         crop_size: side of the square output, pixels; by default `size`.
-        scale: the image's longer side becomes `size` times a factor from this range.
+        flags: what is varied; the image's longer side becomes `size` times a factor from `scales`.
     """
 
-    def __init__(self, size: int, crop_size: int | None = None, scale: tuple[float, float] = (0.75, 1.33)):
+    def __init__(self, size: int, crop_size: int | None = None, flags: AugmentationFlags = DEFAULT_AUGMENTATION):
         super().__init__()
-        crop_size = crop_size or size
+        crop_size, strength = crop_size or size, flags.color_jitter
         self.move = v2.Compose(
             [
-                v2.RandomHorizontalFlip(),
-                _ScaleJitter((size, size), scale_range=scale, antialias=True),
+                v2.RandomHorizontalFlip(0.0 if flags.no_mirror else 0.5),
+                _ScaleJitter((size, size), scale_range=flags.scales, antialias=True),
                 v2.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=FILL),
-                v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+                v2.ColorJitter(strength, strength, strength, hue=strength / 6),
                 v2.ClampBoundingBoxes(),
                 v2.SanitizeBoundingBoxes(min_size=SMALLEST_SIDE, labels_getter=_labels_and_crowd),
             ]

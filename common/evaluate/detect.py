@@ -69,10 +69,13 @@ def detect(
 
 def validate(
     model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
-) -> dict[str, float | None]:
-    """The headline numbers of a model with these classes on the images of `data`, which `loader` yields."""
+) -> tuple[dict[str, float | None], list[Detections]]:
+    """The headline numbers and the detections of a model with these classes on the images of `data`.
+
+    `loader` yields these images.
+    """
     detections = detect(model, loader, accelerator, title="validating")
-    return headline(detection_table(detections, label_map(class_names, data)), data)
+    return headline(detection_table(detections, label_map(class_names, data)), data), detections
 
 
 @dataclass(frozen=True)

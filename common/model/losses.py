@@ -49,7 +49,7 @@ def detection_loss(
     out: RawOutput,
     targets: list[Target],
     config: LossConfig,
-    mean_of_processes: Callable[[Tensor], Tensor] = lambda counts: counts,
+    mean_counts: Callable[[Tensor], Tensor] = lambda counts: counts,
     class_shares: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss of a batch, each term divided by the number of positive locations, which are assigned an object.
@@ -61,8 +61,8 @@ def detection_loss(
         out: of the batch.
         targets: B, boxes in input pixels.
         config: the kinds of losses.
-        mean_of_processes: the mean of a vector over all processes that share the step. The divisors are such means, so
-            that the mean of the gradients of all processes is that of one process with all of their images.
+        mean_counts: the mean of a vector over all batches that share the step. The divisors are such means, so that the
+            mean of the gradients of all these batches is that of one batch with all of their images.
         class_shares: (K,) of the training objects, for the logit adjustment of a second look.
 
     Returns:
@@ -93,10 +93,10 @@ def detection_loss(
         "box": config.box_weight * (box_loss * weights).sum(),
     }
     if out.second is None:
-        (count,) = mean_of_processes(weights.sum()[None]).clamp(min=1)
+        (count,) = mean_counts(weights.sum()[None]).clamp(min=1)
         return {name: total / count for name, total in sums.items()}
     second_sums, second_count = _second_losses(out.second, targets, config, class_shares)
-    count, second_count = mean_of_processes(torch.stack([weights.sum(), second_count])).clamp(min=1)
+    count, second_count = mean_counts(torch.stack([weights.sum(), second_count])).clamp(min=1)
     losses = {name: total / count for name, total in sums.items()}
     return losses | {name: total / second_count for name, total in second_sums.items()}
 

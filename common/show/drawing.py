@@ -11,9 +11,11 @@ from torch import Tensor
 from common.console import one_line
 from common.data.coco import CocoData
 from common.show.fonts import class_labels, image_text
+from common.types import Detections
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
+SHEET_IMAGES = 12
 PALETTE = (  # Okabe and Ito's, distinguishable for colour-blind readers too; used in turn
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
     *((0, 114, 178), (213, 94, 0), (204, 121, 167), (255, 255, 255)),
@@ -157,6 +159,19 @@ def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int 
         for position, image in enumerate(line):
             sheet.paste(image, (_length(line[:position]), GAP + row * (height + GAP)))
     return sheet
+
+
+def detection_sheet(
+    data: CocoData, detections: Sequence[Detections], class_names: Sequence[str], min_score: float
+) -> Image.Image:
+    """The first `SHEET_IMAGES` images of a data set on one sheet, ground truth beside detections from a score on."""
+    strips = []
+    for index in range(min(SHEET_IMAGES, len(data))):
+        image, found = data.images[index].open(), detections[index].at_least(min_score)
+        truth = draw_boxes(image, true_boxes(data, index))
+        drawn = draw_boxes(image, detected_boxes(found.boxes, found.scores, found.labels, class_names))
+        strips.append(side_by_side([("ground truth", truth), ("detections", drawn)]))
+    return contact_sheet(strips)
 
 
 def _length(line: Sequence[Image.Image]) -> int:

@@ -20,6 +20,7 @@ from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.runtime import RuntimeFlags
 from common.train.resume import check_resumable, read_state, state_files, write_state
 from common.train.state import TrainState
+from common.train.trackers import TRACKERS, Trackers, check_trackers
 
 EPOCH_VAL_IMAGES = 100  # the first of the validation images, for the validation after each epoch
 FINISHED = "finished"  # an empty file that marks a run as complete
@@ -29,6 +30,15 @@ FINISHED = "finished"  # an empty file that marks a run as complete
 class RunFlags(RuntimeFlags):
     """Training run."""
 
+    accumulate: int = flag(
+        1, "batches a step, one after another: N need the memory of one, and one more forward pass", at_least=1
+    )
+    patience: int = flag(
+        0, "end a stage after N epochs without a better mAP@0.5; 0 = never", at_least=0, on_resume="free"
+    )
+    log_with: tuple[str, ...] = flag(
+        (), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS, on_resume="unrecorded"
+    )
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower", on_resume="free")
     resume: bool = flag(
         False, "continue the stopped run in --run-dir; start one if there is none", on_resume="unrecorded"
@@ -50,6 +60,7 @@ class RunFlags(RuntimeFlags):
             raise InputError(
                 f"the run in {folder} is not finished: go on with --resume, name another --run-dir, or delete it"
             )
+        check_trackers(self.log_with)
         check_writable(self.output)
         check_writable(folder / "state.pth")
         outputs = [Path(self.output), folder / "best.pth", folder / "last.pth"]
@@ -96,7 +107,7 @@ class RunFolder:
         self.run = {
             "settings": asdict(settings),
             "train_fingerprint": train_data.fingerprint(),
-            "images_per_step": settings.batch_size * accelerator.num_processes,
+            "images_per_step": settings.batch_size * settings.accumulate * accelerator.num_processes,
         }
         self.saved = read_state(self.path) if settings.resume else None
         if self.saved:
@@ -107,6 +118,7 @@ class RunFolder:
         accelerator.wait_for_everyone()  # all processes have read the files that the main process now replaces
         if accelerator.is_main_process:
             self._prepare_folder()
+        self.trackers = Trackers(settings.log_with if accelerator.is_main_process else (), self.path, asdict(settings))
 
     def _prepare_folder(self) -> None:
         """Remove the files of other runs, and write the settings and the log so far."""
@@ -160,8 +172,12 @@ class RunFolder:
     def advice(self) -> str:
         return f"the run's state is in {self.path}; go on with the same command and --resume"
 
-    def save_if_due(self, state: TrainState) -> None:
-        """After a step: save the state every `--save-steps` steps."""
+    def after_step(self, state: TrainState) -> None:
+        """Send the step to the trackers, if any, and save the state every `--save-steps` steps."""
+        if self.trackers:
+            losses = {f"loss/{name}": value.item() for name, value in state.step_losses.items()}
+            rates = [float(rate) for rate in state.schedule.get_last_lr()]
+            self.trackers.log(losses | {"lr/highest": max(rates), "lr/lowest": min(rates)}, state.total_steps)
         if self.settings.save_steps and state.step % self.settings.save_steps == 0:
             self.save(state)
 
@@ -179,10 +195,11 @@ class RunFolder:
         rounded = {name: round(value, 4) for name, value in losses.items()}
         line = {"stage": state.stage, "epoch": checkpoint.epoch, "loss": rounded, "val": checkpoint.metrics}
         self.log.append(line | {"seconds": round(state.seconds, 1)})
-        score = max(0.0, checkpoint.metrics["AP50"] or 0.0)  # 0 also for None and NaN
+        score = _score(checkpoint.metrics)
         is_best, self.best_score = score >= self.best_score, max(score, self.best_score)
         if not self.accelerator.is_main_process:
             return
+        self.trackers.log({f"validation/{k}": v for k, v in checkpoint.metrics.items()}, state.total_steps)
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         numbers = format_headline(checkpoint.metrics)
         tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {numbers}; {state.seconds:.0f} s")
@@ -192,6 +209,12 @@ class RunFolder:
             if state.stage != self.stages[-1]:
                 save_detector(self.path / f"{state.stage}.pth", checkpoint)
         self._write_log()
+
+    def has_stalled(self, stage: str) -> bool:
+        """Whether the last `--patience` epochs of a stage brought no better mAP@0.5 than those before them."""
+        scores = [_score(line["val"]) for line in self.log if line["stage"] == stage]
+        patience = self.settings.patience
+        return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
 
     def save(self, state: TrainState) -> None:
         """Write the state of the run."""
@@ -203,6 +226,11 @@ class RunFolder:
     def _write_log(self) -> None:
         with atomic_write(self.path / "log.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.log)
+
+
+def _score(metrics: dict) -> float:
+    """mAP@0.5, 0 also for None and NaN."""
+    return max(0.0, metrics["AP50"] or 0.0)
 
 
 def quick_validation(val_data: CocoData) -> CocoData:
@@ -240,7 +268,7 @@ def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> 
     model = run.accelerator.prepare_model(best.detector, evaluation_mode=True)
     val_loader = run.accelerator.prepare(val_loader)
     try:
-        numbers = validate(model, val_loader, val_data, best.class_names, run.accelerator)
+        numbers, _ = validate(model, val_loader, val_data, best.class_names, run.accelerator)
     except Interrupted as interrupted:
         interrupted.advice = run.advice
         raise
@@ -251,4 +279,6 @@ def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> 
         _warn_of_equal_epochs(run.log)
         print(f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {output}")
         (run.path / FINISHED).touch()
+    run.trackers.log({f"final/{name}": number for name, number in numbers.items()}, run.trackers.step)
+    run.trackers.finish()
     return numbers

@@ -1,13 +1,16 @@
 """Letterbox, augmentation, batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import data_flags
 
+from common.console import InputError
 from common.data.annotations import load_coco
 from common.data.dataset import DetectionDataset, collate
 from common.data.sources import load_split
-from common.data.transforms import LetterboxTransform, TrainTransform
+from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform
 from common.types import Letterbox, Target
 
 ANNOTATION = {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0}
@@ -58,11 +61,35 @@ def test_augmentation_carries_the_box_along(crop_size):
     assert len(seen) > 30
 
 
+def test_each_augmentation_can_be_switched_off():
+    """A box to the left in one colour: where it lies, how wide it is and its colour show what was varied."""
+    still = AugmentationFlags(no_mirror=True, scales=(1.0, 1.0), color_jitter=0.0)
+    varied = {"mirror": replace(still, no_mirror=False), "scale": replace(still, scales=(0.75, 1.33))}
+    varied |= {"color": replace(still, color_jitter=0.3), "nothing": still}
+    seen: dict[str, list[set]] = {}
+    for name, flags in varied.items():
+        places, widths, colors = set(), set(), set()
+        for seed in range(20):
+            torch.manual_seed(seed)
+            image, target = TrainTransform(140, flags=flags)(*painted(box=(0, 0, 40, 40)))
+            x1, y1, x2, y2 = target.boxes[0].round().int().tolist()
+            places.add(x1 > 50)
+            widths.add(x2 - x1)
+            colors.add(tuple(image[:, (y1 + y2) // 2, (x1 + x2) // 2].tolist()))
+        seen[name] = [places, widths, colors]
+    counts = {name: [len(values) > 1 for values in sets] for name, sets in seen.items()}
+    assert counts["nothing"] == [False, False, False]
+    assert counts["mirror"][0] and not counts["mirror"][2]
+    assert counts["scale"][1] and counts["color"] == [False, False, True]
+    with pytest.raises(InputError, match="--scales 2 1: give the lowest and the highest"):
+        AugmentationFlags(scales=(2, 1)).check_augmentation()
+
+
 def test_a_smaller_crop_shows_objects_at_the_same_scale():
     widths = []
     for crop_size in (140, 56):
         torch.manual_seed(0)
-        transform = TrainTransform(140, crop_size, scale=(1.0, 1.0))
+        transform = TrainTransform(140, crop_size, flags=AugmentationFlags(scales=(1.0, 1.0)))
         found = [transform(*painted(box=(60, 40, 120, 80)))[1].boxes for _ in range(20)]
         widths.append(max((boxes[:, 2] - boxes[:, 0]).max() for boxes in found if len(boxes)))
     assert widths[0] == pytest.approx(widths[1], abs=0.5)

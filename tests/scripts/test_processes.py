@@ -81,6 +81,14 @@ def test_two_processes_train_as_one_with_twice_the_batch(trained):
     assert (trained[2] / "output.txt").read_text().count("stage frozen took") == 1  # one of them prints
 
 
+def test_two_accumulated_batches_train_as_one_of_twice_the_size(trained, odd, tiny_backbone, tmp_path):
+    train(tmp_path, odd, tiny_backbone, "--batch-size", 2, "--accumulate", 2, processes=1)
+    for one, other in zip(log_of(tmp_path), log_of(trained[1]), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
+    ours, theirs = (torch.load(folder / "out.pth", weights_only=True)["model"] for folder in (tmp_path, trained[1]))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+
+
 def test_two_processes_evaluate_every_image_once(trained, odd):
     flags = ("--data", odd, "--workers", 0, "--precision", "fp32", "--models", "out.pth", "missing.pth")
     outputs = {}

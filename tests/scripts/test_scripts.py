@@ -221,13 +221,13 @@ def overfit(script, demo, folder, **options):
 
 def test_the_simple_detector_overfits_four_images(demo, tmp_path, monkeypatch):
     """End to end from random weights: the whole of assignment, loss, box decoding, post-processing and metrics."""
-    monkeypatch.setattr("finetune_dino2_simple.TrainTransform", LetterboxTransform)
+    monkeypatch.setattr("finetune_dino2_simple.TrainTransform", lambda size, flags: LetterboxTransform(size))
     numbers = overfit(finetune_dino2_simple, demo, tmp_path, epochs=100, lr=2e-3, backbone_lr=1e-3)
     assert numbers["AP50"] >= 0.9
 
 
 def test_the_improved_detector_overfits_four_images(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("improved_dino_detector.TrainTransform", lambda size, _: LetterboxTransform(size))
+    monkeypatch.setattr("improved_dino_detector.TrainTransform", lambda size, *_: LetterboxTransform(size))
     rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0, "layer_decay": 1.0}
     numbers = overfit(
         improved_dino_detector, demo, tmp_path, epochs_frozen=0, epochs_unfrozen=100, dropout=0.0, **rates

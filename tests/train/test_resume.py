@@ -135,8 +135,8 @@ def test_a_signal_finishes_the_step_and_saves_the_state(
     settings = in_this_folder(settings_of(name, tmp_path, demo, tiny_backbone))
     finish_step, done = TrainState.finish_step, []
 
-    def finish(state, losses):
-        done.append(finish_step(state, losses))
+    def finish(state):
+        done.append(finish_step(state))
         if len(done) == step:
             signal.raise_signal(number)
 

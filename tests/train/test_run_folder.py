@@ -83,6 +83,24 @@ def test_best_epoch_has_the_highest_map_and_is_the_last_of_equals(resumed, score
     assert epochs_of("run/best.pth", "run/frozen.pth", "run/last.pth") == [expected, expected, len(scores)]
 
 
+@pytest.mark.parametrize(
+    ("patience", "scores", "stalled"),
+    [
+        (0, (0.3, 0.2, 0.1), False),
+        (2, (0.3, 0.2), False),
+        (2, (0.3, 0.2, 0.1), True),
+        (2, (0.3, 0.2, 0.4), False),
+        (2, (0.3, 0.3, 0.3), True),
+        (1, (0.1, math.nan), True),
+        (1, (None, 0.1), False),
+    ],
+)
+def test_patience_ends_a_stage_that_does_not_improve(patience, scores, stalled, detector, demo_val):
+    run = RunFolder(RunFlags(run_dir="run", patience=patience), demo_val, Accelerator(cpu=True), ("frozen", "unfrozen"))
+    run.log = [{"stage": "frozen", "val": {"AP50": score}} for score in scores]
+    assert run.has_stalled("frozen") is stalled and not run.has_stalled("unfrozen")
+
+
 @pytest.fixture
 def val_with(demo, tmp_path):
     """Writes the demo's validation annotations, each changed by a function (None: omitted), and returns flags."""
