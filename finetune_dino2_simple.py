@@ -31,7 +31,7 @@ from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import validate
 from common.model.backbone import BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint
-from common.model.detector import DetectorFlags, new_detector, without_changes
+from common.model.detector import DetectorFlags, merged, new_detector
 from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
 from common.show.drawing import detection_sheet
@@ -121,7 +121,7 @@ def main(settings: Settings) -> dict:
         while state.epoch < settings.epochs and not run.has_stalled(state.stage):
             train_one_epoch(model, train_loader, state, run, bar)
             numbers, found = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
-            plain = without_changes(detector)
+            plain = merged(detector)
             checkpoint = replace(untrained, detector=plain, metrics=numbers, epoch=state.epoch + 1)
             run.log_epoch(state, checkpoint)
             sheet = partial(detection_sheet, quick_data, found, train_data.class_names, checkpoint.min_score)

@@ -51,9 +51,9 @@ from common.model.detector import (
     Detector,
     DetectorFlags,
     check_side,
+    merged,
     new_detector,
     with_classes,
-    without_changes,
 )
 from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
@@ -268,7 +268,7 @@ def train_stage(
             train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
             with ema.applied() if ema else nullcontext():
                 numbers, found = validate(model, val_loader, val_data, start.class_names, accelerator)
-                plain = without_changes(detector)
+                plain = merged(detector)
                 checkpoint = replace(start, detector=plain, metrics=numbers, epoch=state.epoch + 1)
                 run.log_epoch(state, checkpoint)
             sheet = partial(detection_sheet, val_data, found, start.class_names, checkpoint.min_score)

@@ -1,6 +1,5 @@
 """The detector: a backbone and a head, and the settings that rebuild it without any network."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,14 +133,14 @@ def build_detector(config: DetectorConfig) -> Detector:
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
 
 
-def without_changes(detector: Detector) -> Detector:
-    """The detector as it is written: low-rank changes of its backbone, if any, are added to its weights, in a copy."""
+def merged(detector: Detector) -> Detector:
+    """The detector; where its backbone has low-rank changes, another one with `Backbone.merged` and the same heads."""
     backbone = detector.backbone.merged()
     if backbone is detector.backbone:
         return detector
-    merged = copy.copy(detector)
-    merged._modules = detector._modules | {"backbone": backbone}
-    return merged
+    plain = Detector(detector.config, backbone)
+    plain.head, plain.second_look = detector.head, detector.second_look
+    return plain
 
 
 def with_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:

@@ -25,7 +25,7 @@ from common.evaluate.detect import predict
 from common.model.assignment import ASSIGNMENTS, assign
 from common.model.backbone import BackboneFlags, choose_blocks, fetch_backbone, load_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
-from common.model.detector import HEADS, new_detector, without_changes
+from common.model.detector import HEADS, merged, new_detector
 from common.model.heads import PyramidHead, decode_boxes, locations
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
 from common.model.postprocess import MAX_DETECTIONS, postprocess, predictions
@@ -405,7 +405,7 @@ def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_ba
     torch.manual_seed(0)
     detector = new_detector(tiny_backbone, head=head, blocks=(2, 4), image_size=56, num_classes=3)
     plain, images = {name: weight.clone() for name, weight in detector.state_dict().items()}, torch.rand(1, 3, 56, 56)
-    assert without_changes(detector) is detector
+    assert merged(detector) is detector
     before = detector.eval()(images).boxes
     detector.backbone.prepare_training(BackboneFlags(lora=2))
     assert torch.equal(detector(images).boxes, before)  # the changes are 0 at first
@@ -419,7 +419,7 @@ def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_ba
         torch.optim.SGD(detector.parameters(), 1e-3).step()
     after = detector(images).boxes
     assert not torch.equal(after, before)
-    save_detector(tmp_path / "a.pth", Checkpoint(without_changes(detector), ("a", "b", "c"), (1, 2, 3)))
+    save_detector(tmp_path / "a.pth", Checkpoint(merged(detector), ("a", "b", "c"), (1, 2, 3)))
     reloaded = load_checkpoint(tmp_path / "a.pth").detector
     assert torch.allclose(reloaded(images).boxes, after, atol=1e-3)
     changed = {name for name, weight in reloaded.state_dict().items() if not torch.equal(weight, plain[name])}

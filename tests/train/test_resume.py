@@ -124,6 +124,24 @@ def test_killed_runs_resume_to_the_same_result(fork_server, uninterrupted, demo,
     assert {-1, 1, 4} <= where
 
 
+@pytest.mark.parametrize(("name", "step"), [("simple", 2), ("improved", 5)])
+def test_accumulated_steps_resume_to_the_same_result(name, step, demo, tiny_backbone, tmp_path, monkeypatch):
+    """Inside an epoch of three steps of two batches, also with low-rank changes of the backbone."""
+    ends = []
+    for folder in (tmp_path / "whole", tmp_path / "stopped"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        options = {"batch_size": 2, "accumulate": 2, "lora": 2, "checkpoint_activations": True}
+        settings = in_this_folder(settings_of(name, folder, demo, tiny_backbone, **options))
+        if folder.name == "stopped":
+            stop_at_step(SCRIPTS[name], settings, step)
+            settings = replace(settings, resume=True)
+        SCRIPTS[name].main(settings)
+        ends.append(results(folder))
+    assert ends[0] == ends[1]
+    assert not any("lora" in weight for weight in ends[0][1])
+
+
 @pytest.mark.parametrize(
     ("name", "step"), [("simple", 1), ("simple", 5), ("improved", 4), ("improved", 9), ("improved", 14)]
 )
