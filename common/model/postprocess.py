@@ -84,10 +84,11 @@ def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, target: Target) -
 
 def pairwise_iou(boxes: Tensor) -> Tensor:
     """IoU (B, N, N) of boxes (B, N, 4) with each other."""
-    low, high = boxes.split(2, dim=-1)
-    area = (high - low).prod(-1)
-    sides = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
-    overlap = sides.clamp(min=0).prod(-1)
+    x1, y1, x2, y2 = boxes.unbind(-1)  # tensors without a last dimension of 2 take a third of the time
+    area = (x2 - x1) * (y2 - y1)
+    width = torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])
+    height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
+    overlap = width.clamp(min=0) * height.clamp(min=0)
     return overlap / (area[:, :, None] + area[:, None] - overlap)
 
 

@@ -11,7 +11,7 @@ from torch.quasirandom import SobolEngine
 from common.model.postprocess import kept_by_nms, pairwise_iou, rows_of
 from common.types import RawOutput, SecondOutput, Target
 
-CANDIDATES = 1000  # best locations of an image that enter NMS
+CANDIDATES, TRAINED_CANDIDATES = 1000, 300  # best locations of an image that enter NMS
 PROPOSAL_IOU = 0.7  # of NMS: overlapping boxes of one object are looked at several times
 CLASS_PARTS = 2  # the class is predicted from a grid of 2 x 2 means of the features in a box
 BOX_PARTS = 7  # the better box and its score from a grid of 7 x 7
@@ -75,7 +75,10 @@ class SecondLook(nn.Module):
             out: of the dense head on them.
             examples: (B, E, 4) input pixels; in training.
         """
-        locations = best_locations(out, TRAINED_PROPOSALS if self.training else self.proposals)
+        count, candidates = self.proposals, CANDIDATES
+        if self.training:
+            count, candidates = TRAINED_PROPOSALS, TRAINED_CANDIDATES
+        locations = best_locations(out, count, candidates)
         boxes = rows_of(out.boxes.detach(), locations)
         if examples is not None:
             boxes = torch.cat([examples, boxes], dim=1)
@@ -84,13 +87,15 @@ class SecondLook(nn.Module):
         return SecondOutput(locations, boxes, move_boxes(boxes, outputs[..., 1:]), outputs[..., 0], classes)
 
 
-def best_locations(out: RawOutput, count: int) -> Tensor:
+def best_locations(out: RawOutput, count: int, candidates: int = CANDIDATES) -> Tensor:
     """The (B, N) locations with the highest object scores after NMS, N = `count` or all; then those that it removed.
+
+    Of all locations the `candidates` with the highest scores enter NMS.
 
     The number is the same for each image, so that a batch is one tensor.
     """
     logits, boxes = out.object_logits.detach(), out.boxes.detach()
-    best, index = logits.topk(min(CANDIDATES, logits.shape[1]))  # by falling score
+    best, index = logits.topk(min(candidates, logits.shape[1]))  # by falling score
     kept = kept_by_nms(pairwise_iou(rows_of(boxes, index)) > PROPOSAL_IOU)
     rank = torch.arange(best.shape[1], device=best.device) + ~kept * best.shape[1]
     return index.gather(1, rank.topk(min(count, best.shape[1]), largest=False).indices)
