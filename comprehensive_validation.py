@@ -64,10 +64,8 @@ class Settings(RuntimeFlags, DataFlags):
 
 def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor) -> Predictions:
     """The detections of the model in `path` on the images."""
-    if is_checkpoint(path):
+    if is_checkpoint(path) or is_exported(path):
         return predictor.predictions(path, data)
-    if is_exported(path):
-        return predictor.exported_predictions(path, data)
     if is_auto(path):
         return auto_predictions(path, data, settings.batch_size, predictor.accelerator.device)
     from common.evaluate.yolo import yolo_predictions  # ultralytics is optional

@@ -26,9 +26,8 @@ from common.console import InputError
 from common.data.coco import CocoData, unlabelled_images
 from common.data.sources import DataFlags, load_split
 from common.evaluate.detections import coco_detections, detection_table
-from common.evaluate.evaluation import Predictor, evaluate, unique_names
+from common.evaluate.evaluation import Model, Predictor, evaluate, load_model, unique_names
 from common.files import atomic_write, check_outputs, check_writable
-from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.runtime import RuntimeFlags, make_accelerator
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.fonts import print_replaced
@@ -42,7 +41,9 @@ COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "imag
 
 @dataclass(frozen=True)
 class Settings(RuntimeFlags, DataFlags):
-    checkpoints: tuple[str, ...] = flag(("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to check")
+    checkpoints: tuple[str, ...] = flag(
+        ("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to check, or their exports"
+    )
     images: tuple[str, ...] = flag((), "your own image files and folders, instead of validation images")
     draw: int = flag(24, "validation images to draw for each model, drawn at random by --seed; 0 = all", at_least=0)
     min_score: float = flag(
@@ -80,7 +81,7 @@ def check_files(settings: Settings, models: Sequence[str], data: CocoData, drawn
 def write_images(
     settings: Settings,
     data: CocoData,
-    models: dict[str, tuple[Checkpoint, list[Detections]]],
+    models: dict[str, tuple[Model, list[Detections]]],
     drawn: dict[int, str],
 ) -> Path:
     """Annotated images of each model and one contact sheet with all models; returns the sheet's path."""
@@ -118,14 +119,14 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
         image.save(file, "JPEG", quality=88, comment=JPEG_COMMENT)
 
 
-def write_detections(path: Path, checkpoint: Checkpoint, detections: list[Detections], data: CocoData) -> int:
+def write_detections(path: Path, model: Model, detections: list[Detections], data: CocoData) -> int:
     """COCO results JSON of one model on images without ground truth; returns the number of detections."""
-    table = detection_table(detections, np.arange(len(checkpoint.class_names)))
+    table = detection_table(detections, np.arange(len(model.class_names)))
     files = {image.id: str(image.path) for image in data.images}
-    names = dict(zip(checkpoint.category_ids, checkpoint.class_names, strict=True))
+    names = dict(zip(model.category_ids, model.class_names, strict=True))
     entries = [
         e | {"file_name": files[e["image_id"]], "category_name": names[e["category_id"]]}
-        for e in coco_detections(table, checkpoint.category_ids)
+        for e in coco_detections(table, model.category_ids)
     ]
     with atomic_write(path, "w") as file:
         json.dump(entries, file)
@@ -137,7 +138,7 @@ def main(settings: Settings) -> dict[str, dict]:
     check_writable(Path(settings.output, "contact_sheet.jpg"))
     set_seed(settings.seed)
     predictor = Predictor(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
-    checkpoints = [load_checkpoint(path) for path in settings.checkpoints]
+    checkpoints = [load_model(path) for path in settings.checkpoints]
     names = unique_names(settings.checkpoints)
     if settings.images:
         first = checkpoints[0]

@@ -26,19 +26,30 @@ from common.evaluate.detections import DetectionTable, TablePredictions, detecti
 from common.evaluate.diagnosis import diagnose, self_check
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.exported import load_exported
+from common.model.exported import ExportedDetector, is_exported, load_exported
 from common.model.postprocess import detections_of, postprocess
 from common.runtime import precision_name
 from common.types import Batch, Detections, Predictions, Target
 
+Model = Checkpoint | ExportedDetector
 NAME_BYTES = 200  # of a model's name, from which file names are made
+
+
+def load_model(path: str) -> Model:
+    """Read a checkpoint, or a detector that was exported.
+
+    Raises:
+        InputError: a missing or damaged detector, or one whose runtime is not installed.
+    """
+    return load_exported(path) if is_exported(path) else load_checkpoint(path)
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Runs checkpoints on the device and in the precision of `accelerator`, `batch_size` images at once.
+    """Runs detectors of this project, `batch_size` images at once.
 
-    `workers` processes decode the images; with `flip` the model also runs on the mirror image of each.
+    Checkpoints run on the device and in the precision of `accelerator`, exported detectors on the CPU in their own.
+    `workers` processes decode the images; with `flip` a checkpoint also runs on the mirror image of each.
     """
 
     accelerator: Accelerator
@@ -46,65 +57,56 @@ class Predictor:
     workers: int
     flip: bool = False
 
-    def detect(self, checkpoint: Checkpoint, data: CocoData, title: str) -> list[Detections]:
-        """Detections on every image of `data`, in its order, in the checkpoint's labels.
+    def detect(self, model: Model, data: CocoData, title: str) -> list[Detections]:
+        """Detections on every image of `data`, in its order, in the model's labels.
 
         Args:
             title: of the progress bar.
-        """
-        loader = make_eval_loader(data, checkpoint.detector.config.image_size, self.batch_size, self.workers)
-        model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True)
-        return detect(model, self.accelerator.prepare(loader), self.accelerator, title, self.flip)
 
-    def cost(self, checkpoint: Checkpoint, data: CocoData) -> dict:
-        """Parameters and speed, the fields of `Cost`, measured on the first images of `data`."""
-        batch = self._first_batch(checkpoint.detector.config.image_size, data)
-        model = self.accelerator.prepare_model(checkpoint.detector, evaluation_mode=True).eval()
-        parameters = sum(p.numel() for p in model.parameters())
+        Raises:
+            InputError: mirrored images are requested of an exported detector.
+        """
+        loader = make_eval_loader(data, model.image_size, self.batch_size, self.workers)
+        if isinstance(model, Checkpoint):
+            detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True)
+            return detect(detector, self.accelerator.prepare(loader), self.accelerator, title, self.flip)
+        if self.flip:
+            raise InputError(f"{title}: --flip is for checkpoints, not for exported detectors")
+        detections: list[Detections] = []
+        with progress_bar(len(data), title) as bar:
+            for batch in loader:
+                detections += detections_of(*model.run(batch.images), batch.targets)
+                bar.update(len(batch.targets))
+        return detections
+
+    def cost(self, model: Model, data: CocoData) -> dict:
+        """Parameters, if they are known, and speed, the fields of `Cost`, measured on the first images of `data`."""
+        batch = next(iter(make_eval_loader(data.first(self.batch_size), model.image_size, self.batch_size, workers=0)))
+        if isinstance(model, ExportedDetector):
+
+            def run_exported(images: Tensor, targets: list[Target]) -> list[Detections]:
+                return detections_of(*model.run(images), targets)
+
+            return asdict(_cost_on(batch, run_exported, torch.device("cpu"), model.precision))
+        detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True).eval()
+        parameters = sum(p.numel() for p in detector.parameters())
 
         def run(images: Tensor, targets: list[Target]) -> list[Detections]:
-            return postprocess(*predict(model, images, self.flip), targets)
+            return postprocess(*predict(detector, images, self.flip), targets)
 
         device, precision = self.accelerator.device, precision_name(self.accelerator)
         return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
 
-    def _first_batch(self, image_size: int, data: CocoData) -> Batch:
-        return next(iter(make_eval_loader(data.first(self.batch_size), image_size, self.batch_size, workers=0)))
-
     def predictions(self, path: str, data: CocoData) -> Predictions:
-        """What the checkpoint in the file `path` detects on the images of `data`.
+        """What the checkpoint or the exported detector in `path` detects on the images of `data`.
 
         Raises:
-            InputError: a missing or damaged checkpoint.
+            InputError: what `load_model` and `detect` raise.
         """
-        checkpoint = load_checkpoint(path)
-        conditions = checkpoint.conditions() | {"flip": self.flip}
-        detections = self.detect(checkpoint, data, Path(path).stem)
-        return Predictions(detections, checkpoint.class_names, self.cost(checkpoint, data), conditions)
-
-    def exported_predictions(self, path: str, data: CocoData) -> Predictions:
-        """What an exported detector detects on the images of `data`, on the CPU.
-
-        Raises:
-            InputError: a damaged detector, a runtime that is not installed, or mirrored images, which it does not take.
-        """
-        if self.flip:
-            raise InputError(f"{path}: --flip is for checkpoints, not for exported detectors")
-        detector = load_exported(path)
-
-        def run(images: Tensor, targets: list[Target]) -> list[Detections]:
-            return detections_of(*detector.run(images), targets)
-
-        detections: list[Detections] = []
-        loader = make_eval_loader(data, detector.image_size, self.batch_size, self.workers)
-        with progress_bar(len(data), Path(path).stem) as bar:
-            for batch in loader:
-                detections += run(batch.images, batch.targets)
-                bar.update(len(batch.targets))
-        batch = self._first_batch(detector.image_size, data)
-        cost = _cost_on(batch, run, torch.device("cpu"), detector.precision)
-        conditions = detector.conditions | {"flip": False, "runtime": detector.runtime}
-        return Predictions(detections, detector.class_names, asdict(cost), conditions)
+        model = load_model(path)
+        detections = self.detect(model, data, Path(path).stem)
+        conditions = model.conditions() | {"flip": self.flip}
+        return Predictions(detections, model.class_names, self.cost(model, data), conditions)
 
 
 def _cost_on(batch: Batch, run: Callable, *about) -> Cost:

@@ -30,9 +30,13 @@ class ExportedDetector(TrainedDetector):
     """A detector that its runtime executes, described by the metadata of its file."""
 
     precision: str  # fp32 or int8
-    conditions: dict  # how it was trained
+    training: dict  # how it was trained
     runtime: str  # ONNX Runtime or OpenVINO
     session: Any  # of the runtime: a function from an array to three arrays
+
+    def conditions(self) -> dict:
+        """How the detector was trained and what runs it, for records of evaluations."""
+        return self.training | {"runtime": self.runtime}
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores, labels = (torch.from_numpy(array) for array in self.session(images.numpy()))
@@ -85,6 +89,7 @@ def _description(path: Path, text: str) -> dict:
     if len(content["class_names"]) != len(content["category_ids"]):
         raise InputError(f"{path}: its description has not as many category ids as class names")
     fields = {name: content[name] for name in FIELDS}
+    fields["training"] = fields.pop("conditions")
     return fields | {name: tuple(content[name]) for name in ("class_names", "category_ids")}
 
 

@@ -5,7 +5,7 @@ both name the run after its folder.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ class Trackers:
     def __bool__(self) -> bool:
         return bool(self.trackers)
 
-    def log(self, numbers: dict[str, float | None], step: int) -> None:
+    def log(self, numbers: Mapping[str, float | None], step: int) -> None:
         """Send numbers by name; those that do not exist are left out."""
         self.step = step
         for tracker in self.trackers:

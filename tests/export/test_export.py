@@ -17,6 +17,7 @@ import yaml
 from helpers import ROOT
 
 import comprehensive_validation
+import validate_models
 from common import cli
 from common.console import InputError
 from common.evaluate.results import read_results
@@ -79,7 +80,7 @@ def test_it_predicts_without_the_checkpoint(folder, checkpoint, form, demo_val, 
     original = load_detector(folder / "detector.pth", device="cpu")
     assert exported.class_names == original.class_names and exported.category_ids == original.category_ids
     assert exported.min_score == 0.02 and exported.image_size == 112
-    assert exported.conditions["backbone"] == "tiny" and exported.conditions["epoch"] == 4
+    assert exported.training["backbone"] == "tiny" and exported.training["epoch"] == 4
     found = exported.predict(files)
     assert [len(d.scores) for d in exported.predict(files, batch_size=1)] == [len(d.scores) for d in found]
     assert found[0].names and found[0].to_coco(1)[0]["category_id"] in demo_val.category_ids
@@ -97,7 +98,7 @@ def test_8_bits_lose_little(folder, demo, demo_val, form, tmp_path):
     output = export.main(export.Settings(str(source), **options))
     assert output.name == f"detector_int8{export.ENDS[form]}"
     quantised, exact = load_detector(output), load_detector(folder / FORMATS[form])
-    assert quantised.precision == "int8" and quantised.conditions["calibration_images"] == 4
+    assert quantised.precision == "int8" and quantised.training["calibration_images"] == 4
     inputs = torch.stack([letterboxed(read_pixels(i.path), 112)[0] for i in demo_val.images[:2]]).float() / 255
     scores, exact_scores = quantised.run(inputs)[1], exact.run(inputs)[1]
     assert not torch.equal(scores, exact_scores)
@@ -167,6 +168,20 @@ def test_it_is_evaluated_and_timed_like_the_checkpoint(folder, demo, tmp_path, m
     flipped = replace(settings, flip=True, models=models[1:], output="flipped.json")
     with pytest.raises(InputError, match="--flip is for checkpoints"):
         comprehensive_validation.main(flipped)
+
+
+def test_it_is_drawn_like_the_checkpoint(folder, demo_val, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    models = tuple(str(folder / name) for name in ("detector.pth", FORMATS["onnx"]))
+    images = (str(demo_val.images[0].path),)
+    settings = validate_models.Settings(checkpoints=models, images=images, workers=0, precision="fp32", output="out")
+    validate_models.main(settings)
+    assert "0.02 (detector.pth), 0.02 (detector.onnx)" in capsys.readouterr().out
+    ours, exported = (
+        json.loads(Path(f"out/{n}/detections.json").read_text()) for n in ("detector.pth", "detector.onnx")
+    )
+    assert len(ours) == len(exported) > 0
+    assert np.allclose([d["score"] for d in ours], [d["score"] for d in exported], atol=1e-4)
 
 
 def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
