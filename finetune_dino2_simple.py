@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,20 +26,20 @@ from common import cli
 from common.cli import flag
 from common.console import progress_bar
 from common.data.annotations import check_object_sizes
+from common.data.coco import CocoData
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
 from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import validate
 from common.model.backbone import BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint
-from common.model.detector import DetectorFlags, merged, new_detector
+from common.model.detector import DetectorFlags, new_detector
 from common.model.losses import LossConfig, detection_loss
 from common.runtime import make_accelerator, precision_name
-from common.show.drawing import detection_sheet
 from common.train.optim import cosine_schedule, parameter_groups
 from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
 from common.train.state import TrainState, steps_an_epoch
-from common.types import Batch
+from common.types import Batch, Detections
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -74,6 +75,13 @@ def train_one_epoch(model: nn.Module, loader: DataLoaderShard, state: TrainState
         state.finish_step()
         run.after_step(state)
         bar.update()
+
+
+def sheet_of(data: CocoData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
+    """The first validation images with their detections, for trackers."""
+    from common.show.drawing import detection_sheet  # it imports matplotlib, which nothing else here needs
+
+    return detection_sheet(data, found, checkpoint.class_names, checkpoint.min_score)
 
 
 def main(settings: Settings) -> dict:
@@ -121,11 +129,8 @@ def main(settings: Settings) -> dict:
         while state.epoch < settings.epochs and not run.has_stalled(state.stage):
             train_one_epoch(model, train_loader, state, run, bar)
             numbers, found = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
-            plain = merged(detector)
-            checkpoint = replace(untrained, detector=plain, metrics=numbers, epoch=state.epoch + 1)
-            run.log_epoch(state, checkpoint)
-            sheet = partial(detection_sheet, quick_data, found, train_data.class_names, checkpoint.min_score)
-            run.trackers.log_image("detections", sheet, state.total_steps)
+            checkpoint = replace(untrained, metrics=numbers, epoch=state.epoch + 1)
+            run.log_epoch(state, checkpoint, partial(sheet_of, quick_data, found, checkpoint))
             state.finish_epoch()
             run.save(state)
 

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -46,24 +47,15 @@ from common.evaluate.detect import validate
 from common.evaluate.detections import label_map
 from common.model.backbone import Backbone, BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.detector import (
-    HEADS,
-    Detector,
-    DetectorFlags,
-    check_side,
-    merged,
-    new_detector,
-    with_classes,
-)
+from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, with_classes
 from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
 from common.runtime import make_accelerator, precision_name
-from common.show.drawing import detection_sheet
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, cosine_schedule, parameter_groups
 from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
 from common.train.state import TrainState, steps_an_epoch
-from common.types import Batch
+from common.types import Batch, Detections
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -268,13 +260,17 @@ def train_stage(
             train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
             with ema.applied() if ema else nullcontext():
                 numbers, found = validate(model, val_loader, val_data, start.class_names, accelerator)
-                plain = merged(detector)
-                checkpoint = replace(start, detector=plain, metrics=numbers, epoch=state.epoch + 1)
-                run.log_epoch(state, checkpoint)
-            sheet = partial(detection_sheet, val_data, found, start.class_names, checkpoint.min_score)
-            run.trackers.log_image("detections", sheet, state.total_steps)
+                checkpoint = replace(start, metrics=numbers, epoch=state.epoch + 1)
+                run.log_epoch(state, checkpoint, partial(sheet_of, val_data, found, checkpoint))
             state.finish_epoch()
             run.save(state)
+
+
+def sheet_of(data: CocoData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
+    """The first validation images with their detections, for trackers."""
+    from common.show.drawing import detection_sheet  # it imports matplotlib, which nothing else here needs
+
+    return detection_sheet(data, found, checkpoint.class_names, checkpoint.min_score)
 
 
 def first_detector(settings: Settings, data: CocoData) -> Checkpoint:

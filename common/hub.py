@@ -20,12 +20,8 @@ def hub_name(name: str) -> str:
     return f"{HUB}{name}" if is_id else name
 
 
-def located(name: str, kind: str = "detector", advice: str = "name one on this machine") -> str:
-    """The folder of `hub:user/name`, fetched once; any other name as it is.
-
-    Args:
-        name: of a model.
-        kind: of the model, and what to do without it, for the message.
+def located(name: str) -> str:
+    """The folder of the detector `hub:user/name`, fetched once; any other name as it is.
 
     Raises:
         InputError: no such name, or what `hub_folder` raises.
@@ -34,7 +30,7 @@ def located(name: str, kind: str = "detector", advice: str = "name one on this m
         return name
     if not re.fullmatch(HUB_ID, name.removeprefix(HUB)):
         raise InputError(f"{name}: a model on the hub is named hub:user/name")
-    return str(hub_folder(name.removeprefix(HUB), kind, advice))
+    return str(hub_folder(name.removeprefix(HUB), "detector", "name one on this machine"))
 
 
 def hub_folder(name: str, kind: str, advice: str) -> Path:

@@ -25,6 +25,7 @@ from common.data.formats import Layout, choose_split, find_yaml, is_voc, read_vo
 from common.data.hub import hub_split
 from common.data.official import official_ids, official_split
 from common.files import cache_folder
+from common.hub import HUB_ID
 
 BOX_FORMATS = ("auto", *LAYOUTS)
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # the first that a data set has
@@ -194,9 +195,7 @@ def _select(data: CocoData, ids: list[int]) -> CocoData:
 def _is_hub(data: str) -> bool:
     """Whether this is a local copy of a hub data set, or has the form of a hub id and is not a folder."""
     folder = Path(data)
-    return any(folder.glob("data/*.parquet")) or (
-        not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", data) is not None
-    )
+    return any(folder.glob("data/*.parquet")) or (not folder.exists() and re.fullmatch(HUB_ID, data) is not None)
 
 
 def _locate(flags: DataFlags, split: str) -> tuple[Path, Path, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """From a model and a data set to a record, for both validation scripts.
 
-A model is a checkpoint of this project, one of its exports, anything that ultralytics runs, or a file of detections.
-Each gives `Predictions`, which one function evaluates.
+A model is a checkpoint of this project, one of its exports, anything that transformers or ultralytics runs, or a file
+of detections. Each gives `Predictions`, which one function evaluates.
 """
 
 import itertools

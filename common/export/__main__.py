@@ -79,7 +79,7 @@ def describe(settings: Settings, checkpoint: Checkpoint) -> str:
         "format_version": FORMAT_VERSION,
         "class_names": list(checkpoint.class_names),
         "category_ids": list(checkpoint.category_ids),
-        "image_size": checkpoint.detector.config.image_size,
+        "image_size": checkpoint.image_size,
         "min_score": checkpoint.min_score,
         "precision": "int8" if settings.int8 else "fp32",
         "conditions": conditions,
@@ -89,9 +89,8 @@ def describe(settings: Settings, checkpoint: Checkpoint) -> str:
 
 def write_graph(settings: Settings, checkpoint: Checkpoint, file: Path) -> None:
     """Write an ONNX or OpenVINO detector."""
-    detector = checkpoint.detector
-    images = calibration_images(settings, detector.config.image_size) if settings.int8 else None
-    graph = onnx_graph(detector, describe(settings, checkpoint))
+    images = calibration_images(settings, checkpoint.image_size) if settings.int8 else None
+    graph = onnx_graph(checkpoint.detector, describe(settings, checkpoint))
     if images:
         graph = quantised(graph, images)
     write = write_onnx if settings.format == "onnx" else write_openvino

@@ -87,12 +87,11 @@ def model_card(checkpoint: Checkpoint, name: str, numbers: str) -> str:
         header |= {"base_model": backbone}
     if re.fullmatch(HUB_ID, data):
         header |= {"datasets": [data]}
-    detector = checkpoint.detector
     text = CARD_TEXT.format(
         name=name,
         classes=len(checkpoint.class_names),
-        parameters=sum(weight.numel() for weight in detector.parameters()) / 1e6,
-        size=detector.config.image_size,
+        parameters=sum(weight.numel() for weight in checkpoint.detector.parameters()) / 1e6,
+        size=checkpoint.image_size,
         library=LIBRARY,
         numbers=numbers,
         operating_point=checkpoint.min_score,

@@ -87,7 +87,7 @@ class Checkpoint:
         return self.train_config | {
             "epoch": self.epoch,
             "validation_metrics": self.metrics,
-            "image_size": config.image_size,
+            "image_size": self.image_size,
             "blocks": list(config.blocks),
             "head": config.head,
         }

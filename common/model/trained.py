@@ -112,7 +112,7 @@ def load_on_device(path: str | Path, device: str | torch.device | None = None) -
     return CheckpointDetector(
         checkpoint.class_names,
         checkpoint.category_ids,
-        checkpoint.detector.config.image_size,
+        checkpoint.image_size,
         checkpoint.min_score,
         checkpoint,
         chosen,

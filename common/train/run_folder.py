@@ -1,12 +1,13 @@
 """The folder of a training run: its log, its checkpoints, its state, and the choice of the best epoch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from common.evaluate.coco_metrics import format_headline
 from common.evaluate.detect import validate
 from common.files import atomic_write, check_outputs, check_writable, is_file, remove_leftovers
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
+from common.model.detector import merged
 from common.runtime import RuntimeFlags
 from common.train.resume import check_resumable, read_state, state_files, write_state
 from common.train.state import TrainState
@@ -181,15 +183,18 @@ class RunFolder:
         if self.settings.save_steps and state.step % self.settings.save_steps == 0:
             self.save(state)
 
-    def log_epoch(self, state: TrainState, checkpoint: Checkpoint) -> None:
-        """Log the epoch, write `last.pth`, and `best.pth` where mAP@0.5 is the highest so far.
+    def log_epoch(
+        self, state: TrainState, checkpoint: Checkpoint, draw: Callable[[], Image.Image] | None = None
+    ) -> None:
+        """Log the epoch, send it to the trackers, and write `last.pth`, and `best.pth` where mAP@0.5 is the highest.
 
         Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
         always 0 or does not exist, as on images without boxes.
 
         Args:
             state: with the losses and the time of the epoch.
-            checkpoint: the detector after this epoch, and its numbers.
+            checkpoint: the detector after this epoch, and its numbers. Low-rank changes are merged where it is written.
+            draw: makes an image of its detections, which trackers receive.
         """
         losses = state.mean_losses()
         rounded = {name: round(value, 4) for name, value in losses.items()}
@@ -200,9 +205,12 @@ class RunFolder:
         if not self.accelerator.is_main_process:
             return
         self.trackers.log({f"validation/{k}": v for k, v in checkpoint.metrics.items()}, state.total_steps)
+        if draw:
+            self.trackers.log_image("detections", draw, state.total_steps)
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         numbers = format_headline(checkpoint.metrics)
         tqdm.write(f"epoch {checkpoint.epoch}: loss {terms}; {numbers}; {state.seconds:.0f} s")
+        checkpoint = replace(checkpoint, detector=merged(checkpoint.detector))
         save_detector(self.path / "last.pth", checkpoint)
         if is_best:
             save_detector(self.best, checkpoint)

@@ -68,8 +68,7 @@ def test_a_missing_package_is_named(demo, tiny_backbone, here, monkeypatch):
 
 
 def test_nothing_is_imported_without_the_flag():
-    code = (
-        "import sys, finetune_dino2_simple; print([n for n in ('tensorboard', 'mlflow', 'wandb') if n in sys.modules])"
-    )
+    packages = ("tensorboard", "mlflow", "wandb", "matplotlib")
+    code = f"import sys, finetune_dino2_simple; print([name for name in {packages} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
