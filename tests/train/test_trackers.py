@@ -28,6 +28,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [finetune_dino2_simple, improved_dino_detector], ids=["simple", "improved"])
 def test_tensorboard_holds_losses_rates_numbers_and_a_sheet(script, demo, tiny_backbone, here):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -48,6 +49,7 @@ def test_tensorboard_holds_losses_rates_numbers_and_a_sheet(script, demo, tiny_b
     assert any("mine" in str(text) for text in (here / "runs" / "mine" / "tensorboard").rglob("hparams.yml"))
 
 
+@pytest.mark.slow
 def test_mlflow_holds_the_run_under_the_name_of_its_folder(demo, tiny_backbone, here, monkeypatch):
     import mlflow
 
