@@ -69,6 +69,7 @@ def test_a_missing_package_is_named(demo, tiny_backbone, here, monkeypatch):
     assert not (here / "runs" / "mine" / "settings.json").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_without_the_flag():
     packages = ("tensorboard", "mlflow", "wandb", "matplotlib")
     code = f"import sys, finetune_dino2_simple; print([name for name in {packages} if name in sys.modules])"
