@@ -1,5 +1,6 @@
 """Detectors that `python -m common.export` wrote, run by ONNX Runtime or OpenVINO on the CPU."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +104,21 @@ def _read_onnx(path: Path) -> tuple[str, Any]:
     return text, lambda images: session.run(OUTPUTS, {INPUT: images})
 
 
-def _read_openvino(path: Path) -> tuple[str, Any]:
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the whole process.
+
+    Each loads OpenVINO's CPU plugin, which replaces the stack that signal handlers run on and puts the one before it
+    back at its end: of two that end in the order in which they began, the second puts back freed memory, and the next
+    Ctrl-C ends in a segmentation fault.
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _read_openvino(path: Path) -> tuple[str, Any]:
+    core = _openvino_core()
     model = core.read_model(openvino_file(path))
     text = model.get_rt_info([METADATA]).astype(str)
     # By default OpenVINO computes in 16 bits where the CPU can, which changes scores in the second digit.

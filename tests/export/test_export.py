@@ -6,6 +6,9 @@ And folders for the hub, with their model card.
 import json
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,7 +204,12 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
         "category ids": saved("ids.onnx", lambda content: json.dumps(content | {"category_ids": [1]})),
         "readable description": saved("text.onnx", lambda _: "{"),
         "cannot read": tmp_path / "short.onnx",
+        "cannot read.*opset": tmp_path / "opset.onnx",
     }
+    newer = onnx.ModelProto()
+    newer.CopyFrom(model)
+    newer.opset_import[0].version = 99
+    onnx.save(newer, cases["cannot read.*opset"])
     whole = (folder / "detector.onnx").read_bytes()
     cases["cannot read"].write_bytes(whole[len(whole) // 2 :])
     for message, path in cases.items():
@@ -220,6 +228,21 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
     openvino_file(broken).write_text(text[: len(text) // 2] + METADATA)
     with pytest.raises(InputError, match="OpenVINO cannot read"):
         load_detector(broken)
+
+
+def test_signals_are_handled_after_two_detectors_have_come_and_gone(folder):
+    lines = f"""
+    import signal
+    from common.model import load_detector
+    signal.signal(signal.SIGINT, lambda *_: print("handled"))
+    first, second = (load_detector({str(folder / FORMATS["openvino"])!r}) for _ in range(2))
+    del first
+    del second
+    signal.raise_signal(signal.SIGINT)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "handled\n", done.stderr
 
 
 def test_the_command_line(folder, tmp_path, monkeypatch, capsys):
