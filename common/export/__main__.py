@@ -13,6 +13,7 @@ pixels of the input, `scores` (B, D) and `labels` (B, D), at most 100 an image, 
 The folder for the hub has weights, settings and a model card; `hf upload` publishes it, and `load_detector` reads it.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import FORMAT_VERSION, OPENVINO_FOLDER, openvino_file
 
 ENDS = {"onnx": ".onnx", "openvino": OPENVINO_FOLDER, "hub": "_hub"}  # of the names that are written
+PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino"), "hub": ()}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ def check_flags(settings: Settings) -> None:
         raise InputError("--int8 and --calibration go together: name a data set with images like those to come")
     if settings.results and settings.format != "hub":
         raise InputError("--results is for --format hub")
+
+
+def check_packages(settings: Settings) -> None:
+    """Raises InputError where a package is missing, before the export takes its time."""
+    needed = (*PACKAGES[settings.format], *["nncf"] * settings.int8)
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise InputError(f"the export needs other packages: pip install {' '.join(missing)}")
 
 
 def calibration_images(settings: Settings, image_size: int) -> Iterator[Tensor]:
@@ -100,6 +109,7 @@ def write_graph(settings: Settings, checkpoint: Checkpoint, file: Path) -> None:
 def main(settings: Settings) -> Path:
     """Write the exported detector, check that it loads, and return its path."""
     check_flags(settings)
+    check_packages(settings)
     checkpoint, output = load_checkpoint(settings.checkpoint), output_of(settings)
     file = openvino_file(output) if settings.format == "openvino" else output
     check_outputs([file], [settings.checkpoint, settings.results])

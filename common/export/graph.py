@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from common.console import InputError
 from common.files import atomic_write
 from common.model.detector import Detector
 from common.model.exported import INPUT, METADATA, OUTPUTS
@@ -52,28 +51,22 @@ def onnx_graph(detector: Detector, description: str) -> "ModelProto":
     Args:
         detector: its attention is left as that of the graph.
         description: for the graph's metadata.
-
-    Raises:
-        InputError: a package that the export needs is not installed.
     """
     size = detector.config.image_size
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     AttentionInterface.register(ATTENTION, attention)
     detector.backbone.vit.set_attn_implementation(ATTENTION)
-    try:
-        with warnings.catch_warnings(action="ignore"), torch.inference_mode():
-            program = torch.onnx.export(
-                WholeDetector(detector),
-                (torch.rand(2, 3, size, size),),
-                dynamo=True,
-                dynamic_shapes=({0: batch},),
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except ImportError as error:
-        raise InputError(f"the export needs {error.name}: pip install {error.name}") from error
+    with warnings.catch_warnings(action="ignore"), torch.inference_mode():
+        program = torch.onnx.export(
+            WholeDetector(detector),
+            (torch.rand(2, 3, size, size),),
+            dynamo=True,
+            dynamic_shapes=({0: batch},),
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            opset_version=OPSET,
+            verbose=False,
+        )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     program.optimize()
@@ -95,12 +88,10 @@ def write_openvino(graph: "ModelProto", path: Path) -> None:
     """Write a graph as OpenVINO's `path` (.xml) and the weights beside it (.bin).
 
     Raises:
-        InputError: a package that the export needs is not installed, or the files cannot be written.
+        InputError: the files cannot be written.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise InputError("the export needs openvino: pip install openvino") from error
+    import openvino
+
     (description,) = [entry.value for entry in graph.metadata_props if entry.key == METADATA]
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch, path.name)

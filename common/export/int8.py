@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from common.console import InputError
 from common.model.exported import INPUT
 
 if TYPE_CHECKING:
@@ -22,14 +21,9 @@ def quantised(graph: "ModelProto", images: Iterable[Tensor]) -> "ModelProto":
     Args:
         graph: as `onnx_graph` returns it.
         images: (1, 3, S, S) RGB in 0..1, whose activations set the ranges of the 8-bit numbers.
-
-    Raises:
-        InputError: NNCF is not installed.
     """
-    try:
-        import nncf
-    except ImportError as error:
-        raise InputError(f"--int8 needs {error.name}: pip install {error.name}") from error
+    import nncf
+
     nncf.set_log_level(logging.ERROR)
     inputs = [{INPUT: image.numpy()} for image in images]
     options = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(inputs)}

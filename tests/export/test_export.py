@@ -123,6 +123,15 @@ def test_flags_that_do_not_belong_together_are_refused(folder, demo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_missing_packages_are_named_at_once(folder, demo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    settings = export.Settings(str(folder / "detector.pth"), "openvino", int8=True, calibration=str(demo))
+    monkeypatch.setattr(export, "load_checkpoint", None)
+    with pytest.raises(InputError, match="pip install openvino nncf"):
+        export.main(settings)
+
+
 def test_a_folder_for_the_hub_is_a_detector_with_a_card(folder, demo, demo_val, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = str(folder / "detector.pth")
