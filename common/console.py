@@ -1,5 +1,6 @@
 """How a program talks to its user: errors, progress bars, signals. Imports no torch."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -30,6 +31,12 @@ class NotFiniteError(InputError):
     def __init__(self, message: str, report: dict):
         super().__init__(message)
         self.report = report
+
+
+def check_packages(user: str, *packages: str) -> None:
+    """Raises InputError where a package is not installed that `user` needs, a flag or a program."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise InputError(f"{user} needs its package{'s' * (len(missing) > 1)}: pip install {' '.join(missing)}")
 
 
 def last_line(error: BaseException) -> str:

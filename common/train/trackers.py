@@ -4,7 +4,6 @@ TensorBoard writes into the run folder. Weights & Biases and MLflow send to wher
 both name the run after its folder.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
-from common.console import InputError
+from common.console import check_packages
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
 PROJECT = "dinov2-detection"
@@ -21,8 +20,7 @@ PROJECT = "dinov2-detection"
 def check_trackers(names: Sequence[str]) -> None:
     """Raises InputError for a tracker whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"--log-with {name} needs its package: pip install {name}")
+        check_packages(f"--log-with {name}", name)
 
 
 class Trackers:

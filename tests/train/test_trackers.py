@@ -11,7 +11,6 @@ from PIL import Image
 import finetune_dino2_simple
 import improved_dino_detector
 from common.console import InputError
-from common.train import trackers
 
 
 def settings_of(script, demo, tiny_backbone, **options):
@@ -63,7 +62,7 @@ def test_mlflow_holds_the_run_under_the_name_of_its_folder(demo, tiny_backbone, 
 
 
 def test_a_missing_package_is_named(demo, tiny_backbone, here, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-with wandb needs its package: pip install wandb"):
         finetune_dino2_simple.main(settings_of(finetune_dino2_simple, demo, tiny_backbone, log_with=("wandb",)))
     assert not (here / "runs" / "mine" / "settings.json").exists()
