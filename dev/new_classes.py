@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common import cli
 from common.cli import flag
+from common.data.annotations import read_json
 from common.files import atomic_write
 
 FEW, PICK = 40, 24  # images
@@ -28,7 +29,7 @@ class Settings:
 
 def read(settings: Settings, split: str) -> dict:
     """The annotations of "train" or "val", with image names relative to the folder of the data."""
-    content = json.loads(Path(settings.data, "annotations", f"instances_{split}2017.json").read_text())
+    content = read_json(Path(settings.data, "annotations", f"instances_{split}2017.json"))
     for image in content["images"]:
         image["file_name"] = f"{split}2017/{Path(image['file_name']).name}"
     return content
