@@ -13,13 +13,15 @@ NMS_IOU = 0.5
 MAX_DETECTIONS = 100  # an image: COCO's limit
 NMS_ROUNDS = 10
 SECOND_OBJECT_SHARE, SECOND_CLASS_SHARE = 0.4, 0.6  # of the second look, in the means of both looks
+CLASS_TEMPERATURE = 2.0  # with few images class scores are too sure; calibrated ones rank detections better
 
 
 def predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
     """What a detector predicts for a batch: scores (B, M, K) in 0..1, and boxes (B, M, 4) in input pixels.
 
     Without a second look these are the scores and boxes of all locations. With one they are those of its N proposals:
-    its boxes, and the weighted geometric means of the object scores and of the class scores of both looks.
+    its boxes, and the weighted geometric means of the object scores and of the class scores of both looks, the latter
+    at `CLASS_TEMPERATURE` (temperature scaling, arXiv 1706.04599).
     """
     if out.second is None:
         return out.scores(), out.boxes
@@ -29,7 +31,7 @@ def predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
     classes = out.class_logits_at(index, second.locations).log_softmax(-1)
     objects = objects.lerp(F.logsigmoid(second.object_logits[:, -count:]), SECOND_OBJECT_SHARE)
     classes = classes.lerp(second.class_logits[:, -count:].log_softmax(-1), SECOND_CLASS_SHARE)
-    return objects.exp()[..., None] * classes.softmax(-1), second.boxes[:, -count:]
+    return objects.exp()[..., None] * (classes / CLASS_TEMPERATURE).softmax(-1), second.boxes[:, -count:]
 
 
 def best_boxes(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
