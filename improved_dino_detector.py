@@ -2,14 +2,16 @@
 
 Stage 1 trains the head on features of a frozen backbone, which are cached on disk: each image, and its mirror image,
 passes the backbone once. Stage 2 trains both end to end, at a low learning rate that decreases from block to block, on
-crops with scale and colour jitter. The best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
+crops with scale and colour jitter. Its learning rates fall twice, and the mean of the weights at both ends is kept. The
+best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
 
   python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
   python improved_dino_detector.py --head multi-layer --second-look 0 --assignment center --scores focal \\
-      --boxes smooth-l1 --ema 0 --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5    the original study's recipe
+      --boxes smooth-l1 --ema 0 --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5 --cycles 1
+                                                                   the original study's recipe
 
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
 """
@@ -52,7 +54,7 @@ from common.model.losses import LossConfig, detection_loss
 from common.model.second_look import example_boxes
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
-from common.train.optim import Ema, cosine_schedule, parameter_groups
+from common.train.optim import Ema, cosine_schedule, cycle_ends, parameter_groups
 from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
 from common.train.state import TrainState, steps_an_epoch
 from common.types import Batch, Detections
@@ -79,7 +81,10 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         100, "boxes an image whose features are looked at again; 0 = none", at_least=0, on_resume="refuse"
     )
     epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
-    epochs_unfrozen: int = flag(10, "passes in stage 2; 0 = no stage 2", at_least=0)
+    epochs_unfrozen: int = flag(20, "passes in stage 2; 0 = no stage 2", at_least=0)
+    cycles: int = flag(
+        2, "times that the learning rates fall in stage 2; the mean of the weights at the ends is kept", at_least=1
+    )
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(
@@ -102,6 +107,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         "auto", "mirror, or crops with scale and colour jitter; auto = mirror with the cache", choices=AUGMENTATIONS
     )
     crop_size: int = flag(336, "side of the crops, pixels, at most that of the input", at_least=1)
+    scales: tuple[float, ...] = flag(
+        (0.5, 2.0), "range of the random scale of crops; 1 1 = all at the scale of the input", at_least=0.01
+    )
     stop_after: str = flag("", "frozen = end with stage 1", choices=STAGES[:1], on_resume="free")
     start_from: str = flag(
         "", "checkpoint to start from, also with other classes; its head, blocks and size are kept", on_resume="refuse"
@@ -153,6 +161,7 @@ class Stage:
     backbone_lr: float  # 0: the backbone is frozen
     cached: bool  # on cached features
     crops: bool  # on crops with scale and colour jitter, else on the whole image, or its mirror image
+    cycles: int = 1  # of the learning rates
 
 
 def stages(settings: Settings) -> list[Stage]:
@@ -166,7 +175,7 @@ def stages(settings: Settings) -> list[Stage]:
         raise InputError("--augmentation crop makes new images, which cannot be cached: add --no-feature-cache")
     head_lr = settings.lr_unfrozen * settings.head_lr_factor
     frozen = Stage("frozen", settings.epochs_frozen, settings.lr_frozen, 0.0, cached, crops and not cached)
-    unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops)
+    unfrozen = Stage("unfrozen", settings.epochs_unfrozen, head_lr, settings.lr_unfrozen, False, crops, settings.cycles)
     requested = [stage for stage in (frozen, unfrozen) if stage.epochs]
     if settings.stop_after:
         requested = [stage for stage in requested if stage.name == settings.stop_after]
@@ -245,8 +254,8 @@ def train_stage(
     model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
     epoch_steps = steps_an_epoch(train_loader, settings.accumulate)
     steps = stage.epochs * epoch_steps
-    schedule = cosine_schedule(optimizer, steps)
-    ema = Ema(detector, settings.ema) if settings.ema else None
+    schedule = cosine_schedule(optimizer, steps, stage.cycles)
+    ema = Ema(detector, settings.ema, cycle_ends(steps, stage.cycles)) if settings.ema else None
     options = {"ema": ema, "epoch": start.epoch, "accumulate": settings.accumulate}
     state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, **options)
 

@@ -1,13 +1,14 @@
 """Learning rates of all weights, and the moving average of the weights."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from common.model.detector import Detector
 
@@ -39,15 +40,20 @@ def parameter_groups(
 class Ema:
     """An exponential moving average of a detector's trained weights, which varies less than the weights themselves.
 
+    Where the learning rate has several cycles, the averages at their ends are averaged with equal weight: the weights
+    found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407).
+
     Args:
         detector: its weights that require a gradient are averaged.
         decay: of the average at each step; lower in the first steps, which reduces the share of the initial weights.
+        cycle_ends: steps after which a cycle of the learning rate ends, apart from the last.
     """
 
-    def __init__(self, detector: nn.Module, decay: float):
+    def __init__(self, detector: nn.Module, decay: float, cycle_ends: Sequence[int] = ()):
         self.trained: list[Tensor] = [p for p in detector.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.trained]
-        self.decay, self.steps = decay, 0
+        self.ends: list[list[Tensor]] = []  # the averages at the ends of the cycles so far
+        self.decay, self.cycle_ends, self.steps = decay, cycle_ends, 0
 
     @torch.no_grad()
     def update(self) -> None:
@@ -55,12 +61,14 @@ class Ema:
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.trained, 1 - decay)
+        if self.steps in self.cycle_ends:
+            self.ends.append([value.clone() for value in self.average])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the detector has the averaged weights; afterwards its own are restored."""
         own = [p.detach().clone() for p in self.trained]
-        self._load(self.average)
+        self._load([torch.stack(values).mean(0) for values in zip(*self.ends, self.average, strict=True)])
         try:
             yield
         finally:
@@ -72,13 +80,26 @@ class Ema:
             weight.copy_(value)
 
     def state_dict(self) -> dict:
-        return {"average": self.average, "steps": self.steps}
+        return {"average": self.average, "ends": self.ends, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self.average = [value.to(own) for value, own in zip(state["average"], self.average, strict=True)]
+        self.average, *self.ends = [
+            [value.to(own) for value, own in zip(values, self.trained, strict=True)]
+            for values in (state["average"], *state["ends"])
+        ]
         self.steps = state["steps"]
 
 
-def cosine_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Linear warm-up from 0 over the first `WARM_UP_SHARE` of `steps`, then half a cosine to 0."""
-    return get_cosine_schedule_with_warmup(optimizer, round(WARM_UP_SHARE * steps), steps)
+def cosine_schedule(optimizer: Optimizer, steps: int, cycles: int = 1) -> LambdaLR:
+    """Linear warm-up from 0 over the first `WARM_UP_SHARE` of `steps`, then half a cosine to 0, `cycles` times."""
+    return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, _warm_up(steps), steps, cycles)
+
+
+def cycle_ends(steps: int, cycles: int) -> list[int]:
+    """The number of steps after which each cycle of `cosine_schedule` but the last ends."""
+    annealed = steps - _warm_up(steps)
+    return [_warm_up(steps) + math.ceil(annealed * number / cycles) for number in range(1, cycles)]
+
+
+def _warm_up(steps: int) -> int:
+    return round(WARM_UP_SHARE * steps)

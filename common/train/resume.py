@@ -14,7 +14,7 @@ from common.cli import ON_RESUME, flag_name
 from common.console import InputError
 from common.files import atomic_write
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 def state_files(folder: Path) -> tuple[Path, Path]:
