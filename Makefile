@@ -12,8 +12,8 @@ MODELS := $(RUN)/dino2_detector.pth $(RUN)/improved_dino2_detector.pth
 demo: .venv/installed
 	$(BIN)/python finetune_dino2_simple.py $(DEMO) $(TRAIN) --epochs 2 --backbone-lr 1e-4 \
 	    --run-dir $(RUN)/simple --output $(RUN)/dino2_detector.pth
-	$(BIN)/python improved_dino_detector.py $(DEMO) $(TRAIN) \
-	    --epochs-unfrozen 2 --cycles 1 --scales 0.75 1.33 --run-dir $(RUN)/improved --output $(RUN)/improved_dino2_detector.pth
+	$(BIN)/python improved_dino_detector.py $(DEMO) $(TRAIN) --epochs-unfrozen 2 --cycles 1 --scales 0.75 1.33 \
+	    --run-dir $(RUN)/improved --output $(RUN)/improved_dino2_detector.pth
 	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(MODELS) --output $(RUN)/predictions
 	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(MODELS) --output $(RUN)/validation_results.json
 	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli
-from common.cli import flag
+from common.cli import flag, with_default
 from common.console import progress_bar
 from common.data.annotations import check_object_sizes
 from common.data.coco import CocoData
@@ -53,7 +53,7 @@ class Settings(RunFlags, AugmentationFlags, BackboneFlags, DetectorFlags, TrainD
     lr: float = flag(1e-3, "learning rate of the heads", at_least=0)
     backbone_lr: float = flag(3e-5, "learning rate of the backbone, low because it is pretrained", at_least=0)
     run_dir: str = flag("runs/simple", "folder for the run's log and its best and last checkpoint", on_resume="free")
-    output: str = flag("dino2_detector.pth", "the checkpoint to write", on_resume="free")
+    output: str = with_default(RunFlags, "output", "dino2_detector.pth")
 
 
 def train_one_epoch(model: nn.Module, loader: DataLoaderShard, state: TrainState, run: RunFolder, bar: tqdm) -> None:

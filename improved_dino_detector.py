@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import cli
-from common.cli import flag
+from common.cli import flag, with_default
 from common.console import InputError, name_some, progress_bar
 from common.data.annotations import check_object_sizes
 from common.data.coco import CocoData
@@ -67,8 +67,8 @@ AUGMENTATIONS = ("auto", "mirror", "crop")
 
 @dataclass(frozen=True)
 class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorFlags, TrainDataFlags):
-    train_images: int = flag(5000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
-    batch_size: int = flag(8, "images a step, on each process", at_least=1)
+    train_images: int = with_default(TrainDataFlags, "train_images", 5000)
+    batch_size: int = with_default(RunFlags, "batch_size", 8)
     head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS, on_resume="refuse")
     dropout: float = flag(
         0.1,
@@ -83,7 +83,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
     epochs_unfrozen: int = flag(20, "passes in stage 2; 0 = no stage 2", at_least=0)
     cycles: int = flag(
-        2, "times that the learning rates fall in stage 2; the mean of the weights at the ends is kept", at_least=1
+        2, "times that the learning rates fall in stage 2; --ema averages the weights at their ends", at_least=1
     )
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
@@ -107,16 +107,14 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         "auto", "mirror, or crops with scale and colour jitter; auto = mirror with the cache", choices=AUGMENTATIONS
     )
     crop_size: int = flag(336, "side of the crops, pixels, at most that of the input", at_least=1)
-    scales: tuple[float, ...] = flag(
-        (0.5, 2.0), "range of the random scale of crops; 1 1 = all at the scale of the input", at_least=0.01
-    )
+    scales: tuple[float, ...] = with_default(AugmentationFlags, "scales", (0.5, 2.0))
     stop_after: str = flag("", "frozen = end with stage 1", choices=STAGES[:1], on_resume="free")
     start_from: str = flag(
         "", "checkpoint to start from, also with other classes; its head, blocks and size are kept", on_resume="refuse"
     )
     ema: float = flag(0.99, "decay of the moving average of the weights, a step; 0 = none", at_least=0, at_most=1)
-    run_dir: str = flag("runs/improved", "folder for the run's log and its checkpoints", on_resume="free")
-    output: str = flag("improved_dino2_detector.pth", "the checkpoint to write", on_resume="free")
+    run_dir: str = with_default(RunFlags, "run_dir", "runs/improved")
+    output: str = with_default(RunFlags, "output", "improved_dino2_detector.pth")
 
 
 def train_one_epoch(

@@ -60,6 +60,12 @@ def flag(
     return dataclasses.field(default=default, metadata=texts | limits)
 
 
+def with_default(flags: type["DataclassInstance"], name: str, default: typing.Any) -> typing.Any:
+    """The flag `name` of a dataclass, for a class that inherits from it and has another default."""
+    (inherited,) = (field for field in dataclasses.fields(flags) if field.name == name)
+    return dataclasses.field(default=default, metadata=inherited.metadata)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")

@@ -127,6 +127,7 @@ def test_both_looks_share_the_scores(looking):
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))
     logits = out.class_logits_at(torch.zeros_like(best), best)
+    assert torch.equal(predictions(silent)[0].argmax(2)[0], logits.argmax(1))
     expected = (logits * (1 - SECOND_CLASS_SHARE) / CLASS_TEMPERATURE).softmax(-1)
     assert torch.allclose(predictions(silent)[0][0] / mean[:, None], expected, atol=1e-5)
 
