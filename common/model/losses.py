@@ -19,6 +19,7 @@ SCORE_LOSSES = ("cross-entropy", "focal", "quality")
 BOX_LOSSES = ("giou", "smooth-l1")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 POSITIVE_IOU = 0.5  # of a box that the second look names and places, with its object
+MIN_POSITIVE = 1 / 8  # positive locations of an image in a divisor: fewer would let images without objects dominate
 SMOOTH_L1_BETA = 0.1  # in units of the box
 MIN_BOX_UNIT = 8.0  # input pixels: without it the loss of one tiny box would exceed that of hundreds of others
 
@@ -55,7 +56,8 @@ def detection_loss(
     """Loss of a batch, each term divided by the number of positive locations, which are assigned an object.
 
     With `quality` scores the positive locations are weighted by their quality, in the terms and in the divisor.
-    The terms of a second look are divided by its number of positive boxes.
+    The terms of a second look are divided by its number of positive boxes. No divisor is less than `MIN_POSITIVE` for
+    each image.
 
     Args:
         out: of the batch.
@@ -92,13 +94,16 @@ def detection_loss(
         "class": (class_loss * weights).sum(),
         "box": config.box_weight * (box_loss * weights).sum(),
     }
-    if out.second is None:
-        (count,) = mean_counts(weights.sum()[None]).clamp(min=1)
-        return {name: total / count for name, total in sums.items()}
-    second_sums, second_count = _second_losses(out.second, targets, config, class_shares)
-    count, second_count = mean_counts(torch.stack([weights.sum(), second_count])).clamp(min=1)
-    losses = {name: total / count for name, total in sums.items()}
-    return losses | {name: total / second_count for name, total in second_sums.items()}
+    groups = [(sums, weights.sum())]
+    if out.second is not None:
+        groups.append(_second_losses(out.second, targets, config, class_shares))
+    counts = mean_counts(torch.stack([*(count for _, count in groups), weights.new_tensor(len(targets))]))
+    divisors = counts[:-1].maximum(MIN_POSITIVE * counts[-1])
+    return {
+        name: total / divisor
+        for (terms, _), divisor in zip(groups, divisors, strict=True)
+        for name, total in terms.items()
+    }
 
 
 def _second_losses(
