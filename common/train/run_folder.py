@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import filelock
 from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -84,7 +85,8 @@ class RunFolder:
 
     A new run replaces the files of a finished one in the same folder, a resumed run continues with them. The state is
     written when a stage begins, after every epoch and every `save_steps` steps. Only the main process writes; all
-    processes read, so that they need the same folder.
+    processes read, so that they need the same folder. It is locked until the main process ends, as the processes of a
+    killed launcher (torchrun) may still be training.
 
     Args:
         settings: of the run; the folder is its `run_dir`.
@@ -93,7 +95,8 @@ class RunFolder:
         stages: the names of its stages, in order. The best checkpoint of each but the last is also kept as NAME.pth.
 
     Raises:
-        InputError: with `resume`, other training data, settings that do not fit, or a state that cannot be read.
+        InputError: another run has locked the folder; or, with `resume`, other training data, settings that do not fit,
+            or a state that cannot be read.
     """
 
     def __init__(
@@ -111,6 +114,9 @@ class RunFolder:
             "train_fingerprint": train_data.fingerprint(),
             "images_per_step": settings.batch_size * settings.accumulate * accelerator.num_processes,
         }
+        if accelerator.is_main_process:
+            self.lock = self._acquire_lock()
+        accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
         self.saved = read_state(self.path) if settings.resume else None
         if self.saved:
             check_resumable(self.run, self.saved, fields(settings))
@@ -121,6 +127,16 @@ class RunFolder:
         if accelerator.is_main_process:
             self._prepare_folder()
         self.trackers = Trackers(settings.log_with if accelerator.is_main_process else (), self.path, asdict(settings))
+
+    def _acquire_lock(self) -> filelock.BaseFileLock:
+        lock = filelock.FileLock(self.path / "lock", is_singleton=True)  # a later run of this process may go on
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise InputError(
+                f"another process is training in {self.path}: wait for it, stop it, or name another --run-dir"
+            ) from error
+        return lock
 
     def _prepare_folder(self) -> None:
         """Remove the files of other runs, and write the settings and the log so far."""

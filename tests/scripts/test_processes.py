@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import ROOT
@@ -122,8 +123,12 @@ def test_two_killed_processes_resume_to_the_same_result(trained, odd, tiny_backb
                 break
             time.sleep(0.01)
         assert process.poll() is None
-        os.killpg(process.pid, number)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)  # the launcher hands on SIGTERM alone
         assert process.wait(120) != 0
+        for worker in workers if number == signal.SIGKILL else ():
+            worker.kill()
+        psutil.wait_procs(workers, 120)
     train(tmp_path, odd, tiny_backbone, *flags)
     assert [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log_of(trained[2])]
     ours, theirs = (torch.load(folder / "out.pth", weights_only=True)["model"] for folder in (tmp_path, trained[2]))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -236,3 +238,17 @@ def test_changed_settings_of_a_resumed_run_are_printed(demo, tiny_backbone, capf
     assert [line["epoch"] for line in log_of()] == [1, 2, 3]
     recorded = load_checkpoint("other.pth").train_config
     assert recorded["lr"] == 5e-4 and recorded["workers"] == 1 and not {"resume", "save_steps"} & recorded.keys()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(demo, tiny_backbone):
+    settings = settings_of("simple", demo, tiny_backbone, resume=True)
+    Path("run").mkdir()
+    code = "import filelock, time; x = filelock.FileLock('run/lock'); x.acquire(); print(flush=True); time.sleep(300)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is training in run: wait for it, stop it, or name"):
+            finetune_dino2_simple.main(settings)
+        assert [path.name for path in Path("run").iterdir()] == ["lock"]
+        other.kill()
+    finetune_dino2_simple.main(settings)  # the lock of a killed process is free
+    assert log_of() and Path("out.pth").is_file()
