@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -127,7 +128,8 @@ def test_two_killed_processes_resume_to_the_same_result(trained, odd, tiny_backb
         process.send_signal(number)  # the launcher hands on SIGTERM alone
         assert process.wait(120) != 0
         for worker in workers if number == signal.SIGKILL else ():
-            worker.kill()
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
         psutil.wait_procs(workers, 120)
     train(tmp_path, odd, tiny_backbone, *flags)
     assert [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log_of(trained[2])]
