@@ -85,8 +85,8 @@ class RunFolder:
 
     A new run replaces the files of a finished one in the same folder, a resumed run continues with them. The state is
     written when a stage begins, after every epoch and every `save_steps` steps. Only the main process writes; all
-    processes read, so that they need the same folder. It is locked until the main process ends, as the processes of a
-    killed launcher (torchrun) may still be training.
+    processes read, so that they need the same folder. The main process locks it as long as this object exists: the
+    processes of a killed launcher (torchrun) may still be training.
 
     Args:
         settings: of the run; the folder is its `run_dir`.

@@ -324,24 +324,24 @@ def test_images_without_objects_have_a_finite_loss_and_gradient(detector):
         assert all(torch.isfinite(p.grad).all() for p in detector.head.parameters())
 
 
+@pytest.mark.parametrize("boxes", [[], [[10, 10, 60, 60]]], ids=["no object", "one object"])
 @torch.no_grad()
-def test_batches_of_any_size_have_the_same_loss_where_hardly_any_location_is_positive(detector):
+def test_batches_of_any_size_have_the_same_loss_where_hardly_any_location_is_positive(detector, boxes):
     """So that two processes, or two accumulated batches, train as one batch of twice the size."""
     images = torch.rand(1, 3, 112, 112).expand(4, -1, -1, -1)
+    targets, counts = [target_of(boxes), *[target_of([])] * 3], []
     detector.eval()
-    for targets in ([target_of([])] * 4, [target_of([[10, 10, 60, 60]]), *[target_of([])] * 3]):
-        whole = detection_loss(detector(images), targets, LossConfig())
-        counts = []  # as accumulation computes them: the mean over the parts
+    whole = detection_loss(detector(images), targets, LossConfig())
 
-        def part_losses(mean_counts, targets=targets):
-            for part in (targets[:2], targets[2:]):
-                yield detection_loss(detector(images[:2]), part, LossConfig(), mean_counts)
+    def losses_of_halves(mean_counts):
+        out = detector(images[:2])
+        return [detection_loss(out, half, LossConfig(), mean_counts) for half in (targets[:2], targets[2:])]
 
-        list(part_losses(lambda count, counts=counts: counts.append(count) or count))
-        mean = torch.stack(counts).mean(0)
-        first, second = part_losses(lambda _, mean=mean: mean)
-        halves = {name: (first[name] + second[name]).item() / 2 for name in first}
-        assert halves == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-5)
+    losses_of_halves(lambda count: counts.append(count) or count)
+    mean = torch.stack(counts).mean(0)  # as accumulation and processes compute it
+    first, second = losses_of_halves(lambda _: mean)
+    halves = {name: (first[name] + second[name]).item() / 2 for name in first}
+    assert halves == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-5)
 
 
 def perfect_output(dataset, num_classes, size):
