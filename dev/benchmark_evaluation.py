@@ -49,14 +49,14 @@ def generated_detections(data: CocoData, seed: int) -> DetectionTable:
         part = slice(data.starts[index], min(data.starts[index + 1], data.starts[index] + DETECTIONS))
         count, size = part.stop - part.start, np.array([image.width, image.height])
         corner = rng.random((DETECTIONS - count, 2)) * size
-        background = np.hstack([corner, corner + rng.random(corner.shape) * size / 2 + 1])
+        background = np.hstack([corner, rng.random(corner.shape) * size / 2 + 1])
         boxes += [data.boxes[part] + rng.normal(0, 3, (count, 4)), background]
         scores += [rng.beta(2, 2, count), rng.beta(1, 4, DETECTIONS - count)]
         labels += [data.labels[part], rng.integers(0, len(data.class_names), DETECTIONS - count)]
     label, rectangle = np.concatenate(labels), np.concatenate(boxes)
     wrong = rng.random(len(label)) < 0.2
     label[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
-    rectangle[:, 2:] = np.maximum(rectangle[:, 2:], rectangle[:, :2] + 1)
+    rectangle[:, 2:] = np.maximum(rectangle[:, 2:], 1)
     image_id = np.repeat([image.id for image in data.images], DETECTIONS)
     return DetectionTable(image_id, rectangle, np.concatenate(scores), label)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from common.data.coco import CocoData, xyxy_to_xywh
+from common.data.coco import CocoData
 from common.evaluate.detections import DetectionTable, coco_detections
 from common.evaluate.matching import IOU_THRESHOLDS, Matches, average_precision, match, operating_point, ranking
 from common.evaluate.primary import PrimaryPairs, primary_object, primary_pairs
@@ -59,7 +59,7 @@ def evaluate_table(table: DetectionTable, data: CocoData, matched: Matched | Non
 
 def coco_dict(data: CocoData) -> dict:
     """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
-    columns = (data.image_of_box(), data.labels, xyxy_to_xywh(data.boxes, data.file_sides), data.areas, data.crowd)
+    columns = (data.image_of_box(), data.labels, data.boxes, data.areas, data.crowd)
     annotations = [
         {
             "id": number,

@@ -228,13 +228,11 @@ def _readings_of_boxes(table: DetectionTable, data: CocoData) -> dict[str, Detec
     """The detections with other boxes, by the assumption behind them."""
     size_of = {image.id: (image.width, image.height) for image in data.images}
     sizes = np.array([size_of[number] for number in table.image_id.tolist()]).reshape(-1, 2)
-    corners, sides = table.boxes[:, :2], table.boxes[:, 2:] - table.boxes[:, :2]
+    first, second = table.boxes[:, :2], table.boxes[:, 2:]
     assumptions = {
-        "corners (x, y, x, y) were taken for (x, y, width, height)": np.hstack([corners, sides]),
-        "(x, y, width, height) was taken for corners": np.hstack([corners, corners + table.boxes[:, 2:]]),
-        "the boxes' centres were taken for their upper left corners": np.hstack(
-            [corners - sides / 2, corners + sides / 2]
-        ),
+        "corners (x, y, x, y) were taken for (x, y, width, height)": np.hstack([first, second - first]),
+        "(x, y, width, height) was taken for corners": np.hstack([first, first + second]),
+        "the boxes' centres were taken for their upper left corners": np.hstack([first - second / 2, second]),
         "normalised coordinates were taken for pixels": table.boxes * np.tile(sizes, 2),
     }
     advice = "check how the boxes are written"
@@ -243,7 +241,7 @@ def _readings_of_boxes(table: DetectionTable, data: CocoData) -> dict[str, Detec
 
 def _share_found(table: DetectionTable, data: CocoData) -> float:
     """The share of the objects that the highest-scoring detections match, as many an image as it has objects."""
-    table = table.select(np.all(table.boxes[:, 2:] > table.boxes[:, :2], axis=1))
+    table = table.select(np.all(table.boxes[:, 2:] > 0, axis=1))
     table = table.select(np.lexsort((-table.score, table.image_id)))
     count_of = {image.id: int(count) for image, count in zip(data.images, np.diff(data.starts), strict=True)}
     counts = np.array([count_of[number] for number in table.image_id.tolist()], np.int64)

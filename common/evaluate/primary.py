@@ -37,7 +37,7 @@ def primary_pairs(table: DetectionTable, data: CocoData, score: float | None) ->
     """
     owners = data.image_of_box()
     boxes = np.nonzero(~data.crowd)[0]
-    by_size = boxes[np.lexsort((-data.sides()[boxes].prod(1), owners[boxes]))]  # stable
+    by_size = boxes[np.lexsort((-data.boxes[boxes, 2:].prod(1), owners[boxes]))]  # stable
     images, first = np.unique(owners[by_size], return_index=True)
     largest = by_size[first]
     best = table.best_per_image()

@@ -128,7 +128,8 @@ def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image
     image = file.open()
     own = table.select(table.image_id == file.id)
     own = own.select(np.argsort(-own.score))
-    boxes = detected_boxes(own.boxes, own.score, own.label, data.class_names)
+    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
+    boxes = detected_boxes(corners, own.score, own.label, data.class_names)
     strip = side_by_side(
         [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     )

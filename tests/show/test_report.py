@@ -90,7 +90,7 @@ def test_a_report_on_an_image_of_extreme_shape(tmp_path):
         (ImageFile(1, tmp_path / "tall.png", 10, 6000),),
         (1,),
         ("cat",),
-        np.array([[1.0, 100.0, 9.0, 900.0]]),
+        np.array([[1.0, 100.0, 8.0, 800.0]]),
         np.array([0]),
         np.array([False]),
         np.array([6400.0]),
