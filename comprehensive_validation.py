@@ -162,7 +162,7 @@ def evaluate_all(
         InputError: the results cannot be written.
         Interrupted: its advice are the flags that read the detections of the finished models.
     """
-    weights = bootstrap.draws(len(data), settings.seed)
+    weights = bootstrap.image_weights(len(data), settings.seed)
     evaluations: list[Evaluation] = []
     try:
         for name, path in models.items():
@@ -207,7 +207,6 @@ def describe_protocol(seed: int) -> dict:
         "nms_iou": postprocess.NMS_IOU,
         "crowds": "ignored, as COCO does",
         "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
-        "evaluator": "faster-coco-eval",
         "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.LEVEL}%",
         "seed": seed,
     }

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from common.evaluate.coco_metrics import evaluate_table, match_all
 
 from common import cli
 from common.cli import flag
 from common.data.annotations import load_coco
 from common.data.coco import CocoData
 from common.evaluate.bootstrap import comparisons, draws, resampled
-from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose, self_check
 from tests.helpers import pycocotools_numbers

@@ -22,8 +22,9 @@ from pycocotools.cocoeval import COCOeval
 from common.cli import flag_name
 from common.console import Interrupted, install_handlers
 from common.data.sources import TrainDataFlags
-from common.evaluate.coco_metrics import coco_dict, evaluate_table
 from common.evaluate.detections import coco_detections, detection_table
+from common.evaluate.metrics import coco_numbers, match_boxes_alone, match_detections, mean, precision_at_recalls
+from common.evaluate.primary import headline
 from common.model.losses import LossConfig
 from common.train.state import TrainState
 from common.types import Detections
@@ -107,12 +108,41 @@ def random_detections(data, seed, count=30):
 
 def numbers_of(detections, data, labels=None):
     """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
-    return evaluate_table(detection_table(detections, np.arange(10) if labels is None else labels), data)
+    return numbers_of_table(detection_table(detections, np.arange(10) if labels is None else labels), data)
+
+
+def numbers_of_table(table, data):
+    matched = match_detections(table, data)
+    agnostic = mean(precision_at_recalls(match_boxes_alone(matched, data), 1))
+    return headline(table, data) | coco_numbers(matched, data) | {"class_agnostic_AP50": agnostic}
 
 
 def crowded(data):
     """The same data with every fifth box a crowd."""
     return replace(data, crowd=np.arange(len(data.crowd)) % 5 == 0)
+
+
+def coco_dict(data):
+    """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
+    columns = (data.image_of_box(), data.labels, data.boxes, data.areas, data.crowd)
+    annotations = [
+        {
+            "id": number,
+            "image_id": data.images[index].id,
+            "category_id": data.category_ids[label],
+            "bbox": box.tolist(),
+            "area": float(area),
+            "iscrowd": int(crowd),
+        }
+        for number, (index, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
+    ]
+    images = [{"id": i.id, "file_name": i.path.name, "width": i.width, "height": i.height} for i in data.images]
+    categories = zip(data.category_ids, data.class_names, strict=True)
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in categories],
+    }
 
 
 def pycocotools_stats(truth, detections):

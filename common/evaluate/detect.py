@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
 from common.data.coco import CocoData
-from common.evaluate.coco_metrics import headline
 from common.evaluate.detections import detection_table, label_map
+from common.evaluate.primary import headline
 from common.model.postprocess import postprocess, predictions
 from common.runtime import device_name, raise_if_interrupted
 from common.types import Detections, mirror_boxes

@@ -19,11 +19,19 @@ from torch import Tensor
 from common.console import InputError, name_some, progress_bar
 from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
-from common.evaluate.bootstrap import interval, resampled
-from common.evaluate.coco_metrics import evaluate_table, match_all
+from common.evaluate.bootstrap import interval, resample
 from common.evaluate.detect import Cost, detect, measure_cost, predict
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
-from common.evaluate.diagnosis import diagnose, self_check
+from common.evaluate.diagnosis import diagnose
+from common.evaluate.metrics import (
+    coco_numbers,
+    match_boxes_alone,
+    match_detections,
+    mean,
+    operating_point,
+    precision_at_recalls,
+)
+from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.results import ValidationRecord
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import ExportedDetector, is_exported, load_exported
@@ -132,7 +140,7 @@ def evaluate(
     Args:
         name: of the model, in tables and charts.
         path: of its file.
-        weights: (P, R) as `bootstrap.draws` returns them; None leaves out intervals, diagnosis and self-check.
+        weights: (P, R) as `bootstrap.image_weights` returns them; None leaves out intervals, diagnosis and `trust`.
 
     Raises:
         InputError: the model and the data set have no class in common.
@@ -144,17 +152,24 @@ def evaluate(
     read = predictions.table if isinstance(predictions, TablePredictions) else None
     table = detection_table(predictions.detections, labels) if read is None else read
     conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
-    matched = match_all(table, data)
-    parts = evaluate_table(table, data, matched) | {"cost": predictions.cost, "conditions": conditions}
+    matched = match_detections(table, data)
+    point, boxes_alone = operating_point(matched.by_class), match_boxes_alone(matched, data)
+    primary = primary_pairs(matched, data, point["score"])
+    agnostic = {"class_agnostic_AP50": mean(precision_at_recalls(boxes_alone, 1))}
+    parts: dict = {
+        "detection": coco_numbers(matched, data) | agnostic,
+        "primary": primary_numbers(primary),
+        "cost": predictions.cost,
+        "conditions": conditions,
+    }
     warnings = [*predictions.warnings, *_class_warnings(predictions.class_names, labels, data)]
     samples: dict[str, np.ndarray] = {}
     if weights is not None:
-        samples = resampled(matched, data, weights)
+        samples = resample(matched.by_class, boxes_alone, primary, data, weights)
         parts |= {
-            "diagnosis": diagnose(table, matched.by_class, data),
+            "diagnosis": diagnose(matched, data, point),
             "intervals": {key: interval(values) for key, values in samples.items()},
         }
-        warnings += self_check(table, data)
     return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)
 
 

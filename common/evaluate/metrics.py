@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData, xyxy_to_xywh
+from common.data.coco import CocoData
 from common.evaluate.detections import DetectionTable
-from common.evaluate.overlaps import Overlaps, assign, find_overlaps
+from common.evaluate.overlaps import MATCH_IOU, Overlaps, assign, find_overlaps
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 RECALLS = np.linspace(0, 1, 101)  # AP is the mean of the precision at these
@@ -24,15 +24,20 @@ CURVES = {"0.5": 0, "0.75": 5}  # IoU and its index among COCO's thresholds
 
 @dataclass(frozen=True)
 class Matches:
-    """The boxes that M detections match by class at COCO's T IoU thresholds.
+    """M detections, the objects that they match at T IoU thresholds, and all objects: what AP is made of.
 
-    Shapes: box (T, M) int32, an object, or -1; ignored (T, M) bool, a detection of a crowd, or of a size that is not
-    asked for, is neither right nor wrong; objects (N,) bool, the boxes that count.
+    Shapes: image, label (M,) int64 and score (M,) float64 of the detections; box (T, M) int32, the matched object, or
+    -1; ignored (T, M) bool, a detection of a crowd, or of a size that is not asked for, is neither right nor wrong;
+    object_image, object_label (N,) int64 of the objects that count.
     """
 
+    image: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
     box: np.ndarray
     ignored: np.ndarray
-    objects: np.ndarray
+    object_image: np.ndarray
+    object_label: np.ndarray
 
     @property
     def hit(self) -> np.ndarray:
@@ -45,13 +50,14 @@ class MatchedDetections:
     """The detections of one model that COCO counts, by image and falling score, and what they overlap and match.
 
     Shapes: image (M,) int64 index into the images; rank (M,) int64 among the detections of its image and class.
+    `by_class` are COCO's matches at IOU_THRESHOLDS.
     """
 
     table: DetectionTable
     image: np.ndarray
     rank: np.ndarray
     overlaps: Overlaps
-    matches: Matches
+    by_class: Matches
 
 
 def match_detections(table: DetectionTable, data: CocoData) -> MatchedDetections:
@@ -63,9 +69,8 @@ def match_detections(table: DetectionTable, data: CocoData) -> MatchedDetections
     rank = rank_within(image * len(data.class_names) + table.label[order])
     counted = rank < MAX_DETECTIONS
     table, image, rank = table.select(order[counted]), image[counted], rank[counted]
-    true_boxes = xyxy_to_xywh(data.boxes, data.file_sides)
-    overlaps = find_overlaps(image, xyxy_to_xywh(table.boxes, table.file_sides), data.starts, true_boxes, data.crowd)
-    return MatchedDetections(table, image, rank, overlaps, match_by_class(table, overlaps, data))
+    overlaps = find_overlaps(image, table.boxes, data)
+    return MatchedDetections(table, image, rank, overlaps, match_by_class(table, image, overlaps, data))
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
@@ -77,15 +82,17 @@ def rank_within(groups: np.ndarray) -> np.ndarray:
     return rank
 
 
-def match_by_class(table: DetectionTable, overlaps: Overlaps, data: CocoData, size: str = "all") -> Matches:
-    """COCO's matches of detections, ordered as `match_detections` orders them, for the objects of one of SIZES.
+def match_by_class(
+    table: DetectionTable, image: np.ndarray, overlaps: Overlaps, data: CocoData, size: str = "all"
+) -> Matches:
+    """COCO's matches of detections, ordered as `match_detections` orders them, with objects of one of SIZES.
 
     Other objects are taken only by detections that match none of that size, which are ignored then, as are detections
     of another size without a match.
     """
     low, high = SIZES[size]
     objects = ~data.crowd & (data.areas >= low) & (data.areas <= high)
-    areas = table.sides().prod(1)
+    areas = table.boxes[:, 2] * table.boxes[:, 3]
     other_size = (areas < low) | (areas > high)
     same_class = table.label[overlaps.detection] == data.labels[overlaps.box]
     pairs = overlaps.select(same_class & (overlaps.iou >= IOU_THRESHOLDS[0])).by_preference(~objects)
@@ -93,29 +100,65 @@ def match_by_class(table: DetectionTable, overlaps: Overlaps, data: CocoData, si
     ignored = np.zeros(box.shape, bool)
     for t, threshold in enumerate(np.minimum(IOU_THRESHOLDS, 1 - 1e-10)):
         taken = assign(pairs.select(pairs.iou >= threshold), data.crowd, len(table))
-        hit = (taken >= 0) & objects[taken]
+        matched = taken >= 0
+        hit = np.nonzero(matched)[0]
+        hit = hit[objects[taken[hit]]]
         box[t, hit] = taken[hit]
-        ignored[t] = np.where(taken >= 0, ~hit, other_size)
-    return Matches(box, ignored, objects)
+        ignored[t] = np.where(matched, box[t] < 0, other_size)
+    truth = data.image_of_box()[objects], data.labels[objects]
+    return Matches(image, table.label, table.score, box, ignored, *truth)
 
 
-def precision_at_recalls(
-    label: np.ndarray, score: np.ndarray, hit: np.ndarray, ignored: np.ndarray, objects: np.ndarray
-) -> np.ndarray:
+def match_any_class(matched: MatchedDetections, data: CocoData, chosen: np.ndarray) -> tuple[np.ndarray, Matches]:
+    """Matches at MATCH_IOU of the first MAX_DETECTIONS of each image among the `chosen` (M,), whatever their class.
+
+    Returns:
+        rows: (m,) int64 of these detections.
+        matches: of these, with one IoU threshold and 0 for every class.
+    """
+    rows = np.nonzero(chosen)[0]
+    rows = rows[rank_within(matched.image[rows]) < MAX_DETECTIONS]
+    place = np.full(len(chosen), -1)
+    place[rows] = np.arange(len(rows))
+    overlaps = matched.overlaps
+    pairs = overlaps.select((place[overlaps.detection] >= 0) & (overlaps.iou >= MATCH_IOU)).by_preference(data.crowd)
+    taken = assign(pairs, data.crowd, len(chosen))[rows]
+    in_crowd = (taken >= 0) & np.append(data.crowd, False)[taken]
+    box = np.where(in_crowd, -1, taken).astype(np.int32)
+    objects = data.image_of_box()[~data.crowd]
+    label, object_label = np.zeros_like(rows), np.zeros_like(objects)
+    score = matched.table.score[rows]
+    return rows, Matches(matched.image[rows], label, score, box[None], in_crowd[None], objects, object_label)
+
+
+def match_boxes_alone(matched: MatchedDetections, data: CocoData) -> Matches:
+    """How well objects are localised, whatever their class: of each box its highest-scoring class is taken."""
+    return match_any_class(matched, data, has_own_box(matched))[1]
+
+
+def has_own_box(matched: MatchedDetections) -> np.ndarray:
+    """(M,) bool: no detection of the image with a higher score has the same box; some detectors give one more class."""
+    boxes = matched.table.boxes
+    order = np.lexsort((*boxes.T, matched.image))  # stable
+    same = (boxes[order[1:]] == boxes[order[:-1]]).all(1) & (matched.image[order[1:]] == matched.image[order[:-1]])
+    own = np.ones(len(boxes), bool)
+    own[order[1:][same]] = False
+    return own
+
+
+def precision_at_recalls(matches: Matches, classes: int) -> np.ndarray:
     """(T, 101, K) float64: the best precision of each class from each of RECALLS on, 0 where no detection reaches it.
 
-    Args:
-        label: (M,) int64 of the detections; equal scores rank in the order given, likewise score (M,).
-        hit: (T, M) bool, no object hit twice, likewise ignored.
-        objects: (K,) number of the objects of each class; without any the precision is NaN.
+    Equal scores rank in the order given. NaN for classes without objects.
     """
-    order = np.lexsort((-score, label))
-    bounds = np.searchsorted(label[order], np.arange(len(objects) + 1))
-    result = np.full((len(hit), len(RECALLS), len(objects)), np.nan)
+    order = np.lexsort((-matches.score, matches.label))
+    bounds = np.searchsorted(matches.label[order], np.arange(classes + 1))
+    objects = np.bincount(matches.object_label, minlength=classes)
+    result = np.full((len(matches.box), len(RECALLS), classes), np.nan)
     for k in np.nonzero(objects)[0]:
         rows = order[bounds[k] : bounds[k + 1]]
-        for t in range(len(hit)):
-            result[t, :, k] = _precision_curve(hit[t, rows], ignored[t, rows], objects[k])
+        for t, (box, ignored) in enumerate(zip(matches.box, matches.ignored, strict=True)):
+            result[t, :, k] = _precision_curve(box[rows] >= 0, ignored[rows], objects[k])
     return result
 
 
@@ -133,16 +176,17 @@ def coco_numbers(matched: MatchedDetections, data: CocoData) -> dict:
 
     They are fractions, None where a number does not exist (no objects of that size, say).
     """
-    table, precision, recall = matched.table, {}, {}
+    names, precision, recall = data.class_names, {}, {}
     for size in SIZES:
-        matches = matched.matches if size == "all" else match_by_class(table, matched.overlaps, data, size)
-        objects = np.bincount(data.labels[matches.objects], minlength=len(data.class_names))
-        precision[size] = precision_at_recalls(table.label, table.score, matches.hit, matches.ignored, objects)
+        matches = matched.by_class
+        if size != "all":
+            matches = match_by_class(matched.table, matched.image, matched.overlaps, data, size)
+        precision[size] = precision_at_recalls(matches, len(names))
         for limit in (1, 10, 100) if size == "all" else (100,):
-            recall[size, limit] = _recall(matches.hit & (matched.rank < limit), table.label, objects)
+            recall[size, limit] = _recall(matches, matched.rank < limit, len(names))
     every = precision.pop("all")
     parts = [every, every[0], every[5], *precision.values(), *recall.values()]
-    names, exists = data.class_names, ~np.isnan(every[0, 0])
+    exists = ~np.isnan(every[0, 0])
     return dict(zip(COCO_NUMBERS, map(mean, parts), strict=True)) | {
         "per_class": {name: {"AP": mean(every[..., k]), "AP50": mean(every[0, :, k])} for k, name in enumerate(names)},
         "precision_at_recall": {
@@ -151,9 +195,10 @@ def coco_numbers(matched: MatchedDetections, data: CocoData) -> dict:
     }
 
 
-def _recall(hit: np.ndarray, label: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """(T, K) share of the objects of each class that are hit, NaN without any."""
-    found = np.stack([np.bincount(label[row], minlength=len(objects)) for row in hit])
+def _recall(matches: Matches, kept: np.ndarray, classes: int) -> np.ndarray:
+    """(T, K) share of the objects of each class that the detections `kept` hit, NaN without any."""
+    objects = np.bincount(matches.object_label, minlength=classes)
+    found = np.stack([np.bincount(matches.label[hit & kept], minlength=classes) for hit in matches.hit])
     return np.where(objects > 0, found / np.maximum(objects, 1), np.nan)
 
 
@@ -161,3 +206,21 @@ def mean(values: np.ndarray) -> float | None:
     """The mean of the numbers that exist, None where none does."""
     exists = ~np.isnan(values)
     return float(values[exists].mean()) if exists.any() else None
+
+
+def operating_point(matches: Matches) -> dict[str, float | None]:
+    """The score threshold with the best F1 over all objects at IoU 0.5, and precision, recall and F1 at it.
+
+    The threshold is chosen on the images that it is reported for. None without objects or detections.
+    """
+    counted, objects = ~matches.ignored[0], len(matches.object_label)
+    score, hit = matches.score[counted], matches.hit[0][counted]
+    if not objects or not len(score):
+        return dict.fromkeys(("score", "precision", "recall", "f1"))
+    order = np.argsort(-score, kind="stable")
+    score, right, kept = score[order], hit[order].cumsum(), np.arange(1, len(order) + 1)
+    last = np.append(score[1:] < score[:-1], True)  # equal scores stay together
+    f1 = np.where(last, 2 * right / (kept + objects), -1)
+    best = int(np.argmax(f1))
+    numbers = score[best], right[best] / kept[best], right[best] / objects, f1[best]
+    return dict(zip(("score", "precision", "recall", "f1"), map(float, numbers), strict=True))

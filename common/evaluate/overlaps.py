@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.data.coco import CocoData
+
+MATCH_IOU = 0.5  # from which a detection matches a box, where one threshold is meant
 BACKGROUND_IOU = 0.1  # a detection that overlaps every object less is on the background (TIDE, arXiv 2008.08115)
 CHUNK = 1 << 18  # pairs that are compared at once, about 40 MB
 
@@ -34,31 +37,22 @@ class Overlaps:
         return self.select(np.lexsort((-self.box, -self.iou, last[self.box], self.detection)))
 
 
-def find_overlaps(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    starts: np.ndarray,
-    true_boxes: np.ndarray,
-    crowd: np.ndarray,
-    at_least: float = BACKGROUND_IOU,
-) -> Overlaps:
-    """The pairs of an image that overlap, with an IoU of `at_least`.
+def find_overlaps(image: np.ndarray, boxes: np.ndarray, data: CocoData, at_least: float = BACKGROUND_IOU) -> Overlaps:
+    """The pairs of an image that overlap.
 
     Args:
-        image: (M,) int64 index of the image of each detection.
+        image: (M,) int64 index into `data.images` of each detection.
         boxes: (M, 4) float64 xywh original pixels.
-        starts: (P + 1,) int64, image i has the boxes starts[i] up to starts[i + 1], as in the data set.
-        true_boxes: (N, 4) float64, likewise.
-        crowd: (N,) bool.
+        data: the ground truth.
         at_least: least IoU; with 0 all that have a common area.
     """
-    counts = np.diff(starts)[image]  # pairs of each detection
-    detected, true = _edges(boxes), _edges(true_boxes)
+    counts = np.diff(data.starts)[image]  # pairs of each detection
+    detected, true = _edges(boxes), _edges(data.boxes)
     parts = []
     for rows in np.array_split(np.arange(len(image)), counts.sum() // CHUNK + 1):
         n = counts[rows]
-        box = np.arange(n.sum()) + np.repeat(starts[image[rows]] - (n.cumsum() - n), n)
-        pairs = _intersect(np.repeat(rows, n), box, detected, true, crowd)
+        box = np.arange(n.sum()) + np.repeat(data.starts[image[rows]] - (n.cumsum() - n), n)
+        pairs = _intersect(np.repeat(rows, n), box, detected, true, data.crowd)
         parts.append(pairs.select(pairs.iou >= at_least))
     return Overlaps(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "box", "iou")))
 

@@ -19,7 +19,7 @@ from common.files import atomic_write
 FORMAT_VERSION = 2
 BIN = ("score", "precision", "count")  # of a bin of the calibration
 REASON_LENGTH = 120  # characters of the parser's message
-PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
 
 
 @dataclass(frozen=True)

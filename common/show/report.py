@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from common.data.coco import CocoData
 from common.evaluate.detections import DetectionTable
-from common.evaluate.matching import match
+from common.evaluate.metrics import match_detections
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import atomic_write
 from common.show import charts
@@ -114,10 +114,10 @@ def _extremes(name: str, table: DetectionTable, data: CocoData) -> Iterator[dict
 
 def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
     """(P,) float64 F1 at IoU 0.5 of each image, and (P,) int64 its number of objects."""
-    m = match(table, data, np.array([0.5]))
+    m = match_detections(table, data).by_class
     objects, detected, correct = (
         np.bincount(images, minlength=len(data))
-        for images in (m.images[m.objects], m.image[~m.ignored[0]], m.image[m.hit[0]])
+        for images in (m.object_image, m.image[~m.ignored[0]], m.image[m.hit[0]])
     )
     return 2 * correct / np.maximum(objects + detected, 1), objects
 

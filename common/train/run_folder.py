@@ -15,8 +15,8 @@ from tqdm import tqdm
 from common.cli import flag, flag_texts
 from common.console import InputError, Interrupted, NotFiniteError, finish_step_first
 from common.data.coco import CocoData
-from common.evaluate.coco_metrics import format_headline
 from common.evaluate.detect import validate
+from common.evaluate.primary import format_headline
 from common.files import atomic_write, check_outputs, check_writable, is_file, remove_leftovers
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import merged

@@ -89,7 +89,7 @@ def fetch(cache, data, limit, seed=-1, moment=""):
 def process():
     """Starts another process that calls `fetch`; the libraries are imported once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["common.data.hub", "common.evaluate.coco_metrics", "pycocotools.cocoeval"])
+    context.set_forkserver_preload(["common.data.hub", "common.evaluate.primary", "pycocotools.cocoeval"])
 
     def start(cache, data, *rest):
         child = context.Process(target=fetch, args=(cache, str(data), *rest))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import random_detections
 
-from common.evaluate.bootstrap import comparisons, draws
+from common.evaluate.bootstrap import comparisons, image_weights
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.types import Predictions
@@ -15,7 +15,7 @@ from common.types import Predictions
 def results_file(demo_val, tmp_path_factory) -> Path:
     """A results file of two models with numbers and one that could not be evaluated."""
     cost = {"images_per_s": 20.0, "ms_per_image": 50.0, "device": "CPU"}
-    weights, evaluated = draws(len(demo_val), 0), []
+    weights, evaluated = image_weights(len(demo_val), 0), []
     for seed, name in enumerate(("first", "second")):
         found = Predictions(random_detections(demo_val, seed), demo_val.class_names, cost)
         evaluated.append(evaluate(name, f"{name}.pth", found, demo_val, weights))

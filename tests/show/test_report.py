@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common.data.coco import CocoData, ImageFile
-from common.evaluate.bootstrap import comparisons, draws
+from common.evaluate.bootstrap import comparisons, image_weights
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.show.report import write_report
@@ -54,7 +54,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
         found.append(Detections(image.id, boxes, torch.full((len(boxes),), 0.9), labels))
     conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
     evaluations = [
-        evaluate(name, EVIL, Predictions(found, names, conditions=conditions), data, draws(len(data), 0))
+        evaluate(name, EVIL, Predictions(found, names, conditions=conditions), data, image_weights(len(data), 0))
         for name in (f"a {EVIL}", f"b {EVIL}")
     ]
     records = [replace(e.record, warnings=[f"warned {EVIL}"]) for e in evaluations]
@@ -75,7 +75,9 @@ def test_a_report_on_boxes_of_negative_size(demo_val, tmp_path):
     for index, image in enumerate(demo_val.images):
         boxes, labels, _ = demo_val.image_boxes(index)
         found.append(Detections(image.id, boxes[:, [2, 3, 0, 1]], torch.full((len(boxes),), 0.9), labels))
-    evaluated = evaluate("m", "m.json", Predictions(found, demo_val.class_names), demo_val, draws(len(demo_val), 0))
+    evaluated = evaluate(
+        "m", "m.json", Predictions(found, demo_val.class_names), demo_val, image_weights(len(demo_val), 0)
+    )
     pair = {"a": "m", "b": "n", "numbers": {"AP50": {"interval": None, "verdict": None}, "AP": None}}
     results = ValidationResults({}, {}, (evaluated.record,), [pair, {"a": "m"}])
     write_report(tmp_path / "r.html", results, demo_val, {"m": evaluated.table})
@@ -98,6 +100,6 @@ def test_a_report_on_an_image_of_extreme_shape(tmp_path):
         "tall",
     )
     found = [Detections(1, torch.tensor([[1.0, 100.0, 9.0, 900.0]]), torch.tensor([0.9]), torch.tensor([0]))]
-    evaluated = evaluate("m", "m.json", Predictions(found, ("cat",)), data, draws(1, 0))
+    evaluated = evaluate("m", "m.json", Predictions(found, ("cat",)), data, image_weights(1, 0))
     write_report(tmp_path / "r.html", ValidationResults({}, {}, (evaluated.record,)), data, {"m": evaluated.table})
     assert "F1 1.00" in Page((tmp_path / "r.html").read_text()).text

@@ -51,7 +51,7 @@ def limited(limits, settings, out):
 def train_below(limits, settings):
     """Exit status and output."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune_dino2_simple", "common.evaluate.coco_metrics"])
+    context.set_forkserver_preload(["finetune_dino2_simple", "common.evaluate.primary"])
     Path("output.txt").unlink(missing_ok=True)
     process = context.Process(target=limited, args=(limits, settings, "output.txt"))
     process.start()

@@ -76,7 +76,7 @@ def train(name, settings, folder):
 def fork_server():
     """Starts processes that have already imported the scripts."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune_dino2_simple", "improved_dino_detector", "common.evaluate.coco_metrics"])
+    context.set_forkserver_preload(["finetune_dino2_simple", "improved_dino_detector", "common.evaluate.primary"])
     return context
 
 
