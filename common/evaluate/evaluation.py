@@ -33,6 +33,7 @@ from common.evaluate.metrics import (
 )
 from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.results import ValidationRecord
+from common.evaluate.trust import check_agreement
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import ExportedDetector, is_exported, load_exported
 from common.model.postprocess import detections_of, postprocess
@@ -170,6 +171,7 @@ def evaluate(
             "diagnosis": diagnose(matched, data, point),
             "intervals": {key: interval(values) for key, values in samples.items()},
         }
+        warnings += check_agreement(matched, data)
     return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)
 
 

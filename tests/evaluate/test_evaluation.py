@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from helpers import ROOT, crowded, data_flags, numbers_of_table, random_detectio
 from PIL import Image
 
 from common.console import InputError
+from common.data.coco import CocoData, ImageFile
 from common.evaluate.bootstrap import MIN_IMAGES, WITH_INTERVALS, comparisons, image_weights, interval, resample
 from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown
 from common.evaluate.evaluation import evaluate
 from common.evaluate.metrics import Matches, match_boxes_alone, match_detections, operating_point
 from common.evaluate.primary import primary_numbers, primary_pairs
+from common.evaluate.trust import check_agreement
 from common.types import Predictions
 
 LABELS = np.arange(10)
@@ -205,11 +208,86 @@ def test_no_detections_and_no_objects(demo_val):
     assert diagnosis["operating_point"]["f1"] is None and diagnosis["errors"]["missed"]["gain"] is None
     weights = image_weights(len(bare), 0)
     assert all(interval(values) is None for values in samples_of(table_of(demo_val), bare, weights).values())
+    for table, data in ((DetectionTable.empty(), demo_val), (table_of(demo_val), bare)):
+        assert check_agreement(match_detections(table, data), data) == []
 
 
 def diagnosis_of(table, data):
     matched = match_detections(table, data)
     return diagnose(matched, data, operating_point(matched.by_class))
+
+
+def misread(table, data):
+    """The table as it would be if its file had been written in other ways."""
+    ids = np.array([image.id for image in data.images])
+    place = np.searchsorted(ids, table.image_id)
+    size = np.tile(np.array([(image.width, image.height) for image in data.images])[place], 2)
+    low, sides, side = table.boxes[:, :2], table.boxes[:, 2:], size.max(1, keepdims=True)
+    padding = (640 - size[:, :2] * 640 / side) / 2
+    boxes = {
+        "normalised": table.boxes / size,
+        "per cent": 100 * table.boxes / size,
+        "thousandths": 1000 * table.boxes / size,
+        "of the input": table.boxes * 112 / side,
+        "letterboxed": np.hstack([low * 640 / side + padding, sides * 640 / side]),
+        "corners": np.hstack([low, low + sides]),
+        "centres": np.hstack([low + sides / 2, sides]),
+        "y first": table.boxes[:, [1, 0, 3, 2]],
+    }
+    for name, changed in boxes.items():
+        yield name, "on an object", replace(table, boxes=changed)
+    yield "ids reversed", "on an object", replace(table, image_id=ids[::-1][place])
+    yield "the next image", "on an object", replace(table, image_id=np.roll(ids, 1)[place])
+    yield "next class", "have their class", replace(table, label=(table.label + 1) % len(data.class_names))
+    yield "previous class", "have their class", replace(table, label=(table.label - 1) % len(data.class_names))
+
+
+@pytest.fixture(scope="module")
+def scattered():
+    """Forty images with five objects of ten classes each, without files."""
+    rng = np.random.default_rng(0)
+    sides = rng.integers(200, 640, (40, 2))
+    boxes = rng.uniform(0, (0.7, 0.7, 0.3, 0.3), (40, 5, 4)) * np.tile(sides, 2)[:, None] + (0, 0, 20, 20)
+    images = tuple(ImageFile(3 * n + 5, Path(f"{n}.jpg"), *size) for n, size in enumerate(sides.tolist()))
+    labels, crowd = rng.integers(0, 10, 200), np.zeros(200, bool)
+    arrays = boxes.reshape(-1, 4), labels, crowd, boxes.reshape(-1, 4)[:, 2:].prod(1), np.arange(41) * 5
+    return CocoData(images, tuple(range(1, 11)), tuple("abcdefghij"), *arrays, source="scattered")
+
+
+def test_the_net_warns_of_detections_that_were_misread(scattered):
+    for table in (detection_table(truth_as_detections(scattered), LABELS), weak_detections(scattered)):
+        assert check_agreement(match_detections(table, scattered), scattered) == []
+        for name, words, changed in misread(table, scattered):
+            (warning,) = check_agreement(match_detections(changed, scattered), scattered)
+            assert words in warning, name
+
+
+def weak_detections(data):
+    """Of half of the objects, with loose boxes and 40% of the classes right, among many others with as high scores."""
+    rng, table = np.random.default_rng(1), detection_table(truth_as_detections(data), LABELS)
+    table = table.select(rng.random(len(table)) < 0.5)
+    boxes = table.boxes + rng.normal(0, 0.12, table.boxes.shape) * np.tile(table.boxes[:, 2:], 2)
+    label = np.where(rng.random(len(table)) < 0.4, table.label, rng.integers(0, 10, len(table)))
+    others = replace(table, boxes=rng.uniform(0, 200, table.boxes.shape), label=rng.permutation(label))
+    tables = replace(table, boxes=boxes, label=label), others, others
+    image_id, boxes, label = (
+        np.concatenate([getattr(t, name) for t in tables]) for name in ("image_id", "boxes", "label")
+    )
+    return DetectionTable(image_id, boxes, rng.random(len(label)), label)
+
+
+def test_the_net_is_quiet_on_one_sided_detectors(scattered):
+    """Of one class; nearly all of one class; few detections; and where the data have one class."""
+    rng, table = np.random.default_rng(0), weak_detections(scattered)
+    one_sided = replace(table, label=np.where(rng.random(len(table)) < 0.9, 3, table.label))
+    one_class = replace(scattered, labels=np.zeros_like(scattered.labels), class_names=("a",), category_ids=(1,))
+    for quiet, data in (
+        (table.select(table.label == 3), scattered),
+        (one_sided, scattered),
+        (table.select(rng.random(len(table)) < 0.1), scattered),
+        (replace(table, label=np.zeros_like(table.label)), one_class),
+    ):
+        assert check_agreement(match_detections(quiet, data), data) == []
 
 
 def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
