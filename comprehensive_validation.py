@@ -207,7 +207,8 @@ def describe_protocol(seed: int) -> dict:
         "nms_iou": postprocess.NMS_IOU,
         "crowds": "ignored, as COCO does",
         "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
-        "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.LEVEL}%",
+        "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.SHOWN_LEVEL}%",
+        "verdicts": f"{bootstrap.VERDICT_LEVEL}% interval of the difference",
         "seed": seed,
     }
 
@@ -263,8 +264,8 @@ def main(settings: Settings) -> ValidationResults:
     print(f"{len(data)} validation images of {results.dataset['source']}")
     print(format_table(results.models), format_comparisons(results), sep="\n")
     images = len(data.with_objects())
-    if results.comparisons and images < bootstrap.MIN_IMAGES:
-        print(f"a verdict needs {bootstrap.MIN_IMAGES} images with objects, and these are {images}")
+    if results.comparisons and images < bootstrap.MIN_IMAGES_FOR_VERDICT:
+        print(f"a verdict needs {bootstrap.MIN_IMAGES_FOR_VERDICT} images with objects, and these are {images}")
     print(f"written to {settings.output}")
     if settings.report:
         report(settings, results, data, evaluations)

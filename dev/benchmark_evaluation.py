@@ -98,7 +98,7 @@ def main(settings: Settings) -> None:
     print(f"{len(data)} images, {len(data.boxes)} boxes, {len(table)} detections")
     numbers, ours = timed("all numbers", lambda: all_numbers(table, data))
     matched, weights = match_detections(table, data), image_weights(len(data), settings.seed)
-    parts = matched.by_class, match_boxes_alone(matched, data), primary_pairs(matched, data, 0.5)
+    parts = matched, match_boxes_alone(matched, data), primary_pairs(matched, data, 0.5)
     timed(f"{weights.shape[1]} resamples", lambda: resample(*parts, data, weights))
     expected, theirs = timed("pycocotools' twelve", lambda: pycocotools_numbers(table, data))
     print(f"ratio {ours / theirs:.3f}; AP {numbers['AP']:.15f} and {expected[0]:.15f}")

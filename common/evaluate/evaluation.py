@@ -19,7 +19,7 @@ from torch import Tensor
 from common.console import InputError, name_some, progress_bar
 from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
-from common.evaluate.bootstrap import interval, resample
+from common.evaluate.bootstrap import Sampled, resample
 from common.evaluate.detect import Cost, detect, measure_cost, predict
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose
@@ -126,11 +126,11 @@ def _cost_on(batch: Batch, run: Callable, *about) -> Cost:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record, with its detections and its numbers in each resample unless the record has an error."""
+    """A record, with its detections and its numbers in the resamples unless the record has an error."""
 
     record: ValidationRecord
     table: DetectionTable = field(default_factory=DetectionTable.empty)
-    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: dict[str, Sampled] = field(default_factory=dict)
 
 
 def evaluate(
@@ -164,12 +164,16 @@ def evaluate(
         "conditions": conditions,
     }
     warnings = [*predictions.warnings, *_class_warnings(predictions.class_names, labels, data)]
-    samples: dict[str, np.ndarray] = {}
+    samples: dict[str, Sampled] = {}
     if weights is not None:
-        samples = resample(matched.by_class, boxes_alone, primary, data, weights)
+        numbers, resamples = (
+            parts["primary"] | parts["detection"],
+            resample(matched, boxes_alone, primary, data, weights),
+        )
+        samples = {name: Sampled(numbers[name], v) for name, v in resamples.items() if numbers[name] is not None}
         parts |= {
             "diagnosis": diagnose(matched, data, point),
-            "intervals": {key: interval(values) for key, values in samples.items()},
+            "intervals": {name: np.clip(number.interval(), 0, 1).tolist() for name, number in samples.items()},
         }
         warnings += check_agreement(matched, data)
     return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)

@@ -15,7 +15,14 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.coco import CocoData, ImageFile
-from common.evaluate.bootstrap import MIN_IMAGES, WITH_INTERVALS, comparisons, image_weights, interval, resample
+from common.evaluate.bootstrap import (
+    MIN_IMAGES_FOR_VERDICT,
+    WITH_INTERVALS,
+    Sampled,
+    comparisons,
+    image_weights,
+    resample,
+)
 from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown
 from common.evaluate.evaluation import evaluate
@@ -31,10 +38,15 @@ def table_of(data, seed=0, count=30):
     return detection_table(random_detections(data, seed, count), LABELS)
 
 
-def samples_of(table, data, weights):
+def resampled(table, data, weights):
     matched = match_detections(table, data)
     primary = primary_pairs(matched, data, operating_point(matched.by_class)["score"])
-    return resample(matched.by_class, match_boxes_alone(matched, data), primary, data, weights)
+    return resample(matched, match_boxes_alone(matched, data), primary, data, weights)
+
+
+def samples_of(table, data, weights):
+    numbers = numbers_of_table(table, data)
+    return {name: Sampled(numbers[name], values) for name, values in resampled(table, data, weights).items()}
 
 
 def repeated(data, counts):
@@ -55,7 +67,7 @@ def test_a_resample_equals_a_data_set_with_repeated_images(seed, demo_val):
     found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties
     counts = np.array([0, 2, 1, 3, 0, 1])
     table = detection_table(found, LABELS)
-    ours = samples_of(table, data, counts[:, None].astype(np.float32))
+    ours = resampled(table, data, counts[:, None].astype(np.float32))
     score = operating_point(match_detections(table, data).by_class)["score"]
     large, index = repeated(data, counts)
     copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
@@ -67,15 +79,14 @@ def test_a_resample_equals_a_data_set_with_repeated_images(seed, demo_val):
 
 
 def test_intervals_contain_the_number_and_shrink_with_more_images(demo_val):
-    table = table_of(demo_val)
-    numbers = numbers_of_table(table, demo_val)
-    samples = samples_of(table, demo_val, image_weights(len(demo_val), seed=0))
-    low, high = interval(samples["AP50"])
-    assert low < numbers["AP50"] < high and high - low > 0.02
+    number = samples_of(table_of(demo_val), demo_val, image_weights(len(demo_val), seed=0))["AP50"]
+    low, high = number.interval()
+    assert low < number.value < high and high - low > 0.02
+    assert number.interval(99)[0] < low and high < number.interval(99)[1]
     large, index = repeated(demo_val, np.full(6, 8))
     found = random_detections(demo_val, 0)
     copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
-    low2, high2 = interval(samples_of(detection_table(copies, LABELS), large, image_weights(48, seed=0))["AP50"])
+    low2, high2 = samples_of(detection_table(copies, LABELS), large, image_weights(48, seed=0))["AP50"].interval()
     assert high2 - low2 < (high - low) / 2
 
 
@@ -92,7 +103,7 @@ def test_verdicts(demo_val):
     perfect = samples_of(detection_table(truth_as_detections(demo_val), LABELS), demo_val, weights)
     noisy = samples_of(table_of(demo_val), demo_val, weights)
     models = {"noisy": noisy, "perfect": perfect, "again": noisy}
-    pairs = comparisons(models, MIN_IMAGES)
+    pairs = comparisons(models, MIN_IMAGES_FOR_VERDICT)
     assert [(pair["a"], pair["b"]) for pair in pairs] == [
         ("noisy", "perfect"),
         ("noisy", "again"),
@@ -100,7 +111,7 @@ def test_verdicts(demo_val):
     ]
     verdicts = [pair["numbers"]["AP50"]["verdict"] for pair in pairs]
     assert verdicts == ["worse", "not distinguishable", "better"]
-    few = comparisons(models, MIN_IMAGES - 1)
+    few = comparisons(models, MIN_IMAGES_FOR_VERDICT - 1)
     assert {number["verdict"] for pair in few for number in pair["numbers"].values()} == {"too few images"}
 
 
@@ -206,8 +217,9 @@ def test_no_detections_and_no_objects(demo_val):
     bare = replace(bare, starts=np.zeros_like(demo_val.starts))
     diagnosis = diagnosis_of(table_of(demo_val), bare)
     assert diagnosis["operating_point"]["f1"] is None and diagnosis["errors"]["missed"]["gain"] is None
-    weights = image_weights(len(bare), 0)
-    assert all(interval(values) is None for values in samples_of(table_of(demo_val), bare, weights).values())
+    predictions = Predictions(random_detections(bare, 0), bare.class_names)
+    evaluation = evaluate("a", "a.pth", predictions, bare, image_weights(len(bare), 0))
+    assert evaluation.record.intervals == evaluation.samples == {}
     for table, data in ((DetectionTable.empty(), demo_val), (table_of(demo_val), bare)):
         assert check_agreement(match_detections(table, data), data) == []
 
