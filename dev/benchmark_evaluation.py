@@ -15,8 +15,8 @@ import numpy as np
 
 from common import cli
 from common.cli import flag
-from common.data.annotations import load_coco
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
+from common.data.table import load_coco
 from common.evaluate.bootstrap import comparisons, draws, resampled
 from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.detections import DetectionTable
@@ -33,7 +33,7 @@ class Settings:
     seed: int = flag(0, "of the generated detections", at_least=0)
 
 
-def read_truth(path: Path) -> CocoData:
+def read_truth(path: Path) -> DetectionData:
     """The annotations, with empty files in the images' place."""
     with tempfile.TemporaryDirectory() as folder:
         for image in json.loads(path.read_text())["images"]:
@@ -41,7 +41,7 @@ def read_truth(path: Path) -> CocoData:
         return load_coco(path, Path(folder))
 
 
-def generated_detections(data: CocoData, seed: int) -> DetectionTable:
+def generated_detections(data: DetectionData, seed: int) -> DetectionTable:
     """DETECTIONS an image: the true boxes with noise, every fifth class at random, then random boxes."""
     rng = np.random.default_rng(seed)
     boxes, scores, labels = [], [], []
@@ -70,13 +70,13 @@ def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
     return result, seconds
 
 
-def all_numbers(table: DetectionTable, data: CocoData) -> dict:
+def all_numbers(table: DetectionTable, data: DetectionData) -> dict:
     matched = match_all(table, data)
     diagnosis = diagnose(table, matched.by_class, data)
     return evaluate_table(table, data, matched) | diagnosis | {"warnings": self_check(table, data)}
 
 
-def intervals(tables: list[DetectionTable], data: CocoData) -> list[dict]:
+def intervals(tables: list[DetectionTable], data: DetectionData) -> list[dict]:
     weights, samples = draws(len(data), 0), {}
     for number, table in enumerate(tables):
         samples[str(number)] = resampled(match_all(table, data), data, weights)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
@@ -23,8 +23,8 @@ class Matches:
     """Matches of M detections with N boxes at T IoU thresholds.
 
     Detections are in the order of image id, class and falling score, without those beyond COCO's limit. Shapes: row
-    (M,) int64, index into the table; image (M,) int64, index into `CocoData.images`; label (M,) int64; score (M,)
-    float64; truth (T, M) int64, the matched box, an index into `CocoData.boxes`, or -1; ignored (T, M) bool, matched a
+    (M,) int64, index into the table; image (M,) int64, index into the data's images; label (M,) int64; score (M,)
+    float64; truth (T, M) int64, the matched box, an index into the data's boxes, or -1; ignored (T, M) bool, matched a
     crowd only, so neither a true nor a false positive; objects (N,) bool, all boxes but crowds; labels and images (N,)
     int64 of the boxes.
     """
@@ -46,7 +46,7 @@ class Matches:
 
 
 def match(
-    table: DetectionTable, data: CocoData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
+    table: DetectionTable, data: DetectionData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
 ) -> Matches:
     """Match detections with boxes as COCO does: by falling score, each with the unmatched box of the highest IoU.
 
