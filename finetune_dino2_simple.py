@@ -25,10 +25,10 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag, with_default
 from common.console import progress_bar
-from common.data.annotations import check_object_sizes
-from common.data.coco import CocoData
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
+from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
+from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import validate
 from common.model.backbone import BackboneFlags, fetch_backbone
@@ -79,7 +79,7 @@ def train_one_epoch(
         bar.update()
 
 
-def sheet_of(data: CocoData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
+def sheet_of(data: DetectionData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
     """The first validation images with their detections, for trackers."""
     from common.show.drawing import detection_sheet  # it imports matplotlib, which nothing else here needs
 

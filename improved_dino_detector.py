@@ -33,8 +33,6 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag, with_default
 from common.console import InputError, name_some, progress_bar
-from common.data.annotations import check_object_sizes
-from common.data.coco import CocoData
 from common.data.dataset import (
     DetectionDataset,
     EpochOrder,
@@ -43,7 +41,9 @@ from common.data.dataset import (
     make_eval_loader,
     make_train_loader,
 )
+from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
+from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, LetterboxTransform, MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
 from common.evaluate.detections import label_map
@@ -211,8 +211,8 @@ def stage_loaders(
     settings: Settings,
     stage: Stage,
     detector: Detector,
-    train_data: CocoData,
-    val_data: CocoData,
+    train_data: DetectionData,
+    val_data: DetectionData,
     accelerator: Accelerator,
 ) -> tuple[DataLoader, EpochOrder, DataLoader]:
     """Training batches and their order, and validation batches, of a stage: images, or their cached features."""
@@ -238,7 +238,12 @@ def stage_loaders(
 
 
 def train_stage(
-    settings: Settings, stage: Stage, start: Checkpoint, train_data: CocoData, val_data: CocoData, run: RunFolder
+    settings: Settings,
+    stage: Stage,
+    start: Checkpoint,
+    train_data: DetectionData,
+    val_data: DetectionData,
+    run: RunFolder,
 ) -> None:
     """Train one stage from the detector of `start`; the epochs' checkpoints are written to the `run` folder."""
     detector, accelerator = start.detector, run.accelerator
@@ -275,14 +280,14 @@ def train_stage(
             run.save(state)
 
 
-def sheet_of(data: CocoData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
+def sheet_of(data: DetectionData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
     """The first validation images with their detections, for trackers."""
     from common.show.drawing import detection_sheet  # it imports matplotlib, which nothing else here needs
 
     return detection_sheet(data, found, checkpoint.class_names, checkpoint.min_score)
 
 
-def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
+def first_detector(settings: Settings, data: DetectionData) -> Checkpoint:
     """The detector to train: that of `--start-from`, or a new head on a pretrained backbone.
 
     Where the classes of the data are others than those of `--start-from`, all but the class layers are kept, and in

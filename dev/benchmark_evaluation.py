@@ -15,8 +15,8 @@ import numpy as np
 
 from common import cli
 from common.cli import flag
-from common.data.annotations import load_coco
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
+from common.data.table import load_coco
 from common.evaluate.bootstrap import comparisons, draws, resampled
 from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.detections import DetectionTable
@@ -33,7 +33,7 @@ class Settings:
     seed: int = flag(0, "of the generated detections", at_least=0)
 
 
-def read_truth(path: Path) -> CocoData:
+def read_truth(path: Path) -> DetectionData:
     """The annotations, with empty files in the images' place."""
     with tempfile.TemporaryDirectory() as folder:
         for image in json.loads(path.read_text())["images"]:
@@ -41,7 +41,7 @@ def read_truth(path: Path) -> CocoData:
         return load_coco(path, Path(folder))
 
 
-def generated_detections(data: CocoData, seed: int) -> DetectionTable:
+def generated_detections(data: DetectionData, seed: int) -> DetectionTable:
     """DETECTIONS an image: the true boxes with noise, every fifth class at random, then random boxes."""
     rng = np.random.default_rng(seed)
     boxes, scores, labels = [], [], []
@@ -49,14 +49,14 @@ def generated_detections(data: CocoData, seed: int) -> DetectionTable:
         part = slice(data.starts[index], min(data.starts[index + 1], data.starts[index] + DETECTIONS))
         count, size = part.stop - part.start, np.array([image.width, image.height])
         corner = rng.random((DETECTIONS - count, 2)) * size
-        background = np.hstack([corner, corner + rng.random(corner.shape) * size / 2 + 1])
+        background = np.hstack([corner, rng.random(corner.shape) * size / 2 + 1])
         boxes += [data.boxes[part] + rng.normal(0, 3, (count, 4)), background]
         scores += [rng.beta(2, 2, count), rng.beta(1, 4, DETECTIONS - count)]
         labels += [data.labels[part], rng.integers(0, len(data.class_names), DETECTIONS - count)]
     label, rectangle = np.concatenate(labels), np.concatenate(boxes)
     wrong = rng.random(len(label)) < 0.2
     label[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
-    rectangle[:, 2:] = np.maximum(rectangle[:, 2:], rectangle[:, :2] + 1)
+    rectangle[:, 2:] = np.maximum(rectangle[:, 2:], 1)
     image_id = np.repeat([image.id for image in data.images], DETECTIONS)
     return DetectionTable(image_id, rectangle, np.concatenate(scores), label)
 
@@ -70,13 +70,13 @@ def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
     return result, seconds
 
 
-def all_numbers(table: DetectionTable, data: CocoData) -> dict:
+def all_numbers(table: DetectionTable, data: DetectionData) -> dict:
     matched = match_all(table, data)
     diagnosis = diagnose(table, matched.by_class, data)
     return evaluate_table(table, data, matched) | diagnosis | {"warnings": self_check(table, data)}
 
 
-def intervals(tables: list[DetectionTable], data: CocoData) -> list[dict]:
+def intervals(tables: list[DetectionTable], data: DetectionData) -> list[dict]:
     weights, samples = draws(len(data), 0), {}
     for number, table in enumerate(tables):
         samples[str(number)] = resampled(match_all(table, data), data, weights)

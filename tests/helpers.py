@@ -72,6 +72,11 @@ def data_flags(data="", limit=0, **flags) -> TrainDataFlags:
     return TrainDataFlags(str(data), train_images=limit, val_images=limit, **flags)
 
 
+def corners_of(boxes):
+    """(A, 4) xywh -> xyxy."""
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
 def truth_as_detections(data):
     """Every non-crowd box as a detection of score 1."""
     detections = []

@@ -13,12 +13,12 @@ MIN_RATIO = 10  # so many times more boxes must fit only in the other layout tha
 MIN_FIT = 0.9  # fraction of the boxes that must fit in the other layout
 
 
-def to_xyxy(boxes: np.ndarray, layout: str) -> np.ndarray:
-    """Boxes of a layout -> (A, 4) xyxy."""
+def to_xywh(boxes: np.ndarray, layout: str) -> np.ndarray:
+    """Boxes of a layout -> (A, 4) xywh."""
+    first, second = boxes[:, :2], boxes[:, 2:]
     if layout == "xyxy":
-        return boxes
-    low = boxes[:, :2] - boxes[:, 2:] / 2 if layout == "cxcywh" else boxes[:, :2]
-    return np.concatenate([low, low + boxes[:, 2:]], axis=1)
+        return np.hstack([first, second - first])
+    return np.hstack([first - second / 2, second]) if layout == "cxcywh" else boxes
 
 
 def are_normalised(boxes: np.ndarray, sizes: np.ndarray) -> bool:
@@ -29,8 +29,8 @@ def are_normalised(boxes: np.ndarray, sizes: np.ndarray) -> bool:
 
 def fits(boxes: np.ndarray, sizes: np.ndarray, layout: str) -> np.ndarray:
     """(A,) bool: whether a box in pixels, read in this layout, has an area and lies inside its image."""
-    corners = to_xyxy(boxes, layout)
-    low, high = corners[:, :2], corners[:, 2:]
+    xywh = to_xywh(boxes, layout)
+    low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     return np.all((low < high) & (low >= -TOLERANCE) & (high <= sizes + TOLERANCE), axis=1)
 
 

@@ -10,20 +10,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from common.console import ignore_in_worker
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.data.transforms import LetterboxTransform
 from common.runtime import derived_seed
 from common.types import Batch, Target, Targets
 
 
 class SampleDataset(Dataset):
-    """A sample for each image of a `CocoData`.
+    """A sample for each image of a `DetectionData`.
 
     Every sample draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
     on the number of workers or processes, or on where a run was resumed. Call `set_epoch` before each epoch.
     """
 
-    def __init__(self, data: CocoData, seed: int):
+    def __init__(self, data: DetectionData, seed: int):
         self.data, self.seed, self.epoch = data, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -43,7 +43,9 @@ class SampleDataset(Dataset):
 class DetectionDataset(SampleDataset):
     """Images and targets, decoded and transformed item by item."""
 
-    def __init__(self, data: CocoData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0):
+    def __init__(
+        self, data: DetectionData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0
+    ):
         super().__init__(data, seed)
         self.transform = transform
 
@@ -68,7 +70,7 @@ BATCHES: dict[str, Any] = {
 }
 
 
-def make_eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
+def make_eval_loader(data: DetectionData, image_size: int, batch_size: int, workers: int) -> DataLoader:
     """Letterboxed images of `data`, in its order."""
     dataset = DetectionDataset(data, LetterboxTransform(image_size))
     return DataLoader(dataset, batch_size, num_workers=workers, **BATCHES)

@@ -28,10 +28,9 @@ import numpy as np
 from PIL import Image
 
 from common.console import InputError, Interrupted, progress_bar
-from common.data.annotations import Problems
-from common.data.box_format import are_normalised, fits, to_xyxy
-from common.data.coco import xyxy_to_xywh
-from common.data.formats import choose_split
+from common.data.box_format import are_normalised, fits, to_xywh
+from common.data.readers import choose_split
+from common.data.table import Problems
 from common.files import atomic_write, cache_folder
 from common.images import read_size
 
@@ -336,8 +335,7 @@ def _boxes(rows: list[dict], box_format: str, decision: Path, source: str) -> tu
         print(f"{source}: boxes read as {box_format}: {counts} (--box-format overrides)", flush=True)
         if not decided and (best == "cxcywh" or fitting["xyxy"] != fitting["xywh"]):
             _write_json({"format": box_format, "normalised": normalised}, decision)
-    if box_format != "xywh":
-        boxes = xyxy_to_xywh(to_xyxy(boxes, box_format))
+    boxes = to_xywh(boxes, box_format)
     return [box if whole else None for box, whole in zip(boxes.tolist(), finite.tolist(), strict=True)], normalised
 
 

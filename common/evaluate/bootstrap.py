@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.coco_metrics import Matched
 from common.evaluate.matching import IOU_THRESHOLDS, average_precision, ranking
 from common.evaluate.primary import weighted_scores
@@ -33,7 +33,7 @@ def draws(images: int, seed: int) -> np.ndarray:
     return (np.round(weights * WEIGHT_STEPS) / WEIGHT_STEPS).astype(np.float32)
 
 
-def resampled(matched: Matched, data: CocoData, weights: np.ndarray) -> dict[str, np.ndarray]:
+def resampled(matched: Matched, data: DetectionData, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Each number of COMPARED in each resample, (R,) float64; NaN where it does not exist.
 
     Args:
@@ -49,7 +49,7 @@ def _batches(weights: np.ndarray) -> list[np.ndarray]:
     return np.array_split(weights, max(1, weights.shape[1] // BATCH), axis=1)
 
 
-def _numbers(matched: Matched, data: CocoData, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _numbers(matched: Matched, data: DetectionData, weights: np.ndarray) -> dict[str, np.ndarray]:
     numbers = weighted_scores(matched.primary, weights[matched.primary.image].astype(np.float64))
     by_threshold = [
         _mean_of_classes(average_precision(ranking(matched.by_class, t), len(data.class_names), weights))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from common.data.coco import CocoData, xyxy_to_xywh
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable, coco_detections
 from common.evaluate.matching import IOU_THRESHOLDS, Matches, average_precision, match, operating_point, ranking
 from common.evaluate.primary import PrimaryPairs, primary_object, primary_pairs
@@ -30,7 +30,7 @@ class Matched:
     primary: PrimaryPairs
 
 
-def match_all(table: DetectionTable, data: CocoData) -> Matched:
+def match_all(table: DetectionTable, data: DetectionData) -> Matched:
     """Match the detections of one model with the ground truth."""
     by_class = match(table, data)
     point = operating_point(ranking(by_class))
@@ -38,7 +38,7 @@ def match_all(table: DetectionTable, data: CocoData) -> Matched:
     return Matched(by_class, agnostic, point, primary_pairs(table, data, point["score"]))
 
 
-def evaluate_table(table: DetectionTable, data: CocoData, matched: Matched | None = None) -> dict:
+def evaluate_table(table: DetectionTable, data: DetectionData, matched: Matched | None = None) -> dict:
     """The numbers of one model, as fractions; None where a number does not exist (no objects of that size, say).
 
     Args:
@@ -57,9 +57,9 @@ def evaluate_table(table: DetectionTable, data: CocoData, matched: Matched | Non
     }
 
 
-def coco_dict(data: CocoData) -> dict:
+def coco_dict(data: DetectionData) -> dict:
     """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
-    columns = (data.image_of_box(), data.labels, xyxy_to_xywh(data.boxes, data.file_sides), data.areas, data.crowd)
+    columns = (data.image_of_box(), data.labels, data.boxes, data.areas, data.crowd)
     annotations = [
         {
             "id": number,
@@ -80,7 +80,7 @@ def coco_dict(data: CocoData) -> dict:
     }
 
 
-def _coco_evaluation(table: DetectionTable, data: CocoData) -> COCOeval_faster:
+def _coco_evaluation(table: DetectionTable, data: DetectionData) -> COCOeval_faster:
     """The library's evaluation, with ids that it can hold: images and categories are numbered from 1 by rising id."""
     ids = np.sort(np.array([image.id for image in data.images], np.int64))
     images = tuple(replace(image, id=int(np.searchsorted(ids, image.id)) + 1) for image in data.images)
@@ -98,7 +98,7 @@ def _coco_evaluation(table: DetectionTable, data: CocoData) -> COCOeval_faster:
     return evaluation
 
 
-def coco_numbers(table: DetectionTable, data: CocoData) -> dict:
+def coco_numbers(table: DetectionTable, data: DetectionData) -> dict:
     """pycocotools' twelve numbers, AP and AP50 of each class by name, and precision at the recalls 0, 0.01, …, 1.
 
     The precision at a recall is the best from there on, and the mean over the classes, as in AP.
@@ -115,7 +115,7 @@ def coco_numbers(table: DetectionTable, data: CocoData) -> dict:
     return numbers | {"per_class": per_class, "precision_at_recall": curves}
 
 
-def _class_agnostic_ap50(agnostic: Matches, data: CocoData) -> float | None:
+def _class_agnostic_ap50(agnostic: Matches, data: DetectionData) -> float | None:
     """AP at IoU 0.5 with all classes taken as one: how well objects are localised, whatever their class."""
     (precision,) = average_precision(ranking(agnostic), 1, np.ones((len(data), 1), np.float32))[0]
     return None if np.isnan(precision) else float(precision)
@@ -138,7 +138,7 @@ def _existing(number: float) -> float | None:
     return None if number < 0 else float(number)
 
 
-def headline(table: DetectionTable, data: CocoData) -> dict[str, float | None]:
+def headline(table: DetectionTable, data: DetectionData) -> dict[str, float | None]:
     """The study's six columns, `found`, AP, and the operating point, which a checkpoint keeps."""
     matched = match_all(table, data)
     numbers = evaluate_table(table, data, matched)

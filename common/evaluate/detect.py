@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.coco_metrics import headline
 from common.evaluate.detections import detection_table, label_map
 from common.model.postprocess import fuse_predictions, postprocess
@@ -68,7 +68,7 @@ def detect(
 
 
 def validate(
-    model: nn.Module, loader: DataLoader, data: CocoData, class_names: tuple[str, ...], accelerator: Accelerator
+    model: nn.Module, loader: DataLoader, data: DetectionData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> tuple[dict[str, float | None], list[Detections]]:
     """The headline numbers and the detections of a model with these classes on the images of `data`.
 

@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.console import InputError, name_some
-from common.data.box_format import to_xyxy
-from common.data.coco import CocoData, box_sides, xyxy_to_xywh
+from common.data.memory import DetectionData
 from common.images import image_suffixes
 from common.types import Detections, Predictions
 
@@ -26,7 +25,7 @@ VALUE_LENGTH = 40  # characters of a value in a message
 class DetectionTable:
     """M detections on the images of a data set, one a row.
 
-    Shapes: image_id (M,) int64; boxes (M, 4) float64 xyxy original pixels; score (M,) float64; label (M,) int64 of
+    Shapes: image_id (M,) int64; boxes (M, 4) float64 xywh original pixels; score (M,) float64; label (M,) int64 of
     the data set.
     """
 
@@ -34,7 +33,6 @@ class DetectionTable:
     boxes: np.ndarray
     score: np.ndarray
     label: np.ndarray
-    file_sides: np.ndarray | None = None  # (M, 2) float64 width and height as in the file, see `box_sides`
 
     @classmethod
     def empty(cls) -> "DetectionTable":
@@ -45,12 +43,7 @@ class DetectionTable:
 
     def select(self, rows: np.ndarray) -> "DetectionTable":
         """The rows at `rows`, int64 indices or a bool mask, in that order."""
-        sides = None if self.file_sides is None else self.file_sides[rows]
-        return DetectionTable(self.image_id[rows], self.boxes[rows], self.score[rows], self.label[rows], sides)
-
-    def sides(self) -> np.ndarray:
-        """(M, 2) float64 width and height of the boxes."""
-        return box_sides(self.boxes, self.file_sides)
+        return DetectionTable(self.image_id[rows], self.boxes[rows], self.score[rows], self.label[rows])
 
     def at_least(self, score: float | None) -> "DetectionTable":
         """The rows with that score or a higher one; none where `score` is None."""
@@ -63,7 +56,7 @@ class DetectionTable:
         return self.select(order[first])
 
 
-def label_map(class_names: Sequence[str], data: CocoData) -> np.ndarray:
+def label_map(class_names: Sequence[str], data: DetectionData) -> np.ndarray:
     """(K,) the data set's label of each of a model's classes, by name; -1 where the data set has no such class.
 
     A name that differs in case, spaces, underscores or hyphens is accepted where no other name could be meant.
@@ -93,9 +86,10 @@ def detection_table(detections: list[Detections], labels: np.ndarray) -> Detecti
     if not detections:
         return DetectionTable.empty()
     counts = [len(d.scores) for d in detections]
+    corners = np.concatenate([d.boxes.numpy() for d in detections]).astype(np.float64)
     table = DetectionTable(
         np.repeat(np.array([d.image_id for d in detections], np.int64), counts),
-        np.concatenate([d.boxes.numpy() for d in detections]).astype(np.float64),
+        np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]),
         np.concatenate([d.scores.numpy() for d in detections]).astype(np.float64),
         labels[np.concatenate([d.labels.numpy() for d in detections])],
     )
@@ -103,8 +97,8 @@ def detection_table(detections: list[Detections], labels: np.ndarray) -> Detecti
 
 
 def coco_detections(table: DetectionTable, category_ids: tuple[int, ...]) -> list[dict]:
-    """The rows in COCO's results format, boxes as xywh."""
-    columns = table.image_id, table.label, xyxy_to_xywh(table.boxes, table.file_sides), table.score
+    """The rows in COCO's results format."""
+    columns = table.image_id, table.label, table.boxes, table.score
     return [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
@@ -118,7 +112,7 @@ class TablePredictions(Predictions):
     table: DetectionTable = field(default_factory=DetectionTable.empty)
 
 
-def read_detections(path: str, data: CocoData) -> TablePredictions:
+def read_detections(path: str, data: DetectionData) -> TablePredictions:
     """The detections in a COCO results file: a list of image_id, category_id, bbox (xywh, original pixels) and score.
 
     Images are found by `file_name` where each detection has one that names an image of `data`, else by `image_id`, else
@@ -139,7 +133,7 @@ def read_detections(path: str, data: CocoData) -> TablePredictions:
     order = order[(labels >= 0)[order] & (images >= 0)[order]]
     conditions = {"detections_of_unknown_categories": unknown, "detections_on_other_images": int((images < 0).sum())}
     ids = np.array([image.id for image in data.images], np.int64)
-    table = DetectionTable(ids[images], to_xyxy(boxes, "xywh"), scores, labels, boxes[:, 2:]).select(order)
+    table = DetectionTable(ids[images], boxes, scores, labels).select(order)
     return TablePredictions([], data.class_names, None, conditions, (*warnings, *label_warnings), table)
 
 
@@ -235,7 +229,7 @@ def _choose(readings: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
     return best, readings[best]
 
 
-def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
+def _find_images(path: str, rows: list[dict], data: DetectionData) -> tuple[np.ndarray, list[str]]:
     """(M,) int64 index into `data.images` of each row, -1 where there is none, and warnings.
 
     Raises:
@@ -276,7 +270,7 @@ def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
     return found[codes], warnings
 
 
-def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, data: CocoData) -> None:
+def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, data: DetectionData) -> None:
     """Raise InputError where the images of the file do not look like a superset of those of `data`."""
     unknown = [key for key, index in zip(keys, found, strict=True) if index < 0]
     if not unknown:
@@ -292,7 +286,7 @@ def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, 
         )
 
 
-def _file_finder(data: CocoData) -> Callable[[int | str | None], int]:
+def _file_finder(data: DetectionData) -> Callable[[int | str | None], int]:
     """A function from a path, file name, stem or number in a file name to the index of the only such image, else -1."""
     names: dict[int | str, list[int]] = defaultdict(list)
     stems: dict[int | str, list[int]] = defaultdict(list)
@@ -322,7 +316,7 @@ def _shared_parts(a: Sequence[str], b: Sequence[str]) -> int:
     )
 
 
-def _find_labels(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
+def _find_labels(path: str, rows: list[dict], data: DetectionData) -> tuple[np.ndarray, list[str]]:
     """(M,) int64 label of each row, -1 where `data` has no such category, and warnings.
 
     Raises:

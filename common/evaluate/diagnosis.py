@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import (
     FOUND,
@@ -28,7 +28,7 @@ INT64_DIGITS = 19  # a number with fewer digits fits
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 
-def diagnose(table: DetectionTable, matches: Matches, data: CocoData) -> dict:
+def diagnose(table: DetectionTable, matches: Matches, data: DetectionData) -> dict:
     """Operating point, errors, calibration and confusion matrix of one model, in plain types.
 
     Args:
@@ -56,7 +56,7 @@ class Overlaps:
     other_box: np.ndarray
 
 
-def best_overlaps(table: DetectionTable, matches: Matches, data: CocoData) -> Overlaps:
+def best_overlaps(table: DetectionTable, matches: Matches, data: DetectionData) -> Overlaps:
     """`Overlaps` of the detections of `matches`, in its order, without crowds. The box of IoU 0 has no meaning."""
     count = len(matches.row)
     overlaps = Overlaps(np.zeros(count), np.full(count, -1), np.zeros(count), np.full(count, -1))
@@ -74,7 +74,9 @@ def best_overlaps(table: DetectionTable, matches: Matches, data: CocoData) -> Ov
     return overlaps
 
 
-def error_breakdown(table: DetectionTable, matches: Matches, data: CocoData, score: float | None) -> dict[str, dict]:
+def error_breakdown(
+    table: DetectionTable, matches: Matches, data: DetectionData, score: float | None
+) -> dict[str, dict]:
     """The gain in AP50 if one kind of error alone were corrected (TIDE, arXiv 2008.08115), for each kind.
 
     A false positive is of the first kind that applies: duplicate (of an object of its class that a higher-scoring
@@ -139,14 +141,14 @@ def _without(matches: Matches, missed: np.ndarray) -> Ranking:
     return ranking(replace(matches, objects=matches.objects & ~missed))
 
 
-def _gain(corrected: Ranking, data: CocoData, before: float | None) -> float | None:
+def _gain(corrected: Ranking, data: DetectionData, before: float | None) -> float | None:
     if before is None:
         return None
     after = _ap50(corrected, data)
     return float(np.nanmean(after) - before) if not np.isnan(after).all() else 0.0
 
 
-def _ap50(ranked: Ranking, data: CocoData) -> np.ndarray:
+def _ap50(ranked: Ranking, data: DetectionData) -> np.ndarray:
     return average_precision(ranked, len(data.class_names), np.ones((len(data), 1), np.float32))[:, 0]
 
 
@@ -168,7 +170,7 @@ def calibration(ranked: Ranking) -> dict:
     return {"expected_error": error, "bins": bins}
 
 
-def confusion(table: DetectionTable, data: CocoData, score: float | None) -> np.ndarray:
+def confusion(table: DetectionTable, data: DetectionData, score: float | None) -> np.ndarray:
     """(K + 1, K + 1) int64 counts, true class by detected class, of detections from `score` on, matched by IoU alone.
 
     The last row counts detections of background, the last column objects without a detection. Detections of crowds are
@@ -187,7 +189,7 @@ def confusion(table: DetectionTable, data: CocoData, score: float | None) -> np.
     return counts
 
 
-def self_check(table: DetectionTable, data: CocoData) -> list[str]:
+def self_check(table: DetectionTable, data: DetectionData) -> list[str]:
     """Warnings about detections that match few objects as read, and many when read in another way."""
     data = data.first(CHECKED)
     readings = _readings_of_images(table, data)
@@ -204,7 +206,7 @@ def self_check(table: DetectionTable, data: CocoData) -> list[str]:
     return warnings + _check_names(table, data)
 
 
-def _readings_of_images(table: DetectionTable, data: CocoData) -> dict[str, DetectionTable]:
+def _readings_of_images(table: DetectionTable, data: DetectionData) -> dict[str, DetectionTable]:
     """The detections with other image ids, by the assumption behind them."""
     ids = np.array([image.id for image in data.images], np.int64)
     numbered = np.array([image.path.stem.isdecimal() and len(image.path.stem) < INT64_DIGITS for image in data.images])
@@ -224,26 +226,24 @@ def _readings_of_images(table: DetectionTable, data: CocoData) -> dict[str, Dete
     return readings
 
 
-def _readings_of_boxes(table: DetectionTable, data: CocoData) -> dict[str, DetectionTable]:
+def _readings_of_boxes(table: DetectionTable, data: DetectionData) -> dict[str, DetectionTable]:
     """The detections with other boxes, by the assumption behind them."""
     size_of = {image.id: (image.width, image.height) for image in data.images}
     sizes = np.array([size_of[number] for number in table.image_id.tolist()]).reshape(-1, 2)
-    corners, sides = table.boxes[:, :2], table.boxes[:, 2:] - table.boxes[:, :2]
+    first, second = table.boxes[:, :2], table.boxes[:, 2:]
     assumptions = {
-        "corners (x, y, x, y) were taken for (x, y, width, height)": np.hstack([corners, sides]),
-        "(x, y, width, height) was taken for corners": np.hstack([corners, corners + table.boxes[:, 2:]]),
-        "the boxes' centres were taken for their upper left corners": np.hstack(
-            [corners - sides / 2, corners + sides / 2]
-        ),
+        "corners (x, y, x, y) were taken for (x, y, width, height)": np.hstack([first, second - first]),
+        "(x, y, width, height) was taken for corners": np.hstack([first, first + second]),
+        "the boxes' centres were taken for their upper left corners": np.hstack([first - second / 2, second]),
         "normalised coordinates were taken for pixels": table.boxes * np.tile(sizes, 2),
     }
     advice = "check how the boxes are written"
     return {f"{assumption}: {advice}": replace(table, boxes=boxes) for assumption, boxes in assumptions.items()}
 
 
-def _share_found(table: DetectionTable, data: CocoData) -> float:
+def _share_found(table: DetectionTable, data: DetectionData) -> float:
     """The share of the objects that the highest-scoring detections match, as many an image as it has objects."""
-    table = table.select(np.all(table.boxes[:, 2:] > table.boxes[:, :2], axis=1))
+    table = table.select(np.all(table.boxes[:, 2:] > 0, axis=1))
     table = table.select(np.lexsort((-table.score, table.image_id)))
     count_of = {image.id: int(count) for image, count in zip(data.images, np.diff(data.starts), strict=True)}
     counts = np.array([count_of[number] for number in table.image_id.tolist()], np.int64)
@@ -252,7 +252,7 @@ def _share_found(table: DetectionTable, data: CocoData) -> float:
     return float(hit.sum() / len(data.labels)) if len(data.labels) else 0.0
 
 
-def _check_names(table: DetectionTable, data: CocoData) -> list[str]:
+def _check_names(table: DetectionTable, data: DetectionData) -> list[str]:
     """A warning where most detections on objects have another class, that of the neighbour in the list, say."""
     m = match(table, data, np.array([FOUND]), by_class=False)
     hit = m.hit[0]

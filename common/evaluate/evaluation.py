@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.console import InputError, name_some, progress_bar
-from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
+from common.data.memory import DetectionData
 from common.evaluate.bootstrap import interval, resampled
 from common.evaluate.coco_metrics import evaluate_table, match_all
 from common.evaluate.detect import Cost, detect, measure_cost, predict
@@ -57,7 +57,7 @@ class Predictor:
     workers: int
     flip: bool = False
 
-    def detect(self, model: Model, data: CocoData, title: str) -> list[Detections]:
+    def detect(self, model: Model, data: DetectionData, title: str) -> list[Detections]:
         """Detections on every image of `data`, in its order, in the model's labels.
 
         Args:
@@ -79,7 +79,7 @@ class Predictor:
                 bar.update(len(batch.meta))
         return detections
 
-    def cost(self, model: Model, data: CocoData) -> dict:
+    def cost(self, model: Model, data: DetectionData) -> dict:
         """Parameters, if they are known, and speed, the fields of `Cost`, measured on the first images of `data`."""
         batch = next(iter(make_eval_loader(data.first(self.batch_size), model.image_size, self.batch_size, workers=0)))
         if isinstance(model, ExportedDetector):
@@ -97,7 +97,7 @@ class Predictor:
         device, precision = self.accelerator.device, precision_name(self.accelerator)
         return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
 
-    def predictions(self, path: str, data: CocoData) -> Predictions:
+    def predictions(self, path: str, data: DetectionData) -> Predictions:
         """What the checkpoint or the exported detector in `path` detects on the images of `data`.
 
         Raises:
@@ -125,7 +125,7 @@ class Evaluation:
 
 
 def evaluate(
-    name: str, path: str, predictions: Predictions, data: CocoData, weights: np.ndarray | None = None
+    name: str, path: str, predictions: Predictions, data: DetectionData, weights: np.ndarray | None = None
 ) -> Evaluation:
     """Measure one model on `data`.
 
@@ -158,7 +158,7 @@ def evaluate(
     return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)
 
 
-def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: CocoData) -> list[str]:
+def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
     """Which classes were matched although their names differ, and which classes of the data set the model lacks."""
     matched = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
     differ = [f"{own} = {name}" for own, name in matched if own != name]

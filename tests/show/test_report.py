@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.data.coco import CocoData, ImageFile
+from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import comparisons, draws
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -86,11 +86,11 @@ def test_a_report_on_boxes_of_negative_size(demo_val, tmp_path):
 
 def test_a_report_on_an_image_of_extreme_shape(tmp_path):
     Image.new("RGB", (10, 6000), "grey").save(tmp_path / "tall.png")
-    data = CocoData(
+    data = DetectionData(
         (ImageFile(1, tmp_path / "tall.png", 10, 6000),),
         (1,),
         ("cat",),
-        np.array([[1.0, 100.0, 9.0, 900.0]]),
+        np.array([[1.0, 100.0, 8.0, 800.0]]),
         np.array([0]),
         np.array([False]),
         np.array([6400.0]),

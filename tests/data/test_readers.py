@@ -148,7 +148,7 @@ BOX, OTHER_BOX = "1 0.5 0.5 0.2 0.4", "0 0.25 0.25 0.5 0.5"  # 40, 15, 60, 35 an
 )
 def test_label_lines_in_other_spellings(tmp_path, content):
     data = load_split(data_flags(write_labels(tmp_path, content), strict=True), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35]] and data.labels.tolist() == [1]
+    assert data.boxes.round(6).tolist() == [[40, 15, 20, 20]] and data.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_label_lines_in_other_spellings(tmp_path, content):
 )
 def test_label_lines_left_out_are_counted_with_the_reason(tmp_path, line, reason):
     data = load_split(data_flags(write_labels(tmp_path, f"{line}\n{BOX}\n{line}\n")), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35]]
+    assert data.boxes.round(6).tolist() == [[40, 15, 20, 20]]
     assert len(data.notes) == 1 and data.notes[0].startswith("left out 2 ") and reason in data.notes[0]
 
 
 def test_a_confidence_is_ignored_and_noted(tmp_path):
     data = load_split(data_flags(write_labels(tmp_path, f"{BOX} 0.9\n{OTHER_BOX} 0.07\n")), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35], [0, 0, 50, 25]]
+    assert data.boxes.round(6).tolist() == [[40, 15, 20, 20], [0, 0, 50, 25]]
     assert data.notes == ("ignored the sixth column of 2 label lines, a confidence (a.txt)",)
 
 
@@ -185,7 +185,7 @@ def test_pose_labels_are_boxes_with_keypoints(tmp_path, shape):
     keypoints = " ".join(["0.1 0.9 2.0"[: 4 * shape[1] - 1]] * shape[0])
     root = write_labels(tmp_path, f"{BOX} {keypoints}\n{OTHER_BOX}\n", f"kpt_shape: {list(shape)}\n")
     data = load_split(data_flags(root, strict=True), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35], [0, 0, 50, 25]]
+    assert data.boxes.round(6).tolist() == [[40, 15, 20, 20], [0, 0, 50, 25]]
     (root / "labels" / "a.txt").write_text(f"{BOX} {keypoints} 0.5 0.5\n{BOX}\n")
     note = "left out 1 label lines that do not have the columns of kpt_shape (a.txt)"
     assert load_split(data_flags(root), "val").notes == (note,)
@@ -216,7 +216,7 @@ def test_folders_and_suffixes_in_capital_letters(tmp_path, images, labels, suffi
     (tmp_path / labels / "Val" / f"A b{suffix}").write_text(BOX)
     (tmp_path / "data.yaml").write_text(f"train: {images}\nval: {images}\\Val\nnames: [red, blue]\n")
     data = load_split(data_flags(tmp_path, strict=True), "val")
-    assert data.boxes.round(6).tolist() == [[40, 15, 60, 35]] and data.images[0].path.name == "A b.JPG"
+    assert data.boxes.round(6).tolist() == [[40, 15, 20, 20]] and data.images[0].path.name == "A b.JPG"
 
 
 def test_symbolic_links_are_followed_once(demo_val, tmp_path):

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import data_flags
+from helpers import corners_of, data_flags
 from PIL import Image
 
 from common.console import InputError
-from common.data.annotations import check_object_sizes, load_coco
-from common.data.box_format import to_xyxy
+from common.data.box_format import to_xywh
 from common.data.sources import load_split, load_train_and_val
+from common.data.table import check_object_sizes, load_coco
 from common.images import open_image
 
 
@@ -396,11 +396,12 @@ def test_the_format_of_the_boxes_is_found(coco_file, tmp_path, layout, normalise
     rng = np.random.default_rng(0)
     corners = np.concatenate([low := rng.uniform((0, 0), (70, 40), (40, 2)), low + rng.uniform(5, 20, (40, 2))], axis=1)
     boxes = in_layout(corners, layout, normalised)
-    assert np.allclose(to_xyxy(boxes, layout), corners / [100, 60, 100, 60] if normalised else corners)
+    pixels = boxes * [100, 60, 100, 60] if normalised else boxes
+    assert np.allclose(corners_of(to_xywh(pixels, layout)), corners)
     flags = splits(coco_file, tmp_path, boxes, boxes[:2])  # of the two alone the layout is not certain
     for data in load_train_and_val(flags):
-        assert np.allclose(data.boxes, corners[: len(data.boxes)])
-        assert np.allclose(data.areas, 99 if not data.notes else np.prod(data.boxes[:, 2:] - data.boxes[:, :2], axis=1))
+        assert np.allclose(corners_of(data.boxes), corners[: len(data.boxes)])
+        assert np.allclose(data.areas, 99 if not data.notes else np.prod(data.boxes[:, 2:], axis=1))
         unit = "normalised coordinates" if normalised else "pixels"
         expected = layout != "xywh" or normalised
         assert [note.split(" (")[0] for note in data.notes] == [
@@ -421,7 +422,7 @@ def test_correct_xywh_boxes_are_never_read_otherwise(coco_file, seed):
     boxes = np.concatenate([low, sides], axis=1).tolist()
     data = load_coco(*coco_file([annotation(id=i + 1, bbox=box) for i, box in enumerate(boxes)]))
     assert not any(note.startswith("read") for note in data.notes)
-    assert np.allclose(data.boxes[:, 2:] - data.boxes[:, :2], sides)
+    assert (data.boxes == boxes).all()
 
 
 def test_boxes_of_one_pixel_are_not_normalised(coco_file):
@@ -432,10 +433,10 @@ def test_boxes_of_one_pixel_are_not_normalised(coco_file):
 def test_box_format_sets_the_layout(coco_file):
     path, images = coco_file([annotation(bbox=[10, 20, 40, 30])])
     expected = {
-        "auto": [10, 20, 50, 50],
-        "xywh": [10, 20, 50, 50],
-        "xyxy": [10, 20, 40, 30],
-        "cxcywh": [-10, 5, 30, 35],
+        "auto": [10, 20, 40, 30],
+        "xywh": [10, 20, 40, 30],
+        "xyxy": [10, 20, 30, 10],
+        "cxcywh": [-10, 5, 40, 30],
     }
     for box_format, box in expected.items():
         assert load_coco(path, images, box_format=box_format).boxes.tolist() == [box]

@@ -1,7 +1,7 @@
-"""COCO-format annotations -> `CocoData`: every fault of the data is repaired, left out or refused.
+"""COCO-format annotations -> `DetectionData`: every fault of the data is repaired, left out or refused.
 
 Faults that make training meaningless raise InputError. The others are counted, repaired or left out, and listed in
-`CocoData.notes` with the names of the first images concerned; `--strict` refuses them too.
+`DetectionData.notes` with the names of the first images concerned; `--strict` refuses them too.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from common.console import NAMED, InputError, WrongSizeError, name_some, progress_bar
-from common.data.box_format import are_normalised, detect_layout, layout_fits, to_xyxy
-from common.data.coco import CocoData, ImageFile, box_sides
+from common.data.box_format import are_normalised, detect_layout, layout_fits, to_xywh
+from common.data.memory import DetectionData, ImageFile
 from common.data.transforms import SMALLEST_SIDE
 from common.files import atomic_write, cache_folder
 from common.images import TooLargeError, has_open_orientation, read_sizes
@@ -72,7 +72,7 @@ class Problems:
 
 def load_coco(
     json_path: Path, images_folder: Path, limit: int = 0, box_format: str = "auto", other_split: Path | None = None
-) -> CocoData:
+) -> DetectionData:
     """Read and check one annotation file.
 
     Args:
@@ -97,7 +97,7 @@ def coco_data(
     box_format: str = "xywh",
     other_split: Path | None = None,
     upright: bool = False,
-) -> CocoData:
+) -> DetectionData:
     """The data set that a COCO instances dictionary describes; `notes` says what was repaired or left out.
 
     An image file that is listed under several ids becomes one image with the boxes of all of them. Otherwise the
@@ -122,13 +122,13 @@ def coco_data(
     listing = _list_images(content["images"], limit, folder, source, problems)
     columns = _read_columns(content["annotations"], listing.size_of, source, problems)
     with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are inf or NaN, which are left out
-        columns = _with_corners(columns, box_format, other_split, problems)
+        columns = _as_xywh(columns, box_format, other_split, problems)
         arrays = _checked_arrays(columns, listing, label_of, problems)
     images = [replace(image, upright=True) for image in listing.images] if upright else listing.images
-    return CocoData(tuple(images), tuple(label_of), names, **arrays, source=source, notes=problems.notes())
+    return DetectionData(tuple(images), tuple(label_of), names, **arrays, source=source, notes=problems.notes())
 
 
-def check_object_sizes(data: CocoData, image_size: int, patch: int) -> None:
+def check_object_sizes(data: DetectionData, image_size: int, patch: int) -> None:
     """Print how many objects of the training images are too small to be learned at this size of the input.
 
     Args:
@@ -142,7 +142,7 @@ def check_object_sizes(data: CocoData, image_size: int, patch: int) -> None:
     image_sizes = np.array([(image.width, image.height) for image in data.images])
     image_sizes = image_sizes[data.image_of_box()[~data.crowd]]
     boxes = data.boxes[~data.crowd]
-    sides = np.minimum(boxes[:, 2:], image_sizes) - np.maximum(boxes[:, :2], 0)
+    sides = np.minimum(boxes[:, :2] + boxes[:, 2:], image_sizes) - np.maximum(boxes[:, :2], 0)
     needed = SMALLEST_SIDE * image_sizes.max(1, initial=0) / sides.min(1, initial=np.inf)  # size of the input, pixels
     lost = int((needed > image_size).sum())
     if not lost:
@@ -158,7 +158,7 @@ def check_object_sizes(data: CocoData, image_size: int, patch: int) -> None:
     print(f"{data.source}: {message}", flush=True)
 
 
-def without_unreadable(data: CocoData) -> CocoData:
+def without_unreadable(data: DetectionData) -> DetectionData:
     """The data set without the images that cannot be decoded, or are of another size than annotated.
 
     Every image is decoded once; the result is cached by path, length and time of change. More than MAX_DECODED images
@@ -181,7 +181,7 @@ def without_unreadable(data: CocoData) -> CocoData:
     return replace(data if len(good) == len(data) else data.select(good), notes=(*data.notes, *problems.notes()))
 
 
-def _faults(data: CocoData) -> list[tuple[str, str]]:
+def _faults(data: DetectionData) -> list[tuple[str, str]]:
     """The kind of fault of each image, "" where it has none, and a name of the image for the note."""
     digest = hashlib.sha256()
     for p in data.images:
@@ -399,15 +399,13 @@ class _Columns:
     """The annotations of a file before the checks.
 
     sizes (A, 2) float64: width and height of the image, NaN where unknown. boxes (A, 4) float64, NaN where there is no
-    number; sides (A, 2): width and height. is_box (A,) bool: a list of four numbers. ids (A,) int64, 0 where there is
-    no integer; has_id (A,) bool. category_ids: None where there is no integer. crowd and areas (A,) float64, NaN where
-    there is no number.
+    number. is_box (A,) bool: a list of four numbers. ids (A,) int64, 0 where there is no integer; has_id (A,) bool.
+    category_ids: None where there is no integer. crowd and areas (A,) float64, NaN where there is no number.
     """
 
     image_ids: list[int]
     sizes: np.ndarray
     boxes: np.ndarray
-    sides: np.ndarray
     is_box: np.ndarray
     ids: np.ndarray
     has_id: np.ndarray
@@ -426,13 +424,11 @@ def _read_columns(annotations: list, size_of: dict[int, tuple[int, int]], source
     boxes = [a.get("bbox") for a in annotations]
     numbers = list(chain.from_iterable(box if isinstance(box, list) and len(box) == 4 else NO_BOX for box in boxes))
     is_number = np.fromiter(map(NUMBERS.__contains__, map(type, numbers)), bool, len(numbers))
-    floats = _floats(numbers).reshape(-1, 4)
     ids = [a.get("id") for a in annotations]
     return _Columns(
         image_ids=image_ids,
         sizes=np.where(sizes > 0, sizes, np.nan),
-        boxes=floats,
-        sides=floats[:, 2:],
+        boxes=_floats(numbers).reshape(-1, 4),
         is_box=np.all(is_number.reshape(-1, 4), axis=1),
         ids=np.array([n if n and abs(n) < 2**63 else 0 for n in _integers(ids)], np.int64),
         has_id=np.array([value is not None for value in ids], bool),
@@ -462,8 +458,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _with_corners(columns: _Columns, box_format: str, other_split: Path | None, problems: Problems) -> _Columns:
-    """The columns with boxes as xyxy in pixels; their layout is detected where `box_format` is "auto"."""
+def _as_xywh(columns: _Columns, box_format: str, other_split: Path | None, problems: Problems) -> _Columns:
+    """The columns with boxes as xywh in pixels; their layout is detected where `box_format` is "auto"."""
     boxes, normalised = _in_pixels(columns)
     fit, known = layout_fits(boxes, columns.sizes)
     layout = box_format
@@ -478,11 +474,10 @@ def _with_corners(columns: _Columns, box_format: str, other_split: Path | None, 
     elif misfits > max(MIN_MISFITS - 1, fitting[layout]):
         kind = f"read {len(boxes)} boxes as {layout}, although {{}} of them do not fit their images"
         problems.add(kind, "--box-format sets another format", misfits)
-    corners = to_xyxy(boxes, layout)
     if layout == "xywh" and not normalised:
-        return replace(columns, boxes=corners)
-    sides = box_sides(corners)
-    return replace(columns, boxes=corners, sides=sides, areas=np.prod(sides, axis=1))
+        return columns
+    boxes = to_xywh(boxes, layout)
+    return replace(columns, boxes=boxes, areas=np.prod(boxes[:, 2:], axis=1))
 
 
 def _in_pixels(columns: _Columns) -> tuple[np.ndarray, bool]:
@@ -508,7 +503,7 @@ def _layout_of_file(path: Path | None) -> str:
 def _checked_arrays(
     columns: _Columns, listing: _Listing, label_of: dict[int, int], problems: Problems
 ) -> dict[str, np.ndarray]:
-    """The arrays of `CocoData`, without the boxes that are not valid."""
+    """The arrays of `DetectionData`, without the boxes that are not valid."""
     index = np.array([listing.index_of.get(number, -1) for number in columns.image_ids], np.int64)
     labels = np.array([-1 if n is None else label_of.get(n, -1) for n in columns.category_ids], np.int64)
     for number in (number for number in columns.image_ids if number not in listing.size_of):
@@ -531,20 +526,20 @@ def _checked_arrays(
         repeated,
     )
     used &= ~relisted
-    beyond = np.maximum(-columns.boxes[:, :2], columns.boxes[:, 2:] - columns.sizes).max(1, initial=0)
+    low, high = columns.boxes[:, :2], columns.boxes[:, :2] + columns.boxes[:, 2:]
+    beyond = np.maximum(-low, high - columns.sizes).max(1, initial=0)
     count("clipped {} boxes at the edge of their image, for training", used & (beyond > ROUNDING))
     count("read {} boxes without iscrowd as single objects", used & np.isnan(columns.crowd))
     has_area = np.isfinite(columns.areas) & (columns.areas > 0)
     count("used the area of the box for {} objects without area", used & ~has_area)
     rows = np.nonzero(used)[0]
     rows = rows[np.argsort(index[rows], kind="stable")]
-    sides = columns.sides[rows]
+    boxes = columns.boxes[rows]
     return {
-        "boxes": columns.boxes[rows],
-        "file_sides": sides,
+        "boxes": boxes,
         "labels": labels[rows],
         "crowd": crowd[rows],
-        "areas": np.where(has_area[rows], columns.areas[rows], np.prod(sides, axis=1)),
+        "areas": np.where(has_area[rows], columns.areas[rows], np.prod(boxes[:, 2:], axis=1)),
         "starts": np.searchsorted(index[rows], np.arange(len(listing.images) + 1)),
     }
 
@@ -560,14 +555,14 @@ def _has_bad_id(columns: _Columns, used: np.ndarray) -> np.ndarray:
 
 def _invalid(columns: _Columns, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Kinds of faults for which an annotation is left out, and (A,) bool where it has them."""
-    low, high = columns.boxes[:, :2], columns.boxes[:, 2:]
+    low, sides = columns.boxes[:, :2], columns.boxes[:, 2:]
     return {
         "left out {} boxes of a category that is not listed": labels < 0,
         "left out {} objects without a box": ~columns.is_box,
         "left out {} boxes with inf or NaN": ~np.isfinite(columns.boxes).all(1),
-        "left out {} boxes of negative width or height": (high < low).any(1),
-        "left out {} boxes without area": (high == low).any(1),
-        "left out {} boxes that lie outside their image": (low >= columns.sizes).any(1) | (high <= 0).any(1),
+        "left out {} boxes of negative width or height": (sides < 0).any(1),
+        "left out {} boxes without area": (low + sides == low).any(1),
+        "left out {} boxes that lie outside their image": (low >= columns.sizes).any(1) | (low + sides <= 0).any(1),
     }
 
 

@@ -1,4 +1,4 @@
-"""A detection data set in memory; annotations.py reads it, dataset.py makes samples of it.
+"""A detection data set in memory; table.py reads it, dataset.py makes samples of it.
 
 COCO numbers its categories with gaps (80 ids between 1 and 90); labels are 0..K-1. Decoded images are not kept, so the
 memory in use is that of the annotations alone.
@@ -49,12 +49,12 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class CocoData:
+class DetectionData:
     """Images and the boxes on them, boxes in flat arrays ordered by image.
 
-    Shapes: boxes (A, 4) float64 xyxy original pixels; labels (A,) int64 in 0..K-1; crowd (A,) bool; areas (A,) float64
-    square pixels (COCO: of the mask; it defines small, medium and large objects); starts (P + 1,) int64: the boxes of
-    image i are starts[i] up to starts[i + 1].
+    Shapes: boxes (A, 4) float64 xywh original pixels, as in the file; labels (A,) int64 in 0..K-1; crowd (A,) bool;
+    areas (A,) float64 square pixels (COCO: of the mask; it defines small, medium and large objects); starts (P + 1,)
+    int64: the boxes of image i are starts[i] up to starts[i + 1].
     """
 
     images: tuple[ImageFile, ...]
@@ -67,23 +67,21 @@ class CocoData:
     starts: np.ndarray
     source: str
     notes: tuple[str, ...] = ()  # what was left out or repaired, a line each
-    file_sides: np.ndarray | None = None  # (A, 2) float64 width and height as in the file, see `box_sides`
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> "CocoData":
+    def first(self, count: int) -> "DetectionData":
         """The first `count` images in file order; all of them where `count` is 0 or there are no more."""
         return self if count == 0 or count >= len(self) else self.select(np.arange(count))
 
-    def select(self, indices: np.ndarray) -> "CocoData":
+    def select(self, indices: np.ndarray) -> "DetectionData":
         """The images at `indices` (N,) int64, in that order, with their boxes."""
         counts = np.diff(self.starts)[indices]
         starts = np.concatenate([[0], counts.cumsum()])
         rows = np.repeat(self.starts[indices] - starts[:-1], counts) + np.arange(starts[-1])
         kept = {k: getattr(self, k)[rows] for k in ("boxes", "labels", "crowd", "areas")}
-        sides = None if self.file_sides is None else self.file_sides[rows]
-        return replace(self, images=tuple(self.images[i] for i in indices), starts=starts, file_sides=sides, **kept)
+        return replace(self, images=tuple(self.images[i] for i in indices), starts=starts, **kept)
 
     def image_of_box(self) -> np.ndarray:
         """(A,) int64 index of the image of each box."""
@@ -97,10 +95,6 @@ class CocoData:
         """(K,) float32 shares of the classes in all non-crowd boxes."""
         counts = np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
         return torch.from_numpy(counts / max(1, counts.sum())).float()
-
-    def sides(self) -> np.ndarray:
-        """(A, 2) float64 width and height of the boxes."""
-        return box_sides(self.boxes, self.file_sides)
 
     def fingerprint(self) -> str:
         """Hex digest of image ids, boxes, labels and classes: equal where the ground truth is equal."""
@@ -120,11 +114,11 @@ class CocoData:
     def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""
         part = slice(self.starts[index], self.starts[index + 1])
-        boxes = torch.from_numpy(self.boxes[part]).float()
-        return boxes, torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
+        boxes = np.hstack([self.boxes[part, :2], self.boxes[part, :2] + self.boxes[part, 2:]])
+        return torch.from_numpy(boxes).float(), torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
 
 
-def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> CocoData:
+def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> DetectionData:
     """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
 
     Images that cannot be read are left out; how many, and why, is printed.
@@ -159,7 +153,7 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
         if not images:
             raise InputError(message)
         print(message, flush=True)
-    return CocoData(
+    return DetectionData(
         tuple(images),
         tuple(category_ids),
         tuple(class_names),
@@ -170,24 +164,3 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
         starts=np.zeros(len(images) + 1, np.int64),
         source=", ".join(map(str, paths)),
     )
-
-
-def box_sides(boxes: np.ndarray, file_sides: np.ndarray | None = None) -> np.ndarray:
-    """(..., 4) float64 xyxy -> (..., 2) width and height.
-
-    x2 - x1 differs by about 1e-14 from the width that x2 was computed from, which matters where an IoU lies exactly on
-    a threshold. So the sides of the file are taken where they are known and fit the boxes, else those with up to nine
-    decimals.
-    """
-    sides = boxes[..., 2:] - boxes[..., :2]
-    known = [np.round(sides, 9)]
-    if file_sides is not None and file_sides.shape == sides.shape:
-        known.append(file_sides)
-    for candidate in known:
-        sides = np.where(boxes[..., :2] + candidate == boxes[..., 2:], candidate, sides)
-    return sides
-
-
-def xyxy_to_xywh(boxes: np.ndarray, file_sides: np.ndarray | None = None) -> np.ndarray:
-    """(M, 4) float64 xyxy -> (M, 4) boxes of a COCO file (left, top, width, height)."""
-    return np.concatenate([boxes[:, :2], box_sides(boxes, file_sides)], axis=1)
