@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from common import cli
 from common.cli import flag, flag_texts
 from common.console import InputError, Interrupted, last_line, print_traceback
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
 from common.evaluate.auto import auto_predictions, is_auto
@@ -62,7 +62,7 @@ class Settings(RuntimeFlags, DataFlags):
     report: str = flag("", "also write a report with charts and images, one HTML file")
 
 
-def predict(path: str, settings: Settings, data: CocoData, predictor: Predictor) -> Predictions:
+def predict(path: str, settings: Settings, data: DetectionData, predictor: Predictor) -> Predictions:
     """The detections of the model in `path` on the images."""
     if is_checkpoint(path) or is_exported(path):
         return predictor.predictions(path, data)
@@ -79,7 +79,7 @@ def detections_file(settings: Settings, name: str) -> Path:
     return output.parent / f"{output.stem}_detections" / f"{name}.json"
 
 
-def write_detections(settings: Settings, name: str, path: str, table: DetectionTable, data: CocoData) -> str:
+def write_detections(settings: Settings, name: str, path: str, table: DetectionTable, data: DetectionData) -> str:
     """Write COCO results JSON with file names; returns its path relative to the results.
 
     A file that is itself read with --from-detections is left as it is: it may hold more images than were evaluated.
@@ -95,7 +95,7 @@ def write_detections(settings: Settings, name: str, path: str, table: DetectionT
 
 
 def evaluate_model(
-    name: str, path: str, settings: Settings, data: CocoData, predictor: Predictor, weights: np.ndarray
+    name: str, path: str, settings: Settings, data: DetectionData, predictor: Predictor, weights: np.ndarray
 ) -> Evaluation:
     """Evaluate one model and write its detections; the record has numbers, or an error.
 
@@ -140,7 +140,7 @@ def named_models(settings: Settings) -> dict[str, str]:
     return dict(zip(unique_names(paths), paths, strict=True))
 
 
-def check_files(settings: Settings, models: dict[str, str], data: CocoData) -> None:
+def check_files(settings: Settings, models: dict[str, str], data: DetectionData) -> None:
     """Check before the work that no output overwrites a model, detections that are read, annotations or an image.
 
     Raises:
@@ -154,7 +154,7 @@ def check_files(settings: Settings, models: dict[str, str], data: CocoData) -> N
 
 
 def evaluate_all(
-    settings: Settings, models: dict[str, str], data: CocoData, predictor: Predictor
+    settings: Settings, models: dict[str, str], data: DetectionData, predictor: Predictor
 ) -> tuple[ValidationResults, list[Evaluation]]:
     """Evaluate every model and write the results, after an unexpected error those of the finished models.
 
@@ -179,7 +179,7 @@ def evaluate_all(
 
 
 def write_evaluated(
-    settings: Settings, data: CocoData, evaluations: list[Evaluation], predictor: Predictor
+    settings: Settings, data: DetectionData, evaluations: list[Evaluation], predictor: Predictor
 ) -> ValidationResults:
     """The results of these models, written by the main process if any of them has numbers."""
     results = collect(settings, data, evaluations)
@@ -188,7 +188,7 @@ def write_evaluated(
     return results
 
 
-def collect(settings: Settings, data: CocoData, evaluations: list[Evaluation]) -> ValidationResults:
+def collect(settings: Settings, data: DetectionData, evaluations: list[Evaluation]) -> ValidationResults:
     """The results of these models."""
     samples = {e.record.name: e.samples for e in evaluations if e.samples}
     return ValidationResults(
@@ -213,7 +213,7 @@ def describe_protocol(seed: int) -> dict:
     }
 
 
-def describe_data(settings: Settings, data: CocoData) -> dict:
+def describe_data(settings: Settings, data: DetectionData) -> dict:
     """The data set of the results."""
     return {
         "source": settings.val_json or settings.data,
@@ -226,7 +226,7 @@ def describe_data(settings: Settings, data: CocoData) -> dict:
     }
 
 
-def report(settings: Settings, results: ValidationResults, data: CocoData, evaluations: list[Evaluation]) -> None:
+def report(settings: Settings, results: ValidationResults, data: DetectionData, evaluations: list[Evaluation]) -> None:
     """Write the report.
 
     Raises:

@@ -33,8 +33,6 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag, with_default
 from common.console import InputError, name_some, progress_bar
-from common.data.annotations import check_object_sizes
-from common.data.coco import CocoData
 from common.data.dataset import (
     DetectionDataset,
     EpochOrder,
@@ -43,15 +41,17 @@ from common.data.dataset import (
     make_eval_loader,
     make_train_loader,
 )
+from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
+from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, LetterboxTransform, MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
 from common.evaluate.detections import label_map
 from common.model.backbone import Backbone, BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, with_classes
-from common.model.losses import LossConfig, detection_loss
-from common.model.second_look import example_boxes
+from common.model.losses import DetectionLoss, LossConfig
+from common.model.second_look import JitteredBoxes
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, cosine_schedule, cycle_ends, parameter_groups
@@ -69,7 +69,7 @@ AUGMENTATIONS = ("auto", "mirror", "crop")
 class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorFlags, TrainDataFlags):
     train_images: int = with_default(TrainDataFlags, "train_images", 5000)
     batch_size: int = with_default(RunFlags, "batch_size", 8)
-    head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS, on_resume="refuse")
+    head: str = flag("pyramid", "the head; see common/model/heads.py", choices=tuple(HEADS), on_resume="refuse")
     dropout: float = flag(
         0.1,
         "share of the head's hidden units dropped in training, three times as many in the second look",
@@ -119,9 +119,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
 
 def train_one_epoch(
     model: nn.Module,
+    criterion: DetectionLoss,
+    jittered_boxes: JitteredBoxes,
     loader: DataLoaderShard,
-    config: LossConfig,
-    class_shares: Tensor,
     state: TrainState,
     run: RunFolder,
     bar: tqdm,
@@ -131,8 +131,8 @@ def train_one_epoch(
     model.train()
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:
-        out = model(batch.images, example_boxes(batch.targets))
-        return detection_loss(out, batch.targets, config, state.mean_counts, class_shares)
+        out = model(batch.inputs, jittered_boxes(batch.targets))
+        return criterion(out, batch.targets, state.mean_counts)
 
     for batches in state.steps(loader):
         for losses in state.losses(batches, model, losses_of):
@@ -211,8 +211,8 @@ def stage_loaders(
     settings: Settings,
     stage: Stage,
     detector: Detector,
-    train_data: CocoData,
-    val_data: CocoData,
+    train_data: DetectionData,
+    val_data: DetectionData,
     accelerator: Accelerator,
 ) -> tuple[DataLoader, EpochOrder, DataLoader]:
     """Training batches and their order, and validation batches, of a stage: images, or their cached features."""
@@ -238,7 +238,12 @@ def stage_loaders(
 
 
 def train_stage(
-    settings: Settings, stage: Stage, start: Checkpoint, train_data: CocoData, val_data: CocoData, run: RunFolder
+    settings: Settings,
+    stage: Stage,
+    start: Checkpoint,
+    train_data: DetectionData,
+    val_data: DetectionData,
+    run: RunFolder,
 ) -> None:
     """Train one stage from the detector of `start`; the epochs' checkpoints are written to the `run` folder."""
     detector, accelerator = start.detector, run.accelerator
@@ -249,7 +254,8 @@ def train_stage(
     train_loader, order, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
     groups = parameter_groups(detector, stage.head_lr, stage.backbone_lr, WEIGHT_DECAY, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
+    trained = detector.head if stage.cached else detector
+    model, optimizer, train_loader, val_loader = accelerator.prepare(trained, optimizer, train_loader, val_loader)
     epoch_steps = steps_an_epoch(train_loader, settings.accumulate)
     steps = stage.epochs * epoch_steps
     schedule = cosine_schedule(optimizer, steps, stage.cycles)
@@ -257,14 +263,15 @@ def train_stage(
     options = {"ema": ema, "epoch": start.epoch, "accumulate": settings.accumulate}
     state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, **options)
 
-    class_shares = train_data.class_shares().to(accelerator.device)
+    criterion = DetectionLoss(settings, train_data.class_shares()).to(accelerator.device)
+    jittered_boxes = JitteredBoxes().to(accelerator.device)
     whole = "whole images" if settings.no_mirror else "whole images and their mirror images"
     views = f"crops of {settings.crop_size} px, {settings.describe()}" if stage.crops else whole
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images; {views}", flush=True)
     with progress_bar(steps, stage.name, "step", accelerator.is_main_process) as bar, run.resumable(state):
         bar.update((state.epoch - start.epoch) * epoch_steps + state.step)
         while state.epoch < start.epoch + stage.epochs and not run.has_stalled(state.stage):
-            train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
+            train_one_epoch(model, criterion, jittered_boxes, train_loader, state, run, bar)
             with ema.applied() if ema else nullcontext():
                 numbers, found = validate(model, val_loader, val_data, start.class_names, accelerator)
                 checkpoint = replace(start, metrics=numbers, epoch=state.epoch + 1)
@@ -273,14 +280,14 @@ def train_stage(
             run.save(state)
 
 
-def sheet_of(data: CocoData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
+def sheet_of(data: DetectionData, found: list[Detections], checkpoint: Checkpoint) -> Image.Image:
     """The first validation images with their detections, for trackers."""
     from common.show.drawing import detection_sheet  # it imports matplotlib, which nothing else here needs
 
     return detection_sheet(data, found, checkpoint.class_names, checkpoint.min_score)
 
 
-def first_detector(settings: Settings, data: CocoData) -> Checkpoint:
+def first_detector(settings: Settings, data: DetectionData) -> Checkpoint:
     """The detector to train: that of `--start-from`, or a new head on a pretrained backbone.
 
     Where the classes of the data are others than those of `--start-from`, all but the class layers are kept, and in

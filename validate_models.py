@@ -23,7 +23,7 @@ from PIL import Image
 from common import cli
 from common.cli import flag, flag_texts
 from common.console import InputError
-from common.data.coco import CocoData, unlabelled_images
+from common.data.memory import DetectionData, unlabelled_images
 from common.data.sources import DataFlags, load_split
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.evaluation import Model, Predictor, evaluate, load_model, unique_names
@@ -53,7 +53,7 @@ class Settings(RuntimeFlags, DataFlags):
     output: str = flag("predictions", "folder for the images and detections")
 
 
-def images_to_draw(settings: Settings, data: CocoData) -> dict[int, str]:
+def images_to_draw(settings: Settings, data: DetectionData) -> dict[int, str]:
     """The names of the annotated images, without suffix, by the index of the image in `data`."""
     chosen = np.arange(len(data))
     if settings.draw and not settings.images and settings.draw < len(data):
@@ -61,7 +61,7 @@ def images_to_draw(settings: Settings, data: CocoData) -> dict[int, str]:
     return dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
 
 
-def check_files(settings: Settings, models: Sequence[str], data: CocoData, drawn: dict[int, str]) -> None:
+def check_files(settings: Settings, models: Sequence[str], data: DetectionData, drawn: dict[int, str]) -> None:
     """Refuse to overwrite what is read, or an image that this script did not write.
 
     Raises:
@@ -80,7 +80,7 @@ def check_files(settings: Settings, models: Sequence[str], data: CocoData, drawn
 
 def write_images(
     settings: Settings,
-    data: CocoData,
+    data: DetectionData,
     models: dict[str, tuple[Model, list[Detections]]],
     drawn: dict[int, str],
 ) -> Path:
@@ -119,7 +119,7 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
         image.save(file, "JPEG", quality=88, comment=JPEG_COMMENT)
 
 
-def write_detections(path: Path, model: Model, detections: list[Detections], data: CocoData) -> int:
+def write_detections(path: Path, model: Model, detections: list[Detections], data: DetectionData) -> int:
     """COCO results JSON of one model on images without ground truth; returns the number of detections."""
     table = detection_table(detections, np.arange(len(model.class_names)))
     files = {image.id: str(image.path) for image in data.images}

@@ -17,8 +17,8 @@ import torch
 
 from common import cli
 from common.cli import flag
-from common.data.annotations import load_coco
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
+from common.data.table import load_coco
 from common.evaluate.bootstrap import image_weights, resample
 from common.evaluate.detect import PeakMemory
 from common.evaluate.detections import DetectionTable
@@ -44,7 +44,7 @@ class Settings:
     seed: int = flag(0, "of the generated detections", at_least=0)
 
 
-def read_truth(path: Path) -> CocoData:
+def read_truth(path: Path) -> DetectionData:
     """The annotations, with empty files in the images' place."""
     with tempfile.TemporaryDirectory() as folder:
         for image in json.loads(path.read_text())["images"]:
@@ -52,7 +52,7 @@ def read_truth(path: Path) -> CocoData:
         return load_coco(path, Path(folder))
 
 
-def generated_detections(data: CocoData, seed: int) -> DetectionTable:
+def generated_detections(data: DetectionData, seed: int) -> DetectionTable:
     """DETECTIONS an image: the true boxes with noise, every fifth class at random, then random boxes."""
     rng = np.random.default_rng(seed)
     boxes, scores, labels = [], [], []
@@ -83,7 +83,7 @@ def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
     return result, seconds
 
 
-def all_numbers(table: DetectionTable, data: CocoData) -> dict:
+def all_numbers(table: DetectionTable, data: DetectionData) -> dict:
     """Everything in a record but the intervals."""
     matched = match_detections(table, data)
     point, agnostic = operating_point(matched.by_class), precision_at_recalls(match_boxes_alone(matched, data), 1)

@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from helpers import ROOT, TINY
 from transformers import Dinov2Backbone, Dinov2Config
 
-from common.data.annotations import load_coco
-from common.data.coco import CocoData
 from common.data.demo import make_demo
+from common.data.memory import DetectionData
+from common.data.table import load_coco
 from common.model.detector import Detector, new_detector
 
 
@@ -62,7 +62,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_val(demo) -> CocoData:
+def demo_val(demo) -> DetectionData:
     return load_coco(demo / "annotations" / "instances_val2017.json", demo / "val2017")
 
 

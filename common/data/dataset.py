@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,20 +10,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from common.console import ignore_in_worker
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.data.transforms import LetterboxTransform
 from common.runtime import derived_seed
-from common.types import Batch, Target
+from common.types import Batch, Target, Targets
 
 
 class SampleDataset(Dataset):
-    """A sample for each image of a `CocoData`.
+    """A sample for each image of a `DetectionData`.
 
     Every sample draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
     on the number of workers or processes, or on where a run was resumed. Call `set_epoch` before each epoch.
     """
 
-    def __init__(self, data: CocoData, seed: int):
+    def __init__(self, data: DetectionData, seed: int):
         self.data, self.seed, self.epoch = data, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,7 +43,9 @@ class SampleDataset(Dataset):
 class DetectionDataset(SampleDataset):
     """Images and targets, decoded and transformed item by item."""
 
-    def __init__(self, data: CocoData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0):
+    def __init__(
+        self, data: DetectionData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0
+    ):
         super().__init__(data, seed)
         self.transform = transform
 
@@ -54,16 +57,23 @@ class DetectionDataset(SampleDataset):
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Stack (3, S, S) uint8 images into a `Batch` of floats in 0..1; cached features are stacked unchanged."""
-    images, targets = zip(*samples, strict=True)
-    stacked = torch.stack(images)
-    return Batch(stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked, list(targets))
+    """Stack images (3, S, S) uint8, or cached features (h, w, C), and pad their targets."""
+    inputs, targets = zip(*samples, strict=True)
+    return Batch(torch.stack(inputs), Targets.pad(targets), [target.meta for target in targets])
 
 
-def make_eval_loader(data: CocoData, image_size: int, batch_size: int, workers: int) -> DataLoader:
+# Batches in pinned memory are copied to a GPU while it computes.
+BATCHES: dict[str, Any] = {
+    "collate_fn": collate,
+    "worker_init_fn": ignore_in_worker,
+    "pin_memory": torch.cuda.is_available(),
+}
+
+
+def make_eval_loader(data: DetectionData, image_size: int, batch_size: int, workers: int) -> DataLoader:
     """Letterboxed images of `data`, in its order."""
     dataset = DetectionDataset(data, LetterboxTransform(image_size))
-    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_in_worker)
+    return DataLoader(dataset, batch_size, num_workers=workers, **BATCHES)
 
 
 class EpochOrder(Sampler[int]):
@@ -89,8 +99,7 @@ def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int) -> 
         batch_size,
         sampler=order,
         drop_last=len(dataset) >= batch_size,
-        collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=ignore_in_worker,
+        **BATCHES,
     )
     return loader, order

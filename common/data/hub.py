@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image
 
 from common.console import InputError, Interrupted, progress_bar
-from common.data.annotations import Problems
 from common.data.box_format import are_normalised, fits, to_xywh
-from common.data.formats import choose_split
+from common.data.readers import choose_split
+from common.data.table import Problems
 from common.files import atomic_write, cache_folder
 from common.images import read_size
 

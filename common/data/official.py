@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from common.console import InputError, progress_bar
-from common.data.annotations import read_json
+from common.data.table import read_json
 from common.files import atomic_write, cache_folder, remove_leftovers
 from common.images import open_image
 

@@ -1,4 +1,4 @@
-"""What `--data` names -> `CocoData`.
+"""What `--data` names -> `DetectionData`.
 
 `--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
 copy of one as parquet files), `coco-official`, or `demo`. Images from a hub are written once to the cache as an
@@ -17,13 +17,13 @@ import numpy as np
 
 from common.cli import flag
 from common.console import InputError
-from common.data.annotations import coco_data, load_coco, without_unreadable
 from common.data.box_format import LAYOUTS
-from common.data.coco import CocoData
 from common.data.demo import make_demo
-from common.data.formats import Layout, choose_split, find_yaml, is_voc, read_voc, read_yolo
 from common.data.hub import hub_split
+from common.data.memory import DetectionData
 from common.data.official import official_ids, official_split
+from common.data.readers import Layout, choose_split, find_yaml, is_voc, read_voc, read_yolo
+from common.data.table import coco_data, load_coco, without_unreadable
 from common.files import cache_folder
 from common.hub import HUB_ID
 
@@ -73,7 +73,7 @@ class TrainDataFlags(DataFlags):
     train_images: int = flag(1000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
 
 
-def load_train_and_val(flags: TrainDataFlags) -> tuple[CocoData, CocoData]:
+def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionData]:
     """The training and the validation images; prints which classes one of the two lacks.
 
     Raises:
@@ -84,7 +84,7 @@ def load_train_and_val(flags: TrainDataFlags) -> tuple[CocoData, CocoData]:
     return train, val
 
 
-def load_split(flags: DataFlags, split: str) -> CocoData:
+def load_split(flags: DataFlags, split: str) -> DetectionData:
     """The usable images of a `split`, "train" or "val": the first `--train-images` or `--val-images` of it (0 = all).
 
     With `--sample-seed`, a random sample of as many images in the order of the data set, the same in every run and
@@ -92,7 +92,7 @@ def load_split(flags: DataFlags, split: str) -> CocoData:
     is printed.
 
     Raises:
-        InputError: no such data, or not readable (see `annotations.load_coco`); with `--strict`, anything that would
+        InputError: no such data, or not readable (see `table.load_coco`); with `--strict`, anything that would
             have to be repaired or left out.
     """
     data = without_unreadable(_read(flags, split, getattr(flags, f"{split}_images")))
@@ -103,7 +103,7 @@ def load_split(flags: DataFlags, split: str) -> CocoData:
     return data
 
 
-def _read(flags: DataFlags, split: str, limit: int) -> CocoData:
+def _read(flags: DataFlags, split: str, limit: int) -> DetectionData:
     """The requested images of the split, from any source."""
     seed = flags.sample_seed if limit else -1
     ids = read_image_ids(Path(flags.image_ids), split) if flags.image_ids else []
@@ -119,7 +119,7 @@ def _read(flags: DataFlags, split: str, limit: int) -> CocoData:
     return _read_in_order(flags, split, limit)
 
 
-def _read_in_order(flags: DataFlags, split: str, limit: int) -> CocoData:
+def _read_in_order(flags: DataFlags, split: str, limit: int) -> DetectionData:
     """The first `limit` images of the split (0 = all)."""
     folder = Path(flags.data)
     if any(flags.explicit_files(split)):
@@ -133,13 +133,13 @@ def _read_in_order(flags: DataFlags, split: str, limit: int) -> CocoData:
     return _load_located(flags, split, limit)
 
 
-def _upright_data(layout: Layout, source: str) -> CocoData:
+def _upright_data(layout: Layout, source: str) -> DetectionData:
     content, folder, notes = layout
     data = coco_data(content, folder, source, upright=True)
     return replace(data, notes=(*notes, *data.notes))
 
 
-def _load_located(flags: DataFlags, split: str, limit: int) -> CocoData:
+def _load_located(flags: DataFlags, split: str, limit: int) -> DetectionData:
     """The first `limit` images of a COCO file, whose boxes have one format in both splits."""
     json_path, folder, notes = _locate(flags, split)
     other = "val" if split == "train" else "train"
@@ -151,7 +151,7 @@ def _load_located(flags: DataFlags, split: str, limit: int) -> CocoData:
     return replace(data, notes=(*notes, *data.notes))
 
 
-def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> CocoData:
+def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> DetectionData:
     json_path, folder, notes = hub_split(flags.data, split, SPLITS[split], limit, seed, flags.box_format)
     data = load_coco(json_path, folder, box_format="xywh")
     return replace(data, notes=(*notes, *data.notes))
@@ -184,7 +184,7 @@ def read_image_ids(path: Path, split: str) -> list[int]:
     return ids
 
 
-def _select(data: CocoData, ids: list[int]) -> CocoData:
+def _select(data: DetectionData, ids: list[int]) -> DetectionData:
     index_of = {image.id: index for index, image in enumerate(data.images)}
     missing = [number for number in ids if number not in index_of]
     if missing:
@@ -243,7 +243,7 @@ def _demo_folder() -> Path:
     return folder
 
 
-def check_objects(train: CocoData, val: CocoData, *, strict: bool = False) -> None:
+def check_objects(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
     """Print which classes one of the two splits lacks, and a warning where there is no object to validate on.
 
     Raises:
@@ -266,6 +266,6 @@ def check_objects(train: CocoData, val: CocoData, *, strict: bool = False) -> No
             print(f"{other.source} lacks {len(missing)} classes of {one.source}: {', '.join(missing[:3])}", flush=True)
 
 
-def _without_objects(data: CocoData) -> str:
+def _without_objects(data: DetectionData) -> str:
     boxes = f"all {len(data.crowd)} boxes are crowds (iscrowd=1, in VOC difficult)" if len(data.crowd) else "no box"
     return f"{boxes} on the {len(data)}"

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from common.console import InputError, last_line, progress_bar
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detect import measure_cost
 from common.hub import CONFIG
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
@@ -23,7 +23,7 @@ def is_auto(path: str) -> bool:
 
 
 @torch.inference_mode()
-def auto_predictions(folder: str, data: CocoData, batch_size: int, device: torch.device) -> Predictions:
+def auto_predictions(folder: str, data: DetectionData, batch_size: int, device: torch.device) -> Predictions:
     """The detections of a model on every image of `data`, in fp32, as its own post-processing returns them.
 
     Args:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.metrics import RECALLS, MatchedDetections, Matches
 from common.evaluate.primary import PrimaryPairs, weighted_scores
 
@@ -43,7 +43,7 @@ def image_weights(images: int, seed: int) -> np.ndarray:
 
 
 def resample(
-    matched: MatchedDetections, boxes_alone: Matches, primary: PrimaryPairs, data: CocoData, weights: np.ndarray
+    matched: MatchedDetections, boxes_alone: Matches, primary: PrimaryPairs, data: DetectionData, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Each number of WITH_INTERVALS in each resample, (R,) float64; NaN without any object.
 
@@ -63,7 +63,7 @@ def resample(
     }
 
 
-def rare_class_factor(data: CocoData) -> float:
+def rare_class_factor(data: DetectionData) -> float:
     """By how much a mean over classes spreads less in the resamples than on other images, since some classes are rare.
 
     The mean of n numbers of variance 1 has a variance of 1 / n, under random weights one of (n - 1) / (n (n + 1)): for
@@ -149,6 +149,10 @@ class Sampled:
         """The central `level` per cent of the resamples, moved so that their mean is the number: [low, high]."""
         tail = (100 - level) / 2
         return (np.percentile(self.resamples, [tail, 100 - tail]) - self.resamples.mean() + self.value).tolist()
+
+    def clipped_interval(self) -> list[float]:
+        """The interval of a fraction."""
+        return np.clip(self.interval(), 0, 1).tolist()
 
 
 def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.console import InputError, name_some
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.images import image_suffixes
 from common.types import Detections, Predictions
 
@@ -56,7 +56,7 @@ class DetectionTable:
         return self.select(order[first])
 
 
-def label_map(class_names: Sequence[str], data: CocoData) -> np.ndarray:
+def label_map(class_names: Sequence[str], data: DetectionData) -> np.ndarray:
     """(K,) the data set's label of each of a model's classes, by name; -1 where the data set has no such class.
 
     A name that differs in case, spaces, underscores or hyphens is accepted where no other name could be meant.
@@ -112,7 +112,7 @@ class TablePredictions(Predictions):
     table: DetectionTable = field(default_factory=DetectionTable.empty)
 
 
-def read_detections(path: str, data: CocoData) -> TablePredictions:
+def read_detections(path: str, data: DetectionData) -> TablePredictions:
     """The detections in a COCO results file: a list of image_id, category_id, bbox (xywh, original pixels) and score.
 
     Images are found by `file_name` where each detection has one that names an image of `data`, else by `image_id`, else
@@ -229,7 +229,7 @@ def _choose(readings: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
     return best, readings[best]
 
 
-def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
+def _find_images(path: str, rows: list[dict], data: DetectionData) -> tuple[np.ndarray, list[str]]:
     """(M,) int64 index into `data.images` of each row, -1 where there is none, and warnings.
 
     Raises:
@@ -270,7 +270,7 @@ def _find_images(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarra
     return found[codes], warnings
 
 
-def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, data: CocoData) -> None:
+def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, data: DetectionData) -> None:
     """Raise InputError where the images of the file do not look like a superset of those of `data`."""
     unknown = [key for key, index in zip(keys, found, strict=True) if index < 0]
     if not unknown:
@@ -286,7 +286,7 @@ def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, 
         )
 
 
-def _file_finder(data: CocoData) -> Callable[[int | str | None], int]:
+def _file_finder(data: DetectionData) -> Callable[[int | str | None], int]:
     """A function from a path, file name, stem or number in a file name to the index of the only such image, else -1."""
     names: dict[int | str, list[int]] = defaultdict(list)
     stems: dict[int | str, list[int]] = defaultdict(list)
@@ -316,7 +316,7 @@ def _shared_parts(a: Sequence[str], b: Sequence[str]) -> int:
     )
 
 
-def _find_labels(path: str, rows: list[dict], data: CocoData) -> tuple[np.ndarray, list[str]]:
+def _find_labels(path: str, rows: list[dict], data: DetectionData) -> tuple[np.ndarray, list[str]]:
     """(M,) int64 label of each row, -1 where `data` has no such category, and warnings.
 
     Raises:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.metrics import MatchedDetections, Matches, match_any_class, mean, precision_at_recalls
 from common.evaluate.overlaps import BACKGROUND_IOU, MATCH_IOU, Overlaps
 
@@ -13,7 +13,7 @@ CALIBRATION_FLOOR = 0.05  # lower scores are left out: they are so many that the
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 
-def diagnose(matched: MatchedDetections, data: CocoData, point: dict[str, float | None]) -> dict:
+def diagnose(matched: MatchedDetections, data: DetectionData, point: dict[str, float | None]) -> dict:
     """Errors, calibration and confusion matrix of one model, in plain types.
 
     Args:
@@ -30,7 +30,7 @@ def diagnose(matched: MatchedDetections, data: CocoData, point: dict[str, float 
     }
 
 
-def error_breakdown(matched: MatchedDetections, data: CocoData, chosen: np.ndarray) -> dict[str, dict]:
+def error_breakdown(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> dict[str, dict]:
     """The gain in AP50 if one kind of error alone were corrected (TIDE, arXiv 2008.08115), for each kind.
 
     A false positive is of the first kind that applies: duplicate (of an object of its class that a higher-scoring
@@ -60,7 +60,7 @@ def _gain(before: float, after: float | None) -> float:
 
 
 def _kinds_of_errors(
-    matched: MatchedDetections, matches: Matches, data: CocoData
+    matched: MatchedDetections, matches: Matches, data: DetectionData
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The detections with each kind of error, (M,) bool, and for two kinds the boxes (M,) that they are meant for."""
     overlaps = matched.overlaps.select(~data.crowd[matched.overlaps.box])
@@ -89,7 +89,7 @@ def best_pair(overlaps: Overlaps, detections: int) -> tuple[np.ndarray, np.ndarr
     return iou, box
 
 
-def _missed(matches: Matches, kinds: dict, boxes: dict, data: CocoData, chosen: np.ndarray) -> np.ndarray:
+def _missed(matches: Matches, kinds: dict, boxes: dict, data: DetectionData, chosen: np.ndarray) -> np.ndarray:
     """(N,) bool: objects without a match, a class error and a localisation error among the `chosen` detections."""
     missed = ~data.crowd
     missed[matches.box[0, matches.hit[0] & chosen]] = False
@@ -98,7 +98,7 @@ def _missed(matches: Matches, kinds: dict, boxes: dict, data: CocoData, chosen: 
     return missed
 
 
-def _correct(matches: Matches, chosen: np.ndarray, box: np.ndarray | None, data: CocoData) -> Matches:
+def _correct(matches: Matches, chosen: np.ndarray, box: np.ndarray | None, data: DetectionData) -> Matches:
     """The matches with the `chosen` detections removed, or, given the `box` index of each, corrected."""
     label, taken, ignored = matches.label.copy(), matches.box[0].copy(), matches.ignored[0] | chosen
     if box is not None:
@@ -110,7 +110,7 @@ def _correct(matches: Matches, chosen: np.ndarray, box: np.ndarray | None, data:
     return replace(matches, label=label, box=taken[None], ignored=ignored[None])
 
 
-def _ap50(matches: Matches, data: CocoData) -> float | None:
+def _ap50(matches: Matches, data: DetectionData) -> float | None:
     return mean(precision_at_recalls(matches, len(data.class_names))[0])
 
 
@@ -132,7 +132,7 @@ def calibration(matches: Matches) -> dict:
     return {"expected_error": error, "bins": bins}
 
 
-def confusion(matched: MatchedDetections, data: CocoData, chosen: np.ndarray) -> np.ndarray:
+def confusion(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> np.ndarray:
     """(K + 1, K + 1) int64 counts, true class by detected class, of the `chosen` detections, matched by IoU alone.
 
     The last row counts detections of background, the last column objects without a detection. Detections of crowds are

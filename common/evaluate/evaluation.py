@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.console import InputError, name_some, progress_bar
-from common.data.coco import CocoData
 from common.data.dataset import make_eval_loader
+from common.data.memory import DetectionData
 from common.evaluate.bootstrap import Sampled, resample
 from common.evaluate.detect import Cost, detect, measure_cost, predict
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
@@ -38,7 +38,7 @@ from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import ExportedDetector, is_exported, load_exported
 from common.model.postprocess import detections_of, postprocess
 from common.runtime import precision_name
-from common.types import Batch, Detections, Predictions, Target
+from common.types import Batch, Detections, ImageMeta, Predictions
 
 Model = Checkpoint | ExportedDetector
 NAME_BYTES = 200  # of a model's name, from which file names are made
@@ -66,7 +66,7 @@ class Predictor:
     workers: int
     flip: bool = False
 
-    def detect(self, model: Model, data: CocoData, title: str) -> list[Detections]:
+    def detect(self, model: Model, data: DetectionData, title: str) -> list[Detections]:
         """Detections on every image of `data`, in its order, in the model's labels.
 
         Args:
@@ -84,29 +84,29 @@ class Predictor:
         detections: list[Detections] = []
         with progress_bar(len(data), title) as bar:
             for batch in loader:
-                detections += detections_of(*model.run(batch.images), batch.targets)
-                bar.update(len(batch.targets))
+                detections += detections_of(*model.run(batch.inputs), batch.meta)
+                bar.update(len(batch.meta))
         return detections
 
-    def cost(self, model: Model, data: CocoData) -> dict:
+    def cost(self, model: Model, data: DetectionData) -> dict:
         """Parameters, if they are known, and speed, the fields of `Cost`, measured on the first images of `data`."""
         batch = next(iter(make_eval_loader(data.first(self.batch_size), model.image_size, self.batch_size, workers=0)))
         if isinstance(model, ExportedDetector):
 
-            def run_exported(images: Tensor, targets: list[Target]) -> list[Detections]:
-                return detections_of(*model.run(images), targets)
+            def run_exported(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
+                return detections_of(*model.run(images), meta)
 
             return asdict(_cost_on(batch, run_exported, torch.device("cpu"), model.precision))
         detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True).eval()
         parameters = sum(p.numel() for p in detector.parameters())
 
-        def run(images: Tensor, targets: list[Target]) -> list[Detections]:
-            return postprocess(*predict(detector, images, self.flip), targets)
+        def run(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
+            return postprocess(*predict(detector, images, self.flip), meta)
 
         device, precision = self.accelerator.device, precision_name(self.accelerator)
         return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
 
-    def predictions(self, path: str, data: CocoData) -> Predictions:
+    def predictions(self, path: str, data: DetectionData) -> Predictions:
         """What the checkpoint or the exported detector in `path` detects on the images of `data`.
 
         Raises:
@@ -120,8 +120,8 @@ class Predictor:
 
 def _cost_on(batch: Batch, run: Callable, *about) -> Cost:
     """What `run`, a function of images and targets, costs on the images of a batch."""
-    singles = [(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in range(len(batch.targets))]
-    return measure_cost(run, singles, (batch.images, batch.targets), len(singles), *about)
+    singles = [(batch.inputs[i : i + 1], batch.meta[i : i + 1]) for i in range(len(batch.meta))]
+    return measure_cost(run, singles, (batch.inputs, batch.meta), len(singles), *about)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Evaluation:
 
 
 def evaluate(
-    name: str, path: str, predictions: Predictions, data: CocoData, weights: np.ndarray | None = None
+    name: str, path: str, predictions: Predictions, data: DetectionData, weights: np.ndarray | None = None
 ) -> Evaluation:
     """Measure one model on `data`.
 
@@ -173,13 +173,13 @@ def evaluate(
         samples = {name: Sampled(numbers[name], v) for name, v in resamples.items() if numbers[name] is not None}
         parts |= {
             "diagnosis": diagnose(matched, data, point),
-            "intervals": {name: np.clip(number.interval(), 0, 1).tolist() for name, number in samples.items()},
+            "intervals": {name: samples[name].clipped_interval() if name in samples else None for name in resamples},
         }
         warnings += check_agreement(matched, data)
     return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)
 
 
-def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: CocoData) -> list[str]:
+def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
     """Which classes were matched although their names differ, and which classes of the data set the model lacks."""
     matched = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
     differ = [f"{own} = {name}" for own, name in matched if own != name]

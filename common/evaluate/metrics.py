@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.overlaps import MATCH_IOU, Overlaps, assign, find_overlaps
 
@@ -60,7 +60,7 @@ class MatchedDetections:
     by_class: Matches
 
 
-def match_detections(table: DetectionTable, data: CocoData) -> MatchedDetections:
+def match_detections(table: DetectionTable, data: DetectionData) -> MatchedDetections:
     """The detections in the order in which COCO takes them, matched with boxes of their class."""
     ids = np.array([image.id for image in data.images], np.int64)
     by_id = np.argsort(ids)
@@ -83,7 +83,7 @@ def rank_within(groups: np.ndarray) -> np.ndarray:
 
 
 def match_by_class(
-    table: DetectionTable, image: np.ndarray, overlaps: Overlaps, data: CocoData, size: str = "all"
+    table: DetectionTable, image: np.ndarray, overlaps: Overlaps, data: DetectionData, size: str = "all"
 ) -> Matches:
     """COCO's matches of detections, ordered as `match_detections` orders them, with objects of one of SIZES.
 
@@ -109,7 +109,7 @@ def match_by_class(
     return Matches(image, table.label, table.score, box, ignored, *truth)
 
 
-def match_any_class(matched: MatchedDetections, data: CocoData, chosen: np.ndarray) -> tuple[np.ndarray, Matches]:
+def match_any_class(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> tuple[np.ndarray, Matches]:
     """Matches at MATCH_IOU of the first MAX_DETECTIONS of each image among the `chosen` (M,), whatever their class.
 
     Returns:
@@ -131,7 +131,7 @@ def match_any_class(matched: MatchedDetections, data: CocoData, chosen: np.ndarr
     return rows, Matches(matched.image[rows], label, score, box[None], in_crowd[None], objects, object_label)
 
 
-def match_boxes_alone(matched: MatchedDetections, data: CocoData) -> Matches:
+def match_boxes_alone(matched: MatchedDetections, data: DetectionData) -> Matches:
     """How well objects are localised, whatever their class: of each box its highest-scoring class is taken."""
     return match_any_class(matched, data, has_own_box(matched))[1]
 
@@ -171,7 +171,7 @@ def _precision_curve(hit: np.ndarray, ignored: np.ndarray, objects: int) -> np.n
     return best[np.searchsorted(right / objects, RECALLS)]
 
 
-def coco_numbers(matched: MatchedDetections, data: CocoData) -> dict:
+def coco_numbers(matched: MatchedDetections, data: DetectionData) -> dict:
     """pycocotools' twelve numbers, AP and AP50 of each class by name, and precision at the recalls 0, 0.01, …, 1.
 
     They are fractions, None where a number does not exist (no objects of that size, say).

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 
 MATCH_IOU = 0.5  # from which a detection matches a box, where one threshold is meant
 BACKGROUND_IOU = 0.1  # a detection that overlaps every object less is on the background (TIDE, arXiv 2008.08115)
@@ -37,7 +37,9 @@ class Overlaps:
         return self.select(np.lexsort((-self.box, -self.iou, last[self.box], self.detection)))
 
 
-def find_overlaps(image: np.ndarray, boxes: np.ndarray, data: CocoData, at_least: float = BACKGROUND_IOU) -> Overlaps:
+def find_overlaps(
+    image: np.ndarray, boxes: np.ndarray, data: DetectionData, at_least: float = BACKGROUND_IOU
+) -> Overlaps:
     """The pairs of an image that overlap.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.metrics import MatchedDetections, match_detections, mean, operating_point, precision_at_recalls
 from common.evaluate.overlaps import MATCH_IOU, find_overlaps
@@ -15,7 +15,7 @@ from common.evaluate.overlaps import MATCH_IOU, find_overlaps
 class PrimaryPairs:
     """The largest object of each of V images beside what the model detects there.
 
-    Shapes: image (V,) int64, index into `CocoData.images`; truth (V,) int64 label of the object; best (V,) int64 label
+    Shapes: image (V,) int64, index into the data's images; truth (V,) int64 label of the object; best (V,) int64 label
     of the highest-scoring detection, -1 where nothing was detected, and iou (V,) float64 of its box and the object's, 0
     where nothing was detected; found (V,) bool, some detection with at least the score of the operating point has the
     object's label and an IoU of at least 0.5 with it.
@@ -28,7 +28,7 @@ class PrimaryPairs:
     found: np.ndarray
 
 
-def primary_pairs(matched: MatchedDetections, data: CocoData, score: float | None) -> PrimaryPairs:
+def primary_pairs(matched: MatchedDetections, data: DetectionData, score: float | None) -> PrimaryPairs:
     """The pairs of all images with at least one non-crowd box; of equally large boxes the first is taken.
 
     Args:
@@ -104,7 +104,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def headline(table: DetectionTable, data: CocoData) -> dict[str, float | None]:
+def headline(table: DetectionTable, data: DetectionData) -> dict[str, float | None]:
     """What an epoch of training reports: the study's columns and `found`, AP50, AP, and the operating point."""
     matched = match_detections(table, data)
     score = operating_point(matched.by_class)["score"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.diagnosis import best_pair
 from common.evaluate.metrics import MatchedDetections, rank_within
 from common.evaluate.overlaps import MATCH_IOU
@@ -16,7 +16,7 @@ BOXES = "boxes may be in other pixels or not x, y, width, height, or on other im
 CLASSES = "their ids may be numbered in another order"
 
 
-def check_agreement(matched: MatchedDetections, data: CocoData) -> list[str]:
+def check_agreement(matched: MatchedDetections, data: DetectionData) -> list[str]:
     """Warnings where hardly any detection is on an object, or classes agree with the objects' no better than by chance.
 
     As many detections of an image are asked as it has objects, those with the highest scores. Objects of classes that

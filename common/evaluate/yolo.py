@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from common.console import InputError, progress_bar
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detect import Cost, PeakMemory
 from common.files import cache_folder
 from common.runtime import device_name
@@ -31,7 +31,7 @@ DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and
 REASON_LENGTH = 200  # characters of ultralytics' message
 
 
-def yolo_predictions(name: str, data: CocoData, batch_size: int, device: torch.device) -> Predictions:
+def yolo_predictions(name: str, data: DetectionData, batch_size: int, device: torch.device) -> Predictions:
     """The detections of a YOLO on every image of `data`.
 
     Args:
@@ -145,7 +145,7 @@ def _fetch(name: str) -> Path:
     return path
 
 
-def _pixels(data: CocoData, index: int) -> np.ndarray:
+def _pixels(data: DetectionData, index: int) -> np.ndarray:
     """(H, W, 3) uint8, blue first, as ultralytics takes images from memory."""
     image = data.images[index]
     return np.ascontiguousarray(np.asarray(image.open())[..., ::-1])

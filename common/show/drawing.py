@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.console import one_line
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.show.fonts import class_labels, image_text
 from common.types import Detections
 
@@ -35,7 +35,7 @@ class LabelledBox:
     dashed: bool = False  # crowds
 
 
-def true_boxes(data: CocoData, index: int) -> list[LabelledBox]:
+def true_boxes(data: DetectionData, index: int) -> list[LabelledBox]:
     """The boxes of image `index` of a data set, crowds dashed."""
     rows = zip(*(column.tolist() for column in data.image_boxes(index)), strict=True)
     names = class_labels(data.class_names)
@@ -162,7 +162,7 @@ def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int 
 
 
 def detection_sheet(
-    data: CocoData, detections: Sequence[Detections], class_names: Sequence[str], min_score: float
+    data: DetectionData, detections: Sequence[Detections], class_names: Sequence[str], min_score: float
 ) -> Image.Image:
     """The first `SHEET_IMAGES` images of a data set on one sheet, ground truth beside detections from a score on."""
     strips = []

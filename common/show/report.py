@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.metrics import match_detections
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -27,7 +27,9 @@ EXTREMES = 4  # best images, and as many worst ones, of each model
 IMAGE_SIDE = 900  # pixels, the longer side of an image and its ground truth together
 
 
-def write_report(path: Path, results: ValidationResults, data: CocoData, tables: dict[str, DetectionTable]) -> None:
+def write_report(
+    path: Path, results: ValidationResults, data: DetectionData, tables: dict[str, DetectionTable]
+) -> None:
     """Write the report; an existing file is replaced only once the new one is complete.
 
     Args:
@@ -91,7 +93,7 @@ def _base64(save: Callable[[io.BytesIO], object]) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def _models(results: ValidationResults, data: CocoData, tables: dict[str, DetectionTable]) -> Iterator[dict]:
+def _models(results: ValidationResults, data: DetectionData, tables: dict[str, DetectionTable]) -> Iterator[dict]:
     """Each model's images with the best and the worst F1 at its own threshold, beside the ground truth."""
     for record in results.models:
         score = number_of(record, "diagnosis", "operating_point", "score")
@@ -101,7 +103,7 @@ def _models(results: ValidationResults, data: CocoData, tables: dict[str, Detect
         yield {"name": record.name, "score": f"{score:.2f}", "images": images}
 
 
-def _extremes(name: str, table: DetectionTable, data: CocoData) -> Iterator[dict]:
+def _extremes(name: str, table: DetectionTable, data: DetectionData) -> Iterator[dict]:
     """The best and the worst images that have objects; of equal ones, those with more objects come first."""
     f1, objects = _f1_of_images(table, data)
     candidates = np.nonzero(objects > 0)[0]
@@ -112,7 +114,7 @@ def _extremes(name: str, table: DetectionTable, data: CocoData) -> Iterator[dict
             yield {"rank": rank, "file": data.images[index].path.name, "f1": f"{f1[index]:.2f}", "data": encoded}
 
 
-def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np.ndarray]:
+def _f1_of_images(table: DetectionTable, data: DetectionData) -> tuple[np.ndarray, np.ndarray]:
     """(P,) float64 F1 at IoU 0.5 of each image, and (P,) int64 its number of objects."""
     m = match_detections(table, data).by_class
     objects, detected, correct = (
@@ -122,7 +124,7 @@ def _f1_of_images(table: DetectionTable, data: CocoData) -> tuple[np.ndarray, np
     return 2 * correct / np.maximum(objects + detected, 1), objects
 
 
-def _draw(name: str, index: int, table: DetectionTable, data: CocoData) -> Image.Image:
+def _draw(name: str, index: int, table: DetectionTable, data: DetectionData) -> Image.Image:
     """Image `index` with its true boxes, and beside it with the detections of the table."""
     file = data.images[index]
     image = file.open()

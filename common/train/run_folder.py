@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.cli import flag, flag_texts
 from common.console import InputError, Interrupted, NotFiniteError, finish_step_first
-from common.data.coco import CocoData
+from common.data.memory import DetectionData
 from common.evaluate.detect import validate
 from common.evaluate.primary import format_headline
 from common.files import atomic_write, check_outputs, check_writable, is_file, remove_leftovers
@@ -70,7 +70,7 @@ class RunFlags(RuntimeFlags):
         check_outputs(outputs, flag_texts(self, "output", "run_dir"))
 
 
-def training_conditions(settings: RunFlags, data: CocoData, accelerator: Accelerator) -> dict:
+def training_conditions(settings: RunFlags, data: DetectionData, accelerator: Accelerator) -> dict:
     """The conditions of a run, for its checkpoints: the recorded settings, and the data and processes."""
     recorded = [field.name for field in fields(settings) if field.metadata["on_resume"] != "unrecorded"]
     return {name: getattr(settings, name) for name in recorded} | {
@@ -102,7 +102,7 @@ class RunFolder:
     def __init__(
         self,
         settings: RunFlags,
-        train_data: CocoData,
+        train_data: DetectionData,
         accelerator: Accelerator,
         stages: tuple[str, ...] = ("only",),
     ):
@@ -257,7 +257,7 @@ def _score(metrics: dict) -> float:
     return max(0.0, metrics["AP50"] or 0.0)
 
 
-def quick_validation(val_data: CocoData) -> CocoData:
+def quick_validation(val_data: DetectionData) -> DetectionData:
     """The images for the validation after each epoch: the first `EPOCH_VAL_IMAGES`.
 
     Prints a warning where they have no object, by which the best epoch could be chosen, although later images have.
@@ -281,7 +281,7 @@ def _warn_of_equal_epochs(log: list[dict]) -> None:
         print(f"warning: mAP@0.5 {text} epoch: the last epoch is kept", flush=True)
 
 
-def publish_best(run: RunFolder, val_loader: DataLoader, val_data: CocoData) -> dict[str, float | None]:
+def publish_best(run: RunFolder, val_loader: DataLoader, val_data: DetectionData) -> dict[str, float | None]:
     """Validate the best checkpoint on all of `val_data`, write it to `--output`, and mark the run as finished.
 
     Returns:

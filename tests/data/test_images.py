@@ -8,7 +8,7 @@ from helpers import data_flags
 from PIL import Image
 
 from common.console import InputError
-from common.data.coco import unlabelled_images
+from common.data.memory import unlabelled_images
 from common.data.sources import load_split
 from common.images import find_images, open_image, read_size, read_sizes
 

@@ -13,7 +13,7 @@ from helpers import corners_of, data_flags
 from PIL import Image
 
 from common.console import InputError
-from common.data.formats import TEST_NOTE
+from common.data.readers import TEST_NOTE
 from common.data.sources import load_split
 from common.images import UNDO
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import pycocotools_stats
 
-from common.data.annotations import load_coco
+from common.data.table import load_coco
 from common.evaluate.detections import read_detections
 from common.evaluate.metrics import COCO_NUMBERS, coco_numbers, match_detections
 

@@ -29,7 +29,7 @@ from transformers import (
 
 import comprehensive_validation
 from common.console import InputError
-from common.data.coco import CocoData, ImageFile
+from common.data.memory import DetectionData, ImageFile
 from common.evaluate.auto import auto_predictions, is_auto
 from common.evaluate.results import read_results
 from common.hub import hub_name
@@ -92,7 +92,7 @@ BUILDERS = {"DETR": detr, "YOLOS": yolos, "RT-DETR": rt_detr, "D-FINE": d_fine}
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> CocoData:
+def shapes(tmp_path_factory) -> DetectionData:
     """Four images of random pixels and different shapes, with two classes."""
     folder, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
     images = []
@@ -102,7 +102,7 @@ def shapes(tmp_path_factory) -> CocoData:
         images.append(ImageFile(10 + number, path, width, height))
     nothing = {"labels": np.zeros(0, np.int64), "crowd": np.zeros(0, bool), "areas": np.zeros(0)}
     boxes, starts = np.zeros((0, 4)), np.zeros(len(SHAPES) + 1, np.int64)
-    return CocoData(tuple(images), (1, 2), ("cat", "dog"), boxes, **nothing, starts=starts, source=str(folder))
+    return DetectionData(tuple(images), (1, 2), ("cat", "dog"), boxes, **nothing, starts=starts, source=str(folder))
 
 
 def saved(build, folder: Path, names) -> Path:

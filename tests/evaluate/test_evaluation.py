@@ -14,7 +14,7 @@ from helpers import ROOT, crowded, data_flags, numbers_of_table, random_detectio
 from PIL import Image
 
 from common.console import InputError
-from common.data.coco import CocoData, ImageFile
+from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import (
     MIN_IMAGES_FOR_VERDICT,
     WITH_INTERVALS,
@@ -219,7 +219,7 @@ def test_no_detections_and_no_objects(demo_val):
     assert diagnosis["operating_point"]["f1"] is None and diagnosis["errors"]["missed"]["gain"] is None
     predictions = Predictions(random_detections(bare, 0), bare.class_names)
     evaluation = evaluate("a", "a.pth", predictions, bare, image_weights(len(bare), 0))
-    assert evaluation.record.intervals == evaluation.samples == {}
+    assert evaluation.samples == {} and set(evaluation.record.intervals.values()) == {None}
     for table, data in ((DetectionTable.empty(), demo_val), (table_of(demo_val), bare)):
         assert check_agreement(match_detections(table, data), data) == []
 
@@ -263,7 +263,7 @@ def scattered():
     images = tuple(ImageFile(3 * n + 5, Path(f"{n}.jpg"), *size) for n, size in enumerate(sides.tolist()))
     labels, crowd = rng.integers(0, 10, 200), np.zeros(200, bool)
     arrays = boxes.reshape(-1, 4), labels, crowd, boxes.reshape(-1, 4)[:, 2:].prod(1), np.arange(41) * 5
-    return CocoData(images, tuple(range(1, 11)), tuple("abcdefghij"), *arrays, source="scattered")
+    return DetectionData(images, tuple(range(1, 11)), tuple("abcdefghij"), *arrays, source="scattered")
 
 
 def test_the_net_warns_of_detections_that_were_misread(scattered):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.coco import CocoData, ImageFile
+from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import Sampled, comparisons, resample
 from common.evaluate.detections import DetectionTable
 from common.evaluate.metrics import match_boxes_alone, match_detections, mean, precision_at_recalls
@@ -26,7 +26,7 @@ def generated_truth(images, seed=0):
     files = tuple(ImageFile(n, Path(f"{n}.jpg"), 640, 640) for n in range(images))
     names = tuple(f"class {k}" for k in range(CLASSES))
     arrays = boxes, labels, np.zeros(total, bool), sides.prod(1), np.append(0, counts.cumsum())
-    return CocoData(files, tuple(range(CLASSES)), names, *arrays, source="generated")
+    return DetectionData(files, tuple(range(CLASSES)), names, *arrays, source="generated")
 
 
 def generated_detections(data, noise, seed):

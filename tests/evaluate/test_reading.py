@@ -9,7 +9,7 @@ import pytest
 from helpers import numbers_of_table, truth_as_detections
 
 from common.console import InputError
-from common.data.coco import ImageFile
+from common.data.memory import ImageFile
 from common.evaluate.detections import coco_detections, detection_table, label_map, read_detections
 from common.evaluate.evaluation import evaluate, unique_names
 from common.types import Predictions

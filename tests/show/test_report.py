@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.data.coco import CocoData, ImageFile
+from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import comparisons, image_weights
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -88,7 +88,7 @@ def test_a_report_on_boxes_of_negative_size(demo_val, tmp_path):
 
 def test_a_report_on_an_image_of_extreme_shape(tmp_path):
     Image.new("RGB", (10, 6000), "grey").save(tmp_path / "tall.png")
-    data = CocoData(
+    data = DetectionData(
         (ImageFile(1, tmp_path / "tall.png", 10, 6000),),
         (1,),
         ("cat",),

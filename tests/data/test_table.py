@@ -11,9 +11,9 @@ from helpers import corners_of, data_flags
 from PIL import Image
 
 from common.console import InputError
-from common.data.annotations import check_object_sizes, load_coco
 from common.data.box_format import to_xywh
 from common.data.sources import load_split, load_train_and_val
+from common.data.table import check_object_sizes, load_coco
 from common.images import open_image
 
 

@@ -1,7 +1,7 @@
-"""COCO-format annotations -> `CocoData`: every fault of the data is repaired, left out or refused.
+"""COCO-format annotations -> `DetectionData`: every fault of the data is repaired, left out or refused.
 
 Faults that make training meaningless raise InputError. The others are counted, repaired or left out, and listed in
-`CocoData.notes` with the names of the first images concerned; `--strict` refuses them too.
+`DetectionData.notes` with the names of the first images concerned; `--strict` refuses them too.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 
 from common.console import NAMED, InputError, WrongSizeError, name_some, progress_bar
 from common.data.box_format import are_normalised, detect_layout, layout_fits, to_xywh
-from common.data.coco import CocoData, ImageFile
+from common.data.memory import DetectionData, ImageFile
 from common.data.transforms import SMALLEST_SIDE
 from common.files import atomic_write, cache_folder
 from common.images import TooLargeError, has_open_orientation, read_sizes
@@ -72,7 +72,7 @@ class Problems:
 
 def load_coco(
     json_path: Path, images_folder: Path, limit: int = 0, box_format: str = "auto", other_split: Path | None = None
-) -> CocoData:
+) -> DetectionData:
     """Read and check one annotation file.
 
     Args:
@@ -97,7 +97,7 @@ def coco_data(
     box_format: str = "xywh",
     other_split: Path | None = None,
     upright: bool = False,
-) -> CocoData:
+) -> DetectionData:
     """The data set that a COCO instances dictionary describes; `notes` says what was repaired or left out.
 
     An image file that is listed under several ids becomes one image with the boxes of all of them. Otherwise the
@@ -125,10 +125,10 @@ def coco_data(
         columns = _as_xywh(columns, box_format, other_split, problems)
         arrays = _checked_arrays(columns, listing, label_of, problems)
     images = [replace(image, upright=True) for image in listing.images] if upright else listing.images
-    return CocoData(tuple(images), tuple(label_of), names, **arrays, source=source, notes=problems.notes())
+    return DetectionData(tuple(images), tuple(label_of), names, **arrays, source=source, notes=problems.notes())
 
 
-def check_object_sizes(data: CocoData, image_size: int, patch: int) -> None:
+def check_object_sizes(data: DetectionData, image_size: int, patch: int) -> None:
     """Print how many objects of the training images are too small to be learned at this size of the input.
 
     Args:
@@ -158,7 +158,7 @@ def check_object_sizes(data: CocoData, image_size: int, patch: int) -> None:
     print(f"{data.source}: {message}", flush=True)
 
 
-def without_unreadable(data: CocoData) -> CocoData:
+def without_unreadable(data: DetectionData) -> DetectionData:
     """The data set without the images that cannot be decoded, or are of another size than annotated.
 
     Every image is decoded once; the result is cached by path, length and time of change. More than MAX_DECODED images
@@ -181,7 +181,7 @@ def without_unreadable(data: CocoData) -> CocoData:
     return replace(data if len(good) == len(data) else data.select(good), notes=(*data.notes, *problems.notes()))
 
 
-def _faults(data: CocoData) -> list[tuple[str, str]]:
+def _faults(data: DetectionData) -> list[tuple[str, str]]:
     """The kind of fault of each image, "" where it has none, and a name of the image for the note."""
     digest = hashlib.sha256()
     for p in data.images:
@@ -503,7 +503,7 @@ def _layout_of_file(path: Path | None) -> str:
 def _checked_arrays(
     columns: _Columns, listing: _Listing, label_of: dict[int, int], problems: Problems
 ) -> dict[str, np.ndarray]:
-    """The arrays of `CocoData`, without the boxes that are not valid."""
+    """The arrays of `DetectionData`, without the boxes that are not valid."""
     index = np.array([listing.index_of.get(number, -1) for number in columns.image_ids], np.int64)
     labels = np.array([-1 if n is None else label_of.get(n, -1) for n in columns.category_ids], np.int64)
     for number in (number for number in columns.image_ids if number not in listing.size_of):

@@ -1,7 +1,7 @@
 """Other layouts of labelled images, read as the content of a COCO file: YOLO's text files, Pascal VOC's XML.
 
 Both readers return (content, folder, notes): a dictionary with `images`, `annotations` and `categories`, the folder
-that the file names are relative to, and what was left out or is doubtful. `annotations.coco_data` checks the content
+that the file names are relative to, and what was left out or is doubtful. `table.coco_data` checks the content
 as it checks a file. Boxes are on the images turned upright, unless a size in a VOC file says otherwise.
 """
 
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import yaml
 
 from common.console import InputError
-from common.data.annotations import Problems
+from common.data.table import Problems
 from common.images import find_images, read_size
 
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")

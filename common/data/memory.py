@@ -1,4 +1,4 @@
-"""A detection data set in memory; annotations.py reads it, dataset.py makes samples of it.
+"""A detection data set in memory; table.py reads it, dataset.py makes samples of it.
 
 COCO numbers its categories with gaps (80 ids between 1 and 90); labels are 0..K-1. Decoded images are not kept, so the
 memory in use is that of the annotations alone.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.console import InputError
 from common.images import find_images, open_image
-from common.types import Target
+from common.types import ImageMeta, Target
 
 MAX_REASONS = 3  # images that a message about unreadable ones names
 
@@ -34,6 +34,10 @@ class ImageFile:
     height: int
     upright: bool = False
 
+    @property
+    def meta(self) -> ImageMeta:
+        return ImageMeta(self.id, self.path, (self.height, self.width))
+
     def open(self) -> Image.Image:
         """The decoded image, RGB. Raises InputError as `open_image` does."""
         return open_image(self.path, (self.width, self.height), self.upright)
@@ -45,7 +49,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class CocoData:
+class DetectionData:
     """Images and the boxes on them, boxes in flat arrays ordered by image.
 
     Shapes: boxes (A, 4) float64 xywh original pixels, as in the file; labels (A,) int64 in 0..K-1; crowd (A,) bool;
@@ -67,11 +71,11 @@ class CocoData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> "CocoData":
+    def first(self, count: int) -> "DetectionData":
         """The first `count` images in file order; all of them where `count` is 0 or there are no more."""
         return self if count == 0 or count >= len(self) else self.select(np.arange(count))
 
-    def select(self, indices: np.ndarray) -> "CocoData":
+    def select(self, indices: np.ndarray) -> "DetectionData":
         """The images at `indices` (N,) int64, in that order, with their boxes."""
         counts = np.diff(self.starts)[indices]
         starts = np.concatenate([[0], counts.cumsum()])
@@ -105,7 +109,7 @@ class CocoData:
 
     def target(self, index: int) -> Target:
         """The ground truth of image `index`, boxes in *original* pixels."""
-        return Target(*self.image_boxes(index), self.images[index].id, letterbox=None)
+        return Target(*self.image_boxes(index), self.images[index].meta)
 
     def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""
@@ -114,7 +118,7 @@ class CocoData:
         return torch.from_numpy(boxes).float(), torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
 
 
-def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> CocoData:
+def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> DetectionData:
     """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
 
     Images that cannot be read are left out; how many, and why, is printed.
@@ -149,7 +153,7 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
         if not images:
             raise InputError(message)
         print(message, flush=True)
-    return CocoData(
+    return DetectionData(
         tuple(images),
         tuple(category_ids),
         tuple(class_names),

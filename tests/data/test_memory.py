@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.data.annotations import load_coco
+from common.data.table import load_coco
 
 
 def annotation(**parts):
