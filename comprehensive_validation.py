@@ -54,7 +54,6 @@ class Settings(RuntimeFlags, DataFlags):
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
-    flip: bool = flag(False, "run checkpoints on the mirror image of each image too: half as fast")
     strict: bool = flag(
         False, f"exit with {INCOMPLETE} where a model could not be evaluated, stop where data would have to be repaired"
     )
@@ -251,7 +250,7 @@ def main(settings: Settings) -> ValidationResults:
         check_writable(settings.report)
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision)
-    predictor = Predictor(accelerator, settings.batch_size, settings.workers, settings.flip)
+    predictor = Predictor(accelerator, settings.batch_size, settings.workers)
     with accelerator.main_process_first():  # it fetches or draws data for the others
         data = load_split(settings, "val")
     models = named_models(settings)

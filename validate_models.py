@@ -49,7 +49,6 @@ class Settings(RuntimeFlags, DataFlags):
     min_score: float = flag(
         -1.0, "draw detections with this score or a higher one, 0..1; below 0 = each detector's operating point"
     )
-    flip: bool = flag(False, "detect on the mirror image of each image too: more accurate, half as fast")
     output: str = flag("predictions", "folder for the images and detections")
 
 
@@ -137,7 +136,7 @@ def main(settings: Settings) -> dict[str, dict]:
     """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
     check_writable(Path(settings.output, "contact_sheet.jpg"))
     set_seed(settings.seed)
-    predictor = Predictor(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
+    predictor = Predictor(make_accelerator(settings.precision), settings.batch_size, settings.workers)
     checkpoints = [load_model(path) for path in settings.checkpoints]
     names = unique_names(settings.checkpoints)
     if settings.images:

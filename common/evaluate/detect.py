@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
@@ -21,28 +21,15 @@ from common.evaluate.detections import detection_table, label_map
 from common.evaluate.primary import headline
 from common.model.postprocess import fuse_predictions, postprocess
 from common.runtime import device_name, raise_if_interrupted
-from common.types import Detections, mirror_boxes
+from common.types import Detections
 
 TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
 MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
-def predict(model: nn.Module, images: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
-    """Scores (B, M, K) and boxes (B, M, 4) of `model` for `images`; with `flip`, also those for their mirror images.
-
-    NMS then keeps the higher-scoring of two predictions of one object.
-    """
-    scores, boxes = fuse_predictions(model(images))
-    if not flip:
-        return scores, boxes
-    mirrored_scores, mirrored_boxes = fuse_predictions(model(images.flip(-1)))
-    mirrored_boxes = mirror_boxes(mirrored_boxes, images.shape[-1])
-    return torch.cat([scores, mirrored_scores], dim=1), torch.cat([boxes, mirrored_boxes], dim=1)
-
-
 @torch.inference_mode()
 def detect(
-    model: nn.Module, loader: DataLoader, accelerator: Accelerator, title: str = "detecting", flip: bool = False
+    model: nn.Module, loader: DataLoader, accelerator: Accelerator, title: str = "detecting"
 ) -> list[Detections]:
     """Detections of every image of `loader`, each exactly once, also where several processes share the work.
 
@@ -50,7 +37,6 @@ def detect(
         model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
         loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
         title: of the progress bar.
-        flip: run on the mirrored images too; not for cached features.
 
     Raises:
         Interrupted: between two batches, after a signal.
@@ -60,7 +46,7 @@ def detect(
     images = len(loader.dataset)  # type: ignore[arg-type]  # torch declares no __len__ for Dataset
     with finish_step_first(), progress_bar(images, title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
-            found = postprocess(*predict(model, batch.inputs, flip), batch.meta)
+            found = postprocess(*fuse_predictions(model(batch.inputs)), batch.meta)
             detections += accelerator.gather_for_metrics(found, use_gather_object=True)
             bar.update(len(detections) - bar.n)
             raise_if_interrupted(accelerator)

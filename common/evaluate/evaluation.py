@@ -20,7 +20,7 @@ from common.console import InputError, name_some, progress_bar
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.evaluate.bootstrap import Sampled, resample
-from common.evaluate.detect import Cost, detect, measure_cost, predict
+from common.evaluate.detect import Cost, detect, measure_cost
 from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
 from common.evaluate.diagnosis import diagnose
 from common.evaluate.metrics import (
@@ -36,7 +36,7 @@ from common.evaluate.results import ValidationRecord
 from common.evaluate.trust import check_agreement
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import ExportedDetector, is_exported, load_exported
-from common.model.postprocess import detections_of, postprocess
+from common.model.postprocess import detections_of, fuse_predictions, postprocess
 from common.runtime import precision_name
 from common.types import Batch, Detections, ImageMeta, Predictions
 
@@ -58,29 +58,23 @@ class Predictor:
     """Runs detectors of this project, `batch_size` images at once.
 
     Checkpoints run on the device and in the precision of `accelerator`, exported detectors on the CPU in their own.
-    `workers` processes decode the images; with `flip` a checkpoint also runs on the mirror image of each.
+    `workers` processes decode the images.
     """
 
     accelerator: Accelerator
     batch_size: int
     workers: int
-    flip: bool = False
 
     def detect(self, model: Model, data: DetectionData, title: str) -> list[Detections]:
         """Detections on every image of `data`, in its order, in the model's labels.
 
         Args:
             title: of the progress bar.
-
-        Raises:
-            InputError: mirrored images are requested of an exported detector.
         """
         loader = make_eval_loader(data, model.image_size, self.batch_size, self.workers)
         if isinstance(model, Checkpoint):
             detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True)
-            return detect(detector, self.accelerator.prepare(loader), self.accelerator, title, self.flip)
-        if self.flip:
-            raise InputError(f"{title}: --flip is for checkpoints, not for exported detectors")
+            return detect(detector, self.accelerator.prepare(loader), self.accelerator, title)
         detections: list[Detections] = []
         with progress_bar(len(data), title) as bar:
             for batch in loader:
@@ -101,7 +95,7 @@ class Predictor:
         parameters = sum(p.numel() for p in detector.parameters())
 
         def run(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
-            return postprocess(*predict(detector, images, self.flip), meta)
+            return postprocess(*fuse_predictions(detector(images)), meta)
 
         device, precision = self.accelerator.device, precision_name(self.accelerator)
         return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
@@ -114,7 +108,7 @@ class Predictor:
         """
         model = load_model(path)
         detections = self.detect(model, data, Path(path).stem)
-        conditions = model.conditions() | {"flip": self.flip}
+        conditions = model.conditions()
         return Predictions(detections, model.class_names, self.cost(model, data), conditions)
 
 

@@ -125,7 +125,7 @@ def _record_of(checkpoint: Checkpoint, results: ValidationResults) -> Validation
     del expected["validation_metrics"]
     for record in results.models:
         found = record.conditions
-        if found.items() >= expected.items() and not found.get("flip") and "runtime" not in found:
+        if found.items() >= expected.items() and "runtime" not in found:
             return record
     return None
 

@@ -54,8 +54,8 @@ MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
 CONFUSION_CLASSES = 15  # classes that a confusion matrix shows by name
 
-# In the record they are those of the model, in a run's settings.json those requested; flip is the evaluation's.
-RESOLVED = ("backbone", "blocks", "flip", "head", "image_size")
+# In the record they are those of the model, in a run's settings.json those requested.
+RESOLVED = ("backbone", "blocks", "head", "image_size")
 
 Models = Sequence[ValidationRecord]
 

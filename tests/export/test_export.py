@@ -177,9 +177,6 @@ def test_it_is_evaluated_and_timed_like_the_checkpoint(folder, demo, tmp_path, m
         assert record.detection["AP50"] == pytest.approx(torch_record.detection["AP50"], abs=1e-3)
         assert record.conditions["runtime"] in ("ONNX Runtime", "OpenVINO")
         assert record.conditions["seed"] == torch_record.conditions["seed"] == 3
-    flipped = replace(settings, flip=True, models=models[1:], output="flipped.json")
-    with pytest.raises(InputError, match="--flip is for checkpoints"):
-        comprehensive_validation.main(flipped)
 
 
 def test_it_is_drawn_like_the_checkpoint(folder, demo_val, tmp_path, monkeypatch, capsys):
