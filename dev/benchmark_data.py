@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.data.sources import TrainDataFlags, load_split
-from common.evaluate.detect import PeakMemory
+from common.evaluate.cost import PeakMemory
 
 IMAGES, BOXES, CLASSES, POINTS = 118_287, 860_001, 80, 40
 WIDTH, HEIGHT = 64, 48

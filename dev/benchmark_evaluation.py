@@ -20,7 +20,7 @@ from common.cli import flag
 from common.data.memory import DetectionData
 from common.data.table import load_coco
 from common.evaluate.bootstrap import image_weights, resample
-from common.evaluate.detect import PeakMemory
+from common.evaluate.cost import PeakMemory
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose
 from common.evaluate.metrics import (
@@ -68,8 +68,8 @@ def generated_detections(data: DetectionData, seed: int) -> DetectionTable:
     wrong = rng.random(len(label)) < 0.2
     label[wrong] = rng.integers(0, len(data.class_names), wrong.sum())
     rectangle[:, 2:] = np.maximum(rectangle[:, 2:], 1)
-    image_id = np.repeat([image.id for image in data.images], DETECTIONS)
-    return DetectionTable(image_id, rectangle, np.concatenate(scores), label)
+    image = np.repeat(np.arange(len(data)), DETECTIONS)
+    return DetectionTable(image, rectangle, np.concatenate(scores), label)
 
 
 def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:

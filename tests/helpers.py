@@ -108,7 +108,7 @@ def random_detections(data, seed, count=30):
 
 def numbers_of(detections, data, labels=None):
     """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
-    return numbers_of_table(detection_table(detections, np.arange(10) if labels is None else labels), data)
+    return numbers_of_table(detection_table(detections, data, labels), data)
 
 
 def numbers_of_table(table, data):
@@ -159,7 +159,7 @@ def pycocotools_stats(truth, detections):
 
 
 def pycocotools_numbers(table, data):
-    return pycocotools_stats(coco_dict(data), coco_detections(table, data.category_ids))
+    return pycocotools_stats(coco_dict(data), coco_detections(table, data, [""] * len(data)))
 
 
 def target_of(boxes, labels=None, crowd=None, size=112):

@@ -1,13 +1,6 @@
-"""Running a detector: batches of images in, `Detections` out; and what it costs: parameters, time, memory.
+"""Running detectors of this project: batches of images in, `Detections` out, in training and in evaluation."""
 
-The validation during training, the validation scripts and users' own images all use `detect`.
-"""
-
-import re
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,15 +9,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.console import finish_step_first, progress_bar
+from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
-from common.evaluate.detections import detection_table, label_map
+from common.evaluate.cost import Cost, measure_cost, seconds
+from common.evaluate.detections import ModelRun, detection_table, label_map
 from common.evaluate.primary import headline
-from common.model.postprocess import fuse_predictions, postprocess
-from common.runtime import device_name, raise_if_interrupted
+from common.model import TrainedDetector, load_detector
+from common.model.postprocess import detections_of, fuse_predictions, postprocess
+from common.runtime import raise_if_interrupted
 from common.types import Detections
-
-TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
-MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
 @torch.inference_mode()
@@ -61,82 +54,54 @@ def validate(
     `loader` yields these images.
     """
     detections = detect(model, loader, accelerator, title="validating")
-    return headline(detection_table(detections, label_map(class_names, data)), data), detections
+    return headline(detection_table(detections, data, label_map(class_names, data)), data), detections
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Cost of detection on this machine. It contains post-processing, but not decoding and resizing of image files."""
-
-    parameters: int | None  # None for an exported model
-    ms_per_image: float  # batch of one, median
-    images_per_s: float  # at `batch_size`
-    batch_size: int
-    peak_memory_mb: float | None  # see `PeakMemory`
-    device: str
-    precision: str
-
-
-class PeakMemory:
-    """Context manager that measures the peak memory of its block: `megabytes` (10^6 bytes) afterwards.
-
-    On a GPU the memory that torch allocated; on a CPU that of the whole process with its libraries, on Linux only.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.megabytes: float | None = None
-
-    def __enter__(self) -> "PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif RESET_PEAK.exists():  # some sandboxes have MEMORY_STATUS only
-            RESET_PEAK.write_text("5")
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.device.type == "cuda":
-            self.megabytes = torch.cuda.max_memory_allocated(self.device) / 1e6
-        elif RESET_PEAK.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", MEMORY_STATUS.read_text())):
-            self.megabytes = int(peak[1]) * 1024 / 1e6
-
-
-@torch.inference_mode()
-def measure_cost(
-    run: Callable,
-    singles: Sequence[tuple],
-    several: tuple,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
-    parameters: int | None = None,
-) -> Cost:
-    """Time a detector.
+def run_detector(
+    detector: TrainedDetector, data: DetectionData, batch_size: int, workers: int, title: str
+) -> list[Detections]:
+    """What a checkpoint or an exported detector detects on every image of `data`, in its order, in its own labels.
 
     Args:
-        run: the detector with its post-processing; what it returns is on the CPU, so that a GPU has finished.
-        singles: its arguments for one image each.
-        several: its arguments for `batch_size` images at once.
-        batch_size: of `several`.
-        device: that the detector runs on.
-        precision: fp32, bf16, fp16 or int8.
-        parameters: of the detector, where they are known.
+        detector: as `load_detector` returns it.
+        data: the images.
+        batch_size: images at once.
+        workers: processes that decode them.
+        title: of the progress bar.
     """
+    detections: list[Detections] = []
+    with progress_bar(len(data), title) as bar:
+        for batch in make_eval_loader(data, detector.image_size, batch_size, workers):
+            detections += detections_of(*detector.run(batch.inputs), batch.meta)
+            bar.update(len(batch.meta))
+    return detections
 
-    def seconds(inputs: tuple) -> float:
-        start = time.perf_counter()
-        run(*inputs)
-        return time.perf_counter() - start
 
-    with PeakMemory(device) as memory:
-        times = [seconds(singles[i % len(singles)]) for i in range(WARM_UP + TIMED)][WARM_UP:]
-        together = min(seconds(several) for _ in range(2))
-    return Cost(
-        parameters=parameters,
-        ms_per_image=1000 * statistics.median(times),
-        images_per_s=batch_size / together,
-        batch_size=batch_size,
-        peak_memory_mb=memory.megabytes,
-        device=device_name(device),
-        precision=precision,
+def detector_cost(detector: TrainedDetector, data: DetectionData, batch_size: int) -> Cost:
+    """What the detector costs on the first `batch_size` images."""
+    batch = next(iter(make_eval_loader(data.first(batch_size), detector.image_size, batch_size, workers=0)))
+    count = len(batch.meta)
+
+    def run(part: slice) -> list[Detections]:
+        return detections_of(*detector.run(batch.inputs[part]), batch.meta[part])
+
+    return measure_cost(
+        lambda number: seconds(run, slice(number % count, number % count + 1)),
+        lambda: seconds(run, slice(None)),
+        count,
+        detector.device,
+        detector.precision,
+        detector.parameters,
     )
+
+
+def run_own(path: str, data: DetectionData, batch_size: int, workers: int, precision: str) -> ModelRun:
+    """What the checkpoint or the exported detector in `path` detects on the images of `data`, and what it costs.
+
+    Raises:
+        InputError: what `load_detector` raises.
+    """
+    detector = load_detector(path, precision=precision)
+    detections = run_detector(detector, data, batch_size, workers, Path(path).stem)
+    cost = asdict(detector_cost(detector, data, batch_size))
+    return ModelRun(detection_table(detections, data), detector.class_names, cost, detector.conditions())

@@ -1,10 +1,11 @@
 """Detections of a whole data set as one table, in the labels of the data set; COCO's results format."""
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from common.console import InputError, name_some
 from common.data.memory import DetectionData
 from common.images import image_suffixes
-from common.types import Detections, Predictions
+from common.types import Detections
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 EXACT_FLOATS = 2**53  # below it, a float that is a whole number is exact
@@ -25,11 +26,11 @@ VALUE_LENGTH = 40  # characters of a value in a message
 class DetectionTable:
     """M detections on the images of a data set, one a row.
 
-    Shapes: image_id (M,) int64; boxes (M, 4) float64 xywh original pixels; score (M,) float64; label (M,) int64 of
-    the data set.
+    Shapes: image (M,) int64, index into the data's images; boxes (M, 4) float64 xywh original pixels; score (M,)
+    float64; label (M,) int64.
     """
 
-    image_id: np.ndarray
+    image: np.ndarray
     boxes: np.ndarray
     score: np.ndarray
     label: np.ndarray
@@ -43,17 +44,23 @@ class DetectionTable:
 
     def select(self, rows: np.ndarray) -> "DetectionTable":
         """The rows at `rows`, int64 indices or a bool mask, in that order."""
-        return DetectionTable(self.image_id[rows], self.boxes[rows], self.score[rows], self.label[rows])
+        return DetectionTable(self.image[rows], self.boxes[rows], self.score[rows], self.label[rows])
 
-    def at_least(self, score: float | None) -> "DetectionTable":
-        """The rows with that score or a higher one; none where `score` is None."""
-        return self.select(self.score >= (np.inf if score is None else score))
+    def relabelled(self, labels: np.ndarray) -> "DetectionTable":
+        """The rows with `labels` (K,) in place of the labels 0..K-1, without those that become -1."""
+        table = replace(self, label=labels[self.label])
+        return table if (labels >= 0).all() else table.select(table.label >= 0)
 
-    def best_per_image(self) -> "DetectionTable":
-        """The row with the highest score of each image, the first of equals, by rising image id."""
-        order = np.argsort(-self.score, kind="stable")
-        _, first = np.unique(self.image_id[order], return_index=True)
-        return self.select(order[first])
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What a model detects on every image of a data set, in labels of its own, and how."""
+
+    table: DetectionTable
+    class_names: tuple[str, ...]
+    cost: dict | None = None  # the fields of `cost.Cost`
+    conditions: dict = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()  # how detections were read, and what was left out
 
 
 def label_map(class_names: Sequence[str], data: DetectionData) -> np.ndarray:
@@ -76,43 +83,51 @@ def _class_key(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-def detection_table(detections: list[Detections], labels: np.ndarray) -> DetectionTable:
-    """The detections of all images as one table, without those of classes that the data set does not have.
-
-    Args:
-        detections: an entry for each image, in the model's labels.
-        labels: (K,) as `label_map` returns it.
-    """
+def detection_table(
+    detections: Sequence[Detections], data: DetectionData, labels: np.ndarray | None = None
+) -> DetectionTable:
+    """The detections on images of `data` as one table, `relabelled` with `labels` where they are given."""
     if not detections:
         return DetectionTable.empty()
-    counts = [len(d.scores) for d in detections]
+    index_of = {image.id: index for index, image in enumerate(data.images)}
+    image = np.array([index_of[d.image_id] for d in detections], np.int64)
     corners = np.concatenate([d.boxes.numpy() for d in detections]).astype(np.float64)
     table = DetectionTable(
-        np.repeat(np.array([d.image_id for d in detections], np.int64), counts),
+        np.repeat(image, [len(d.scores) for d in detections]),
         np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]),
         np.concatenate([d.scores.numpy() for d in detections]).astype(np.float64),
-        labels[np.concatenate([d.labels.numpy() for d in detections])],
+        np.concatenate([d.labels.numpy() for d in detections]),
     )
-    return table.select(table.label >= 0)
+    return table if labels is None else table.relabelled(labels)
 
 
-def coco_detections(table: DetectionTable, category_ids: tuple[int, ...]) -> list[dict]:
-    """The rows in COCO's results format."""
-    columns = table.image_id, table.label, table.boxes, table.score
+def coco_detections(table: DetectionTable, data: DetectionData, files: Sequence[str]) -> list[dict]:
+    """The rows in COCO's results format, with `file_name`, of `files` (P,), and `category_name` beside the ids."""
+    columns = (column.tolist() for column in (table.image, table.label, table.boxes, table.score))
     return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for image_id, label, box, score in zip(*(column.tolist() for column in columns), strict=True)
+        {
+            "image_id": data.images[image].id,
+            "category_id": data.category_ids[label],
+            "bbox": box,
+            "score": score,
+            "file_name": files[image],
+            "category_name": data.class_names[label],
+        }
+        for image, label, box, score in zip(*columns, strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class TablePredictions(Predictions):
-    """Detections that are a table already, in the labels of the data set; the list is empty."""
+def relative_files(data: DetectionData) -> list[str]:
+    """The path of each image, relative to the folder that all of them are in."""
+    paths = [image.path.absolute() for image in data.images]
+    try:
+        folder = os.path.commonpath([path.parent for path in paths])
+    except ValueError:  # on several drives of Windows
+        return [path.as_posix() for path in paths]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
-    table: DetectionTable = field(default_factory=DetectionTable.empty)
 
-
-def read_detections(path: str, data: DetectionData) -> TablePredictions:
+def read_detections(path: str, data: DetectionData) -> ModelRun:
     """The detections in a COCO results file: a list of image_id, category_id, bbox (xywh, original pixels) and score.
 
     Images are found by `file_name` where each detection has one that names an image of `data`, else by `image_id`, else
@@ -132,9 +147,8 @@ def read_detections(path: str, data: DetectionData) -> TablePredictions:
     order = np.lexsort((-scores, images))
     order = order[(labels >= 0)[order] & (images >= 0)[order]]
     conditions = {"detections_of_unknown_categories": unknown, "detections_on_other_images": int((images < 0).sum())}
-    ids = np.array([image.id for image in data.images], np.int64)
-    table = DetectionTable(ids[images], boxes, scores, labels).select(order)
-    return TablePredictions([], data.class_names, None, conditions, (*warnings, *label_warnings), table)
+    table = DetectionTable(images, boxes, scores, labels).select(order)
+    return ModelRun(table, data.class_names, None, conditions, (*warnings, *label_warnings))
 
 
 def _read_rows(path: str) -> list[dict]:

@@ -49,12 +49,10 @@ class Matches:
 class MatchedDetections:
     """The detections of one model that COCO counts, by image and falling score, and what they overlap and match.
 
-    Shapes: image (M,) int64 index into the images; rank (M,) int64 among the detections of its image and class.
-    `by_class` are COCO's matches at IOU_THRESHOLDS.
+    Shapes: rank (M,) int64 among those of its image and class. `by_class` are COCO's matches at IOU_THRESHOLDS.
     """
 
     table: DetectionTable
-    image: np.ndarray
     rank: np.ndarray
     overlaps: Overlaps
     by_class: Matches
@@ -62,15 +60,14 @@ class MatchedDetections:
 
 def match_detections(table: DetectionTable, data: DetectionData) -> MatchedDetections:
     """The detections in the order in which COCO takes them, matched with boxes of their class."""
-    ids = np.array([image.id for image in data.images], np.int64)
-    by_id = np.argsort(ids)
-    order = np.lexsort((-table.score, table.image_id))  # stable; COCO orders images by their ids
-    image = by_id[np.searchsorted(ids, table.image_id[order], sorter=by_id)]
-    rank = rank_within(image * len(data.class_names) + table.label[order])
+    by_id = np.empty(len(data), np.int64)  # rank of each image by its id, by which COCO orders equal scores
+    by_id[np.argsort(np.array([image.id for image in data.images], np.int64))] = np.arange(len(data))
+    order = np.lexsort((-table.score, by_id[table.image]))  # stable
+    rank = rank_within(table.image[order] * len(data.class_names) + table.label[order])
     counted = rank < MAX_DETECTIONS
-    table, image, rank = table.select(order[counted]), image[counted], rank[counted]
-    overlaps = find_overlaps(image, table.boxes, data)
-    return MatchedDetections(table, image, rank, overlaps, match_by_class(table, image, overlaps, data))
+    table, rank = table.select(order[counted]), rank[counted]
+    overlaps = find_overlaps(table.image, table.boxes, data)
+    return MatchedDetections(table, rank, overlaps, match_by_class(table, overlaps, data))
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
@@ -82,9 +79,7 @@ def rank_within(groups: np.ndarray) -> np.ndarray:
     return rank
 
 
-def match_by_class(
-    table: DetectionTable, image: np.ndarray, overlaps: Overlaps, data: DetectionData, size: str = "all"
-) -> Matches:
+def match_by_class(table: DetectionTable, overlaps: Overlaps, data: DetectionData, size: str = "all") -> Matches:
     """COCO's matches of detections, ordered as `match_detections` orders them, with objects of one of SIZES.
 
     Other objects are taken only by detections that match none of that size, which are ignored then, as are detections
@@ -106,7 +101,7 @@ def match_by_class(
         box[t, hit] = taken[hit]
         ignored[t] = np.where(matched, box[t] < 0, other_size)
     truth = data.image_of_box()[objects], data.labels[objects]
-    return Matches(image, table.label, table.score, box, ignored, *truth)
+    return Matches(table.image, table.label, table.score, box, ignored, *truth)
 
 
 def match_any_class(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> tuple[np.ndarray, Matches]:
@@ -117,7 +112,7 @@ def match_any_class(matched: MatchedDetections, data: DetectionData, chosen: np.
         matches: of these, with one IoU threshold and 0 for every class.
     """
     rows = np.nonzero(chosen)[0]
-    rows = rows[rank_within(matched.image[rows]) < MAX_DETECTIONS]
+    rows = rows[rank_within(matched.table.image[rows]) < MAX_DETECTIONS]
     place = np.full(len(chosen), -1)
     place[rows] = np.arange(len(rows))
     overlaps = matched.overlaps
@@ -128,7 +123,7 @@ def match_any_class(matched: MatchedDetections, data: DetectionData, chosen: np.
     objects = data.image_of_box()[~data.crowd]
     label, object_label = np.zeros_like(rows), np.zeros_like(objects)
     score = matched.table.score[rows]
-    return rows, Matches(matched.image[rows], label, score, box[None], in_crowd[None], objects, object_label)
+    return rows, Matches(matched.table.image[rows], label, score, box[None], in_crowd[None], objects, object_label)
 
 
 def match_boxes_alone(matched: MatchedDetections, data: DetectionData) -> Matches:
@@ -138,10 +133,10 @@ def match_boxes_alone(matched: MatchedDetections, data: DetectionData) -> Matche
 
 def has_own_box(matched: MatchedDetections) -> np.ndarray:
     """(M,) bool: no detection of the image with a higher score has the same box; some detectors give one more class."""
-    boxes = matched.table.boxes
-    order = np.lexsort((*boxes.T, matched.image))  # stable
-    same = (boxes[order[1:]] == boxes[order[:-1]]).all(1) & (matched.image[order[1:]] == matched.image[order[:-1]])
-    own = np.ones(len(boxes), bool)
+    order = np.lexsort((*matched.table.boxes.T, matched.table.image))  # stable
+    table = matched.table.select(order)
+    same = (table.image[1:] == table.image[:-1]) & (table.boxes[1:] == table.boxes[:-1]).all(1)
+    own = np.ones(len(table), bool)
     own[order[1:][same]] = False
     return own
 
@@ -180,7 +175,7 @@ def coco_numbers(matched: MatchedDetections, data: DetectionData) -> dict:
     for size in SIZES:
         matches = matched.by_class
         if size != "all":
-            matches = match_by_class(matched.table, matched.image, matched.overlaps, data, size)
+            matches = match_by_class(matched.table, matched.overlaps, data, size)
         precision[size] = precision_at_recalls(matches, len(names))
         for limit in (1, 10, 100) if size == "all" else (100,):
             recall[size, limit] = _recall(matches, matched.rank < limit, len(names))

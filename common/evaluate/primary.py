@@ -44,7 +44,7 @@ def primary_pairs(matched: MatchedDetections, data: DetectionData, score: float 
     is_largest[largest] = True
 
     label, iou, found = np.full(len(data), -1), np.zeros(len(data)), np.zeros(len(data), bool)
-    detected, row = np.unique(matched.image, return_index=True)  # they are ordered by falling score
+    detected, row = np.unique(matched.table.image, return_index=True)  # they are ordered by falling score
     label[detected] = matched.table.label[row]
     pairs = find_overlaps(detected, matched.table.boxes[row], data, at_least=0)
     pairs = pairs.select(is_largest[pairs.box])

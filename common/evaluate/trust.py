@@ -24,7 +24,7 @@ def check_agreement(matched: MatchedDetections, data: DetectionData) -> list[str
     """
     table, objects = matched.table, ~data.crowd & np.isin(data.labels, matched.table.label)
     counts = np.bincount(data.image_of_box()[objects], minlength=len(data))
-    asked = rank_within(matched.image) < counts[matched.image]
+    asked = rank_within(matched.table.image) < counts[matched.table.image]
     pairs = matched.overlaps
     pairs = pairs.select(asked[pairs.detection] & objects[pairs.box] & (pairs.iou >= MATCH_IOU))
     count, found = int(asked.sum()), len(np.unique(pairs.box))

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from common.console import one_line
 from common.data.memory import DetectionData
+from common.evaluate.detections import DetectionTable, detection_table
 from common.show.fonts import class_labels, image_text
 from common.types import Detections
 
@@ -43,21 +43,13 @@ def true_boxes(data: DetectionData, index: int) -> list[LabelledBox]:
 
 
 def detected_boxes(
-    boxes: np.ndarray | Tensor,
-    scores: np.ndarray | Tensor,
-    labels: np.ndarray | Tensor,
-    class_names: Sequence[str],
+    table: DetectionTable, index: int, class_names: Sequence[str], min_score: float = 0.0
 ) -> list[LabelledBox]:
-    """Detections captioned with class and score, in the order given.
-
-    Args:
-        boxes: (N, 4) xyxy, pixels of the image.
-        scores: (N,) in 0..1.
-        labels: (N,) indices into `class_names`.
-        class_names: of the model or the data set that the labels are of.
-    """
-    names = class_labels(class_names)
-    rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    """The detections on image `index` with at least that score, captioned with class and score, best first."""
+    own = table.select((table.image == index) & (table.score >= min_score))
+    own, names = own.select(np.argsort(-own.score, kind="stable")), class_labels(class_names)
+    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
+    rows = zip(corners.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
     return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows]
 
 
@@ -165,11 +157,11 @@ def detection_sheet(
     data: DetectionData, detections: Sequence[Detections], class_names: Sequence[str], min_score: float
 ) -> Image.Image:
     """The first `SHEET_IMAGES` images of a data set on one sheet, ground truth beside detections from a score on."""
-    strips = []
+    strips, table = [], detection_table(detections, data)
     for index in range(min(SHEET_IMAGES, len(data))):
-        image, found = data.images[index].open(), detections[index].at_least(min_score)
+        image = data.images[index].open()
         truth = draw_boxes(image, true_boxes(data, index))
-        drawn = draw_boxes(image, detected_boxes(found.boxes, found.scores, found.labels, class_names))
+        drawn = draw_boxes(image, detected_boxes(table, index, class_names, min_score))
         strips.append(side_by_side([("ground truth", truth), ("detections", drawn)]))
     return contact_sheet(strips)
 

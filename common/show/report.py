@@ -99,7 +99,8 @@ def _models(results: ValidationResults, data: DetectionData, tables: dict[str, D
         score = number_of(record, "diagnosis", "operating_point", "score")
         if record.name not in tables or score is None:
             continue
-        images = _extremes(record.name, tables[record.name].at_least(score), data)
+        table = tables[record.name]
+        images = _extremes(record.name, table.select(table.score >= score), data)
         yield {"name": record.name, "score": f"{score:.2f}", "images": images}
 
 
@@ -126,12 +127,8 @@ def _f1_of_images(table: DetectionTable, data: DetectionData) -> tuple[np.ndarra
 
 def _draw(name: str, index: int, table: DetectionTable, data: DetectionData) -> Image.Image:
     """Image `index` with its true boxes, and beside it with the detections of the table."""
-    file = data.images[index]
-    image = file.open()
-    own = table.select(table.image_id == file.id)
-    own = own.select(np.argsort(-own.score))
-    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
-    boxes = detected_boxes(corners, own.score, own.label, data.class_names)
+    image = data.images[index].open()
+    boxes = detected_boxes(table, index, data.class_names)
     strip = side_by_side(
         [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     )

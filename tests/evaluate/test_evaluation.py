@@ -23,19 +23,23 @@ from common.evaluate.bootstrap import (
     image_weights,
     resample,
 )
-from common.evaluate.detections import DetectionTable, coco_detections, detection_table, read_detections
+from common.evaluate.detections import (
+    DetectionTable,
+    ModelRun,
+    coco_detections,
+    detection_table,
+    read_detections,
+    relative_files,
+)
 from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown
 from common.evaluate.evaluation import evaluate
 from common.evaluate.metrics import Matches, match_boxes_alone, match_detections, operating_point
 from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.trust import check_agreement
-from common.types import Predictions
-
-LABELS = np.arange(10)
 
 
 def table_of(data, seed=0, count=30):
-    return detection_table(random_detections(data, seed, count), LABELS)
+    return detection_table(random_detections(data, seed, count), data)
 
 
 def resampled(table, data, weights):
@@ -66,12 +70,12 @@ def test_a_resample_equals_a_data_set_with_repeated_images(seed, demo_val):
     data, found = crowded(demo_val), random_detections(demo_val, 1)
     found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties
     counts = np.array([0, 2, 1, 3, 0, 1])
-    table = detection_table(found, LABELS)
+    table = detection_table(found, data)
     ours = resampled(table, data, counts[:, None].astype(np.float32))
     score = operating_point(match_detections(table, data).by_class)["score"]
     large, index = repeated(data, counts)
     copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
-    table = detection_table(copies, LABELS)
+    table = detection_table(copies, large)
     pairs = primary_pairs(match_detections(table, large), large, score)
     expected = numbers_of_table(table, large) | {"found": primary_numbers(pairs)["found"]}
     for name in WITH_INTERVALS:
@@ -86,7 +90,7 @@ def test_intervals_contain_the_number_and_shrink_with_more_images(demo_val):
     large, index = repeated(demo_val, np.full(6, 8))
     found = random_detections(demo_val, 0)
     copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
-    low2, high2 = samples_of(detection_table(copies, LABELS), large, image_weights(48, seed=0))["AP50"].interval()
+    low2, high2 = samples_of(detection_table(copies, large), large, image_weights(48, seed=0))["AP50"].interval()
     assert high2 - low2 < (high - low) / 2
 
 
@@ -100,7 +104,7 @@ def test_weights_depend_on_the_seed_only():
 def test_verdicts(demo_val):
     """Perfect detections are better than noisy ones, which are not distinguishable from themselves."""
     weights = image_weights(len(demo_val), seed=0)
-    perfect = samples_of(detection_table(truth_as_detections(demo_val), LABELS), demo_val, weights)
+    perfect = samples_of(detection_table(truth_as_detections(demo_val), demo_val), demo_val, weights)
     noisy = samples_of(table_of(demo_val), demo_val, weights)
     models = {"noisy": noisy, "perfect": perfect, "again": noisy}
     pairs = comparisons(models, MIN_IMAGES_FOR_VERDICT)
@@ -139,7 +143,7 @@ def errors_of(table, data):
 
 
 def ap50(found, data):
-    return numbers_of_table(detection_table(found, LABELS), data)["AP50"]
+    return numbers_of_table(detection_table(found, data), data)["AP50"]
 
 
 def test_each_kind_of_error_is_recognised(demo_val):
@@ -152,7 +156,7 @@ def test_each_kind_of_error_is_recognised(demo_val):
     }
     for kind, change in changes.items():
         found = [change(f, torch.arange(len(f.scores)) % 4 == 1) for f in right]
-        table = detection_table(found, LABELS)
+        table = detection_table(found, demo_val)
         errors = errors_of(table, demo_val)
         assert errors[kind]["gain"] == pytest.approx(1 - ap50(found, demo_val), abs=1e-6), kind
         assert errors[kind]["count"] == sum((len(f.scores) + 2) // 4 for f in right), kind
@@ -170,18 +174,18 @@ def test_additional_detections_are_duplicates_or_background(demo_val):
         replace(f, boxes=f.boxes.repeat(2, 1), scores=torch.cat([f.scores, f.scores / 2]), labels=f.labels.repeat(2))
         for f in right
     ]
-    table = detection_table(twice, LABELS)
+    table = detection_table(twice, demo_val)
     errors = errors_of(table, demo_val)
     assert errors["duplicate"]["count"] == len(table) // 2 and errors["background"]["count"] == 0
     outside = [replace(f, boxes=f.boxes + 5000, scores=f.scores + 1) for f in right]
-    table = detection_table([*right, *outside], LABELS)
+    table = detection_table([*right, *outside], demo_val)
     errors = errors_of(table, demo_val)
     assert errors["background"]["count"] == len(table) // 2
     assert errors["background"]["gain"] == pytest.approx(1 - ap50([*right, *outside], demo_val), abs=1e-6)
 
 
 def confusion_of(found, data):
-    matched = match_detections(detection_table(found, LABELS), data)
+    matched = match_detections(detection_table(found, data), data)
     return confusion(matched, data, matched.table.score >= 0.5)
 
 
@@ -217,7 +221,7 @@ def test_no_detections_and_no_objects(demo_val):
     bare = replace(bare, starts=np.zeros_like(demo_val.starts))
     diagnosis = diagnosis_of(table_of(demo_val), bare)
     assert diagnosis["operating_point"]["f1"] is None and diagnosis["errors"]["missed"]["gain"] is None
-    predictions = Predictions(random_detections(bare, 0), bare.class_names)
+    predictions = ModelRun(table_of(bare), bare.class_names)
     evaluation = evaluate("a", "a.pth", predictions, bare, image_weights(len(bare), 0))
     assert evaluation.samples == {} and set(evaluation.record.intervals.values()) == {None}
     for table, data in ((DetectionTable.empty(), demo_val), (table_of(demo_val), bare)):
@@ -231,9 +235,7 @@ def diagnosis_of(table, data):
 
 def misread(table, data):
     """The table as it would be if its file had been written in other ways."""
-    ids = np.array([image.id for image in data.images])
-    place = np.searchsorted(ids, table.image_id)
-    size = np.tile(np.array([(image.width, image.height) for image in data.images])[place], 2)
+    size = np.tile(np.array([(image.width, image.height) for image in data.images])[table.image], 2)
     low, sides, side = table.boxes[:, :2], table.boxes[:, 2:], size.max(1, keepdims=True)
     padding = (640 - size[:, :2] * 640 / side) / 2
     boxes = {
@@ -248,8 +250,8 @@ def misread(table, data):
     }
     for name, changed in boxes.items():
         yield name, "on an object", replace(table, boxes=changed)
-    yield "ids reversed", "on an object", replace(table, image_id=ids[::-1][place])
-    yield "the next image", "on an object", replace(table, image_id=np.roll(ids, 1)[place])
+    yield "ids reversed", "on an object", replace(table, image=len(data) - 1 - table.image)
+    yield "the next image", "on an object", replace(table, image=(table.image + 1) % len(data))
     yield "next class", "have their class", replace(table, label=(table.label + 1) % len(data.class_names))
     yield "previous class", "have their class", replace(table, label=(table.label - 1) % len(data.class_names))
 
@@ -267,7 +269,7 @@ def scattered():
 
 
 def test_the_net_warns_of_detections_that_were_misread(scattered):
-    for table in (detection_table(truth_as_detections(scattered), LABELS), weak_detections(scattered)):
+    for table in (detection_table(truth_as_detections(scattered), scattered), weak_detections(scattered)):
         assert check_agreement(match_detections(table, scattered), scattered) == []
         for name, words, changed in misread(table, scattered):
             (warning,) = check_agreement(match_detections(changed, scattered), scattered)
@@ -276,16 +278,14 @@ def test_the_net_warns_of_detections_that_were_misread(scattered):
 
 def weak_detections(data):
     """Of half of the objects, with loose boxes and 40% of the classes right, among many others with as high scores."""
-    rng, table = np.random.default_rng(1), detection_table(truth_as_detections(data), LABELS)
+    rng, table = np.random.default_rng(1), detection_table(truth_as_detections(data), data)
     table = table.select(rng.random(len(table)) < 0.5)
     boxes = table.boxes + rng.normal(0, 0.12, table.boxes.shape) * np.tile(table.boxes[:, 2:], 2)
     label = np.where(rng.random(len(table)) < 0.4, table.label, rng.integers(0, 10, len(table)))
     others = replace(table, boxes=rng.uniform(0, 200, table.boxes.shape), label=rng.permutation(label))
     tables = replace(table, boxes=boxes, label=label), others, others
-    image_id, boxes, label = (
-        np.concatenate([getattr(t, name) for t in tables]) for name in ("image_id", "boxes", "label")
-    )
-    return DetectionTable(image_id, boxes, rng.random(len(label)), label)
+    image, boxes, label = (np.concatenate([getattr(t, name) for t in tables]) for name in ("image", "boxes", "label"))
+    return DetectionTable(image, boxes, rng.random(len(label)), label)
 
 
 def test_the_net_is_quiet_on_one_sided_detectors(scattered):
@@ -304,12 +304,12 @@ def test_the_net_is_quiet_on_one_sided_detectors(scattered):
 
 def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
     found = random_detections(demo_val, 2)
-    table = detection_table(found, LABELS)
-    entries = coco_detections(table, demo_val.category_ids)
-    (tmp_path / "d.json").write_text(json.dumps([*entries, entries[0] | {"category_id": 77}]))
+    table = detection_table(found, demo_val)
+    entries = coco_detections(table, demo_val, relative_files(demo_val))
+    (tmp_path / "d.json").write_text(json.dumps([*entries, entries[0] | {"category_id": 77, "category_name": "x"}]))
     read = read_detections(str(tmp_path / "d.json"), demo_val)
     weights = image_weights(len(demo_val), 0)
-    ours = evaluate("a", "a.pth", Predictions(found, demo_val.class_names), demo_val, weights).record
+    ours = evaluate("a", "a.pth", ModelRun(table, demo_val.class_names), demo_val, weights).record
     theirs = evaluate("b", "d.json", read, demo_val, weights).record
     assert theirs.primary == pytest.approx(ours.primary) and theirs.conditions["detections_of_unknown_categories"] == 1
     for name in ("AP", "AP50", "AP_small", "AR100", "class_agnostic_AP50"):
@@ -345,10 +345,10 @@ def test_yolo_reproduces_its_known_figure(assets):
     if not (find_spec("openvino") and find_spec("ultralytics")):  # importing the latter would replace parts of Pillow
         pytest.skip("needs openvino and ultralytics")
     from common.data.sources import load_split
-    from common.evaluate.yolo import yolo_predictions
+    from common.evaluate.yolo import run_yolo
 
     data = load_split(data_flags(str(assets / "coco-subset")), "val")
-    found = yolo_predictions(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))
+    found = run_yolo(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))
     record = evaluate("yolo", "", found, data).record
     assert record.detection["AP"] == pytest.approx(0.398, abs=0.003)
     assert record.detection["AP50"] == pytest.approx(0.561, abs=0.003)

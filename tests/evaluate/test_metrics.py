@@ -45,7 +45,7 @@ def test_the_numbers_equal_pycocotools(demo_val, situation):
     change, count = SITUATIONS[situation]
     data = change(demo_val)
     found = truth_as_detections(data) if count is None else random_detections(data, 3, count)
-    table = detection_table(found, np.arange(10))
+    table = detection_table(found, data)
     numbers, expected = coco_numbers(match_detections(table, data), data), pycocotools_numbers(table, data)
     for name, value in zip(COCO_NUMBERS, expected, strict=True):
         assert (-1 if numbers[name] is None else numbers[name]) == pytest.approx(value, abs=1e-12), name
@@ -60,7 +60,7 @@ def test_the_ground_truth_as_detections_has_an_ap_of_one(demo_val):
 
 
 def test_ap50_is_the_mean_over_the_classes(demo_val):
-    matched = match_detections(detection_table(random_detections(demo_val, 5), np.arange(10)), demo_val)
+    matched = match_detections(detection_table(random_detections(demo_val, 5), demo_val), demo_val)
     numbers = coco_numbers(matched, demo_val)
     existing = [c["AP50"] for c in numbers["per_class"].values() if c["AP50"] is not None]
     assert np.mean(existing) == pytest.approx(numbers["AP50"])
@@ -77,7 +77,7 @@ def test_precision_at_recalls_by_hand():
 
 def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_ap(demo_val):
     nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.images]
-    numbers = numbers_of(nothing, demo_val, np.arange(10))
+    numbers = numbers_of(nothing, demo_val)
     assert numbers["AP"] == numbers["class_agnostic_AP50"] == 0
     assert [numbers[name] for name in ("accuracy", "precision", "recall", "f1", "mean_iou", "found")] == [0] * 6
     bare = replace(
@@ -85,7 +85,7 @@ def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_ap(demo_val):
         **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")},
         starts=np.zeros_like(demo_val.starts),
     )
-    numbers = numbers_of(random_detections(bare, 0), bare, np.arange(10))
+    numbers = numbers_of(random_detections(bare, 0), bare)
     assert numbers["AP"] is None and numbers["accuracy"] is None
 
 
@@ -123,7 +123,7 @@ def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
 
 
 def primary_numbers_of(detections, data, score):
-    matched = match_detections(detection_table(detections, np.arange(10)), data)
+    matched = match_detections(detection_table(detections, data), data)
     return primary_numbers(primary_pairs(matched, data, score))
 
 
@@ -137,9 +137,7 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
         right.append(Detections(data.images[index].id, *tensors))
     scores = primary_numbers_of(right, data, 0.9)
     assert scores["accuracy"] == 1 and scores["mean_iou"] == pytest.approx(1)
-    scores = primary_numbers(
-        primary_pairs(match_detections(detection_table(right[:1], np.arange(10)), data), data, 0.9)
-    )
+    scores = primary_numbers_of(right[:1], data, 0.9)
     assert scores["accuracy"] == 0.5 and scores["mean_iou"] == pytest.approx(0.5)
 
 
@@ -157,9 +155,7 @@ def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_o
             boxes = torch.stack([torch.tensor([0.0, 0, 3, 3]), boxes[largest] + shift])
             labels = torch.stack([labels[0], (labels[largest] + label_shift) % 10])
             detections.append(Detections(data.images[index].id, boxes, torch.tensor([0.9, score]), labels))
-        return primary_numbers(
-            primary_pairs(match_detections(detection_table(detections, np.arange(10)), data), data, 0.5)
-        )
+        return primary_numbers_of(detections, data, 0.5)
 
     assert found()["found"] == 1 and found()["mean_iou"] < 0.1
     assert found(box_shift=0.3)["found"] == 1  # an IoU of 0.54
@@ -172,7 +168,7 @@ def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_o
 @pytest.mark.real
 def test_the_numbers_equal_pycocotools_on_real_annotations(assets):
     data = load_split(data_flags(str(assets / "coco-subset")), "val")
-    assert numbers_of(truth_as_detections(data), data, np.arange(80))["AP"] == pytest.approx(1)
-    table = detection_table(random_detections(data, 0), np.arange(80))
+    assert numbers_of(truth_as_detections(data), data)["AP"] == pytest.approx(1)
+    table = detection_table(random_detections(data, 0), data)
     numbers, expected = coco_numbers(match_detections(table, data), data), pycocotools_numbers(table, data)
     assert [numbers[name] for name in COCO_NUMBERS] == pytest.approx(expected.tolist(), abs=1e-12)

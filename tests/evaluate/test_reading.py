@@ -10,17 +10,21 @@ from helpers import numbers_of_table, truth_as_detections
 
 from common.console import InputError
 from common.data.memory import ImageFile
-from common.evaluate.detections import coco_detections, detection_table, label_map, read_detections
+from common.evaluate.detections import ModelRun, coco_detections, detection_table, label_map, read_detections
 from common.evaluate.evaluation import evaluate, unique_names
-from common.types import Predictions
 
 
 @pytest.fixture
 def rows(demo_val):
     """Perfect detections of the six images as the entries of a file; scores from 0.5 to 1."""
-    table = detection_table(truth_as_detections(demo_val), np.arange(10))
-    entries = coco_detections(table, demo_val.category_ids)
+    entries = plain_rows(demo_val)
     return [entry | {"score": 1 - 0.5 * n / len(entries)} for n, entry in enumerate(entries)]
+
+
+def plain_rows(data):
+    """Perfect detections with ids alone."""
+    entries = coco_detections(detection_table(truth_as_detections(data), data), data, [""] * len(data))
+    return [{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")} for entry in entries]
 
 
 @pytest.fixture
@@ -163,8 +167,7 @@ def coco_classes(demo_val):
 @pytest.mark.parametrize("start", [0, 1])
 def test_80_classes_in_order_are_warned_of(demo_val, read, start):
     data = coco_classes(demo_val)
-    table = detection_table(truth_as_detections(data), np.arange(80))
-    predictions = read(coco_detections(table, tuple(range(start, start + 80))), data)
+    predictions = read(plain_rows(replace(data, category_ids=tuple(range(start, start + 80)))), data)
     record = evaluate("theirs", "theirs.json", predictions, data, np.ones((6, 4), np.float32)).record
     assert "categories that" in record.warnings[0]
 
@@ -205,7 +208,7 @@ def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
     data = replace(demo_val, class_names=("person", "traffic_light", "Cat", "Dog", "DOG", "fire hydrant", *"abcd"))
     assert label_map(names, data).tolist() == [0, 1, -1, -1, -1, 5, -1]
     data = replace(demo_val, class_names=tuple(name.upper() for name in demo_val.class_names))
-    predictions = Predictions(truth_as_detections(demo_val), demo_val.class_names)
+    predictions = ModelRun(detection_table(truth_as_detections(demo_val), demo_val), demo_val.class_names)
     record = evaluate("a", "a.pt", predictions, data).record
     assert record.detection["AP"] == pytest.approx(1) and record.warnings[0].startswith("10 classes were matched")
     record = evaluate("a", "a.pt", replace(predictions, class_names=(*demo_val.class_names[:9], "y")), demo_val).record

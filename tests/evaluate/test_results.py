@@ -1,17 +1,20 @@
 """`comprehensive_validation.py` on files of detections, and reading results that were edited or are incomplete."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import random_detections
+from helpers import random_detections, truth_as_detections
 
 import comprehensive_validation
+import validate_models
 from common.console import InputError
-from common.evaluate.detections import coco_detections, detection_table
+from common.evaluate.detections import coco_detections, detection_table, relative_files
 from common.evaluate.results import read_results
+from common.model import checkpoint, trained
+from common.model.checkpoint import Checkpoint, save_detector
 
 
 @pytest.fixture
@@ -20,9 +23,9 @@ def settings(demo, demo_val, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     files = []
     for seed, name in enumerate(("a.json", "b.json")):
-        table = detection_table(random_detections(demo_val, seed), np.arange(10))
+        table = detection_table(random_detections(demo_val, seed), demo_val)
         path = tmp_path / name
-        path.write_text(json.dumps(coco_detections(table, demo_val.category_ids)))
+        path.write_text(json.dumps(coco_detections(table, demo_val, relative_files(demo_val))))
         files.append(str(path))
     output = str(tmp_path / "out" / "r.json")
     return comprehensive_validation.Settings(
@@ -62,7 +65,7 @@ def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path):
         assert record.error and "\n" not in record.error and len(record.error) <= 400
 
 
-def test_an_unexpected_error_keeps_what_was_computed(settings, monkeypatch):
+def test_an_unexpected_error_of_one_model_keeps_the_numbers_of_the_others(settings, monkeypatch):
     evaluate = comprehensive_validation.evaluate
 
     def failing(name, *arguments):
@@ -71,10 +74,51 @@ def test_an_unexpected_error_keeps_what_was_computed(settings, monkeypatch):
         return evaluate(name, *arguments)
 
     monkeypatch.setattr(comprehensive_validation, "evaluate", failing)
-    with pytest.raises(ZeroDivisionError):
-        comprehensive_validation.main(settings)
-    (record,) = read_results(settings.output).models
-    assert record.name == "a" and record.detection["AP"] > 0
+    comprehensive_validation.main(settings)
+    a, b = read_results(settings.output).models
+    assert a.detection["AP"] > 0 and b.error == "ZeroDivisionError: a fault of the program"
+
+
+def test_strict_fails_where_a_model_is_missing_or_misread(settings, demo_val, tmp_path):
+    rows = coco_detections(detection_table(truth_as_detections(demo_val), demo_val), demo_val, relative_files(demo_val))
+    misread = [row | {"bbox": [value / 100 for value in row["bbox"]]} for row in rows]
+    for name, content in (("right", rows), ("misread", misread)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    settings = replace(settings, strict=True, from_detections=(str(tmp_path / "right.json"),))
+    comprehensive_validation.main(settings)
+    both = (*settings.from_detections, str(tmp_path / "misread.json"))
+    for changed in (replace(settings, models=("missing.pth",)), replace(settings, from_detections=both)):
+        with pytest.raises(SystemExit) as ended:
+            comprehensive_validation.main(changed)
+        assert ended.value.code == 3
+        assert [bool(record.error) for record in read_results(settings.output).models].count(True) == 1
+
+
+@pytest.mark.parametrize("script", [comprehensive_validation, validate_models])
+def test_one_model_is_alive_at_a_time(script, detector, demo, demo_val, tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{name}.pth") for name in "abc"]
+    for path in paths:
+        save_detector(path, Checkpoint(detector, demo_val.class_names, demo_val.category_ids))
+    alive, load = [], checkpoint.load_checkpoint
+
+    def counting(path):
+        assert not any(reference() for reference in alive)
+        loaded = load(path)
+        alive.append(weakref.ref(loaded.detector))
+        return loaded
+
+    monkeypatch.setattr(trained, "load_checkpoint", counting)
+    monkeypatch.chdir(tmp_path)
+    option = {"models" if script is comprehensive_validation else "checkpoints": tuple(paths)}
+    script.main(script.Settings(data=str(demo), val_images=0, workers=0, **option))
+    assert len(alive) == 3
+
+
+@pytest.mark.parametrize("script", [comprehensive_validation, validate_models])
+def test_several_processes_are_refused(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="in one process"):
+        script.main(script.Settings())
 
 
 EDITS = {  # fields of the first record, as a hand may leave them

@@ -80,7 +80,7 @@ def test_the_images_of_a_data_set_are_not_overwritten(folder, demo):
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(folder, monkeypatch):
-    monkeypatch.delattr("common.evaluate.evaluation.Predictor.detect")
+    monkeypatch.delattr("validate_models.run_one")
     Path("out").mkdir()
     for make in (Path.touch, lambda path: path.symlink_to("cats")):  # a file, a link to itself
         make(Path("out/cats"))

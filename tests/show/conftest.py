@@ -6,9 +6,9 @@ import pytest
 from helpers import random_detections
 
 from common.evaluate.bootstrap import comparisons, image_weights
+from common.evaluate.detections import ModelRun, detection_table
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
-from common.types import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def results_file(demo_val, tmp_path_factory) -> Path:
     cost = {"images_per_s": 20.0, "ms_per_image": 50.0, "device": "CPU"}
     weights, evaluated = image_weights(len(demo_val), 0), []
     for seed, name in enumerate(("first", "second")):
-        found = Predictions(random_detections(demo_val, seed), demo_val.class_names, cost)
+        found = ModelRun(detection_table(random_detections(demo_val, seed), demo_val), demo_val.class_names, cost)
         evaluated.append(evaluate(name, f"{name}.pth", found, demo_val, weights))
     records = (*(e.record for e in evaluated), ValidationRecord("third", "third.pth", error="no such file"))
     dataset = {"source": "demo", "images": 6, "boxes": len(demo_val.boxes), "class_names": list(demo_val.class_names)}
