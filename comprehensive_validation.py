@@ -180,7 +180,7 @@ def main(settings: Settings) -> ValidationResults:
     data, models = load_split(settings, "val"), named_models(settings)
     check_files(settings, models, data)
     evaluations = evaluate_all(settings, models, data)
-    records = tuple(evaluation.record for evaluation in evaluations)
+    records = [evaluation.record for evaluation in evaluations]
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
     images = len(data.with_objects())
@@ -188,7 +188,7 @@ def main(settings: Settings) -> ValidationResults:
     about = describe_data(data, settings.val_json or settings.data)
     results = ValidationResults(describe_protocol(settings.seed), about, records, comparisons)
     write_results(settings.output, results)
-    print(f"{len(data)} validation images of {results.dataset['source']}")
+    print(f"{len(data)} validation images of {results.dataset.source}")
     print(format_table(records), format_comparisons(results), sep="\n")
     if comparisons and images < bootstrap.MIN_IMAGES_FOR_VERDICT:
         print(f"a verdict needs {bootstrap.MIN_IMAGES_FOR_VERDICT} images with objects, and these are {images}")

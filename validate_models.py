@@ -14,7 +14,7 @@ detections.json (COCO results format, with file_name and category_name beside th
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from common.model import load_detector
 from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.fonts import print_replaced
-from common.show.tables import format_table, number_of
+from common.show.tables import format_table
 
 SHEET_IMAGES = 16
 JPEG_COMMENT = b"annotated by validate_models.py"
@@ -125,7 +125,7 @@ def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tu
             json.dump(coco_detections(run.table, named, [str(image.path) for image in data.images]), stream)
         print(f"{name}: {len(run.table)} detections in {file}")
     else:
-        run = replace(run, cost=asdict(detector_cost(detector, data, settings.batch_size)))
+        run = replace(run, cost=detector_cost(detector, data, settings.batch_size))
     return run, detector.min_score
 
 
@@ -150,10 +150,10 @@ def main(settings: Settings) -> dict[str, dict]:
         points = ", ".join(f"{score:.2f} ({name})" for name, score in scores.items())
         print(f"drawn are detections with at least the score of best F1 in validation, the operating point: {points}")
     if records:
-        print(format_table(tuple(records), COLUMNS))
+        print(format_table(records, COLUMNS))
     sheet = write_images(settings, data, runs, scores, drawn)
     print(f"annotated images in {settings.output}/, contact sheet: {sheet}")
-    return {r.name: {**(r.primary or {}), "AP50": number_of(r, "detection", "AP50")} for r in records}
+    return {r.name: vars(r.primary) | {"AP50": r.number("detection", "AP50")} for r in records}
 
 
 if __name__ == "__main__":

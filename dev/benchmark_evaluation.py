@@ -87,9 +87,14 @@ def all_numbers(table: DetectionTable, data: DetectionData) -> dict:
     """Everything in a record but the intervals."""
     matched = match_detections(table, data)
     point, agnostic = operating_point(matched.by_class), precision_at_recalls(match_boxes_alone(matched, data), 1)
-    primary = primary_numbers(primary_pairs(matched, data, point["score"]))
+    primary = primary_numbers(primary_pairs(matched, data, point.score))
     warnings = check_agreement(matched, data)
-    return coco_numbers(matched, data) | primary | diagnose(matched, data, point) | {"": agnostic, "warnings": warnings}
+    return (
+        coco_numbers(matched, data)
+        | primary
+        | vars(diagnose(matched, data, point))
+        | {"": agnostic, "warnings": warnings}
+    )
 
 
 def main(settings: Settings) -> None:

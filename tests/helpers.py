@@ -23,8 +23,22 @@ from common.cli import flag_name
 from common.console import Interrupted, install_handlers
 from common.data.sources import TrainDataFlags
 from common.evaluate.detections import coco_detections, detection_table
-from common.evaluate.metrics import coco_numbers, match_boxes_alone, match_detections, mean, precision_at_recalls
+from common.evaluate.metrics import (
+    COCO_NUMBERS,
+    coco_numbers,
+    match_boxes_alone,
+    match_detections,
+    mean,
+    precision_at_recalls,
+)
 from common.evaluate.primary import headline
+from common.evaluate.results import (
+    DataDescription,
+    DetectionNumbers,
+    PrimaryNumbers,
+    ValidationRecord,
+    ValidationResults,
+)
 from common.model.losses import LossConfig
 from common.train.state import TrainState
 from common.types import Detections, ImageMeta, Target, Targets
@@ -115,6 +129,28 @@ def numbers_of_table(table, data):
     matched = match_detections(table, data)
     agnostic = mean(precision_at_recalls(match_boxes_alone(matched, data), 1))
     return headline(table, data) | coco_numbers(matched, data) | {"class_agnostic_AP50": agnostic}
+
+
+def record_of(name, primary=None, cost=None, conditions=None, diagnosis=None, intervals=None, **detection):
+    """A record with these numbers; all others do not exist."""
+    names = (*COCO_NUMBERS, "class_agnostic_AP50")
+    curves = {"per_class": {}, "precision_at_recall": {"0.5": None, "0.75": None}}
+    columns = ("accuracy", "precision", "recall", "f1", "mean_iou", "found")
+    return ValidationRecord(
+        name,
+        f"{name}.pth",
+        detection=DetectionNumbers(**dict.fromkeys(names) | curves | detection),
+        primary=PrimaryNumbers(**dict.fromkeys(columns) | (primary or {})),
+        cost=cost,
+        conditions=conditions or {},
+        diagnosis=diagnosis,
+        intervals=intervals,
+    )
+
+
+def results_of(*records, source="demo", class_names=("a", "b"), comparisons=()):
+    data = DataDescription(source, "val", 6, 30, len(class_names), list(class_names), "0")
+    return ValidationResults({}, data, list(records), list(comparisons))
 
 
 def crowded(data):

@@ -19,6 +19,7 @@ import numpy as np
 from common.data.memory import DetectionData
 from common.evaluate.metrics import RECALLS, MatchedDetections, Matches
 from common.evaluate.primary import PrimaryPairs, weighted_scores
+from common.evaluate.results import Comparison, Verdict
 
 RESAMPLES = 1000
 SHOWN_LEVEL = 95  # per cent
@@ -155,7 +156,7 @@ class Sampled:
         return np.clip(self.interval(), 0, 1).tolist()
 
 
-def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> list[dict]:
+def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> list[Comparison]:
     """The interval of the difference and the verdict, for every pair of models and every number.
 
     Args:
@@ -163,20 +164,17 @@ def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> lis
         images: the number of images with objects.
 
     Returns:
-        For each pair `a`, `b` and, under `numbers`, for each number the 95% `interval` of a - b and the `verdict` of
-        the 99% interval: better (a's is higher), worse, not distinguishable, where it contains 0, or too few images,
-        where there are less than MIN_IMAGES_FOR_VERDICT.
+        For each pair and each number the 95% interval of a - b, and the verdict of the 99% interval: better (a's is
+        higher), worse, not distinguishable, where it contains 0, or too few images, where there are less than
+        MIN_IMAGES_FOR_VERDICT.
     """
     return [
-        {"a": a, "b": b, "numbers": {name: _compare(of_a[name] - of_b[name], images) for name in of_a}}
+        Comparison(a, b, {name: _compare(of_a[name] - of_b[name], images) for name in of_a})
         for (a, of_a), (b, of_b) in itertools.combinations(models.items(), 2)
     ]
 
 
-def _compare(difference: Sampled, images: int) -> dict:
+def _compare(difference: Sampled, images: int) -> Verdict:
     low, high = difference.interval(VERDICT_LEVEL)
     verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-    return {
-        "interval": difference.interval(),
-        "verdict": TOO_FEW if images < MIN_IMAGES_FOR_VERDICT else verdict,
-    }
+    return Verdict(difference.interval(), TOO_FEW if images < MIN_IMAGES_FOR_VERDICT else verdict)

@@ -4,28 +4,15 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from common.evaluate.results import Cost
 from common.runtime import device_name
 
 TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
 MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of detection on this machine. It contains post-processing, but not decoding and resizing of image files."""
-
-    parameters: int | None  # None for an exported model
-    ms_per_image: float  # batch of one, median
-    images_per_s: float  # at `batch_size`
-    batch_size: int
-    peak_memory_mb: float | None  # see `PeakMemory`
-    device: str
-    precision: str
 
 
 class PeakMemory:

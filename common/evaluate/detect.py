@@ -1,6 +1,5 @@
 """Running detectors of this project: batches of images in, `Detections` out, in training and in evaluation."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,9 +10,10 @@ from torch.utils.data import DataLoader
 from common.console import finish_step_first, progress_bar
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
-from common.evaluate.cost import Cost, measure_cost, seconds
+from common.evaluate.cost import measure_cost, seconds
 from common.evaluate.detections import ModelRun, detection_table, label_map
 from common.evaluate.primary import headline
+from common.evaluate.results import Cost
 from common.model import TrainedDetector, load_detector
 from common.model.postprocess import detections_of, fuse_predictions, postprocess
 from common.runtime import raise_if_interrupted
@@ -103,5 +103,5 @@ def run_own(path: str, data: DetectionData, batch_size: int, workers: int, preci
     """
     detector = load_detector(path, precision=precision)
     detections = run_detector(detector, data, batch_size, workers, Path(path).stem)
-    cost = asdict(detector_cost(detector, data, batch_size))
+    cost = detector_cost(detector, data, batch_size)
     return ModelRun(detection_table(detections, data), detector.class_names, cost, detector.conditions())

@@ -13,6 +13,7 @@ import numpy as np
 
 from common.console import InputError, name_some
 from common.data.memory import DetectionData
+from common.evaluate.results import Cost
 from common.types import Detections
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
@@ -59,7 +60,7 @@ class ModelRun:
 
     table: DetectionTable
     class_names: tuple[str, ...]
-    cost: dict | None = None  # the fields of `cost.Cost`
+    cost: Cost | None = None
     conditions: dict = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # how detections were read, and what was left out
 

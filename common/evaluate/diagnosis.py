@@ -7,30 +7,29 @@ import numpy as np
 from common.data.memory import DetectionData
 from common.evaluate.metrics import MatchedDetections, Matches, match_any_class, mean, precision_at_recalls
 from common.evaluate.overlaps import BACKGROUND_IOU, MATCH_IOU, Overlaps
+from common.evaluate.results import Bin, Calibration, Diagnosis, ErrorKind, OperatingPoint
 
 CALIBRATION_BINS = 10  # of equal width
 CALIBRATION_FLOOR = 0.05  # lower scores are left out: they are so many that the mean would show little else
+CONFUSION_CLASSES = 500  # data sets of more have no matrix, whose size is their square
 ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 
-def diagnose(matched: MatchedDetections, data: DetectionData, point: dict[str, float | None]) -> dict:
-    """Errors, calibration and confusion matrix of one model, in plain types.
+def diagnose(matched: MatchedDetections, data: DetectionData, point: OperatingPoint) -> Diagnosis:
+    """Errors, calibration and confusion matrix of one model.
 
     Args:
         matched: the detections of one model.
         data: the ground truth.
         point: what `operating_point` returns for them.
     """
-    chosen = matched.table.score >= (np.inf if point["score"] is None else point["score"])
-    return {
-        "operating_point": point,
-        "errors": error_breakdown(matched, data, chosen),
-        "calibration": calibration(matched.by_class),
-        "confusion": confusion(matched, data, chosen).tolist(),
-    }
+    chosen = matched.table.score >= (np.inf if point.score is None else point.score)
+    errors = error_breakdown(matched, data, chosen)
+    counts = confusion(matched, data, chosen).tolist() if len(data.class_names) <= CONFUSION_CLASSES else []
+    return Diagnosis(point, errors, calibration(matched.by_class), counts)
 
 
-def error_breakdown(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> dict[str, dict]:
+def error_breakdown(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> dict[str, ErrorKind]:
     """The gain in AP50 if one kind of error alone were corrected (TIDE, arXiv 2008.08115), for each kind.
 
     A false positive is of the first kind that applies: duplicate (of an object of its class that a higher-scoring
@@ -52,7 +51,7 @@ def error_breakdown(matched: MatchedDetections, data: DetectionData, chosen: np.
     left = ~data.crowd & ~_missed(matches, kinds, boxes, data, np.ones_like(chosen))
     corrected["missed"] = replace(matches, object_image=data.image_of_box()[left], object_label=data.labels[left])
     gains = {name: None if before is None else _gain(before, _ap50(m, data)) for name, m in corrected.items()}
-    return {name: {"gain": gains[name], "count": counts[name]} for name in ERROR_KINDS}
+    return {name: ErrorKind(gains[name], counts[name]) for name in ERROR_KINDS}
 
 
 def _gain(before: float, after: float | None) -> float:
@@ -114,7 +113,7 @@ def _ap50(matches: Matches, data: DetectionData) -> float | None:
     return mean(precision_at_recalls(matches, len(data.class_names))[0])
 
 
-def calibration(matches: Matches) -> dict:
+def calibration(matches: Matches) -> Calibration:
     """Precision by score, in bins of equal width, for detections with a score of at least CALIBRATION_FLOOR.
 
     Returns:
@@ -125,11 +124,11 @@ def calibration(matches: Matches) -> dict:
     score, hit = matches.score[kept], matches.hit[0][kept]
     bin_of = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     bins = [
-        {"score": float(score[in_bin].mean()), "precision": float(hit[in_bin].mean()), "count": int(in_bin.sum())}
+        Bin(float(score[in_bin].mean()), float(hit[in_bin].mean()), int(in_bin.sum()))
         for in_bin in (bin_of == number for number in np.unique(bin_of))
     ]
-    error = sum(b["count"] * abs(b["score"] - b["precision"]) for b in bins) / len(score) if len(score) else None
-    return {"expected_error": error, "bins": bins}
+    error = sum(b.count * abs(b.score - b.precision) for b in bins) / len(score) if len(score) else None
+    return Calibration(error, bins)
 
 
 def confusion(matched: MatchedDetections, data: DetectionData, chosen: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from common.evaluate.metrics import (
     precision_at_recalls,
 )
 from common.evaluate.primary import primary_numbers, primary_pairs
-from common.evaluate.results import ValidationRecord
+from common.evaluate.results import DataDescription, DetectionNumbers, PrimaryNumbers, ValidationRecord
 from common.evaluate.trust import check_agreement
 from common.model import postprocess
 
@@ -68,12 +68,14 @@ def evaluate(
     conditions = run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
     matched = match_detections(table, data)
     point, boxes_alone = operating_point(matched.by_class), match_boxes_alone(matched, data)
-    primary = primary_pairs(matched, data, point["score"])
+    primary = primary_pairs(matched, data, point.score)
     record = ValidationRecord(
         name,
         path,
-        detection=coco_numbers(matched, data) | {"class_agnostic_AP50": mean(precision_at_recalls(boxes_alone, 1))},
-        primary=primary_numbers(primary),
+        detection=DetectionNumbers(
+            **coco_numbers(matched, data), class_agnostic_AP50=mean(precision_at_recalls(boxes_alone, 1))
+        ),
+        primary=PrimaryNumbers(**primary_numbers(primary)),
         cost=run.cost,
         conditions=conditions,
         warnings=[*run.warnings, *_class_warnings(run.class_names, labels, data)],
@@ -83,7 +85,7 @@ def evaluate(
     doubts = check_agreement(matched, data)
     if doubts and strict:
         raise InputError(f"{path}: {doubts[0]} (refused by --strict)")
-    numbers: dict = (record.primary or {}) | (record.detection or {})
+    numbers = vars(record.primary) | vars(record.detection)
     resamples = resample(matched, boxes_alone, primary, data, weights)
     samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
     record = replace(
@@ -109,17 +111,11 @@ def describe_protocol(seed: int) -> dict:
     }
 
 
-def describe_data(data: DetectionData, source: str) -> dict:
+def describe_data(data: DetectionData, source: str) -> DataDescription:
     """The data set of the results, called as `--data` or `--val-json` names it."""
-    return {
-        "source": source,
-        "split": "val",
-        "images": len(data),
-        "boxes": int((~data.crowd).sum()),
-        "classes": len(data.class_names),
-        "class_names": list(data.class_names),
-        "fingerprint": data.fingerprint(),
-    }
+    boxes, names = int((~data.crowd).sum()), list(data.class_names)
+    counts = np.bincount(data.labels[~data.crowd], minlength=len(names)).tolist()
+    return DataDescription(source, "val", len(data), boxes, len(names), names, data.fingerprint(), counts)
 
 
 def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.overlaps import MATCH_IOU, Overlaps, assign, find_overlaps
+from common.evaluate.results import ClassNumbers, OperatingPoint
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 RECALLS = np.linspace(0, 1, 101)  # AP is the mean of the precision at these
@@ -183,7 +184,7 @@ def coco_numbers(matched: MatchedDetections, data: DetectionData) -> dict:
     parts = [every, every[0], every[5], *precision.values(), *recall.values()]
     exists = ~np.isnan(every[0, 0])
     return dict(zip(COCO_NUMBERS, map(mean, parts), strict=True)) | {
-        "per_class": {name: {"AP": mean(every[..., k]), "AP50": mean(every[0, :, k])} for k, name in enumerate(names)},
+        "per_class": {name: ClassNumbers(mean(every[..., k]), mean(every[0, :, k])) for k, name in enumerate(names)},
         "precision_at_recall": {
             iou: every[t][:, exists].mean(1).tolist() if exists.any() else None for iou, t in CURVES.items()
         },
@@ -203,7 +204,7 @@ def mean(values: np.ndarray) -> float | None:
     return float(values[exists].mean()) if exists.any() else None
 
 
-def operating_point(matches: Matches) -> dict[str, float | None]:
+def operating_point(matches: Matches) -> OperatingPoint:
     """The score threshold with the best F1 over all objects at IoU 0.5, and precision, recall and F1 at it.
 
     The threshold is chosen on the images that it is reported for. None without objects or detections.
@@ -211,11 +212,10 @@ def operating_point(matches: Matches) -> dict[str, float | None]:
     counted, objects = ~matches.ignored[0], len(matches.object_label)
     score, hit = matches.score[counted], matches.hit[0][counted]
     if not objects or not len(score):
-        return dict.fromkeys(("score", "precision", "recall", "f1"))
+        return OperatingPoint(None, None, None, None)
     order = np.argsort(-score, kind="stable")
     score, right, kept = score[order], hit[order].cumsum(), np.arange(1, len(order) + 1)
     last = np.append(score[1:] < score[:-1], True)  # equal scores stay together
     f1 = np.where(last, 2 * right / (kept + objects), -1)
     best = int(np.argmax(f1))
-    numbers = score[best], right[best] / kept[best], right[best] / objects, f1[best]
-    return dict(zip(("score", "precision", "recall", "f1"), map(float, numbers), strict=True))
+    return OperatingPoint(*map(float, (score[best], right[best] / kept[best], right[best] / objects, f1[best])))

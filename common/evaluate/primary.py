@@ -107,7 +107,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def headline(table: DetectionTable, data: DetectionData) -> dict[str, float | None]:
     """What an epoch of training reports: the study's columns and `found`, AP50, AP, and the operating point."""
     matched = match_detections(table, data)
-    score = operating_point(matched.by_class)["score"]
+    score = operating_point(matched.by_class).score
     precision = precision_at_recalls(matched.by_class, len(data.class_names))
     numbers = {"AP50": mean(precision[0]), "AP": mean(precision), "operating_point": score}
     return primary_numbers(primary_pairs(matched, data, score)) | numbers

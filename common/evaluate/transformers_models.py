@@ -1,7 +1,6 @@
 """Detectors of transformers as `ModelRun`s: what `AutoModelForObjectDetection` loads, with its image processor."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
         raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
     conditions = {"model_type": model.config.model_type, "transformers": transformers.__version__}
     names = tuple(str(model.config.id2label[label]) for label in labels)
-    return ModelRun(detection_table(detections, data), names, asdict(cost), conditions)
+    return ModelRun(detection_table(detections, data), names, cost, conditions)
 
 
 def _load(folder: str) -> tuple[Any, Any]:

@@ -7,7 +7,6 @@ statistics and automatic installation of packages are switched off; it only fetc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.devi
         raise InputError(f"{name}: ultralytics cannot run it: {_reason(error)}") from error
     conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **SETTINGS}
     class_names = tuple(names[key] for key in sorted(names))
-    return ModelRun(detection_table(detections, data), class_names, asdict(cost), conditions)
+    return ModelRun(detection_table(detections, data), class_names, cost, conditions)
 
 
 def _load(name: str) -> Any:

@@ -1,10 +1,8 @@
-"""Results as text tables for the terminal, and how a number is read from a record. Imports no torch.
+"""Results as text tables for the terminal, and names short enough for tables and charts. Imports no torch."""
 
-Results files may be edited by hand or come from an earlier version: a part that is missing, or not what the schema
-says, is read as a number that does not exist.
-"""
-
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from common.console import one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -16,10 +14,10 @@ class Column(NamedTuple):
     heading: str
     part: str
     keys: tuple[str, ...]
-    form: str
+    format: str
 
 
-TABLE = (
+COLUMNS = (
     Column("accuracy", "primary", ("accuracy",), "{:.1%}"),
     Column("precision", "primary", ("precision",), "{:.1%}"),
     Column("recall", "primary", ("recall",), "{:.1%}"),
@@ -43,74 +41,32 @@ NAMES = {  # of the numbers that have intervals
     "AP": "AP",
     "class_agnostic_AP50": "class-agnostic mAP@0.5",
 }
-MAX_NUMBER = 1e300  # beyond it Python's whole numbers do not fit into a float
 
 
-def value_of(record: ValidationRecord, *keys: str) -> Any:
-    """What a record holds under a field's name and the keys below it; None where any of them is missing."""
-    value: Any = vars(record)
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def short_names(names: Sequence[str], width: int = 40) -> list[str]:
+    """The names on one line of at most `width` characters; those that were cut to the same text get a number."""
+    short = [one_line(name, width) for name in names]
+    counts, seen = Counter(short), Counter[str]()
+    for place, text in enumerate(short):
+        if counts[text] > 1:
+            seen[text] += 1
+            number = f"{seen[text]}: "
+            short[place] = number + one_line(names[place], width - len(number))
+    return short
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
-        return None
-    return float(value)
-
-
-def number_of(record: ValidationRecord, *keys: str) -> float | None:
-    """The number under these keys; None where it does not exist or is inf or NaN."""
-    return _number(value_of(record, *keys))
-
-
-def list_of(record: ValidationRecord, *keys: str) -> list:
-    """The list under these keys; empty where it does not exist."""
-    value = value_of(record, *keys)
-    return value if isinstance(value, list) else []
-
-
-def _interval(value: object) -> tuple[float, float] | None:
-    numbers = [_number(limit) for limit in value] if isinstance(value, list | tuple) else []
-    match numbers:
-        case [float(low), float(high)]:
-            return low, high
-    return None
-
-
-def interval_of(record: ValidationRecord, key: str) -> tuple[float, float] | None:
-    """The 95% interval of a number; None where it does not exist."""
-    return _interval(value_of(record, "intervals", key))
-
-
-class Verdict(NamedTuple):
-    """Of one number of a pair of models: the interval of the difference, and what follows from it."""
-
-    low: float
-    high: float
-    text: str
-
-
-def verdict_of(pair: dict, key: str) -> Verdict | None:
-    """The verdict of a pair of `ValidationResults.comparisons` on a number; None where it does not exist."""
-    numbers = pair.get("numbers")
-    number = numbers.get(key) if isinstance(numbers, dict) else None
-    interval = _interval(number.get("interval")) if isinstance(number, dict) else None
-    return Verdict(*interval, str(number.get("verdict") or "no verdict")) if number and interval else None
-
-
-def cell(record: ValidationRecord, column: Column) -> str:
+def format_cell(record: ValidationRecord, column: Column) -> str:
     """The text of one model in one column of the table, "-" for a number that does not exist."""
-    numbers = [number_of(record, column.part, key) for key in column.keys]
-    return " / ".join("-" if number is None else column.form.format(number) for number in numbers)
+    numbers = [record.number(column.part, key) for key in column.keys]
+    return " / ".join("-" if number is None else column.format.format(number) for number in numbers)
 
 
-def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...] = ()) -> str:
-    """A table for the terminal, one line per model; `headings` selects columns of TABLE; empty selects all."""
-    columns = [column for column in TABLE if not headings or column.heading in headings]
+def format_table(records: Sequence[ValidationRecord], headings: Sequence[str] = ()) -> str:
+    """A table for the terminal, one line per model; `headings` selects columns; empty selects all."""
+    columns = [column for column in COLUMNS if not headings or column.heading in headings]
+    names = short_names([record.name for record in records])
     rows = [["model", *(column.heading for column in columns)]]
-    rows += [[one_line(record.name), *(cell(record, column) for column in columns)] for record in records]
+    rows += [[name, *(format_cell(r, column) for column in columns)] for name, r in zip(names, records, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_aligned(row, widths) for row in rows]
     for position, record in enumerate(records, 1):
@@ -125,11 +81,12 @@ def _aligned(row: list[str], widths: list[int]) -> str:
     return "  ".join([row[0].ljust(widths[0]), *others])
 
 
-def format_comparisons(results: ValidationResults, numbers: tuple[str, ...] = ("AP50", "AP", "accuracy")) -> str:
+def format_comparisons(results: ValidationResults, numbers: Sequence[str] = ("AP50", "AP", "accuracy")) -> str:
     """A line per pair of models: the 95% interval of the difference of some numbers, and the verdict."""
-    lines = []
+    names = [record.name for record in results.models]
+    short, lines = dict(zip(names, short_names(names), strict=True)), []
     for pair in results.comparisons:
-        verdicts = {NAMES[key]: verdict for key in numbers if (verdict := verdict_of(pair, key))}
-        parts = [f"{name} [{v.low:+.3f}, {v.high:+.3f}] {v.text}" for name, v in verdicts.items()]
-        lines.append(f"{one_line(pair.get('a'))} against {one_line(pair.get('b'))}: {'; '.join(parts)}")
+        verdicts = {NAMES[key]: pair.numbers[key] for key in numbers if key in pair.numbers}
+        parts = [f"{name} [{v.interval[0]:+.3f}, {v.interval[1]:+.3f}] {v.verdict}" for name, v in verdicts.items()]
+        lines.append(f"{short.get(pair.a, pair.a)} against {short.get(pair.b, pair.b)}: {'; '.join(parts)}")
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from common.evaluate.diagnosis import calibration, confusion, diagnose, error_br
 from common.evaluate.evaluation import evaluate
 from common.evaluate.metrics import Matches, match_boxes_alone, match_detections, operating_point
 from common.evaluate.primary import primary_numbers, primary_pairs
+from common.evaluate.results import ErrorKind
 from common.evaluate.trust import check_agreement
 
 
@@ -44,7 +45,7 @@ def table_of(data, seed=0, count=30):
 
 def resampled(table, data, weights):
     matched = match_detections(table, data)
-    primary = primary_pairs(matched, data, operating_point(matched.by_class)["score"])
+    primary = primary_pairs(matched, data, operating_point(matched.by_class).score)
     return resample(matched, match_boxes_alone(matched, data), primary, data, weights)
 
 
@@ -72,7 +73,7 @@ def test_a_resample_equals_a_data_set_with_repeated_images(seed, demo_val):
     counts = np.array([0, 2, 1, 3, 0, 1])
     table = detection_table(found, data)
     ours = resampled(table, data, counts[:, None].astype(np.float32))
-    score = operating_point(match_detections(table, data).by_class)["score"]
+    score = operating_point(match_detections(table, data).by_class).score
     large, index = repeated(data, counts)
     copies = [replace(found[i], image_id=p.id) for i, p in zip(index, large.images, strict=True)]
     table = detection_table(copies, large)
@@ -108,15 +109,15 @@ def test_verdicts(demo_val):
     noisy = samples_of(table_of(demo_val), demo_val, weights)
     models = {"noisy": noisy, "perfect": perfect, "again": noisy}
     pairs = comparisons(models, MIN_IMAGES_FOR_VERDICT)
-    assert [(pair["a"], pair["b"]) for pair in pairs] == [
+    assert [(pair.a, pair.b) for pair in pairs] == [
         ("noisy", "perfect"),
         ("noisy", "again"),
         ("perfect", "again"),
     ]
-    verdicts = [pair["numbers"]["AP50"]["verdict"] for pair in pairs]
+    verdicts = [pair.numbers["AP50"].verdict for pair in pairs]
     assert verdicts == ["worse", "not distinguishable", "better"]
     few = comparisons(models, MIN_IMAGES_FOR_VERDICT - 1)
-    assert {number["verdict"] for pair in few for number in pair["numbers"].values()} == {"too few images"}
+    assert {number.verdict for pair in few for number in pair.numbers.values()} == {"too few images"}
 
 
 def test_images_with_objects_have_a_box_that_is_no_crowd(demo_val):
@@ -132,10 +133,10 @@ def test_operating_point_is_the_best_of_all_thresholds(demo_val):
     for score in np.unique(matches.score):
         kept = matches.score >= score
         best = max(best, 2 * hit[kept].sum() / (kept.sum() + objects))
-    assert point["f1"] == pytest.approx(best)
-    kept = matches.score >= point["score"]
-    assert point["precision"] == pytest.approx(hit[kept].mean())
-    assert point["recall"] == pytest.approx(hit[kept].sum() / objects)
+    assert point.f1 == pytest.approx(best)
+    kept = matches.score >= point.score
+    assert point.precision == pytest.approx(hit[kept].mean())
+    assert point.recall == pytest.approx(hit[kept].sum() / objects)
 
 
 def errors_of(table, data):
@@ -158,9 +159,9 @@ def test_each_kind_of_error_is_recognised(demo_val):
         found = [change(f, torch.arange(len(f.scores)) % 4 == 1) for f in right]
         table = detection_table(found, demo_val)
         errors = errors_of(table, demo_val)
-        assert errors[kind]["gain"] == pytest.approx(1 - ap50(found, demo_val), abs=1e-6), kind
-        assert errors[kind]["count"] == sum((len(f.scores) + 2) // 4 for f in right), kind
-        assert all(e["count"] == 0 and e["gain"] == 0 for name, e in errors.items() if name != kind), kind
+        assert errors[kind].gain == pytest.approx(1 - ap50(found, demo_val), abs=1e-6), kind
+        assert errors[kind].count == sum((len(f.scores) + 2) // 4 for f in right), kind
+        assert all(e.count == 0 and e.gain == 0 for name, e in errors.items() if name != kind), kind
 
 
 def shrunk(boxes):
@@ -176,12 +177,12 @@ def test_additional_detections_are_duplicates_or_background(demo_val):
     ]
     table = detection_table(twice, demo_val)
     errors = errors_of(table, demo_val)
-    assert errors["duplicate"]["count"] == len(table) // 2 and errors["background"]["count"] == 0
+    assert errors["duplicate"].count == len(table) // 2 and errors["background"].count == 0
     outside = [replace(f, boxes=f.boxes + 5000, scores=f.scores + 1) for f in right]
     table = detection_table([*right, *outside], demo_val)
     errors = errors_of(table, demo_val)
-    assert errors["background"]["count"] == len(table) // 2
-    assert errors["background"]["gain"] == pytest.approx(1 - ap50([*right, *outside], demo_val), abs=1e-6)
+    assert errors["background"].count == len(table) // 2
+    assert errors["background"].gain == pytest.approx(1 - ap50([*right, *outside], demo_val), abs=1e-6)
 
 
 def confusion_of(found, data):
@@ -208,19 +209,19 @@ def test_calibration_of_calibrated_and_overconfident_scores():
     hit, crowd = (rng.random(20000) < score)[None], np.zeros((1, 20000), bool)
     calibrated = Matches(nothing, nothing, score, np.where(hit, 0, -1), crowd, nothing, nothing)
     overconfident = replace(calibrated, box=np.where(rng.random(20000) < score / 2, 0, -1)[None])
-    assert calibration(calibrated)["expected_error"] < 0.02
-    assert calibration(overconfident)["expected_error"] == pytest.approx(0.26, abs=0.03)
-    assert sum(b["count"] for b in calibration(calibrated)["bins"]) == (score >= 0.05).sum()
+    assert calibration(calibrated).expected_error < 0.02
+    assert calibration(overconfident).expected_error == pytest.approx(0.26, abs=0.03)
+    assert sum(b.count for b in calibration(calibrated).bins) == (score >= 0.05).sum()
 
 
 def test_no_detections_and_no_objects(demo_val):
     diagnosis = diagnosis_of(DetectionTable.empty(), demo_val)
-    assert diagnosis["operating_point"]["f1"] is None and diagnosis["calibration"]["expected_error"] is None
-    assert diagnosis["errors"]["missed"] == {"gain": 0.0, "count": len(demo_val.labels)}
+    assert diagnosis.operating_point.f1 is None and diagnosis.calibration.expected_error is None
+    assert diagnosis.errors["missed"] == ErrorKind(0.0, len(demo_val.labels))
     bare = replace(demo_val, **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")})
     bare = replace(bare, starts=np.zeros_like(demo_val.starts))
     diagnosis = diagnosis_of(table_of(demo_val), bare)
-    assert diagnosis["operating_point"]["f1"] is None and diagnosis["errors"]["missed"]["gain"] is None
+    assert diagnosis.operating_point.f1 is None and diagnosis.errors["missed"].gain is None
     predictions = ModelRun(table_of(bare), bare.class_names)
     evaluation = evaluate("a", "a.pth", predictions, bare, image_weights(len(bare), 0))
     assert evaluation.samples == {} and set(evaluation.record.intervals.values()) == {None}
@@ -311,9 +312,12 @@ def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
     weights = image_weights(len(demo_val), 0)
     ours = evaluate("a", "a.pth", ModelRun(table, demo_val.class_names), demo_val, weights).record
     theirs = evaluate("b", "d.json", read, demo_val, weights).record
-    assert theirs.primary == pytest.approx(ours.primary) and theirs.conditions["detections_of_unknown_categories"] == 1
+    assert (
+        vars(theirs.primary) == pytest.approx(vars(ours.primary))
+        and theirs.conditions["detections_of_unknown_categories"] == 1
+    )
     for name in ("AP", "AP50", "AP_small", "AR100", "class_agnostic_AP50"):
-        assert theirs.detection[name] == pytest.approx(ours.detection[name], abs=1e-6)
+        assert theirs.number("detection", name) == pytest.approx(ours.number("detection", name), abs=1e-6)
     assert theirs.intervals["AP"] == pytest.approx(ours.intervals["AP"], abs=1e-6)
 
 
@@ -350,8 +354,8 @@ def test_yolo_reproduces_its_known_figure(assets):
     data = load_split(data_flags(str(assets / "coco-subset")), "val")
     found = run_yolo(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))
     record = evaluate("yolo", "", found, data).record
-    assert record.detection["AP"] == pytest.approx(0.398, abs=0.003)
-    assert record.detection["AP50"] == pytest.approx(0.561, abs=0.003)
+    assert pytest.approx(0.398, abs=0.003) == record.detection.AP
+    assert pytest.approx(0.561, abs=0.003) == record.detection.AP50
     assert record.conditions["classes_compared"] == 80
     assert Image.open.__module__ == "PIL.Image" and torch.save.__module__ == "torch.serialization"
 

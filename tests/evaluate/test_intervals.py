@@ -93,5 +93,5 @@ def test_equal_models_hardly_ever_get_a_verdict():
         weights = exponential(images, images)
         tables = {str(n): generated_detections(data, noise, n) for n in range(14)}
         models = {name: {"AP50": sampled_ap50(table, data, weights)} for name, table in tables.items()}
-        verdicts += [pair["numbers"]["AP50"]["verdict"] for pair in comparisons(models, images)]
+        verdicts += [pair.numbers["AP50"].verdict for pair in comparisons(models, images)]
     assert np.mean([verdict != "not distinguishable" for verdict in verdicts]) <= 0.03

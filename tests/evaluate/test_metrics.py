@@ -62,7 +62,7 @@ def test_the_ground_truth_as_detections_has_an_ap_of_one(demo_val):
 def test_ap50_is_the_mean_over_the_classes(demo_val):
     matched = match_detections(detection_table(random_detections(demo_val, 5), demo_val), demo_val)
     numbers = coco_numbers(matched, demo_val)
-    existing = [c["AP50"] for c in numbers["per_class"].values() if c["AP50"] is not None]
+    existing = [c.AP50 for c in numbers["per_class"].values() if c.AP50 is not None]
     assert np.mean(existing) == pytest.approx(numbers["AP50"])
 
 

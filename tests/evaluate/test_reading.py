@@ -208,7 +208,7 @@ def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
     data = replace(demo_val, class_names=tuple(name.upper() for name in demo_val.class_names))
     predictions = ModelRun(detection_table(truth_as_detections(demo_val), demo_val), demo_val.class_names)
     record = evaluate("a", "a.pt", predictions, data).record
-    assert record.detection["AP"] == pytest.approx(1) and record.warnings[0].startswith("10 classes were matched")
+    assert pytest.approx(1) == record.detection.AP and record.warnings[0].startswith("10 classes were matched")
     record = evaluate("a", "a.pt", replace(predictions, class_names=(*demo_val.class_names[:9], "y")), demo_val).record
     assert record.warnings[0].startswith("the model lacks 1 of the 10 classes")
 

@@ -2,17 +2,31 @@
 
 import json
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from helpers import random_detections, truth_as_detections
+from helpers import ROOT, random_detections, record_of, results_of, truth_as_detections
 
 import comprehensive_validation
 import validate_models
 from common.console import InputError
 from common.evaluate.detections import coco_detections, detection_table, relative_files
-from common.evaluate.results import read_results
+from common.evaluate.results import (
+    Bin,
+    Calibration,
+    Cost,
+    DataDescription,
+    DetectionNumbers,
+    Diagnosis,
+    ErrorKind,
+    OperatingPoint,
+    PrimaryNumbers,
+    ValidationRecord,
+    ValidationResults,
+    read_results,
+    write_results,
+)
 from common.model import checkpoint, trained
 from common.model.checkpoint import Checkpoint, save_detector
 
@@ -34,7 +48,7 @@ def settings(demo, demo_val, tmp_path, monkeypatch):
 
 
 def numbers(results):
-    return [record.detection["AP"] for record in results.models]
+    return [record.detection.AP for record in results.models]
 
 
 def test_written_detections_give_the_same_numbers(settings, tmp_path, capsys):
@@ -60,7 +74,7 @@ def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path):
     files = (*settings.from_detections[1:], str(tmp_path / "c.json"))
     comprehensive_validation.main(replace(settings, models=models, from_detections=files))
     *failed, good, broken = read_results(settings.output).models
-    assert good.detection["AP"] > 0
+    assert good.detection.AP > 0
     for record in (*failed, broken):
         assert record.error and "\n" not in record.error and len(record.error) <= 400
 
@@ -76,7 +90,7 @@ def test_an_unexpected_error_of_one_model_keeps_the_numbers_of_the_others(settin
     monkeypatch.setattr(comprehensive_validation, "evaluate", failing)
     comprehensive_validation.main(settings)
     a, b = read_results(settings.output).models
-    assert a.detection["AP"] > 0 and b.error == "ZeroDivisionError: a fault of the program"
+    assert a.detection.AP > 0 and b.error == "ZeroDivisionError: a fault of the program"
 
 
 def test_strict_fails_where_a_model_is_missing_or_misread(settings, demo_val, tmp_path):
@@ -121,37 +135,50 @@ def test_several_processes_are_refused(script, monkeypatch):
         script.main(script.Settings())
 
 
-EDITS = {  # fields of the first record, as a hand may leave them
-    "null parts": {"intervals": None, "diagnosis": None, "primary": None, "cost": None, "warnings": None},
-    "null intervals": {"intervals": {"AP50": None, "AP": [None, None], "f1": [0.1], "recall": "x"}},
-    "empty parts": {"detection": {}, "diagnosis": {}, "intervals": {}, "conditions": {}, "warnings": "text"},
-    "wrong types": {
-        "diagnosis": {"errors": [], "calibration": {"bins": [1, {}]}, "confusion": [[1, 2], [3]], "operating_point": 1},
-        "detection": {"AP": 0.1, "per_class": {"box": 1}, "precision_at_recall": {"0.5": [None], "0.75": 3}},
-    },
+EDITS = {  # a change of the file, and words of the refusal
+    "text for a number": (
+        lambda c: c["models"][0]["detection"].update(AP="0.5"),
+        "models: 0: detection: AP must be float",
+    ),
+    "no number": (lambda c: c["models"][0]["primary"].pop("f1"), "models: 0: primary lacks 'f1'"),
+    "a list for errors": (lambda c: c["models"][0]["diagnosis"].update(errors=[]), "diagnosis: errors must be dict"),
+    "null for a name": (lambda c: c["models"][1].update(name=None), "models: 1: name must be str, not None"),
+    "a huge number": (lambda c: c["models"][0]["intervals"].update(AP=[0, 10**400]), "intervals: AP: 1 must be float"),
+    "another version": (lambda c: c.update(format_version=1), "format version 2, but of 1: run comprehensive_v"),
+    "no models": (lambda c: c.update(models=[]), "holds no models"),
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_edited_results_are_read(settings, edit):
-    comprehensive_validation.main(settings)
+def test_results_of_another_form_are_refused_with_the_place(settings, edit):
+    change, words = EDITS[edit]
     path = Path(settings.output)
+    write_results(path, results_of(*(evaluated for evaluated in two_records()), class_names=("a",)))
     content = json.loads(path.read_text())
-    content["models"][0] |= EDITS[edit]
-    content["comparisons"][0]["numbers"]["AP50"]["interval"] = None
-    content["comparisons"] += [{}, 3, {"a": "x"}]
-    for part in ("protocol", "dataset", "software", "created"):
-        content[part] = None
+    change(content)
     path.write_text(json.dumps(content))
-    results = read_results(path)
-    first, second = results.models
-    assert second.detection["AP"] > 0 and results.dataset == {} and len(results.comparisons) == 1
-    assert "AP50" not in results.comparisons[0]["numbers"] and "AP" in results.comparisons[0]["numbers"]
-    assert all(interval is None or len(interval) == 2 for interval in (first.intervals or {}).values())
-    if edit == "wrong types":
-        assert first.diagnosis["calibration"]["bins"] == [] and first.diagnosis["confusion"] == []
-        assert first.detection["per_class"] == {"box": {}}
-        assert first.detection["precision_at_recall"] == {"0.5": None, "0.75": None}
+    with pytest.raises(InputError, match=words):
+        read_results(path)
+
+
+def two_records():
+    point, errors = OperatingPoint(0.5, 0.5, 0.5, 0.5), {"class": ErrorKind(0.1, 2)}
+    diagnosis = Diagnosis(point, errors, Calibration(0.1, [Bin(0.5, 0.5, 3)]), [[1, 0], [0, 0]])
+    yield record_of("a", AP=0.5, diagnosis=diagnosis, intervals={"AP": [0.4, 0.6], "AP50": None})
+    yield record_of("b")
+
+
+def test_the_schema_has_the_fields_of_the_dataclasses():
+    schema = json.loads((ROOT / "docs" / "validation_results.schema.json").read_text())
+    model = schema["$defs"]["model"]["properties"]
+    names = {name: {f.name for f in fields(kind)} for name, kind in PARTS.items()}
+    assert {f.name for f in fields(ValidationResults)} | {"format_version"} == set(schema["required"])
+    assert {f.name for f in fields(ValidationRecord)} == set(model)
+    assert all(set(model[name]["required"]) == own for name, own in names.items())
+    assert set(schema["properties"]["dataset"]["required"]) == {f.name for f in fields(DataDescription)}
+
+
+PARTS = {"detection": DetectionNumbers, "primary": PrimaryNumbers, "cost": Cost, "diagnosis": Diagnosis}
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, bytes(range(256)), b'{"models": [3], "format_version": 2}'])

@@ -126,8 +126,8 @@ def test_detections_are_those_of_its_own_post_processing(name, shapes, tmp_path)
     folder = saved(BUILDERS[name], tmp_path / name, ("cat", "N/A", "dog"))
     assert is_transformers(str(folder)) and not is_transformers(str(tmp_path))
     found = run_transformers(str(folder), shapes, 3, CPU)
-    assert found.class_names == ("cat", "N/A", "dog") and found.cost["precision"] == "fp32"
-    assert found.cost["ms_per_image"] > 0 and found.cost["parameters"] > 1000 and found.cost["batch_size"] == 3
+    assert found.class_names == ("cat", "N/A", "dog") and found.cost.precision == "fp32"
+    assert found.cost.ms_per_image > 0 and found.cost.parameters > 1000 and found.cost.batch_size == 3
     model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForObjectDetection, AutoImageProcessor))
     for index, (image, (width, height)) in enumerate(zip(shapes.images, SHAPES, strict=True)):
         boxes, scores, _ = detections_on(found, index)
@@ -167,7 +167,7 @@ def test_it_is_one_row_of_the_evaluation(demo, demo_val, tmp_path, monkeypatch):
     models = ("theirs", "somebody/no-such-detector", "hub:somebody/no-such-one")
     comprehensive_validation.main(replace(settings, models=models))
     theirs, *missing = read_results("validation_results.json").models
-    assert theirs.name == "theirs" and theirs.detection["AP"] is not None and theirs.cost["ms_per_image"] > 0
+    assert theirs.name == "theirs" and theirs.detection.AP is not None and theirs.cost.ms_per_image > 0
     assert theirs.conditions["model_type"] == "rt_detr"
     assert all("is not in the cache and the hub can't be reached" in record.error for record in missing)
 

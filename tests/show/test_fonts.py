@@ -5,11 +5,12 @@ import warnings
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from helpers import record_of, results_of
 from matplotlib.font_manager import fontManager
 from PIL import Image, ImageFont
 
 from common.console import one_line
-from common.evaluate.results import ValidationRecord, ValidationResults
+from common.evaluate.results import Calibration, ClassNumbers, Diagnosis, ErrorKind, OperatingPoint
 from common.show import charts, fonts
 from common.show.drawing import LabelledBox, draw_boxes
 
@@ -55,12 +56,14 @@ def no_further_fonts(monkeypatch):
 
 
 def results_with(names):
-    per_class = {name: {"AP": 0.5, "AP50": 0.5} for name in names}
+    per_class = {name: ClassNumbers(0.5, 0.5) for name in names}
     confusion = [[2 * (row == column) for column in range(len(names) + 1)] for row in range(len(names) + 1)]
-    record = ValidationRecord(
-        names[-1], "m.pth", detection={"per_class": per_class, "AP50": 0.5}, diagnosis={"confusion": confusion}
-    )
-    return ValidationResults({}, {"source": names[-1], "class_names": list(names)}, (record,))
+    diagnosis = Diagnosis(OperatingPoint(0.5, 0.5, 0.5, 0.5), ERRORS, Calibration(None, []), confusion)
+    record = record_of(names[-1], AP50=0.5, per_class=per_class, diagnosis=diagnosis)
+    return results_of(record, source=names[-1], class_names=names)
+
+
+ERRORS = dict.fromkeys(("class", "localisation", "both", "duplicate", "background", "missed"), ErrorKind(0.1, 1))
 
 
 def test_greek_cyrillic_and_signs_are_drawn_as_written(no_further_fonts, capsys):
@@ -89,15 +92,14 @@ def test_an_installed_font_is_found(cat_font, capsys):
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_charts_draw_every_letter_or_its_replacement(installed, no_further_fonts, request, tmp_path, capsys):
+def test_charts_draw_every_letter_or_its_replacement(installed, no_further_fonts, request, capsys):
     if installed:
         request.getfixturevalue("cat_font")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of a letter that its fonts lack
-        drawn = charts.figures(results_with([*COVERED, CAT]))
-        for name, figure in drawn.items():
-            figure.savefig(tmp_path / f"{name}.png")
-    labels = [label.get_text() for label in drawn["per_class"].axes[0].get_yticklabels()]
+        results = results_with([*COVERED, CAT])
+        charts.render(results, dpi=40)
+    labels = [label.get_text() for label in charts.per_class(results).axes[0].get_yticklabels()]
     assert sorted(labels) == sorted([*COVERED, CAT if installed else "class 6: ?"])
     assert bool(capsys.readouterr().out) != installed
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from helpers import truth_as_detections
+from helpers import results_of, truth_as_detections
 from PIL import Image
 
 from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import comparisons, image_weights
 from common.evaluate.detections import ModelRun, detection_table
-from common.evaluate.evaluation import evaluate
-from common.evaluate.results import ValidationRecord, ValidationResults
+from common.evaluate.evaluation import describe_data, evaluate
+from common.evaluate.results import Comparison, ValidationRecord, ValidationResults
 from common.show.report import write_report
 from common.types import Detections
 
@@ -60,8 +60,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
     records = [replace(e.record, warnings=[f"warned {EVIL}"]) for e in evaluations]
     failed = ValidationRecord(f"c {EVIL}", EVIL, error=f"failed {EVIL}\n{EVIL}")
     pairs = comparisons({e.record.name: e.samples for e in evaluations}, len(data))
-    dataset = {"source": EVIL, "images": len(data), "class_names": list(names), EVIL: EVIL}
-    results = ValidationResults({EVIL: EVIL}, dataset, (*records, failed), pairs)
+    results = ValidationResults({EVIL: EVIL}, describe_data(data, EVIL), [*records, failed], pairs)
     write_report(tmp_path / "r.html", results, data, {e.record.name: e.table for e in evaluations})
     page = Page((tmp_path / "r.html").read_text())
     assert page.tags == TAGS and page.attributes <= ATTRIBUTES
@@ -75,8 +74,7 @@ def test_a_report_on_boxes_of_negative_size(demo_val, tmp_path):
     boxes = table.boxes * (1, 1, -1, -1)
     run = ModelRun(replace(table, boxes=boxes), demo_val.class_names)
     evaluated = evaluate("m", "m.json", run, demo_val, image_weights(len(demo_val), 0))
-    pair = {"a": "m", "b": "n", "numbers": {"AP50": {"interval": None, "verdict": None}, "AP": None}}
-    results = ValidationResults({}, {}, (evaluated.record,), [pair, {"a": "m"}])
+    results = results_of(evaluated.record, comparisons=[Comparison("m", "n", {})], class_names=demo_val.class_names)
     write_report(tmp_path / "r.html", results, demo_val, {"m": evaluated.table})
     page = Page((tmp_path / "r.html").read_text())
     assert "m against n" in " ".join(page.text.replace("against", " against").split())
@@ -98,5 +96,5 @@ def test_a_report_on_an_image_of_extreme_shape(tmp_path):
     )
     found = [Detections(1, torch.tensor([[1.0, 100.0, 9.0, 900.0]]), torch.tensor([0.9]), torch.tensor([0]))]
     evaluated = evaluate("m", "m.json", ModelRun(detection_table(found, data), ("cat",)), data, image_weights(1, 0))
-    write_report(tmp_path / "r.html", ValidationResults({}, {}, (evaluated.record,)), data, {"m": evaluated.table})
+    write_report(tmp_path / "r.html", results_of(evaluated.record, class_names=("cat",)), data, {"m": evaluated.table})
     assert "F1 1.00" in Page((tmp_path / "r.html").read_text()).text

@@ -192,4 +192,4 @@ def test_a_signal_during_validation_keeps_the_finished_models(number, demo, tiny
         assert one.primary == pytest.approx(other.primary) and one.intervals["AP"] == pytest.approx(
             other.intervals["AP"]
         )
-        assert one.detection["AP"] == pytest.approx(other.detection["AP"], abs=1e-6)
+        assert pytest.approx(other.detection.AP, abs=1e-6) == one.detection.AP
