@@ -82,7 +82,8 @@ def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
     reasons = [f"{record.error} {record.number('cost', 'device')}" for record in results.models]
     family = fonts.font_names("".join(one_line(text, 1000) for text in (*names, *reasons)))
     charts = [comparison, precision_recall, per_class]
-    charts += [confusion, calibration] if any(record.diagnosis for record in models) else []
+    charts += [confusion] if any(record.diagnosis and record.diagnosis.confusion for record in models) else []
+    charts += [calibration] if any(record.diagnosis for record in models) else []
     logs = logs_of(results)
     pages = {}
     with matplotlib.rc_context():
@@ -315,8 +316,8 @@ def confusion(results: ValidationResults) -> Figure:
     models = [(r.name, r.diagnosis) for r in drawn_models(results) if r.diagnosis and r.diagnosis.confusion]
     titles = short_names([name for name, _ in models], 36)
     names = fonts.class_labels(results.dataset.class_names)
-    columns = min(len(models), 3) or 1
-    rows = -(-len(models) // columns) or 1
+    columns = min(len(models), 3)
+    rows = -(-len(models) // columns)
     figure = _figure(5.4 * columns + 0.8, 5.6 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (_, diagnosis), title in zip(panels, models, titles, strict=False):
@@ -332,8 +333,7 @@ def confusion(results: ValidationResults) -> Figure:
         axes.set(xlabel="detected as", ylabel="object")
     for axes in figure.axes[len(models) :]:
         axes.set_visible(False)
-    if models:
-        figure.colorbar(image, ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
     _add_caption(figure, results)
     return figure
 

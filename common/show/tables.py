@@ -1,6 +1,6 @@
 """Results as text tables for the terminal, and names short enough for tables and charts. Imports no torch."""
 
-from collections import Counter
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,14 +44,19 @@ NAMES = {  # of the numbers that have intervals
 
 
 def short_names(names: Sequence[str], width: int = 40) -> list[str]:
-    """The names on one line of at most `width` characters; those that were cut to the same text get a number."""
+    """The names on one line of at most `width` characters, different where the names are.
+
+    Long names lose their middle; where that makes some of them equal, these begin where they begin to differ, and if
+    that does not help either, with a number.
+    """
     short = [one_line(name, width) for name in names]
-    counts, seen = Counter(short), Counter[str]()
-    for place, text in enumerate(short):
-        if counts[text] > 1:
-            seen[text] += 1
-            number = f"{seen[text]}: "
-            short[place] = number + one_line(names[place], width - len(number))
+    alike = [place for place, text in enumerate(short) if short.count(text) > 1]
+    common = os.path.commonprefix([names[place] for place in alike])  # noqa: RUF071 (of letters, not of folders)
+    start = common.rfind("_") + 1
+    cut = {place: one_line(f"{common[: width // 4]}…{names[place][start:]}", 10 * width)[:width] for place in alike}
+    for number, place in enumerate(alike, 1):
+        is_unique = list(cut.values()).count(cut[place]) == 1
+        short[place] = cut[place] if is_unique else f"{number}: {short[place]}"[:width]
     return short
 
 

@@ -37,9 +37,17 @@ def test_tables_keep_one_line_a_model_whatever_the_names_are():
 def test_names_that_differ_in_the_middle_alone_stay_different():
     start, end = "improved_dinov2_small_448px_", "_blocks_8_9_10_focal_seed0_final"
     names = [f"{start}lr1e-3{end}", f"{start}lr1e-4{end}", "short"]
-    assert len(set(short_names(names))) == 3 and short_names(names)[2] == "short"
+    assert short_names(names) == [
+        "improved_d…lr1e-3_blocks_8_9_10_focal_se",
+        "improved_d…lr1e-4_blocks_8_9_10_focal_se",
+        "short",
+    ]
+    equal = [f"{'a' * 60}{letter}{'b' * 60}" for letter in "xy"]
+    assert [name[:3] for name in short_names(equal)] == ["1: ", "2: "]
     assert all(len(name) <= 40 for name in short_names(names))
     records = [record_of(name) for name in names]
     pair = Comparison(names[0], names[1], {"AP50": Verdict([0.1, 0.2], "better")})
-    assert format_comparisons(results_of(*records, comparisons=[pair])).startswith("1: improved")
+    assert format_comparisons(results_of(*records, comparisons=[pair])).startswith(
+        "improved_d…lr1e-3_blocks_8_9_10_focal_se against improved_d…lr1e-4"
+    )
     assert len({line.split("  ")[0] for line in format_table(records).splitlines()[2:]}) == 3
