@@ -80,7 +80,8 @@ def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
     models, names = drawn_models(results), _names(results)
     fonts.print_replaced(names)
     reasons = [f"{record.error} {record.number('cost', 'device')}" for record in results.models]
-    family = fonts.font_names("".join(one_line(text, 1000) for text in (*names, *reasons)))
+    texts = [one_line(text, 1000) for text in (*names, *reasons)]
+    family = list(dict.fromkeys(name for text in texts for name, _ in fonts.fonts_for(text)))
     charts = [comparison, precision_recall, per_class]
     charts += [confusion] if any(record.diagnosis and record.diagnosis.confusion for record in models) else []
     charts += [calibration] if any(record.diagnosis for record in models) else []
