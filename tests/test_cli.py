@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from common import cli
-from common.console import InputError, Interrupted
+from common.console import InputError, Interrupted, WrongSizeError
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,17 @@ ERRORS = {  # what main raises, the line on stderr, the exit status
     "file": (PermissionError(13, "Permission denied", "a.json"), "[Errno 13] Permission denied: 'a.json'", 2),
     "memory": (MemoryError(), "out of memory; take a smaller", 2),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take a smaller", 2),
-    "signal": (Interrupted(signal.SIGTERM), "interrupted", 143),
+    "worker's own type": (
+        WrongSizeError("Caught WrongSizeError in worker 0.\n...\ncommon.console.WrongSizeError: a.jpg is 3x4 pixels"),
+        "a.jpg is 3x4 pixels",
+        2,
+    ),
+    "lost worker": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        "a process that decodes",
+        2,
+    ),
+    "signal": (Interrupted(signal.SIGTERM), "interrupted; go on with --resume", 143),
 }
 
 
@@ -36,6 +46,7 @@ def test_errors_end_in_one_line_and_debugging_adds_the_traceback(error, line, st
     def main(_settings):
         raise error from ValueError("the cause")
 
+    error.__notes__ = ["go on with --resume"] if isinstance(error, Interrupted) else []
     monkeypatch.setenv("DETECTION_DEBUG", debug)
     monkeypatch.setattr(sys, "argv", ["/some/script.py"])
     with pytest.raises(SystemExit) as exit:

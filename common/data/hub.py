@@ -74,7 +74,7 @@ def hub_split(
         except OSError as error:
             raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
         except Interrupted as interrupted:
-            interrupted.advice = f"the images so far are kept in {folder}; the same command goes on from there"
+            interrupted.add_note(f"the images so far are kept in {folder}; the same command goes on from there")
             raise
     header, rows = _read_cache(folder, limit)
     problems = Problems()

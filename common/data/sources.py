@@ -42,22 +42,18 @@ class DataFlags:
     data: str = flag(
         "detection-datasets/coco",
         "folder of labelled images, hub data set id, coco-official, or demo",
-        on_resume="free",
     )
-    val_json: str = flag("", "validation annotations, where the folder has no known layout", on_resume="free")
-    val_images_dir: str = flag("", "the folder of their images", on_resume="free")
+    val_json: str = flag("", "validation annotations, where the folder has no known layout")
+    val_images_dir: str = flag("", "the folder of their images")
     val_images: int = flag(500, "validation images, the first of the file; 0 = all", at_least=0)
-    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id", on_resume="free")
-    sample_seed: int = flag(
-        -1, "draw the images at random with this seed; -1 = take the first", at_least=-1, on_resume="free"
-    )
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(-1, "draw the images at random with this seed; -1 = take the first", at_least=-1)
     box_format: str = flag(
         "auto",
         "boxes of COCO files (auto = xywh unless certainly another) and hub data (auto = what fits best)",
         choices=BOX_FORMATS,
-        on_resume="free",
     )
-    strict: bool = flag(False, "stop where data would have to be repaired or left out", on_resume="free")
+    strict: bool = flag(False, "stop where data would have to be repaired or left out")
 
     def explicit_files(self, split: str) -> tuple[str, str]:
         """Annotation file and image folder that the flags name for a split; empty where they name none."""
@@ -68,9 +64,9 @@ class DataFlags:
 class TrainDataFlags(DataFlags):
     """Training images and annotations."""
 
-    train_json: str = flag("", "training annotations, where the folder has no known layout", on_resume="free")
-    train_images_dir: str = flag("", "the folder of their images", on_resume="free")
-    train_images: int = flag(1000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
+    train_json: str = flag("", "training annotations, where the folder has no known layout")
+    train_images_dir: str = flag("", "the folder of their images")
+    train_images: int = flag(1000, "training images, the first of the file; 0 = all", at_least=0)
 
 
 def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionData]:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from common.console import NAMED, InputError, WrongSizeError, name_some, progress_bar
+from common.console import NAMED, InputError, WrongSizeError, first_few, progress_bar
 from common.data.box_format import are_normalised, detect_layout, layout_fits, to_xywh
 from common.data.memory import DetectionData, ImageFile
 from common.data.transforms import SMALLEST_SIDE
@@ -65,7 +65,7 @@ class Problems:
         """A line for each kind, with its count and the first images."""
         lines = []
         for kind, count in self.counts.items():
-            names = name_some(list(self.names[kind]), MAX_NAME_LENGTH)
+            names = first_few(list(self.names[kind]), MAX_NAME_LENGTH)
             lines.append(f"{kind.replace('{}', str(count), 1)} ({names})")
         return tuple(lines)
 
