@@ -34,7 +34,7 @@ from common.evaluate.detect import validate
 from common.model.backbone import BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint
 from common.model.detector import DetectorFlags, new_detector
-from common.model.losses import LossConfig, detection_loss
+from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
 from common.train.optim import cosine_schedule, parameter_groups
 from common.train.run_folder import RunFlags, RunFolder, publish_best, quick_validation, training_conditions
@@ -56,13 +56,15 @@ class Settings(RunFlags, AugmentationFlags, BackboneFlags, DetectorFlags, TrainD
     output: str = with_default(RunFlags, "output", "dino2_detector.pth")
 
 
-def train_one_epoch(model: nn.Module, loader: DataLoaderShard, state: TrainState, run: RunFolder, bar: tqdm) -> None:
+def train_one_epoch(
+    model: nn.Module, criterion: DetectionLoss, loader: DataLoaderShard, state: TrainState, run: RunFolder, bar: tqdm
+) -> None:
     """One pass over the training images, or the remaining steps of a resumed run."""
     accelerator, optimizer, schedule = state.accelerator, state.optimizer, state.schedule
     model.train()
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:
-        return detection_loss(model(batch.images), batch.targets, LOSS, state.mean_counts)
+        return criterion(model(batch.inputs), batch.targets, state.mean_counts)
 
     for batches in state.steps(loader):
         for losses in state.losses(batches, model, losses_of):
@@ -111,6 +113,7 @@ def main(settings: Settings) -> dict:
     train_loader, order = make_train_loader(train_set, settings.batch_size, settings.workers)
     quick_data = quick_validation(val_data)
     quick_loader = make_eval_loader(quick_data, settings.image_size, settings.batch_size, settings.workers)
+    criterion = DetectionLoss(LOSS)
     groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups)
     model, optimizer, train_loader, quick_loader = accelerator.prepare(detector, optimizer, train_loader, quick_loader)
@@ -127,7 +130,7 @@ def main(settings: Settings) -> dict:
     with progress_bar(steps, "training", "step", accelerator.is_main_process) as bar, run.resumable(state):
         bar.update(state.epoch * epoch_steps + state.step)
         while state.epoch < settings.epochs and not run.has_stalled(state.stage):
-            train_one_epoch(model, train_loader, state, run, bar)
+            train_one_epoch(model, criterion, train_loader, state, run, bar)
             numbers, found = validate(model, quick_loader, quick_data, train_data.class_names, accelerator)
             checkpoint = replace(untrained, metrics=numbers, epoch=state.epoch + 1)
             run.log_epoch(state, checkpoint, partial(sheet_of, quick_data, found, checkpoint))

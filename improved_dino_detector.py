@@ -50,8 +50,8 @@ from common.evaluate.detections import label_map
 from common.model.backbone import Backbone, BackboneFlags, fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, with_classes
-from common.model.losses import LossConfig, detection_loss
-from common.model.second_look import example_boxes
+from common.model.losses import DetectionLoss, LossConfig
+from common.model.second_look import JitteredBoxes
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, cosine_schedule, cycle_ends, parameter_groups
@@ -69,7 +69,7 @@ AUGMENTATIONS = ("auto", "mirror", "crop")
 class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorFlags, TrainDataFlags):
     train_images: int = with_default(TrainDataFlags, "train_images", 5000)
     batch_size: int = with_default(RunFlags, "batch_size", 8)
-    head: str = flag("pyramid", "the head; see common/model/heads.py", choices=HEADS, on_resume="refuse")
+    head: str = flag("pyramid", "the head; see common/model/heads.py", choices=tuple(HEADS), on_resume="refuse")
     dropout: float = flag(
         0.1,
         "share of the head's hidden units dropped in training, three times as many in the second look",
@@ -119,9 +119,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
 
 def train_one_epoch(
     model: nn.Module,
+    criterion: DetectionLoss,
+    jittered_boxes: JitteredBoxes,
     loader: DataLoaderShard,
-    config: LossConfig,
-    class_shares: Tensor,
     state: TrainState,
     run: RunFolder,
     bar: tqdm,
@@ -131,8 +131,8 @@ def train_one_epoch(
     model.train()
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:
-        out = model(batch.images, example_boxes(batch.targets))
-        return detection_loss(out, batch.targets, config, state.mean_counts, class_shares)
+        out = model(batch.inputs, jittered_boxes(batch.targets))
+        return criterion(out, batch.targets, state.mean_counts)
 
     for batches in state.steps(loader):
         for losses in state.losses(batches, model, losses_of):
@@ -254,7 +254,8 @@ def train_stage(
     train_loader, order, val_loader = stage_loaders(settings, stage, detector, train_data, val_data, accelerator)
     groups = parameter_groups(detector, stage.head_lr, stage.backbone_lr, WEIGHT_DECAY, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(detector, optimizer, train_loader, val_loader)
+    trained = detector.head if stage.cached else detector
+    model, optimizer, train_loader, val_loader = accelerator.prepare(trained, optimizer, train_loader, val_loader)
     epoch_steps = steps_an_epoch(train_loader, settings.accumulate)
     steps = stage.epochs * epoch_steps
     schedule = cosine_schedule(optimizer, steps, stage.cycles)
@@ -262,14 +263,15 @@ def train_stage(
     options = {"ema": ema, "epoch": start.epoch, "accumulate": settings.accumulate}
     state = TrainState(stage.name, detector, optimizer, schedule, order, accelerator, **options)
 
-    class_shares = train_data.class_shares().to(accelerator.device)
+    criterion = DetectionLoss(settings, train_data.class_shares()).to(accelerator.device)
+    jittered_boxes = JitteredBoxes().to(accelerator.device)
     whole = "whole images" if settings.no_mirror else "whole images and their mirror images"
     views = f"crops of {settings.crop_size} px, {settings.describe()}" if stage.crops else whole
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images; {views}", flush=True)
     with progress_bar(steps, stage.name, "step", accelerator.is_main_process) as bar, run.resumable(state):
         bar.update((state.epoch - start.epoch) * epoch_steps + state.step)
         while state.epoch < start.epoch + stage.epochs and not run.has_stalled(state.stage):
-            train_one_epoch(model, train_loader, settings, class_shares, state, run, bar)
+            train_one_epoch(model, criterion, jittered_boxes, train_loader, state, run, bar)
             with ema.applied() if ema else nullcontext():
                 numbers, found = validate(model, val_loader, val_data, start.class_names, accelerator)
                 checkpoint = replace(start, metrics=numbers, epoch=state.epoch + 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from common.console import InputError, WrongSizeError, last_line
-from common.types import Letterbox
+from common.types import letterbox
 
 FILL = (124, 116, 104)  # of the letterbox: ImageNet's mean colour, zero after the backbone's normalisation
 URL_TIMEOUT = 30  # seconds
@@ -147,13 +147,20 @@ def _fetch(url: str) -> Image.Image:
     return _decode(io.BytesIO(response.content), None, upright=True, name=url)[0]
 
 
-def letterboxed(image: Tensor, size: int) -> tuple[Tensor, Letterbox]:
-    """An image (3, H, W) uint8 scaled to fit a square of `size` pixels, in its upper-left corner, and padded."""
-    letterbox = Letterbox.fit((image.shape[-2], image.shape[-1]), size)
-    height, width = letterbox.resized
-    canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, size, size)
+def letterboxed(image: Tensor, side: int) -> tuple[Tensor, tuple[float, float]]:
+    """Scale an image to fit a square, in its upper-left corner, and pad.
+
+    Args:
+        image: (3, H, W) uint8.
+        side: of the square, pixels.
+
+    Returns:
+        (3, side, side) uint8, and the (x, y) scales.
+    """
+    (height, width), scale = letterbox((image.shape[-2], image.shape[-1]), side)
+    canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
     canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
-    return canvas, letterbox
+    return canvas, scale
 
 
 def has_open_orientation(path: Path, size: tuple[int, int]) -> bool:

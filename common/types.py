@@ -2,81 +2,109 @@
 
 - Boxes are xyxy pixels: x to the right, y down, (x1, y1) the upper-left corner. COCO's xywh exists only where COCO
   files are read and written. Targets and raw predictions live in *input* pixels, those of the letterboxed square that
-  the model sees; only `model/postprocess.py` maps back to *original* pixels, by the letterbox of each `Target`.
+  the model sees; only `model/postprocess.py` maps back to *original* pixels, by the scale of each `ImageMeta`.
 - Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
   the checkpoint and applied once, in `evaluate/detections.py`.
-- Images are RGB in 0..1; the backbone normalises them.
+- Images are RGB, uint8 until the backbone scales and normalises them.
 
-Letters in shapes: B images, N boxes of one image, L locations of the head, K classes, S input size in pixels.
+Letters in shapes: B images, N objects of one image at most, L locations of the head, K classes, S input size in pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 
-@dataclass(frozen=True)
-class Letterbox:
-    """How an image was fitted into the square model input: scaled, placed in the upper-left corner, padded.
+class ImageMeta(NamedTuple):
+    """One image on its way from the file to its detections."""
 
-    The two axes have their own scale, because the scaled size is rounded to whole pixels.
+    image_id: int
+    path: Path | None  # None: not read from a file
+    size: tuple[int, int]  # (height, width) of the upright original, pixels
+    scale: tuple[float, float] | None = None  # (x, y) input pixels per original pixel; None: not scaled, or augmented
+
+
+def letterbox(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[float, float]]:
+    """How an image of `size` (height, width) fits into the upper-left corner of a square of `side` pixels.
+
+    Returns:
+        The (height, width) that it is resized to, and its (x, y) scales. The two differ, because the resized sides are
+        whole pixels.
     """
-
-    original: tuple[int, int]  # (height, width) of the image, pixels
-    resized: tuple[int, int]  # (height, width) of the part of the input that it covers, pixels
-
-    @classmethod
-    def fit(cls, original: tuple[int, int], size: int) -> "Letterbox":
-        """The largest scaling of an `original` (height, width) image that fits a square of `size` pixels."""
-        scale = size / max(original)
-        height, width = (max(1, round(side * scale)) for side in original)
-        return cls(original, (height, width))
-
-    def _scale(self, boxes: Tensor) -> Tensor:
-        (height, width), (new_height, new_width) = self.original, self.resized
-        return boxes.new_tensor([new_width / width, new_height / height]).repeat(2)
-
-    def to_input(self, boxes: Tensor) -> Tensor:
-        """(..., 4) xyxy original pixels -> (..., 4) xyxy input pixels."""
-        return boxes * self._scale(boxes)
-
-    def to_original(self, boxes: Tensor) -> Tensor:
-        """(..., 4) xyxy input pixels -> (..., 4) xyxy original pixels."""
-        return boxes / self._scale(boxes)
+    scale = side / max(size)
+    height, width = (max(1, round(length * scale)) for length in size)
+    return (height, width), (width / size[1], height / size[0])
 
 
 @dataclass(frozen=True)
 class Target:
-    """The ground truth of one image, and its letterbox.
+    """The ground truth of one image.
 
-    Shapes: boxes (N, 4) float32 xyxy input pixels; labels (N,) int64; crowd (N,) bool. A crowd box covers many
-    objects at once and counts neither as an object nor as background. `letterbox` is None on augmented images, whose
-    predictions are not mapped back to original pixels.
+    Shapes: boxes (N, 4) float32 xyxy; labels (N,) int64; crowd (N,) bool. A crowd box covers many objects at once and
+    counts neither as an object nor as background.
     """
 
     boxes: Tensor
     labels: Tensor
     crowd: Tensor
-    image_id: int
-    letterbox: Letterbox | None
+    meta: ImageMeta
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Target":
-        moved = {k: getattr(self, k).to(device, non_blocking=non_blocking) for k in ("boxes", "labels", "crowd")}
-        return replace(self, **moved)
+
+class Targets(NamedTuple):
+    """The ground truth of a batch, padded to its largest number of objects N and of crowds C.
+
+    Shapes: boxes (B, N, 4) float32 xyxy input pixels, zeros where padded; labels (B, N) int64, -1 where padded;
+    crowds (B, C, 4) the crowd boxes, zeros where padded. N is at least 1, C mostly 0.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowds: Tensor
+
+    @classmethod
+    def pad(cls, targets: Sequence[Target]) -> "Targets":
+        boxes = pad_sequence([target.boxes[~target.crowd] for target in targets], batch_first=True)
+        labels = pad_sequence([target.labels[~target.crowd] for target in targets], batch_first=True, padding_value=-1)
+        if labels.shape[1] == 0:
+            boxes, labels = pad(boxes, (0, 0, 0, 1)), pad(labels, (0, 1), value=-1)
+        return cls(boxes, labels, pad_sequence([target.boxes[target.crowd] for target in targets], batch_first=True))
+
+    @property
+    def objects(self) -> Tensor:
+        """(B, N) bool: objects, not padding."""
+        return self.labels >= 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        return Targets(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def pin_memory(self) -> "Targets":
+        return Targets(*(tensor.pin_memory() for tensor in self))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images (B, 3, S, S) float32 RGB in 0..1, or their cached features (B, h, w, blocks, C), and their B targets."""
+    """Inputs, their targets, and what maps detections back to the B images.
 
-    images: Tensor
-    targets: list[Target]
+    `inputs` are images (B, 3, S, S) uint8, or the cached features of their patches (B, h, w, C).
+    """
+
+    inputs: Tensor
+    targets: Targets
+    meta: list[ImageMeta]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        targets = [target.to(device, non_blocking) for target in self.targets]
-        return Batch(self.images.to(device, non_blocking=non_blocking), targets)
+        inputs = self.inputs.to(device, non_blocking=non_blocking)
+        return Batch(inputs, self.targets.to(device, non_blocking), self.meta)
+
+    def pin_memory(self) -> "Batch":
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), self.meta)
 
 
 @dataclass(frozen=True)
@@ -106,7 +134,7 @@ class RawOutput:
 
     Shapes: object_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows (L,)
     int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y)
-    in input pixels; strides (L,) their spacing in input pixels.
+    in input pixels; strides (L,) their spacing in input pixels; levels (V,) the strides that occur, rising.
     """
 
     object_logits: Tensor
@@ -115,6 +143,7 @@ class RawOutput:
     boxes: Tensor
     points: Tensor
     strides: Tensor
+    levels: Tensor
     second: SecondOutput | None = None
 
     def scores(self) -> Tensor:

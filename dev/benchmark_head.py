@@ -16,7 +16,7 @@ from common.cli import flag
 from common.data.dataset import make_eval_loader
 from common.data.sources import DataFlags, load_split
 from common.model.checkpoint import load_checkpoint
-from common.model.postprocess import postprocess, predictions
+from common.model.postprocess import fuse_predictions, postprocess
 from common.runtime import make_accelerator, precision_name
 
 
@@ -42,9 +42,9 @@ def main(settings: Settings) -> None:
                 start = time.perf_counter()
                 with accelerator.autocast():
                     if name == "backbone":
-                        detector.backbone(batch.images)[-1].sum().item()  # waits for the device
+                        detector.backbone(batch.inputs).sum().item()  # waits for the device
                     else:
-                        postprocess(*predictions(detector(batch.images)), batch.targets)
+                        postprocess(*fuse_predictions(detector(batch.inputs)), batch.meta)
                 seconds.append(time.perf_counter() - start)
         backbone, whole = (statistics.median(seconds[2:]) for seconds in times.values())
         print(

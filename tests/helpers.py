@@ -26,7 +26,7 @@ from common.evaluate.coco_metrics import coco_dict, evaluate_table
 from common.evaluate.detections import coco_detections, detection_table
 from common.model.losses import LossConfig
 from common.train.state import TrainState
-from common.types import Detections
+from common.types import Detections, ImageMeta, Target, Targets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,6 +130,26 @@ def pycocotools_stats(truth, detections):
 
 def pycocotools_numbers(table, data):
     return pycocotools_stats(coco_dict(data), coco_detections(table, data.category_ids))
+
+
+def target_of(boxes, labels=None, crowd=None, size=112):
+    """The ground truth of one image, by default boxes of the class 0 that are no crowds."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64)
+    crowd = torch.tensor(crowd if crowd is not None else [False] * len(boxes), dtype=torch.bool)
+    return Target(boxes, labels, crowd, ImageMeta(1, None, (size, size), (1.0, 1.0)))
+
+
+def random_targets(batch, seed, size):
+    """Targets of 1 to 14 objects of ten classes, crowds among them."""
+    generator, targets = torch.Generator().manual_seed(seed), []
+    for _ in range(batch):
+        count = int(torch.randint(1, 15, (), generator=generator))
+        corners = torch.rand(count, 2, generator=generator) * size * 0.7
+        boxes = torch.cat([corners, corners + torch.rand(count, 2, generator=generator) * size * 0.3 + 3], dim=1)
+        labels = torch.randint(0, 10, (count,), generator=generator)
+        targets.append(target_of(boxes.tolist(), labels.tolist(), [False] * (count - 1) + [count > 8]))
+    return Targets.pad(targets)
 
 
 def write_yolo(data, root, *, polygons=False, train="images/train"):

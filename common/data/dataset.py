@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from common.console import ignore_in_worker
 from common.data.memory import DetectionData
 from common.data.transforms import LetterboxTransform
 from common.runtime import derived_seed
-from common.types import Batch, Target
+from common.types import Batch, Target, Targets
 
 
 class SampleDataset(Dataset):
@@ -56,16 +57,23 @@ class DetectionDataset(SampleDataset):
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Stack (3, S, S) uint8 images into a `Batch` of floats in 0..1; cached features are stacked unchanged."""
-    images, targets = zip(*samples, strict=True)
-    stacked = torch.stack(images)
-    return Batch(stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked, list(targets))
+    """Stack images (3, S, S) uint8, or cached features (h, w, C), and pad their targets."""
+    inputs, targets = zip(*samples, strict=True)
+    return Batch(torch.stack(inputs), Targets.pad(targets), [target.meta for target in targets])
+
+
+# Batches in pinned memory are copied to a GPU while it computes.
+BATCHES: dict[str, Any] = {
+    "collate_fn": collate,
+    "worker_init_fn": ignore_in_worker,
+    "pin_memory": torch.cuda.is_available(),
+}
 
 
 def make_eval_loader(data: DetectionData, image_size: int, batch_size: int, workers: int) -> DataLoader:
     """Letterboxed images of `data`, in its order."""
     dataset = DetectionDataset(data, LetterboxTransform(image_size))
-    return DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_in_worker)
+    return DataLoader(dataset, batch_size, num_workers=workers, **BATCHES)
 
 
 class EpochOrder(Sampler[int]):
@@ -91,8 +99,7 @@ def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int) -> 
         batch_size,
         sampler=order,
         drop_last=len(dataset) >= batch_size,
-        collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=ignore_in_worker,
+        **BATCHES,
     )
     return loader, order

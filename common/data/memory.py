@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.console import InputError
 from common.images import find_images, open_image
-from common.types import Target
+from common.types import ImageMeta, Target
 
 MAX_REASONS = 3  # images that a message about unreadable ones names
 
@@ -33,6 +33,10 @@ class ImageFile:
     width: int
     height: int
     upright: bool = False
+
+    @property
+    def meta(self) -> ImageMeta:
+        return ImageMeta(self.id, self.path, (self.height, self.width))
 
     def open(self) -> Image.Image:
         """The decoded image, RGB. Raises InputError as `open_image` does."""
@@ -105,7 +109,7 @@ class DetectionData:
 
     def target(self, index: int) -> Target:
         """The ground truth of image `index`, boxes in *original* pixels."""
-        return Target(*self.image_boxes(index), self.images[index].id, letterbox=None)
+        return Target(*self.image_boxes(index), self.images[index].meta)
 
     def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from common.cli import flag
 from common.console import InputError
 from common.images import FILL, letterboxed
-from common.types import Letterbox, Target, mirror_boxes
+from common.types import Target, letterbox, mirror_boxes
 
 SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
 
@@ -48,15 +48,14 @@ class AugmentationFlags:
 
 
 class LetterboxTransform(nn.Module):
-    """Scale to fit a square of `size` pixels, in its upper-left corner, and pad; the target gets the `Letterbox`."""
+    """Scale to fit a square of `size` pixels, in its upper-left corner, and pad."""
 
     def __init__(self, size: int):
         super().__init__()
         self.size = size
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        canvas, letterbox = letterboxed(image, self.size)
-        return canvas, letterbox_target(target, letterbox)
+        return letterboxed(image, self.size)[0], letterbox_target(target, self.size)
 
 
 class MirrorTransform(LetterboxTransform):
@@ -67,15 +66,17 @@ class MirrorTransform(LetterboxTransform):
         return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
 
 
-def letterbox_target(target: Target, letterbox: Letterbox) -> Target:
-    """A target in original pixels -> the same in input pixels, its boxes clipped to the image."""
-    boxes = clip_boxes_to_image(target.boxes, letterbox.original)
-    return replace(target, boxes=letterbox.to_input(boxes), letterbox=letterbox)
+def letterbox_target(target: Target, side: int) -> Target:
+    """A target in original pixels -> the same in input pixels of a square of `side` pixels, clipped to the image."""
+    scale = letterbox(target.meta.size, side)[1]
+    boxes = clip_boxes_to_image(target.boxes, target.meta.size)
+    boxes = boxes * boxes.new_tensor(scale).repeat(2)
+    return replace(target, boxes=boxes, meta=target.meta._replace(scale=scale))
 
 
 def mirror_target(target: Target, size: int) -> Target:
     """The target of the input mirrored left to right, with its padding."""
-    return replace(target, boxes=mirror_boxes(target.boxes, size), letterbox=None)
+    return replace(target, boxes=mirror_boxes(target.boxes, size), meta=target.meta._replace(scale=None))
 
 
 def mirror_drawn() -> bool:
@@ -121,12 +122,12 @@ class TrainTransform(nn.Module):
         }
         sample = self.move(sample)
         boxes = sample["boxes"].as_subclass(Tensor)
-        moved = replace(target, boxes=boxes, labels=sample["labels"], crowd=sample["crowd"], letterbox=None)
+        moved = replace(target, boxes=boxes, labels=sample["labels"], crowd=sample["crowd"])
         return sample["image"].as_subclass(Tensor), moved
 
 
 class _ScaleJitter(v2.ScaleJitter):
-    """torchvision's, but an elongated image keeps a side of at least one pixel, as in `Letterbox.fit`."""
+    """torchvision's, but an elongated image keeps a side of at least one pixel, as in `letterbox`."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = super().make_params(flat_inputs)["size"]

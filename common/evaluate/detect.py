@@ -19,7 +19,7 @@ from common.console import finish_step_first, progress_bar
 from common.data.memory import DetectionData
 from common.evaluate.coco_metrics import headline
 from common.evaluate.detections import detection_table, label_map
-from common.model.postprocess import postprocess, predictions
+from common.model.postprocess import fuse_predictions, postprocess
 from common.runtime import device_name, raise_if_interrupted
 from common.types import Detections, mirror_boxes
 
@@ -32,10 +32,10 @@ def predict(model: nn.Module, images: Tensor, flip: bool) -> tuple[Tensor, Tenso
 
     NMS then keeps the higher-scoring of two predictions of one object.
     """
-    scores, boxes = predictions(model(images))
+    scores, boxes = fuse_predictions(model(images))
     if not flip:
         return scores, boxes
-    mirrored_scores, mirrored_boxes = predictions(model(images.flip(-1)))
+    mirrored_scores, mirrored_boxes = fuse_predictions(model(images.flip(-1)))
     mirrored_boxes = mirror_boxes(mirrored_boxes, images.shape[-1])
     return torch.cat([scores, mirrored_scores], dim=1), torch.cat([boxes, mirrored_boxes], dim=1)
 
@@ -60,7 +60,7 @@ def detect(
     images = len(loader.dataset)  # type: ignore[arg-type]  # torch declares no __len__ for Dataset
     with finish_step_first(), progress_bar(images, title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
-            found = postprocess(*predict(model, batch.images, flip), batch.targets)
+            found = postprocess(*predict(model, batch.inputs, flip), batch.meta)
             detections += accelerator.gather_for_metrics(found, use_gather_object=True)
             bar.update(len(detections) - bar.n)
             raise_if_interrupted(accelerator)

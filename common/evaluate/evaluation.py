@@ -29,7 +29,7 @@ from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import ExportedDetector, is_exported, load_exported
 from common.model.postprocess import detections_of, postprocess
 from common.runtime import precision_name
-from common.types import Batch, Detections, Predictions, Target
+from common.types import Batch, Detections, ImageMeta, Predictions
 
 Model = Checkpoint | ExportedDetector
 NAME_BYTES = 200  # of a model's name, from which file names are made
@@ -75,8 +75,8 @@ class Predictor:
         detections: list[Detections] = []
         with progress_bar(len(data), title) as bar:
             for batch in loader:
-                detections += detections_of(*model.run(batch.images), batch.targets)
-                bar.update(len(batch.targets))
+                detections += detections_of(*model.run(batch.inputs), batch.meta)
+                bar.update(len(batch.meta))
         return detections
 
     def cost(self, model: Model, data: DetectionData) -> dict:
@@ -84,15 +84,15 @@ class Predictor:
         batch = next(iter(make_eval_loader(data.first(self.batch_size), model.image_size, self.batch_size, workers=0)))
         if isinstance(model, ExportedDetector):
 
-            def run_exported(images: Tensor, targets: list[Target]) -> list[Detections]:
-                return detections_of(*model.run(images), targets)
+            def run_exported(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
+                return detections_of(*model.run(images), meta)
 
             return asdict(_cost_on(batch, run_exported, torch.device("cpu"), model.precision))
         detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True).eval()
         parameters = sum(p.numel() for p in detector.parameters())
 
-        def run(images: Tensor, targets: list[Target]) -> list[Detections]:
-            return postprocess(*predict(detector, images, self.flip), targets)
+        def run(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
+            return postprocess(*predict(detector, images, self.flip), meta)
 
         device, precision = self.accelerator.device, precision_name(self.accelerator)
         return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
@@ -111,8 +111,8 @@ class Predictor:
 
 def _cost_on(batch: Batch, run: Callable, *about) -> Cost:
     """What `run`, a function of images and targets, costs on the images of a batch."""
-    singles = [(batch.images[i : i + 1], batch.targets[i : i + 1]) for i in range(len(batch.targets))]
-    return measure_cost(run, singles, (batch.images, batch.targets), len(singles), *about)
+    singles = [(batch.inputs[i : i + 1], batch.meta[i : i + 1]) for i in range(len(batch.meta))]
+    return measure_cost(run, singles, (batch.inputs, batch.meta), len(singles), *about)
 
 
 @dataclass(frozen=True)

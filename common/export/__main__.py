@@ -68,7 +68,7 @@ def check_flags(settings: Settings) -> None:
 def calibration_images(settings: Settings, image_size: int) -> Iterator[Tensor]:
     """The images for `quantised`, (1, 3, S, S) each; raises InputError at once where there is no such data."""
     data = load_split(TrainDataFlags(settings.calibration, train_images=settings.calibration_images), "train")
-    return (batch.images for batch in make_eval_loader(data, image_size, batch_size=1, workers=0))
+    return (batch.inputs.float() / 255 for batch in make_eval_loader(data, image_size, batch_size=1, workers=0))
 
 
 def describe(settings: Settings, checkpoint: Checkpoint) -> str:

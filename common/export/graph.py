@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from common.files import atomic_write
 from common.model.detector import Detector
 from common.model.exported import INPUT, METADATA, OUTPUTS
-from common.model.postprocess import best_boxes, predictions
+from common.model.postprocess import fuse_predictions, select_detections
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -30,7 +30,8 @@ class WholeDetector(nn.Module):
         self.detector = detector.float().eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores, labels = best_boxes(*predictions(self.detector(images)))
+        out = self.detector.head(self.detector.backbone.features(images))
+        boxes, scores, labels = select_detections(*fuse_predictions(out))
         return boxes.clamp(0, self.detector.config.image_size), scores, labels
 
 

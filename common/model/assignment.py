@@ -1,130 +1,132 @@
-"""Assignment: which object each location of the head is trained to predict."""
+"""Assignment: which object each location of the head is trained to predict, for all images of a batch at once.
 
-from dataclasses import dataclass
+Tables are (B, N, L), objects by locations: short last dimensions take several times the time.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
-from common.types import Target
+from common.types import RawOutput, Targets
 
 ASSIGNMENTS = ("center", "task-aligned")
 
-CENTER_PART = 0.5  # of each side of a box; the locations in this central part are assigned to it
+CENTER_SHARE = 0.5  # of each side of a box; the locations in this central part are assigned to it
 STRIDES_A_SIDE = 3.0  # a box belongs to the level with the stride nearest to its side / 3, on a logarithmic scale
 # Locations an object. On 150 held-out images of COCO, 40 gave an mAP@0.5 of .097 and .088 (two seeds), 10 gave .083
 # and .086: most of the equally good locations in a large object are then trained as background.
 ALIGNED_CANDIDATES = 40
-ALIGNED_POWER = 6.0  # of the IoU, beside the first power of the score (TOOD, arXiv 2108.07755)
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """The object that each of the L locations of one image is trained to predict.
+class Assignment(NamedTuple):
+    """What each of the L locations of B images is trained to predict.
 
-    Shapes: box (L,) int64, index into `Target.boxes`, -1 for none; quality (L,) float32 in 0..1, the score that the
-    location is trained to predict, 0 where it has no box; ignore (L,) bool, neither object nor background.
+    Shapes (B, L): object int64, index into `Targets.boxes`, -1 for none; quality float32 in 0..1, the score to predict,
+    0 where there is no object; ignored bool, neither object nor background.
     """
 
-    box: Tensor
+    object: Tensor
     quality: Tensor
-    ignore: Tensor
+    ignored: Tensor
 
 
-def assign(
-    object_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor, target: Target, kind: str
-) -> Assignment:
-    """Assign the objects of one image to locations.
+class _Truth(NamedTuple):
+    """The boxes of the objects, (B, N, 1) each, input pixels."""
+
+    center_x: Tensor
+    center_y: Tensor
+    width: Tensor
+    height: Tensor
+
+    @classmethod
+    def of(cls, boxes: Tensor) -> "_Truth":
+        x1, y1, x2, y2 = boxes[..., None, :].unbind(-1)
+        return cls((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
+
+
+@torch.no_grad()
+def assign(out: RawOutput, iou: Tensor, targets: Targets, kind: str) -> Assignment:
+    """Assign the objects to locations.
 
     Every object gets at least the location nearest to its centre, at the level of its size, so that every object is
-    trained. Where several objects claim a location, `center` gives it to the smallest, `task-aligned` to the one
-    with the highest IoU with its prediction. Locations in a crowd box that no object claims are ignored by the loss.
+    trained. Where several objects claim a location, `center` gives it to the smallest, `task-aligned` to the one with
+    the highest IoU with its prediction. Locations in a crowd box that no object claims are ignored by the loss.
 
     Args:
-        object_logits: (L,) predicted, without gradient.
-        boxes: (L, 4) predicted, input pixels, without gradient.
-        points: (L, 2) input pixels.
-        strides: (L,) input pixels.
-        target: boxes in input pixels.
+        out: of the dense head.
+        iou: (B, N, L) of the objects with the predicted boxes.
+        targets: boxes in input pixels.
         kind: one of ASSIGNMENTS.
     """
-    objects = torch.nonzero(~target.crowd)[:, 0]
-    crowd = _contains(target.boxes[target.crowd], points).any(1)
-    if len(objects) == 0:
-        none = torch.full((len(points),), -1, device=points.device)
-        return Assignment(none, torch.zeros_like(strides), crowd)
-    truth = target.boxes[objects]
-    iou = box_iou(boxes, truth)  # (L, N)
-    alignment = object_logits.sigmoid()[:, None] * iou**ALIGNED_POWER
+    truth = _Truth.of(targets.boxes)
+    x, y = out.points.unbind(-1)  # (L,)
+    away_x, away_y = (x - truth.center_x).abs(), (y - truth.center_y).abs()  # (B, N, L)
+    own_level = out.strides == _level(out.levels, truth)
+    cube = iou * iou * iou
+    alignment = cube.mul_(cube).mul_(out.object_logits.sigmoid()[:, None])  # with the sixth power, as in TOOD
     if kind == "center":
-        claims = _center_claims(points, strides, truth)
-        preference = 1 / box_sizes(truth).prod(1).clamp(min=1e-6).expand_as(iou)
+        candidates = own_level & _contains(_central(truth), x, y)
+        priority = 1 / (truth.width * truth.height).clamp(min=1e-6)
     else:
-        claims, preference = _aligned_claims(alignment, points, strides, truth), iou + 1e-6
-    unclaimed = torch.nonzero(~claims.any(0))[:, 0]
-    if len(unclaimed):
-        claims[_nearest(points, strides, truth[unclaimed]), unclaimed] = True
+        candidates, priority = _aligned(alignment, away_x, away_y, out.strides, truth), iou + 1e-6
+    objects = targets.objects[..., None]
+    candidates &= objects
+    squared = away_x.square_().add_(away_y.square_())
+    nearest = squared.masked_fill_(~own_level, torch.inf).argmin(2, keepdim=True)
+    unclaimed = objects & ~candidates.any(2, keepdim=True)
+    candidates = candidates.scatter(2, nearest, candidates.gather(2, nearest) | unclaimed)
 
-    best, index = (preference * claims).max(1)
+    best, index = (priority * candidates).max(1)  # (B, L)
     positive = best > 0
-    box = torch.where(positive, objects[index], -1)
-    location, index = torch.nonzero(positive)[:, 0], index[positive]
-    quality = iou[location, index]
-    if kind == "task-aligned":  # as in TOOD, the target of an object's best aligned location is its best IoU
-        aligned, count = alignment[location, index], len(objects)
-        scale = _max_per_object(quality, index, count) / _max_per_object(aligned, index, count).clamp(min=1e-12)
-        quality = aligned * scale[index]
-    return Assignment(box, torch.zeros_like(strides).index_put((location,), quality), crowd & ~positive)
+    quality = iou.gather(1, index[:, None])[:, 0] * positive
+    if kind == "task-aligned":
+        aligned = alignment.gather(1, index[:, None])[:, 0] * positive
+        quality = _aligned_quality(quality, aligned, index, targets.labels.shape[1])
+    in_crowd = _contains(targets.crowds[..., None, :].unbind(-1), x, y).any(1)
+    return Assignment(torch.where(positive, index, -1), quality, in_crowd & ~positive)
 
 
-def _max_per_object(values: Tensor, index: Tensor, count: int) -> Tensor:
-    """The largest of the `values` (M,) of each object, given their objects' indices (M,) in 0..count-1 -> (count,)."""
-    return values.new_zeros(count).scatter_reduce(0, index, values, "amax")
+def _level(levels: Tensor, truth: _Truth) -> Tensor:
+    """The stride (B, N, 1) of the level that a box belongs to by its size."""
+    side = (truth.width * truth.height).clamp(min=1e-6).sqrt()
+    return levels[(side / (levels * STRIDES_A_SIDE)).log2().abs().argmin(-1)][..., None]
 
 
-def _center_claims(points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
-    """(L, N) bool: the locations in the central part of each box, at the level of its size."""
-    centers, sizes = _centers(truth), box_sizes(truth)
-    central = torch.cat([centers - sizes * CENTER_PART / 2, centers + sizes * CENTER_PART / 2], dim=1)
-    return _contains(central, points) & (strides[:, None] == _level(strides, truth))
+def _central(truth: _Truth) -> tuple[Tensor, ...]:
+    """The central part of each box: x1, y1, x2, y2, (B, N, 1) each."""
+    half_width, half_height = truth.width * CENTER_SHARE / 2, truth.height * CENTER_SHARE / 2
+    left, top = truth.center_x - half_width, truth.center_y - half_height
+    return left, top, truth.center_x + half_width, truth.center_y + half_height
 
 
-def _aligned_claims(alignment: Tensor, points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
-    """(L, N) bool: the locations in each box that are aligned best with it."""
-    sizes = box_sizes(truth)
-    away = (points[:, None] - _centers(truth)).abs()  # (L, N, 2)
-    small = sizes.amax(1) < 2 * strides[:, None]  # a small box contains few locations or none
-    candidates = (away <= torch.where(small[..., None], strides[:, None, None], 0).maximum(sizes / 2)).all(2)
+def _contains(boxes: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
+    """Boxes x1, y1, x2, y2 (B, N, 1), points (L,) -> (B, N, L) bool: is the point in the box?"""
+    x1, y1, x2, y2 = boxes
+    return (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
+
+
+def _aligned(alignment: Tensor, away_x: Tensor, away_y: Tensor, strides: Tensor, truth: _Truth) -> Tensor:
+    """(B, N, L) bool: the locations in each box that are aligned best with it."""
+    width, height = truth.width, truth.height
+    reach = (torch.maximum(width, height) < 2 * strides) * strides  # a small box contains few locations or none
+    near = (away_x <= torch.maximum(reach, width / 2)) & (away_y <= torch.maximum(reach, height / 2))
     # Before training all alignments are about 0; the distance to the centre then decides.
-    distance = (away / sizes.clamp(min=1)).amax(2)
-    ranked = (alignment + 1e-9 / (1 + distance)) * candidates
-    top, index = ranked.topk(min(ALIGNED_CANDIDATES, len(points)), dim=0)
-    return torch.zeros_like(candidates).scatter(0, index, top > 0)
+    distance = torch.maximum(away_x * (1 / width.clamp(min=1)), away_y * (1 / height.clamp(min=1)))
+    ranked = (1e-9 / distance.add_(1)).add_(alignment).mul_(near)
+    top, index = ranked.topk(min(ALIGNED_CANDIDATES, len(strides)), sorted=False)
+    return torch.zeros_like(near).scatter(2, index, top > 0)
 
 
-def _nearest(points: Tensor, strides: Tensor, truth: Tensor) -> Tensor:
-    """The location (N,) nearest to each box's centre among those of the level of its size."""
-    distances = torch.cdist(points, _centers(truth))
-    return distances.masked_fill(strides[:, None] != _level(strides, truth), torch.inf).argmin(0)
+def _aligned_quality(iou: Tensor, alignment: Tensor, index: Tensor, count: int) -> Tensor:
+    """As in TOOD, the target of an object's best aligned location is its best IoU, and that of the others is in ratio.
 
-
-def _level(strides: Tensor, truth: Tensor) -> Tensor:
-    """The stride (N,) of the level that a box belongs to by its size."""
-    levels = strides.unique()
-    side = box_sizes(truth).prod(1).clamp(min=1e-6).sqrt()
-    return levels[(side[:, None] / (levels * STRIDES_A_SIDE)).log2().abs().argmin(1)]
-
-
-def _centers(boxes: Tensor) -> Tensor:
-    return (boxes[:, :2] + boxes[:, 2:]) / 2
-
-
-def box_sizes(boxes: Tensor) -> Tensor:
-    return boxes[:, 2:] - boxes[:, :2]
-
-
-def _contains(boxes: Tensor, points: Tensor) -> Tensor:
-    """(N, 4) boxes, (L, 2) points -> (L, N) bool: is the point in the box?"""
-    above = points[:, None] >= boxes[:, :2]
-    below = points[:, None] < boxes[:, 2:]
-    return (above & below).all(2)
+    Args:
+        iou: (B, L) of the predicted box with the location's object, 0 where it has none.
+        alignment: (B, L) likewise.
+        index: (B, L) of the objects.
+        count: N.
+    """
+    most = iou.new_zeros(2, len(iou), count)
+    most = most.scatter_reduce(2, index.expand(2, -1, -1), torch.stack([iou, alignment]), "amax")
+    return alignment * (most[0] / most[1].clamp(min=1e-12)).gather(1, index)

@@ -86,7 +86,7 @@ class BackboneFlags:
 
 
 class Backbone(nn.Module):
-    """A DINOv2 or DINOv3 vision transformer that returns the patch tokens of some of its blocks as maps."""
+    """A DINOv2 or DINOv3 vision transformer that returns the patch tokens of some of its blocks as a map."""
 
     mean: Tensor
     std: Tensor
@@ -110,17 +110,22 @@ class Backbone(nn.Module):
         vit_config, vit_type = _shorten(config, blocks)
         return cls(vit_type(vit_config))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) RGB in 0..1 -> one (B, C, H / patch, W / patch) map a block, after the final layer norm.
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 RGB -> features of each patch (B, H / patch, W / patch, blocks * C), block after block.
 
         Any H and W that are multiples of the patch size: the position embedding is interpolated.
 
         Raises:
             ValueError: H or W is not a multiple of the patch size (transformers would ignore the remaining pixels).
         """
+        return self.features(pixels.float() / 255)
+
+    def features(self, images: Tensor) -> Tensor:
+        """`forward` for images of floats in 0..1."""
         if images.shape[-1] % self.patch_size or images.shape[-2] % self.patch_size:
             raise ValueError(f"input {tuple(images.shape[-2:])} is not a multiple of the patch size {self.patch_size}")
-        return list(self.vit((images - self.mean) / self.std).feature_maps)
+        maps = self.vit((images - self.mean) / self.std).feature_maps  # after the final layer norm
+        return torch.cat([features.permute(0, 2, 3, 1) for features in maps], dim=-1)
 
     def freeze(self) -> None:
         """No gradient for any weight of the backbone."""

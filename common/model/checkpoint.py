@@ -6,6 +6,7 @@ file or one of another kind.
 """
 
 import json
+import re
 import reprlib
 import unicodedata
 import warnings
@@ -24,7 +25,7 @@ from common.files import atomic_write
 from common.hub import CONFIG, WEIGHTS, located
 from common.model.detector import Detector, DetectorConfig, build_detector
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_MIN_SCORE = 0.3  # of detections that are shown, where no operating point is known
 CONTENT = {
     "model_config": dict,
@@ -204,8 +205,8 @@ def _rebuild(content: Any) -> Checkpoint:
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int:
         raise InputError("not a detector's checkpoint, which has a format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"its format_version is {version}, this program reads {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION):
+        raise InputError(f"its format_version is {version}, this program reads 1 and {FORMAT_VERSION}")
     for key, kind in CONTENT.items():
         if type(content.get(key)) is not kind:
             raise InputError(f"{key} must be of the type {kind.__name__}")
@@ -214,10 +215,17 @@ def _rebuild(content: Any) -> Checkpoint:
             detector = build_detector(DetectorConfig(**content["model_config"]))
     except TypeError as error:  # unknown or missing keys, a number beyond torch's integers
         raise InputError(f"its model_config describes no detector: {str(error).splitlines()[0]}") from error
-    _check_weights(content["model"], detector.state_dict())
-    detector.load_state_dict(content["model"], assign=True)
+    weights = content["model"] if version == FORMAT_VERSION else _renamed(content["model"])
+    _check_weights(weights, detector.state_dict())
+    detector.load_state_dict(weights, assign=True)
     names, ids = tuple(content["class_names"]), tuple(content["category_ids"])
     return Checkpoint(detector.eval(), names, ids, content["train_config"], content["metrics"], content["epoch"])
+
+
+def _renamed(weights: dict) -> dict:
+    """The weights of format version 1, where the dense head and the second look stood beside each other."""
+    names = {name: re.sub(r"^head\.", "head.dense.", str(name)) for name in weights}
+    return {re.sub(r"^second_look\.", "head.second_look.", names[name]): weight for name, weight in weights.items()}
 
 
 def _check_weights(weights: dict, expected: dict[str, Tensor]) -> None:

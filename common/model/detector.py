@@ -21,7 +21,7 @@ from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.model.second_look import SecondLook
 from common.types import RawOutput
 
-HEADS = ("linear", "multi-layer", "pyramid")
+HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "multi-layer": MultiLayerHead, "pyramid": PyramidHead}
 SECOND_LOOK_DROPOUT = 3.0  # in multiples of the head's: its layers have more inputs and fewer samples
 
 
@@ -66,7 +66,7 @@ class DetectorConfig:
         depth, patch = depth_and_patch(self.backbone)
         rising = sorted({block for block in blocks if 1 <= block <= depth})
         rules = {
-            f"head must be one of {', '.join(HEADS)}": self.head in HEADS,
+            f"head must be one of {', '.join(HEADS)}": self.head in tuple(HEADS),
             f"blocks must rise from 1 to {depth}": blocks and list(blocks) == rising,
             f"image_size must be a multiple of {patch}": self.image_size > 0 and self.image_size % patch == 0,
             "num_classes must be at least 1": self.num_classes >= 1,
@@ -78,6 +78,39 @@ class DetectorConfig:
                 raise InputError(f"a detector's {rule}")
 
 
+class DetectionHead(nn.Module):
+    """All that is trained on the features of a backbone: a dense head, and a second look where there is one.
+
+    Args:
+        config: of the detector.
+        channels: of a patch's features, all blocks together.
+        stride: spacing of the patches, input pixels.
+    """
+
+    def __init__(self, config: DetectorConfig, channels: int, stride: int):
+        super().__init__()
+        shape = {"channels": channels, "num_classes": config.num_classes, "stride": stride}
+        hidden = {} if config.head == "linear" else {"dropout": config.dropout}
+        self.dense: nn.Module = HEADS[config.head](**shape, **hidden)
+        self.second_look = None
+        if config.second_look:
+            dropout = min(1.0, SECOND_LOOK_DROPOUT * config.dropout)
+            self.second_look = SecondLook(**shape, proposals=config.second_look, dropout=dropout)
+
+    def forward(self, features: Tensor, examples: Tensor | None = None) -> RawOutput:
+        """(B, h, w, C) features of the patches -> `RawOutput`.
+
+        Args:
+            features: as the backbone returns them, or read from a cache.
+            examples: (B, E, 4) boxes for the second look beside its proposals, input pixels; in training.
+        """
+        features = features.to(autocast_dtype(features.device))  # once, and not in every layer
+        out = self.dense(features)
+        if self.second_look is None:
+            return out
+        return replace(out, second=self.second_look(features, out, examples))
+
+
 class Detector(nn.Module):
     """Backbone and head. `forward` returns the same type in training and in evaluation."""
 
@@ -85,47 +118,17 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.head = _new_head(config, backbone)
-        self.second_look = None
-        if config.second_look:
-            dropout = min(1.0, SECOND_LOOK_DROPOUT * config.dropout)
-            self.second_look = SecondLook(**_shape(config, backbone), proposals=config.second_look, dropout=dropout)
+        self.head = DetectionHead(config, backbone.channels * len(config.blocks), backbone.patch_size)
 
-    def forward(self, images: Tensor, examples: Tensor | None = None) -> RawOutput:
-        """(B, 3, S, S) RGB in 0..1, or their cached features (B, h, w, blocks, C) -> `RawOutput`.
-
-        Args:
-            images: or features.
-            examples: (B, E, 4) boxes for the second look beside its proposals, input pixels; in training.
-        """
-        features = images if images.ndim == 5 else self.patch_features(images)
-        features = features.flatten(3).to(_compute_type(features.device))
-        out = self.head(features)
-        return replace(out, second=self.second_look(features, out, examples)) if self.second_look else out
-
-    def patch_features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) RGB in 0..1 -> the features of each patch in each block (B, h, w, blocks, C)."""
-        return torch.stack([maps.permute(0, 2, 3, 1) for maps in self.backbone(images)], dim=3)
+    def forward(self, pixels: Tensor, examples: Tensor | None = None) -> RawOutput:
+        """(B, 3, S, S) uint8 RGB -> `RawOutput`; `examples` as for `DetectionHead`."""
+        return self.head(self.backbone(pixels), examples)
 
 
-def _compute_type(device: torch.device) -> torch.dtype:
-    """The type that autocast computes in, so that features are converted once and not by every layer."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-
-
-def _shape(config: DetectorConfig, backbone: Backbone) -> dict[str, int]:
-    """What every part that reads the features needs to know."""
-    channels = backbone.channels * len(config.blocks)
-    return {"channels": channels, "num_classes": config.num_classes, "stride": backbone.patch_size}
-
-
-def _new_head(config: DetectorConfig, backbone: Backbone) -> nn.Module:
-    shape = _shape(config, backbone)
-    if config.head == "linear":
-        return LinearHead(**shape)
-    if config.head == "multi-layer":
-        return MultiLayerHead(**shape, dropout=config.dropout)
-    return PyramidHead(**shape, dropout=config.dropout)
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """The type that autocast computes in on this device, float32 where it is off."""
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if active else torch.float32
 
 
 def build_detector(config: DetectorConfig) -> Detector:
@@ -139,7 +142,7 @@ def merged(detector: Detector) -> Detector:
     if backbone is detector.backbone:
         return detector
     plain = Detector(detector.config, backbone)
-    plain.head, plain.second_look = detector.head, detector.second_look
+    plain.head = detector.head
     return plain
 
 

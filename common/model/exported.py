@@ -40,7 +40,7 @@ class ExportedDetector(TrainedDetector):
         return self.training | {"runtime": self.runtime}
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores, labels = (torch.from_numpy(array) for array in self.session(images.numpy()))
+        boxes, scores, labels = (torch.from_numpy(array) for array in self.session((images.float() / 255).numpy()))
         return boxes, scores, labels.long()
 
 

@@ -16,6 +16,7 @@ from common.types import RawOutput
 OBJECT_PRIOR = 0.01  # score of an object at each location before training (RetinaNet, arXiv 1708.02002)
 SIZE_PRIOR = 6.0  # side of a box in strides, before training
 PYRAMID_SIZE_PRIOR = 4.0  # the same in the pyramid head, whose coarser levels predict the larger boxes
+PYRAMID = (0.5, 1.0, 2.0, 4.0)  # strides of the pyramid's levels, in patches
 MAX_LOG_SIZE = 6.0  # e^6 strides: larger than any input, and finite
 
 
@@ -28,9 +29,12 @@ class LinearHead(nn.Module):
         stride: spacing of the patch tokens, input pixels.
     """
 
+    levels: Tensor
+
     def __init__(self, *, channels: int, num_classes: int, stride: int):
         super().__init__()
         self.stride = stride
+        self.register_buffer("levels", torch.tensor([float(stride)], device="cpu"), persistent=False)
         self.embed: nn.Module = nn.Identity()
         self.classify = nn.Linear(channels, 1 + num_classes)  # object, then classes
         self.locate = nn.Linear(channels, 4)
@@ -48,7 +52,7 @@ class LinearHead(nn.Module):
         points, strides = locations((features.shape[1], features.shape[2]), self.stride, tokens.device)
         boxes = decode_boxes(self.locate(tokens).float(), points, strides)
         rows = torch.arange(len(points), device=tokens.device)
-        return RawOutput(scores[..., 0], scores[..., 1:], rows, boxes, points, strides)
+        return RawOutput(scores[..., 0], scores[..., 1:], rows, boxes, points, strides, self.levels)
 
 
 class MultiLayerHead(LinearHead):
@@ -84,6 +88,8 @@ class PyramidHead(nn.Module):
         dropout: share of the tower's channels dropped in training.
     """
 
+    levels: Tensor
+
     def __init__(
         self,
         *,
@@ -96,6 +102,7 @@ class PyramidHead(nn.Module):
     ):
         super().__init__()
         self.stride = stride
+        self.register_buffer("levels", torch.tensor([s * stride for s in PYRAMID], device="cpu"), persistent=False)
         self.reduce = nn.Linear(channels, width, bias=False)
         self.enter = nn.Sequential(*_norm_and_activation(width))
         convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)]
@@ -132,11 +139,12 @@ class PyramidHead(nn.Module):
         outputs = torch.cat([p.flatten(2) for p in predictions], dim=2).transpose(1, 2).float()  # (B, L, 5)
         grids = [
             locations((p.shape[-2], p.shape[-1]), self.stride * scale, features.device)
-            for p, scale in zip(predictions, (0.5, 1, 2, 4), strict=True)
+            for p, scale in zip(predictions, PYRAMID, strict=True)
         ]
         points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
         boxes = decode_boxes(outputs[..., 1:], points, strides)
-        return RawOutput(outputs[..., 0], class_logits, torch.cat([quarter_rows, rows]), boxes, points, strides)
+        class_rows = torch.cat([quarter_rows, rows])
+        return RawOutput(outputs[..., 0], class_logits, class_rows, boxes, points, strides, self.levels)
 
 
 def _norm_and_activation(width: int) -> tuple[nn.Module, nn.Module]:

@@ -5,15 +5,17 @@ Each term is a scalar, already weighted; their sum is what training minimises.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from common.cli import flag
-from common.model.assignment import ASSIGNMENTS, Assignment, assign, box_sizes
-from common.types import RawOutput, SecondOutput, Target
+from common.model.assignment import ASSIGNMENTS, assign
+from common.model.boxes import area, gather_boxes, giou_loss, pairwise_intersection, pairwise_iou
+from common.types import RawOutput, SecondOutput, Targets
 
 SCORE_LOSSES = ("cross-entropy", "focal", "quality")
 BOX_LOSSES = ("giou", "smooth-l1")
@@ -46,131 +48,122 @@ class LossConfig:
     )
 
 
-def detection_loss(
-    out: RawOutput,
-    targets: list[Target],
-    config: LossConfig,
-    mean_counts: Callable[[Tensor], Tensor] = lambda counts: counts,
-    class_shares: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Loss of a batch, each term divided by the number of positive locations, which are assigned an object.
+class Matched(NamedTuple):
+    """What P predicted boxes of B images are trained to be; (B, P) each."""
+
+    object: Tensor  # int64, index into `Targets.boxes`
+    weight: Tensor  # of the losses of class and box; 0: no object
+    score: Tensor  # that the box is trained to have
+    counted: Tensor  # bool: its score is trained
+
+
+class DetectionLoss(nn.Module):
+    """The loss of a batch, each term divided by the number of positive locations, which are assigned an object.
 
     With `quality` scores the positive locations are weighted by their quality, in the terms and in the divisor.
     The terms of a second look are divided by its number of positive boxes. No divisor is less than `MIN_POSITIVE` for
     each image.
 
     Args:
-        out: of the batch.
-        targets: B, boxes in input pixels.
         config: the kinds of losses.
-        mean_counts: the mean of a vector over all batches that share the step. The divisors are such means, so that the
-            mean of the gradients of all these batches is that of one batch with all of their images.
         class_shares: (K,) of the training objects, for the logit adjustment of a second look.
-
-    Returns:
-        Scalars: object, over the locations that are not ignored; class and box, over the positive locations; the same
-        of the second look.
     """
-    logits, boxes = out.object_logits.detach(), out.boxes.detach()
-    assigned = [
-        assign(logits[i], boxes[i], out.points, out.strides, target, config.assignment)
-        for i, target in enumerate(targets)
-    ]
-    positive = torch.stack([a.box >= 0 for a in assigned])  # (B, L)
-    ignored = torch.stack([a.ignore for a in assigned])  # (B, L)
-    image, location = torch.nonzero(positive, as_tuple=True)  # (M,)
-    labels, truth = _assigned_objects(assigned, targets)
 
-    scores, weights = positive.float(), torch.ones_like(truth[:, 0])
-    if config.scores == "quality":
-        scores = torch.stack([a.quality for a in assigned])
-        weights = scores[positive]
-    object_loss, class_loss = _score_losses(
-        out.object_logits, scores, out.class_logits_at(image, location), labels, focal=config.scores == "focal"
-    )
-    box_loss = _box_loss(out.boxes[image, location], truth, config.boxes)
-    sums = {
-        "object": (object_loss * ~ignored).sum(),
-        "class": (class_loss * weights).sum(),
-        "box": config.box_weight * (box_loss * weights).sum(),
-    }
-    groups = [(sums, weights.sum())]
-    if out.second is not None:
-        groups.append(_second_losses(out.second, targets, config, class_shares))
-    counts = mean_counts(torch.stack([*(count for _, count in groups), weights.new_tensor(len(targets))]))
-    divisors = counts[:-1].maximum(MIN_POSITIVE * counts[-1])
-    return {
-        name: total / divisor
-        for (terms, _), divisor in zip(groups, divisors, strict=True)
-        for name, total in terms.items()
-    }
+    class_prior: Tensor | None
+
+    def __init__(self, config: LossConfig, class_shares: Tensor | None = None):
+        super().__init__()
+        self.config = config
+        prior = None if class_shares is None else config.logit_adjustment * class_shares.clamp(min=1e-6).log()
+        self.register_buffer("class_prior", prior, persistent=False)
+
+    def forward(
+        self, out: RawOutput, targets: Targets, mean_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+    ) -> dict[str, Tensor]:
+        """The terms of a batch.
+
+        Args:
+            out: of the batch.
+            targets: boxes in input pixels.
+            mean_counts: the mean of a vector over all batches that share the step. The divisors are such means, so that
+                the mean of the gradients of all these batches is that of one batch with all of their images.
+
+        Returns:
+            Scalars: object, over the locations that are not ignored; class and box, over the positive locations; the
+            same of the second look.
+        """
+        second, count = out.second, out.boxes.shape[1]
+        boxes = out.boxes if second is None else torch.cat([out.boxes, second.boxes], dim=1)
+        judged = boxes.detach() if second is None else torch.cat([boxes.detach(), second.proposals], dim=1)
+        iou = pairwise_iou(targets.boxes, judged)  # (B, N, L + 2 P), once for all
+        looks = [self._match_locations(out, iou[..., :count], targets)]
+        if second is not None:
+            looks.append(match_proposals(second, iou[..., count:], targets))
+        index = torch.cat([look.object for look in looks], dim=1)  # (B, L + P)
+        labels = targets.labels.gather(1, index).clamp(min=0)
+        box_losses = self._box_losses(boxes, gather_boxes(targets.boxes, index))
+        losses = [self._dense_losses(out, looks[0], labels[:, :count])]
+        if second is not None:
+            losses.append(self._second_losses(second, looks[1], labels[:, count:]))
+
+        counts = mean_counts(torch.stack([*(look.weight.sum() for look in looks), iou.new_tensor(len(iou))]))
+        divisors = counts[:-1].maximum(MIN_POSITIVE * counts[-1])
+        parts = box_losses.split([look.object.shape[1] for look in looks], dim=1)
+        return {
+            f"{prefix}{term}": total / divisor
+            for prefix, look, box, (scores, names), divisor in zip(
+                ("", "second "), looks, parts, losses, divisors, strict=False
+            )
+            for term, total in {
+                "object": (scores * look.counted).sum(),
+                "class": (names * look.weight).sum(),
+                "box": self.config.box_weight * (box * look.weight).sum(),
+            }.items()
+        }
+
+    def _match_locations(self, out: RawOutput, iou: Tensor, targets: Targets) -> Matched:
+        """What the L locations of the dense head are trained to predict, given the IoU (B, N, L) of their boxes."""
+        assigned = assign(out, iou, targets, self.config.assignment)
+        scores = assigned.quality if self.config.scores == "quality" else (assigned.object >= 0).float()
+        return Matched(assigned.object.clamp(min=0), scores, scores, ~assigned.ignored)
+
+    def _dense_losses(self, out: RawOutput, look: Matched, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses (B, L) of the scores and of the classes, if each location had the class in `labels` (B, L)."""
+        log_shares = out.class_logits.log_softmax(-1)  # (B, R, K); the (B, L, K) of all locations is never made
+        class_loss = -log_shares.flatten(1).gather(1, out.class_rows * log_shares.shape[2] + labels)
+        if self.config.scores == "focal":
+            object_loss = sigmoid_focal_loss(out.object_logits, look.score, FOCAL_ALPHA, FOCAL_GAMMA)
+            return object_loss, class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
+        return F.binary_cross_entropy_with_logits(out.object_logits, look.score, reduction="none"), class_loss
+
+    def _second_losses(self, out: SecondOutput, look: Matched, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same (B, P) of the second look."""
+        logits = out.class_logits if self.class_prior is None else out.class_logits + self.class_prior
+        class_loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return F.binary_cross_entropy_with_logits(out.object_logits, look.score, reduction="none"), class_loss
+
+    def _box_losses(self, boxes: Tensor, truth: Tensor) -> Tensor:
+        """(B, P, 4) and (B, P, 4) input pixels -> (B, P)."""
+        if self.config.boxes == "giou":
+            return giou_loss(boxes, truth)
+        unit = (truth[..., 2:] - truth[..., :2]).clamp(min=MIN_BOX_UNIT)
+        unit = torch.cat([unit, unit], dim=-1)
+        return F.smooth_l1_loss(boxes / unit, truth / unit, reduction="none", beta=SMOOTH_L1_BETA).sum(-1)
 
 
-def _second_losses(
-    second: SecondOutput, targets: list[Target], config: LossConfig, class_shares: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The summed losses of the second look, and the number of its positive proposals, which overlap an object enough.
+def match_proposals(out: SecondOutput, iou: Tensor, targets: Targets) -> Matched:
+    """What the P boxes of the second look are trained to be.
 
-    Class and box are trained on the positive proposals. The score of every proposal is trained to be the IoU that its
-    better box reaches with an object, except of those in a crowd.
+    Class and box are trained on the proposals that overlap an object enough. The score of each is trained to be the IoU
+    that its better box reaches with an object, except of those in a crowd.
+
+    Args:
+        out: of the second look.
+        iou: (B, N, 2 P) of the objects with the better boxes, then with the proposals.
+        targets: of the batch.
     """
-    pairs = list(zip(second.proposals, second.boxes.detach(), targets, strict=True))
-    iou, truth, labels = (torch.stack(parts) for parts in zip(*(_best_object(p, t) for p, _, t in pairs), strict=True))
-    reached = torch.stack([_best_object(boxes, target)[0] for _, boxes, target in pairs])
-    positive = iou >= POSITIVE_IOU
-    counted = positive | ~torch.stack([_in_crowd(proposals, target) for proposals, _, target in pairs])
-
-    object_loss = F.binary_cross_entropy_with_logits(second.object_logits, reached, reduction="none")
-    class_logits = second.class_logits[positive]
-    if class_shares is not None:
-        class_logits = class_logits + config.logit_adjustment * class_shares.clamp(min=1e-6).log()
-    sums = {
-        "second object": (object_loss * counted).sum(),
-        "second class": F.cross_entropy(class_logits, labels[positive], reduction="sum"),
-        "second box": config.box_weight * _box_loss(second.boxes[positive], truth[positive], config.boxes).sum(),
-    }
-    return sums, positive.sum().float()
-
-
-def _best_object(boxes: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """The highest IoU (P,) of boxes (P, 4) with an object, and that object's box (P, 4) and label (P,)."""
-    objects = torch.nonzero(~target.crowd)[:, 0]
-    if len(objects) == 0:
-        none = torch.zeros_like(boxes)
-        return none[:, 0], none, none[:, 0].long()
-    iou, index = box_iou(boxes, target.boxes[objects]).max(1)
-    return iou, target.boxes[objects[index]], target.labels[objects[index]]
-
-
-def _in_crowd(boxes: Tensor, target: Target) -> Tensor:
-    """(P,) bool: is more than half of a box (P, 4) inside a crowd box?"""
-    crowd = target.boxes[target.crowd]
-    low, high = boxes[:, None, :2].maximum(crowd[:, :2]), boxes[:, None, 2:].minimum(crowd[:, 2:])
-    return ((high - low).clamp(min=0).prod(2) > box_sizes(boxes).prod(1)[:, None] / 2).any(1)
-
-
-def _assigned_objects(assigned: list[Assignment], targets: list[Target]) -> tuple[Tensor, Tensor]:
-    """Labels (M,) and boxes (M, 4) of the objects of the positive locations, image by image."""
-    chosen = [a.box[a.box >= 0] for a in assigned]
-    labels = torch.cat([target.labels[index] for target, index in zip(targets, chosen, strict=True)])
-    boxes = torch.cat([target.boxes[index] for target, index in zip(targets, chosen, strict=True)])
-    return labels, boxes
-
-
-def _score_losses(
-    object_logits: Tensor, scores: Tensor, class_logits: Tensor, labels: Tensor, *, focal: bool
-) -> tuple[Tensor, Tensor]:
-    """Object loss (B, L) with target `scores` (B, L), and class loss (M,)."""
-    class_loss = F.cross_entropy(class_logits, labels, reduction="none")
-    if focal:
-        object_loss = sigmoid_focal_loss(object_logits, scores, FOCAL_ALPHA, FOCAL_GAMMA)
-        return object_loss, class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
-    return F.binary_cross_entropy_with_logits(object_logits, scores, reduction="none"), class_loss
-
-
-def _box_loss(boxes: Tensor, truth: Tensor, kind: str) -> Tensor:
-    """(M, 4) and (M, 4) input pixels -> (M,)."""
-    if kind == "giou":
-        return generalized_box_iou_loss(boxes, truth)
-    unit = box_sizes(truth).repeat(1, 2).clamp(min=MIN_BOX_UNIT)
-    return F.smooth_l1_loss(boxes / unit, truth / unit, reduction="none", beta=SMOOTH_L1_BETA).sum(1)
+    best, index = iou.max(1)
+    reached, overlap = best.chunk(2, dim=1)
+    positive = overlap >= POSITIVE_IOU
+    in_crowd = pairwise_intersection(targets.crowds, out.proposals) > area(out.proposals)[:, None] / 2
+    return Matched(index.chunk(2, dim=1)[1], positive.float(), reached, positive | ~in_crowd.any(1))

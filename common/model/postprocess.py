@@ -1,11 +1,14 @@
 """`RawOutput` -> predicted scores and boxes -> `Detections` in original pixels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
-from common.types import Detections, RawOutput, Target
+from common.model.boxes import gather_boxes, pairwise_iou
+from common.types import Detections, ImageMeta, RawOutput
 
 MIN_SCORE = 0.001  # detections below it are dropped: ultralytics' evaluation setting
 CANDIDATES = 500  # best (box, class) pairs that enter NMS; 1000 give the same AP
@@ -16,7 +19,7 @@ SECOND_OBJECT_SHARE, SECOND_CLASS_SHARE = 0.4, 0.6  # of the second look, in the
 CLASS_TEMPERATURE = 2.0  # with few images class scores are too sure; calibrated ones rank detections better
 
 
-def predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
+def fuse_predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
     """What a detector predicts for a batch: scores (B, M, K) in 0..1, and boxes (B, M, 4) in input pixels.
 
     Without a second look these are the scores and boxes of all locations. With one they are those of its N proposals:
@@ -34,13 +37,13 @@ def predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
     return objects.exp()[..., None] * (classes / CLASS_TEMPERATURE).softmax(-1), second.boxes[:, -count:]
 
 
-def best_boxes(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The `MAX_DETECTIONS` best pairs of a box and a class in each image, after class-wise NMS, by falling score.
 
     It consists of tensor operations of fixed shapes alone, so it is part of exported detectors.
 
     Args:
-        scores: (B, M, K) as `predictions` returns them.
+        scores: (B, M, K) as `fuse_predictions` returns them.
         boxes: (B, M, 4) input pixels.
 
     Returns:
@@ -49,52 +52,42 @@ def best_boxes(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scores, boxes = scores.float(), boxes.float()
     classes, pairs = scores.shape[2], scores.flatten(1)
     best, index = pairs.topk(min(CANDIDATES, pairs.shape[1]))
-    labels, candidates = index % classes, rows_of(boxes, index // classes)
+    labels, candidates = index % classes, gather_boxes(boxes, index // classes)
     same = labels[:, :, None] == labels[:, None]
-    best = best * kept_by_nms(same & (pairwise_iou(candidates) > NMS_IOU))
+    best = best * nms_mask(same & (pairwise_iou(candidates, candidates) > NMS_IOU))
     best, order = best.topk(min(MAX_DETECTIONS, best.shape[1]))
-    return rows_of(candidates, order), best, labels.gather(1, order)
+    return gather_boxes(candidates, order), best, labels.gather(1, order)
 
 
-def postprocess(scores: Tensor, boxes: Tensor, targets: list[Target]) -> list[Detections]:
+def postprocess(scores: Tensor, boxes: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
     """The best detections of each image of a batch; a box may have several classes.
 
     Args:
-        scores: (B, M, K) as `predictions` returns them.
+        scores: (B, M, K) as `fuse_predictions` returns them.
         boxes: (B, M, 4) input pixels.
-        targets: B, whose letterboxes map boxes back to original pixels; their boxes are not used.
+        meta: of the B images, whose scales map boxes back to original pixels.
 
     Raises:
-        ValueError: a target without a letterbox, that of an augmented image.
+        ValueError: an augmented image, which has no scale.
     """
-    return detections_of(*best_boxes(scores, boxes), targets)
+    return detections_of(*select_detections(scores, boxes), meta)
 
 
-def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, targets: list[Target]) -> list[Detections]:
-    """What `best_boxes` returns -> `Detections`, without those that are too unsure or outside the image."""
-    columns = zip(boxes.cpu(), scores.cpu(), labels.cpu(), targets, strict=True)
+def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
+    """What `select_detections` returns -> `Detections`, without those that are too unsure or outside the image."""
+    columns = zip(boxes.cpu(), scores.cpu(), labels.cpu(), meta, strict=True)
     return [_detections(*column) for column in columns]
 
 
-def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, target: Target) -> Detections:
-    if target.letterbox is None:
+def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, meta: ImageMeta) -> Detections:
+    if meta.scale is None:
         raise ValueError("predictions on an augmented image have no position in the original image")
-    original = clip_boxes_to_image(target.letterbox.to_original(boxes), target.letterbox.original)
+    original = clip_boxes_to_image(boxes / boxes.new_tensor(meta.scale).repeat(2), meta.size)
     keep = (scores > MIN_SCORE) & ((original[:, 2:] - original[:, :2]) > 0).all(1)
-    return Detections(target.image_id, original[keep], scores[keep], labels[keep])
+    return Detections(meta.image_id, original[keep], scores[keep], labels[keep])
 
 
-def pairwise_iou(boxes: Tensor) -> Tensor:
-    """IoU (B, N, N) of boxes (B, N, 4) with each other."""
-    x1, y1, x2, y2 = boxes.unbind(-1)  # tensors without a last dimension of 2 take a third of the time
-    area = (x2 - x1) * (y2 - y1)
-    width = torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])
-    height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
-    overlap = width.clamp(min=0) * height.clamp(min=0)
-    return overlap / (area[:, :, None] + area[:, None] - overlap)
-
-
-def kept_by_nms(conflict: Tensor) -> Tensor:
+def nms_mask(conflict: Tensor) -> Tensor:
     """Greedy NMS: a box is kept unless it conflicts with a kept box before it.
 
     Each round decides the boxes that depend on boxes which the round before decided. After `NMS_ROUNDS` all are decided
@@ -111,8 +104,3 @@ def kept_by_nms(conflict: Tensor) -> Tensor:
     for _ in range(NMS_ROUNDS):
         kept = ((kept @ before) == 0).float()
     return kept[:, 0] > 0
-
-
-def rows_of(boxes: Tensor, index: Tensor) -> Tensor:
-    """The boxes (B, N, 4) at the indices (B, N) of boxes (B, M, 4)."""
-    return boxes.gather(1, index[..., None].expand(-1, -1, 4))

@@ -1,15 +1,16 @@
 """The second look: the features in each of the dense head's best boxes -> its class, a better box, a better score.
 
 A dense head describes an object by the features of one location. The second look describes it by all features in its
-box, as the second stage of Faster R-CNN does (arXiv 1506.01497). `postprocess.predictions` combines both.
+box, as the second stage of Faster R-CNN does (arXiv 1506.01497). `postprocess.fuse_predictions` combines both.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
-from common.model.postprocess import kept_by_nms, pairwise_iou, rows_of
-from common.types import RawOutput, SecondOutput, Target
+from common.model.boxes import apply_deltas, gather_boxes, pairwise_iou
+from common.model.postprocess import nms_mask
+from common.types import RawOutput, SecondOutput, Targets
 
 CANDIDATES, TRAINED_CANDIDATES = 1000, 300  # best locations of an image that enter NMS
 PROPOSAL_IOU = 0.7  # of NMS: overlapping boxes of one object are looked at several times
@@ -17,10 +18,9 @@ CLASS_PARTS = 2  # the class is predicted from a grid of 2 x 2 means of the feat
 BOX_PARTS = 7  # the better box and its score from a grid of 7 x 7
 FEW_PARTS = 2  # up to so many, one large matrix product is faster than two steps with less arithmetic
 TRAINED_PROPOSALS = 64  # of an image, a step
-EXAMPLES = 64  # boxes around the objects of an image that are looked at in training, beside the proposals
-MAX_SHIFT, MAX_LOG_SIZE = 0.25, 0.4  # of the examples' centres, in sides of the box, and of their sides' logarithms
-MAX_LOG_CHANGE = 1.0  # of a side
-NO_OBJECT = (112.0, 112.0)  # input pixels: width and height of the box looked at where an image has no object
+NUM_JITTERED = 64  # boxes around the objects of an image that are looked at in training, beside the proposals
+MAX_SHIFT, MAX_LOG_JITTER = 0.25, 0.4  # of their centres, in sides of the box, and of their sides' logarithms
+NO_OBJECT_PX = 112.0  # side of the box that is looked at where an image has no object
 
 
 class SecondLook(nn.Module):
@@ -78,16 +78,16 @@ class SecondLook(nn.Module):
         count, candidates = self.proposals, CANDIDATES
         if self.training:
             count, candidates = TRAINED_PROPOSALS, TRAINED_CANDIDATES
-        locations = best_locations(out, count, candidates)
-        boxes = rows_of(out.boxes.detach(), locations)
+        locations = select_proposals(out, count, candidates)
+        boxes = gather_boxes(out.boxes.detach(), locations)
         if examples is not None:
             boxes = torch.cat([examples, boxes], dim=1)
-        classes = self.classify(self.normalise(pool(features, boxes, CLASS_PARTS, self.stride))).float()
-        outputs = self.predict(self.embed(pool(self.reduce(features), boxes, BOX_PARTS, self.stride))).float()
-        return SecondOutput(locations, boxes, move_boxes(boxes, outputs[..., 1:]), outputs[..., 0], classes)
+        classes = self.classify(self.normalise(roi_pool(features, boxes, CLASS_PARTS, self.stride))).float()
+        outputs = self.predict(self.embed(roi_pool(self.reduce(features), boxes, BOX_PARTS, self.stride))).float()
+        return SecondOutput(locations, boxes, apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0], classes)
 
 
-def best_locations(out: RawOutput, count: int, candidates: int = CANDIDATES) -> Tensor:
+def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -> Tensor:
     """The (B, N) locations with the highest object scores after NMS, N = `count` or all; then those that it removed.
 
     Of all locations the `candidates` with the highest scores enter NMS.
@@ -96,12 +96,13 @@ def best_locations(out: RawOutput, count: int, candidates: int = CANDIDATES) -> 
     """
     logits, boxes = out.object_logits.detach(), out.boxes.detach()
     best, index = logits.topk(min(candidates, logits.shape[1]))  # by falling score
-    kept = kept_by_nms(pairwise_iou(rows_of(boxes, index)) > PROPOSAL_IOU)
+    boxes = gather_boxes(boxes, index)
+    kept = nms_mask(pairwise_iou(boxes, boxes) > PROPOSAL_IOU)
     rank = torch.arange(best.shape[1], device=best.device) + ~kept * best.shape[1]
     return index.gather(1, rank.topk(min(count, best.shape[1]), largest=False).indices)
 
 
-def pool(features: Tensor, boxes: Tensor, parts: int, stride: int) -> Tensor:
+def roi_pool(features: Tensor, boxes: Tensor, parts: int, stride: int) -> Tensor:
     """The mean of the features in each of parts x parts equal cells of boxes, the map interpolated linearly.
 
     The means are exact (PrRoI pooling, arXiv 1807.11590) and computed as matrix products. What is outside the map does
@@ -136,33 +137,27 @@ def _weights(sides: Tensor, parts: int, cells: int) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
-def move_boxes(boxes: Tensor, change: Tensor) -> Tensor:
-    """Boxes (..., 4) whose centres move by sides of the box and whose sides change by a logarithm; xyxy."""
-    sizes = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1)
-    centers = (boxes[..., :2] + boxes[..., 2:]) / 2 + change[..., :2] * sizes
-    halves = sizes * change[..., 2:].clamp(-MAX_LOG_CHANGE, MAX_LOG_CHANGE).exp() / 2
-    return torch.cat([centers - halves, centers + halves], dim=-1)
-
-
-def example_boxes(targets: list[Target]) -> Tensor:
-    """`EXAMPLES` boxes around the objects of each image, the first the objects themselves, each of them equally often.
+class JitteredBoxes(nn.Module):
+    """`NUM_JITTERED` boxes around the objects of each image, the first the objects themselves, each equally often.
 
     They are the same each time: the shifts are a Sobol sequence, which fills their range evenly.
-
-    Args:
-        targets: B, boxes in input pixels.
-
-    Returns:
-        (B, EXAMPLES, 4) input pixels.
     """
-    shifts = SobolEngine(4).draw(EXAMPLES + 1)[1:]  # the first of these is the middle: no shift
-    examples = []
-    for target in targets:
-        objects = target.boxes[~target.crowd]
-        if len(objects) == 0:
-            objects = target.boxes.new_tensor([[0.0, 0, *NO_OBJECT]])
-        index = torch.arange(EXAMPLES, device=objects.device)
-        shift = shifts.to(objects.device)[index // len(objects)] * 2 - 1
-        shift = shift * shift.new_tensor([MAX_SHIFT, MAX_SHIFT, MAX_LOG_SIZE, MAX_LOG_SIZE])
-        examples.append(move_boxes(objects[index % len(objects)], shift))
-    return torch.stack(examples)
+
+    rank: Tensor
+    deltas: Tensor
+    no_object: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        shifts = SobolEngine(4).draw(NUM_JITTERED + 1)[1:] * 2 - 1  # the first of these is the middle: no shift
+        ranges = torch.tensor([MAX_SHIFT, MAX_SHIFT, MAX_LOG_JITTER, MAX_LOG_JITTER])
+        self.register_buffer("deltas", shifts * ranges)
+        self.register_buffer("rank", torch.arange(NUM_JITTERED))
+        self.register_buffer("no_object", torch.tensor([0.0, 0.0, NO_OBJECT_PX, NO_OBJECT_PX]))
+
+    def forward(self, targets: Targets) -> Tensor:
+        """Targets in input pixels -> (B, NUM_JITTERED, 4) input pixels."""
+        count = targets.objects.sum(1, keepdim=True)  # (B, 1)
+        turns = count.clamp(min=1)
+        boxes = gather_boxes(targets.boxes, self.rank % turns).where(count[..., None] > 0, self.no_object)
+        return apply_deltas(boxes, self.deltas[self.rank // turns])

@@ -19,9 +19,9 @@ from torch import Tensor
 from common.console import InputError
 from common.images import letterboxed, read_pixels
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.postprocess import best_boxes, detections_of, predictions
+from common.model.postprocess import detections_of, fuse_predictions, select_detections
 from common.runtime import default_device, fastest_precision
-from common.types import Detections, Target
+from common.types import Detections, ImageMeta
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,9 +39,9 @@ class TrainedDetector(ABC):
 
     @abstractmethod
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) float32 RGB in 0..1, letterboxed -> boxes (B, D, 4) in input pixels, scores and labels (B, D).
+        """(B, 3, S, S) uint8 RGB, letterboxed -> boxes (B, D, 4) in input pixels, scores and labels (B, D).
 
-        As `best_boxes` returns them.
+        As `select_detections` returns them.
         """
 
     def predict(
@@ -71,10 +71,10 @@ class TrainedDetector(ABC):
 
     def _detect(self, images: list[Tensor], first: int, min_score: float | None) -> list[Detections]:
         """The detections in a batch of images (3, H, W) uint8, numbered from `first`."""
-        inputs, letterboxes = zip(*(letterboxed(image, self.image_size) for image in images), strict=True)
-        nothing = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
-        targets = [Target(*nothing, first + i, letterbox) for i, letterbox in enumerate(letterboxes)]
-        found = detections_of(*self.run(torch.stack(inputs).float() / 255), targets)
+        inputs, scales = zip(*(letterboxed(image, self.image_size) for image in images), strict=True)
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        meta = [ImageMeta(first + i, None, *known) for i, known in enumerate(zip(sizes, scales, strict=True))]
+        found = detections_of(*self.run(torch.stack(inputs)), meta)
         least = self.min_score if min_score is None else min_score
         return [replace(d.at_least(least), class_names=self.class_names, category_ids=self.category_ids) for d in found]
 
@@ -98,7 +98,7 @@ class CheckpointDetector(TrainedDetector):
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = self.checkpoint.detector(images.to(self.device))
-        return best_boxes(*predictions(out))
+        return select_detections(*fuse_predictions(out))
 
 
 def load_on_device(path: str | Path, device: str | torch.device | None = None) -> CheckpointDetector:

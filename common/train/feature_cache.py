@@ -1,6 +1,6 @@
 """Features of a frozen backbone on disk: each image passes it once, later epochs read memory maps.
 
-The images are split into shards of `SHARD`. The file of a shard holds (images, views, rows, columns, blocks, channels)
+The images are split into shards of `SHARD`. The file of a shard holds (images, views, rows, columns, channels)
 features of 16 bits, bfloat16 where the run computes in it, so that nothing is lost, else float16: view 0 is the
 letterboxed image, view 1 the same mirrored. It is renamed to a digest of all that the features depend on when it is
 complete: an interrupted build continues, several processes divide the shards among them, and a run on more images
@@ -25,9 +25,9 @@ from common.data.transforms import letterbox_target, mirror_drawn, mirror_target
 from common.files import atomic_write, cache_folder, remove_leftovers
 from common.model.detector import Detector
 from common.runtime import precision_name
-from common.types import Letterbox, Target
+from common.types import Target
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHARD = 64  # images: what an interruption can cost
 ITEM_BYTES = 2  # of float16 and bfloat16
 SPARE_DISK = 1 << 30  # bytes that a build leaves free
@@ -41,7 +41,7 @@ class Shard:
 
     path: Path
     images: range  # their indices
-    shape: tuple[int, ...]  # images, views, rows, columns, blocks, channels
+    shape: tuple[int, ...]  # images, views, rows, columns, channels
     dtype: torch.dtype
 
     @property
@@ -50,7 +50,7 @@ class Shard:
         return math.prod(self.shape) * ITEM_BYTES
 
     def open(self) -> Tensor:
-        """A memory map (images, views, rows, columns, blocks, channels); what is written to it never reaches the file.
+        """A memory map (images, views, rows, columns, channels); what is written to it never reaches the file.
 
         Raises:
             InputError: the file is missing or has another size.
@@ -61,9 +61,9 @@ class Shard:
 
 
 def feature_shape(detector: Detector, views: int) -> tuple[int, ...]:
-    """(views, rows, columns, blocks, channels) of the features of one image."""
+    """(views, rows, columns, channels) of the features of one image, those of all blocks together."""
     side = detector.config.image_size // detector.backbone.patch_size
-    return views, side, side, len(detector.config.blocks), detector.backbone.channels
+    return views, side, side, len(detector.config.blocks) * detector.backbone.channels
 
 
 def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
@@ -74,8 +74,8 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
 def feature_shards(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Shard]:
     """The files for the features of the images of `data`.
 
-    A name is a digest of the backbone's weights, the blocks, the input size, the precision, the number of views, and
-    the path, length and time of change of each image in the shard.
+    A name is a digest of the backbone's architecture and weights, the blocks, the input size, the precision, the number
+    of views, and the path, length and time of change of each image in the shard.
 
     Args:
         detector: its backbone and configuration are used, its head is not.
@@ -84,7 +84,8 @@ def feature_shards(detector: Detector, data: DetectionData, views: int, precisio
         precision: of the backbone's forward pass, as `precision_name` returns it.
     """
     config = detector.config
-    common = hashlib.sha256(repr((FORMAT_VERSION, config.blocks, config.image_size, views, precision)).encode())
+    settings = FORMAT_VERSION, config.backbone, config.blocks, config.image_size, views, precision
+    common = hashlib.sha256(repr(settings).encode())
     for name, weight in detector.backbone.state_dict().items():
         common.update(name.encode())
         common.update(weight.detach().cpu().contiguous().numpy().tobytes())
@@ -170,10 +171,10 @@ def _build(
                 loader = make_eval_loader(images_of_shard, detector.config.image_size, batch_size, workers)
                 with atomic_write(shard.path) as file:
                     for batch in loader:
-                        images = batch.images.to(accelerator.device)
+                        images = batch.inputs.to(accelerator.device)
                         views = [images, images.flip(-1)][: shard.shape[1]]
                         with accelerator.autocast():
-                            features = torch.stack([detector.patch_features(view) for view in views], dim=1)
+                            features = torch.stack([detector.backbone(view) for view in views], dim=1)
                         file.write(features.to(shard.dtype).cpu().view(torch.int16).numpy())
                         bar.update(len(images))
     except Interrupted as interrupted:
@@ -202,9 +203,8 @@ class CachedDataset(SampleDataset):
         self.features, self.image_size, self.mirror = features, image_size, mirror
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Features (h, w, blocks, C) and the image's `Target`."""
-        letterbox = Letterbox.fit(self.data.size(index), self.image_size)
-        target = letterbox_target(self.data.target(index), letterbox)
+        """Features (h, w, C) and the image's `Target`."""
+        target = letterbox_target(self.data.target(index), self.image_size)
         with self.randomness(index):
             mirrored = self.mirror and mirror_drawn()
         view = self.features[index // SHARD][index % SHARD, int(mirrored)]

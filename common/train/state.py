@@ -155,7 +155,7 @@ class TrainState:
         """
         self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
         if self.skipped > (FP16_SKIPS if self.accelerator.scaler else 0):
-            image_ids = [target.image_id for batch in batches for target in batch.targets]
+            image_ids = [meta.image_id for batch in batches for meta in batch.meta]
             report = {
                 "stage": self.stage,
                 "epoch": self.epoch + 1,

@@ -4,34 +4,39 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import data_flags
+from helpers import data_flags, target_of
 
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.sources import load_split
 from common.data.table import load_coco
-from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform
-from common.types import Letterbox, Target
+from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform, letterbox_target
+from common.model.postprocess import detections_of
+from common.types import ImageMeta, Targets, letterbox
 
 ANNOTATION = {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0}
 
 
 @pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
 def test_letterbox_round_trip(size):
-    letterbox = Letterbox.fit(size, 224)
-    boxes = torch.rand(50, 4) * min(size)
-    assert max(letterbox.resized) == 224
-    assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes)), boxes, atol=1e-3)
+    """A box is scaled with the pixels, and `postprocess` scales it back."""
     height, width = size
-    corner = letterbox.to_input(torch.tensor([0.0, 0.0, width, height]))
-    assert corner.tolist() == pytest.approx([0, 0, letterbox.resized[1], letterbox.resized[0]], abs=1e-3)
+    (new_height, new_width), scale = letterbox(size, 224)
+    assert max(new_height, new_width) == 224
+    boxes = torch.tensor([[0.0, 0.0, width, height], [3.0, 5.0, 20.0, 29.0]])
+    target = target_of(boxes.tolist())
+    moved = letterbox_target(replace(target, meta=ImageMeta(1, None, size)), 224)
+    assert moved.boxes[0].tolist() == pytest.approx([0, 0, new_width, new_height], abs=1e-3)
+    assert moved.meta.scale == scale
+    (found,) = detections_of(moved.boxes[None], torch.ones(1, 2), torch.zeros(1, 2).long(), [moved.meta])
+    assert torch.allclose(found.boxes, boxes, atol=1e-3)
 
 
 def painted(width=300, height=200, box=(60, 40, 180, 120)):
     """A black image with a red rectangle, and its target."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[0, box[1] : box[3], box[0] : box[2]] = 255
-    target = Target(torch.tensor([box]).float(), torch.tensor([4]), torch.tensor([False]), 1, None)
+    target = replace(target_of([box], labels=[4]), meta=ImageMeta(1, None, (height, width)))
     return image, target
 
 
@@ -108,7 +113,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(demo):
 def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
     width, height = size
     image, box = torch.full((3, height, width), 200, dtype=torch.uint8), torch.tensor([[0.0, 0.0, width, height]])
-    target = Target(box, torch.tensor([4]), torch.tensor([False]), 1, None)
+    target = replace(target_of(box.tolist(), labels=[4]), meta=ImageMeta(1, None, (height, width)))
     letterboxed, moved = LetterboxTransform(56)(image, target)
     sides = [max(1, round(side * 56 / max(size))) for side in size]
     assert moved.boxes[0].tolist() == pytest.approx([0, 0, *sides])
@@ -121,8 +126,19 @@ def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
             assert len(moved.boxes) == len(moved.labels) == len(moved.crowd)
 
 
-def test_collate_gives_floats_and_keeps_empty_targets(coco_file):
+def test_collate_keeps_bytes_and_pads_targets(coco_file):
     data = load_coco(*coco_file([ANNOTATION]))
     batch = collate([DetectionDataset(data, LetterboxTransform(28))[i] for i in range(2)])
-    assert batch.images.shape == (2, 3, 28, 28) and batch.images.dtype == torch.float32 and batch.images.max() <= 1
-    assert [len(t.boxes) for t in batch.targets] == [1, 0]
+    assert batch.inputs.shape == (2, 3, 28, 28) and batch.inputs.dtype == torch.uint8
+    assert batch.targets.objects.tolist() == [[True], [False]] and batch.targets.crowds.shape == (2, 0, 4)
+    assert [meta.image_id for meta in batch.meta] == [11, 5]
+
+
+def test_targets_are_padded_to_the_largest_number_of_objects_and_of_crowds():
+    crowd = target_of([[9, 9, 20, 20], [0, 0, 5, 5]], labels=[2, 7], crowd=[True, False])
+    targets = Targets.pad([target_of([[1, 2, 3, 4], [5, 6, 7, 8]], labels=[3, 0]), crowd, target_of([])])
+    assert targets.labels.tolist() == [[3, 0], [7, -1], [-1, -1]]
+    assert targets.boxes[1].tolist() == [[0, 0, 5, 5], [0, 0, 0, 0]]
+    assert targets.crowds.tolist() == [[[0, 0, 0, 0]], [[9, 9, 20, 20]], [[0, 0, 0, 0]]]
+    none = Targets.pad([target_of([]), target_of([])])
+    assert none.labels.tolist() == [[-1], [-1]] and none.boxes.shape == (2, 1, 4)

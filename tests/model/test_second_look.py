@@ -5,16 +5,18 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from helpers import target_of
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from common.console import InputError
+from common.model.boxes import MAX_LOG_SCALE, apply_deltas
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import DetectorConfig, new_detector
-from common.model.losses import LossConfig, detection_loss
-from common.model.postprocess import CLASS_TEMPERATURE, SECOND_CLASS_SHARE, SECOND_OBJECT_SHARE, predictions
-from common.model.second_look import EXAMPLES, MAX_LOG_CHANGE, best_locations, example_boxes, move_boxes, pool
-from common.types import Target
+from common.model.losses import DetectionLoss, LossConfig
+from common.model.postprocess import CLASS_TEMPERATURE, SECOND_CLASS_SHARE, SECOND_OBJECT_SHARE, fuse_predictions
+from common.model.second_look import NUM_JITTERED, JitteredBoxes, roi_pool, select_proposals
+from common.types import Targets
 
 NAMES, IDS = tuple("abcdefghij"), tuple(range(10))
 
@@ -25,15 +27,23 @@ def looking(tiny_backbone):
     torch.manual_seed(0)
     options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "dropout": 0.1}
     detector = new_detector(tiny_backbone, head="pyramid", **options, second_look=20).eval()
-    for layer in (detector.second_look.classify, detector.second_look.predict):
+    for layer in (detector.head.second_look.classify, detector.head.second_look.predict):
         torch.nn.init.normal_(layer.weight, std=0.05)
     return detector
 
 
-def target_of(boxes, labels=None, crowd=None):
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    labels = torch.tensor(labels or [0] * len(boxes), dtype=torch.int64)
-    return Target(boxes, labels, torch.tensor(crowd or [False] * len(boxes), dtype=torch.bool), 1, None)
+def pixels_of(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def loss_of(out, targets, config=LossConfig(), shares=None):  # noqa: B008  (frozen)
+    return DetectionLoss(config, shares)(out, targets)
+
+
+def examples_of(*targets):
+    """The targets of a batch, and the boxes around them."""
+    padded = Targets.pad(targets)
+    return padded, JitteredBoxes()(padded)
 
 
 def test_pooling_is_the_mean_of_the_interpolated_map():
@@ -41,7 +51,7 @@ def test_pooling_is_the_mean_of_the_interpolated_map():
     torch.manual_seed(0)
     features, steps = torch.randn(1, 6, 8, 3), 64
     boxes = torch.tensor([[[14.0, 21, 90, 60], [30, 30, 37, 33], [7, 7, 105, 77]]])
-    pooled = pool(features, boxes, 2, 14)
+    pooled = roi_pool(features, boxes, 2, 14)
     assert pooled.shape == (1, 3, 4, 3)
     centers = (torch.arange(2 * steps) + 0.5) / (2 * steps)
     for (x1, y1, x2, y2), means in zip(boxes[0].tolist(), pooled[0], strict=True):
@@ -55,14 +65,14 @@ def test_pooling_is_the_mean_of_the_interpolated_map():
 def test_pooling_ignores_what_is_outside_the_map():
     features = torch.full((1, 4, 4, 1), 5.0)
     boxes = torch.tensor([[[-40.0, -40, 28, 28], [0, 0, 1e-3, 1e-3], [40, 40, 200, 200], [300, 300, 400, 400]]])
-    pooled = pool(features, boxes, 1, 14).flatten()
+    pooled = roi_pool(features, boxes, 1, 14).flatten()
     assert torch.allclose(pooled, torch.tensor([5.0, 5, 5, 0]))
 
 
 def test_proposals_are_the_best_boxes_after_nms_and_always_as_many(looking):
     with torch.no_grad():
-        out = looking.head(looking.patch_features(torch.rand(2, 3, 112, 112)).flatten(3))
-    locations = best_locations(out, 30)
+        out = looking.head.dense(looking.backbone(pixels_of(2, 3, 112, 112)))
+    locations = select_proposals(out, 30)
     assert locations.shape == (2, 30)
     for image in range(2):
         order = out.object_logits[image].argsort(descending=True)
@@ -70,55 +80,55 @@ def test_proposals_are_the_best_boxes_after_nms_and_always_as_many(looking):
         kept = [int(order[i]) for i in range(len(order)) if not (iou[i, :i] > 0.7).any()]
         assert locations[image].tolist()[: len(kept)] == kept[:30] and len(kept) > 10
         assert len(locations[image].unique()) == 30
-    assert best_locations(out, 10_000).shape == out.object_logits.shape
+    assert select_proposals(out, 10_000).shape == out.object_logits.shape
 
 
 def test_examples_are_the_objects_and_boxes_near_them():
     many = target_of([[10, 10, 60, 50], [20, 30, 40, 90], [0, 0, 9, 9]], crowd=[False, False, True])
-    boxes = example_boxes([many, target_of([])])
-    assert boxes.shape == (2, EXAMPLES, 4)
+    _, boxes = examples_of(many, target_of([]))
+    assert boxes.shape == (2, NUM_JITTERED, 4)
     assert torch.equal(boxes[0, :2], many.boxes[:2])
     iou = box_iou(boxes[0], many.boxes[:2])
-    assert torch.equal(iou.argmax(1), torch.arange(EXAMPLES) % 2)
+    assert torch.equal(iou.argmax(1), torch.arange(NUM_JITTERED) % 2)
     best = iou.amax(1)
-    assert best.min() > 0.3 and (best > 0.5).float().mean() > 0.8 and len(boxes[0].unique(dim=0)) == EXAMPLES
+    assert best.min() > 0.3 and (best > 0.5).float().mean() > 0.8 and len(boxes[0].unique(dim=0)) == NUM_JITTERED
     assert (boxes[1, :, 2:] > boxes[1, :, :2]).all()
-    assert torch.equal(boxes, example_boxes([many, target_of([])]))
+    assert torch.equal(boxes, examples_of(many, target_of([]))[1])
 
 
 def test_moved_boxes_are_never_inverted_or_infinite():
-    boxes = move_boxes(torch.tensor([[10.0, 10, 30, 50]]).repeat(100, 1), torch.randn(100, 4) * 1000)
+    boxes = apply_deltas(torch.tensor([[10.0, 10, 30, 50]]).repeat(100, 1), torch.randn(100, 4) * 1000)
     assert boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()
-    assert move_boxes(torch.tensor([10.0, 10, 30, 50]), torch.zeros(4)).tolist() == [10, 10, 30, 50]
-    assert move_boxes(torch.zeros(4), torch.full((4,), MAX_LOG_CHANGE)).isfinite().all()
+    assert apply_deltas(torch.tensor([10.0, 10, 30, 50]), torch.zeros(4)).tolist() == [10, 10, 30, 50]
+    assert apply_deltas(torch.zeros(4), torch.full((4,), MAX_LOG_SCALE)).isfinite().all()
 
 
 def test_batched_equals_single_and_cached_equals_uncached(looking):
-    images = torch.rand(3, 3, 112, 112)
+    images = pixels_of(3, 3, 112, 112)
     with torch.no_grad():
-        scores, boxes = predictions(looking(images))
+        scores, boxes = fuse_predictions(looking(images))
         assert scores.shape == (3, 20, 10) and boxes.shape == (3, 20, 4)
         for i in range(3):
-            single_scores, single_boxes = predictions(looking(images[i : i + 1]))
+            single_scores, single_boxes = fuse_predictions(looking(images[i : i + 1]))
             assert torch.allclose(single_scores[0], scores[i], atol=1e-5)
             assert torch.allclose(single_boxes[0], boxes[i], atol=1e-3)
-        cached_scores, cached_boxes = predictions(looking(looking.patch_features(images)))
+        cached_scores, cached_boxes = fuse_predictions(looking.head(looking.backbone(images)))
     assert torch.equal(cached_scores, scores) and torch.equal(cached_boxes, boxes)
 
 
 def test_examples_leave_the_predictions_as_they_are(looking):
-    images, examples = torch.rand(2, 3, 112, 112), example_boxes([target_of([[9, 9, 70, 80]])] * 2)
+    images, (_, examples) = pixels_of(2, 3, 112, 112), examples_of(*[target_of([[9, 9, 70, 80]])] * 2)
     with torch.no_grad():
         plain, more = looking(images), looking(images, examples)
-    assert torch.equal(more.second.proposals[:, :EXAMPLES], examples)
-    for ours, theirs in zip(predictions(more), predictions(plain), strict=True):
+    assert torch.equal(more.second.proposals[:, :NUM_JITTERED], examples)
+    for ours, theirs in zip(fuse_predictions(more), fuse_predictions(plain), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_both_looks_share_the_scores(looking):
     with torch.no_grad():
-        out = looking(torch.rand(1, 3, 112, 112))
-    scores, boxes = predictions(out)
+        out = looking(pixels_of(1, 3, 112, 112))
+    scores, boxes = fuse_predictions(out)
     assert torch.equal(boxes, out.second.boxes)
     assert (scores >= 0).all() and (scores.sum(2) <= 1).all()
     best = out.second.locations[0]
@@ -127,72 +137,76 @@ def test_both_looks_share_the_scores(looking):
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))
     logits = out.class_logits_at(torch.zeros_like(best), best)
-    assert torch.equal(predictions(silent)[0].argmax(2)[0], logits.argmax(1))
+    assert torch.equal(fuse_predictions(silent)[0].argmax(2)[0], logits.argmax(1))
     expected = (logits * (1 - SECOND_CLASS_SHARE) / CLASS_TEMPERATURE).softmax(-1)
-    assert torch.allclose(predictions(silent)[0][0] / mean[:, None], expected, atol=1e-5)
+    assert torch.allclose(fuse_predictions(silent)[0][0] / mean[:, None], expected, atol=1e-5)
 
 
 def test_the_loss_teaches_names_boxes_and_scores(looking):
     """A few steps on one image: the second look comes to name, place and score its objects."""
     torch.manual_seed(0)
     target = target_of([[10, 10, 60, 60], [50, 40, 108, 100]], labels=[3, 7])
-    features, examples = torch.randn(1, 8, 8, 2, 48), example_boxes([target])
-    torch.nn.init.zeros_(looking.second_look.predict.weight)
-    optimizer = torch.optim.Adam(looking.second_look.parameters(), 1e-3)
+    features, (targets, examples) = torch.randn(1, 8, 8, 2 * 48), examples_of(target)
+    torch.nn.init.zeros_(looking.head.second_look.predict.weight)
+    optimizer = torch.optim.Adam(looking.head.second_look.parameters(), 1e-3)
     terms = []
     for _ in range(150):
-        losses = detection_loss(looking(features, examples), [target], LossConfig())
+        losses = loss_of(looking.head(features, examples), targets)
         terms.append({name: value.item() for name, value in losses.items() if name.startswith("second")})
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
     assert terms[0].keys() == {"second object", "second class", "second box"}
     assert all(terms[-1][name] < 0.5 * terms[0][name] for name in ("second class", "second box"))
-    second = looking(features, examples).second
+    second = looking.head(features, examples).second
     near = box_iou(second.proposals[0], target.boxes).max(1)
-    shifted = near.values[:EXAMPLES] < 0.7
-    reached = box_iou(second.boxes[0, :EXAMPLES], target.boxes).amax(1)
-    assert reached[shifted].mean() > near.values[:EXAMPLES][shifted].mean() + 0.1
-    assert (second.class_logits[0, :EXAMPLES].argmax(1) == target.labels[near.indices[:EXAMPLES]]).float().mean() > 0.9
+    shifted = near.values[:NUM_JITTERED] < 0.7
+    reached = box_iou(second.boxes[0, :NUM_JITTERED], target.boxes).amax(1)
+    assert reached[shifted].mean() > near.values[:NUM_JITTERED][shifted].mean() + 0.1
+    assert (
+        second.class_logits[0, :NUM_JITTERED].argmax(1) == target.labels[near.indices[:NUM_JITTERED]]
+    ).float().mean() > 0.9
 
 
 def test_with_logit_adjustment_frequency_alone_teaches_no_preference(looking):
     """Where the features tell nothing, the gradient pulls towards frequent classes unless their shares are given."""
     target = target_of([[10, 10, 60, 60]], labels=[3])
     shares = torch.full((10,), 0.1 / 9).index_fill(0, torch.tensor(3), 0.9)
-    out = looking(torch.rand(1, 3, 112, 112), example_boxes([target]))
+    targets, examples = examples_of(target)
+    out = looking(pixels_of(1, 3, 112, 112), examples)
     out.second.class_logits.data.zero_()
     config = LossConfig(logit_adjustment=1.0)
-    plain, adjusted = (
-        detection_loss(out, [target], config, class_shares=given)["second class"].item() for given in (None, shares)
-    )
+    plain, adjusted = (loss_of(out, targets, config, given)["second class"].item() for given in (None, shares))
     assert plain == pytest.approx(math.log(10), abs=1e-4) and adjusted == pytest.approx(-math.log(0.9), abs=1e-4)
 
 
 def test_images_without_objects_and_crowds_have_finite_losses_and_gradients(looking):
     crowd = target_of([[0, 0, 112, 112]], crowd=[True])
-    for targets in ([target_of([]), crowd], [target_of([[5, 5, 6, 6]]), crowd]):
+    for first in (target_of([]), target_of([[5, 5, 6, 6]])):
         looking.zero_grad()
-        losses = detection_loss(looking(torch.rand(2, 3, 112, 112), example_boxes(targets)), targets, LossConfig())
+        targets, examples = examples_of(first, crowd)
+        losses = loss_of(looking(pixels_of(2, 3, 112, 112), examples), targets)
         sum(losses.values()).backward()
         assert all(value.isfinite() for value in losses.values()), losses
         assert all(p.grad.isfinite().all() for p in looking.parameters() if p.grad is not None)
 
 
 def test_boxes_in_a_crowd_are_not_background(looking):
-    images = torch.rand(1, 3, 112, 112)
+    images = pixels_of(1, 3, 112, 112)
     out = looking(images, torch.tensor([[[10.0, 10, 40, 40]]]))
     in_crowd = target_of([[-300, -300, 400, 400]], crowd=[True])
-    assert detection_loss(out, [in_crowd], LossConfig())["second object"] == 0
-    assert detection_loss(out, [target_of([])], LossConfig())["second object"] > 0
+    assert loss_of(out, Targets.pad([in_crowd]))["second object"] == 0
+    assert loss_of(out, Targets.pad([target_of([])]))["second object"] > 0
 
 
 def test_a_checkpoint_keeps_the_second_look_and_older_ones_have_none(looking, tiny_backbone, tmp_path):
-    images = torch.rand(1, 3, 112, 112)
+    images = pixels_of(1, 3, 112, 112)
     save_detector(tmp_path / "a.pth", Checkpoint(looking, NAMES, IDS))
     with torch.no_grad():
         for ours, theirs in zip(
-            predictions(looking(images)), predictions(load_checkpoint(tmp_path / "a.pth").detector(images)), strict=True
+            fuse_predictions(looking(images)),
+            fuse_predictions(load_checkpoint(tmp_path / "a.pth").detector(images)),
+            strict=True,
         ):
             assert torch.equal(ours, theirs)
     plain = new_detector(tiny_backbone, head="pyramid", blocks=(2, 4), image_size=112, num_classes=10)
@@ -200,6 +214,6 @@ def test_a_checkpoint_keeps_the_second_look_and_older_ones_have_none(looking, ti
     content = torch.load(tmp_path / "b.pth", weights_only=True)
     del content["model_config"]["second_look"]  # as written before it existed
     torch.save(content, tmp_path / "b.pth")
-    assert load_checkpoint(tmp_path / "b.pth").detector.second_look is None
+    assert load_checkpoint(tmp_path / "b.pth").detector.head.second_look is None
     with pytest.raises(InputError, match="second_look"):
         DetectorConfig(**asdict(looking.config) | {"second_look": -1})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments_of, tiny_settings
+from helpers import arguments_of, target_of, tiny_settings
 
 import comprehensive_validation
 import finetune_dino2_simple
@@ -20,9 +20,9 @@ from common.evaluate.results import read_results
 from common.model.assignment import ASSIGNMENTS
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, new_detector
-from common.model.losses import BOX_LOSSES, SCORE_LOSSES, LossConfig, detection_loss
-from common.model.postprocess import postprocess, predictions
-from common.types import Letterbox, Target
+from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
+from common.model.postprocess import fuse_predictions, postprocess
+from common.types import Targets
 
 
 @pytest.fixture(autouse=True)
@@ -95,20 +95,21 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(demo, tiny_backbone):
 def test_nan_and_inf_stop_the_run_before_they_reach_the_weights(kind, demo, tiny_backbone, monkeypatch):
     seen = []
 
-    def with_nan_or_inf(out, targets, *options):
-        losses = detection_loss(out, targets, *options)
-        seen.append([target.image_id for target in targets])
+    def with_nan_or_inf(criterion, out, targets, *options):
+        losses = forward(criterion, out, targets, *options)
+        seen.append(targets)
         if len(seen) == 2:
             if kind == "loss":
                 return losses | {"box": losses["box"] * torch.nan}
             out.boxes.register_hook(lambda gradient: gradient * torch.inf)
         return losses
 
-    monkeypatch.setattr(finetune_dino2_simple, "detection_loss", with_nan_or_inf)
-    with pytest.raises(InputError, match=f"epoch 1, step 2, on the images {', '.join(map(str, seen[1:]))}"):
+    forward = DetectionLoss.forward
+    monkeypatch.setattr(DetectionLoss, "forward", with_nan_or_inf)
+    with pytest.raises(InputError, match=r"epoch 1, step 2, on the images [0-9, ]+; lower the learning rate"):
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone))
     report = json.loads(Path("run/not_finite_0.json").read_text())
-    assert report["image_ids"] == seen[1] and report["step"] == 2
+    assert len(set(report["image_ids"])) == len(seen[1].labels) == 4 and report["step"] == 2
     state = torch.load("run/state.pth", weights_only=True)["train"]
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
@@ -126,23 +127,22 @@ def test_degenerate_boxes_give_finite_losses_and_gradients(head, assignment, tin
         [-1e4, -1e4, 1e5, 1e5],
         [300, 300, 310, 310],
     ]
-    target = Target(torch.tensor(boxes).float(), torch.arange(6) % 3, torch.zeros(6, dtype=torch.bool), 1, None)
-    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool), 2, None)
+    targets = Targets.pad([target_of(boxes, labels=[0, 1, 2, 0, 1, 2]), target_of([])])
+    pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     for scores in SCORE_LOSSES:
         for kind in BOX_LOSSES:
             detector.zero_grad()
             config = LossConfig(assignment, scores, kind)
-            losses = detection_loss(detector(torch.rand(2, 3, 112, 112)), [target, nothing], config)
+            losses = DetectionLoss(config)(detector(pixels), targets)
             sum(losses.values()).backward()
             assert all(torch.isfinite(value) for value in losses.values()), (scores, kind, losses)
             assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
 
 
 def test_nan_predictions_give_no_detections(detector):
-    target = Target(*(torch.zeros(0, *s) for s in ((4,), (), ())), 1, Letterbox.fit((112, 112), 112))
     with torch.no_grad():
-        out = detector(torch.full((1, 3, 112, 112), torch.nan))
-    (detections,) = postprocess(*predictions(out), [target])
+        out = detector.head(torch.full((1, 8, 8, 2 * 48), torch.nan))
+    (detections,) = postprocess(*fuse_predictions(out), [target_of([]).meta])
     assert torch.isfinite(detections.boxes).all() and torch.isfinite(detections.scores).all()
 
 

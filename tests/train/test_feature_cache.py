@@ -51,14 +51,12 @@ def test_cached_samples_equal_those_of_the_images(detector, demo_val, accelerato
         plain.set_epoch(epoch)
         from_cache, from_images = (collate([dataset[i] for i in range(6)]) for dataset in (cached, plain))
         with torch.no_grad():
-            features = detector.patch_features(from_images.images)
-            ours, theirs = detector(from_cache.images), detector(from_images.images)
-        assert torch.allclose(from_cache.images.float(), features, atol=5e-3, rtol=1e-3)
+            features = detector.backbone(from_images.inputs)
+            ours, theirs = detector.head(from_cache.inputs), detector(from_images.inputs)
+        assert torch.allclose(from_cache.inputs.float(), features, atol=5e-3, rtol=1e-3)
         assert torch.allclose(ours.boxes, theirs.boxes, atol=0.1)
-        for one, other in zip(from_cache.targets, from_images.targets, strict=True):
-            assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
-            assert one.letterbox == other.letterbox
-            mirrored += one.letterbox is None
+        assert all(map(torch.equal, from_cache.targets, from_images.targets)) and from_cache.meta == from_images.meta
+        mirrored += sum(meta.scale is None for meta in from_cache.meta)
     assert 0 < mirrored < 12
 
 
@@ -66,9 +64,9 @@ def test_bf16_features_are_cached_without_loss(detector, demo_val):
     """The head then sees the same bits with the cache and without."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     features = build(detector, demo_val, accelerator, views=1)
-    images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).images
+    images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).inputs
     with torch.no_grad(), accelerator.autocast():
-        plain, cached = detector(images), detector(features[0][:4, 0])
+        plain, cached = detector(images), detector.head(features[0][:4, 0])
     assert features[0].dtype == torch.bfloat16
     assert torch.equal(plain.boxes, cached.boxes) and torch.equal(plain.class_logits, cached.class_logits)
 
@@ -77,7 +75,7 @@ def test_a_second_call_reads_the_cache_of_the_first(detector, demo_val, accelera
     randomness = torch.get_rng_state()
     first = build(detector, demo_val, accelerator)
     assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
-    assert first[0].shape == (6, 2, 8, 8, 2, 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
+    assert first[0].shape == (6, 2, 8, 8, 2 * 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
     monkeypatch.setattr(feature_cache, "_build", None)
     assert equal(build(detector, demo_val, accelerator), first)
 
@@ -140,6 +138,9 @@ def test_the_name_changes_with_everything_that_changes_the_features(detector, de
     with torch.no_grad():
         same.backbone.vit.layernorm.bias[0] += 1e-3
     others.append(name(detector=same))
+    wider = new_detector(tiny_backbone, blocks=(2, 4), image_size=112, **options)
+    wider.config.backbone["layer_norm_eps"] = 1e-3  # with which the same weights give other features
+    others.append(name(detector=wider))
     assert len({name(), *others}) == 1 + len(others)
 
 
