@@ -11,6 +11,7 @@ import io
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 
 from common.console import (
@@ -21,6 +22,7 @@ from common.console import (
     last_line,
     one_line,
     print_traceback,
+    show_messages,
 )
 from common.files import ensure_home
 
@@ -149,6 +151,8 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     ensure_home()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
+    show_messages()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that Pillow can read past, and of large images
     try:
         main(settings)
     except InputError as error:

@@ -1,6 +1,7 @@
 """How a program talks to its user: errors, progress bars, signals. Imports no torch."""
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -78,6 +79,13 @@ def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool 
     return tqdm(
         total=total, desc=what, unit=unit, disable=not shown, mininterval=0.5 if interactive else 30, leave=False
     )
+
+
+def show_messages() -> None:
+    """From now on print what the modules of `common/` log, a line each on stdout."""
+    logger = logging.getLogger("common")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect
