@@ -25,10 +25,10 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag, with_default
 from common.console import progress_bar
+from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
-from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import validate
 from common.model.backbone import BackboneFlags, fetch_backbone

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from common import cli
 from common.cli import flag, with_default
 from common.console import InputError, name_some, progress_bar
+from common.data.checks import check_object_sizes
 from common.data.dataset import (
     DetectionDataset,
     EpochOrder,
@@ -43,7 +44,6 @@ from common.data.dataset import (
 )
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
-from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, LetterboxTransform, MirrorTransform, TrainTransform
 from common.evaluate.detect import validate
 from common.evaluate.detections import label_map

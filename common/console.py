@@ -22,10 +22,6 @@ class InputError(Exception):
     """
 
 
-class WrongSizeError(InputError):
-    """An image does not have the size that its annotation file gives."""
-
-
 class NotFiniteError(InputError):
     """A loss or gradient in training is inf or NaN; `report` describes the step in plain types."""
 
