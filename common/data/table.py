@@ -150,7 +150,7 @@ class Table:
         xywh = to_xywh(boxes, layout)
         fit = {name: int((inside(to_xywh(boxes, name), sizes) & known).sum()) for name in LAYOUTS}
         ends = (xywh[:, :2] + xywh[:, 2:])[known]
-        reach, end = np.nanmax(ends / sizes[known], initial=0), np.nanmax(ends, initial=0)
+        reach, end = (float(np.nanmax(values, initial=0)) for values in (ends / sizes[known], ends))
         misfits = count - fit[layout]
         if not self.given and misfits >= MISFITS and misfits > count * (1 - (INSIDE if count >= ENOUGH else HALF)):
             best = max(fit, key=fit.__getitem__)
@@ -162,9 +162,10 @@ class Table:
                 f"(--box-format {layout}: right as they are)"
             )
         if count and (end <= NOTHING_PX or (not self.given and reach < REACH and count >= ENOUGH)):
+            mend = "write them in pixels" + f" (--box-format {layout}: right as they are)" * (end > NOTHING_PX)
             raise InputError(
                 f"{self.source}: all {count} boxes end within {reach:.2g} of their images' sides, like fractions, per "
-                f"cent or pixels of smaller images; write them in pixels (--box-format {layout}: right as they are)"
+                f"cent or pixels of smaller images; {mend}"
             )
         return xywh
 

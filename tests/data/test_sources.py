@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import data_flags, write_voc, write_yolo
+from helpers import ROOT, data_flags, write_voc, write_yolo
 from PIL import Image
 
 from common.console import InputError
-from common.data.sources import load_split, load_train_and_val, read_chosen
+from common.data.sources import READERS, load_split, load_train_and_val, read_chosen
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,11 @@ def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
         load_split(replace(explicit, val_images_dir=""), "val")
     with pytest.raises(InputError, match="--train-json and --val-json go together"):
         load_train_and_val(explicit)
+
+
+def test_the_docs_name_every_reader():
+    rows = [line.split(" | ")[0] for line in (ROOT / "docs" / "data.md").read_text().splitlines()]
+    assert [row[2:] for row in rows if row[2:] in {reader.form for reader in READERS}] == [r.form for r in READERS]
 
 
 def test_what_no_reader_or_two_recognise_is_refused(demo, yolo, tmp_path):
