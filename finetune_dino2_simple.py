@@ -22,9 +22,9 @@ from torch import nn
 from common import cli
 from common.cli import flag, with_default
 from common.console import InputError
+from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
 from common.data.sources import TrainDataFlags, load_train_and_val
-from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import val_subset, validate
 from common.model.backbone import BackboneFlags, fetch_backbone

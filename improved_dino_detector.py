@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from common import cli
 from common.cli import flag, flag_name, with_default
 from common.console import InputError, first_few
+from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_loader, make_train_loader
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
-from common.data.table import check_object_sizes
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import val_subset, validate
 from common.evaluate.detections import label_map

@@ -23,8 +23,8 @@ from PIL import Image
 from common import cli
 from common.cli import flag, flag_texts
 from common.console import InputError
-from common.data.memory import DetectionData, unlabelled_images
-from common.data.sources import DataFlags, load_split
+from common.data.memory import DetectionData
+from common.data.sources import DataFlags, load_split, unlabelled_images
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.evaluation import Model, Predictor, evaluate, load_model, unique_names
 from common.files import atomic_write, check_outputs, check_writable

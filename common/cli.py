@@ -11,6 +11,7 @@ import io
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 
 from common.console import (
@@ -20,6 +21,7 @@ from common.console import (
     last_line,
     print_traceback,
     raise_on_signals,
+    show_messages,
     to_one_line,
 )
 from common.files import ensure_home
@@ -146,6 +148,8 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     ensure_home()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
+    show_messages()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that Pillow can read past, and of large images
     try:
         main(parse(settings_type, description or ""))
     except (Exception, Interrupted) as error:

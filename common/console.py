@@ -1,6 +1,7 @@
 """How a program talks to its user: errors, progress bars, signals. Imports no torch."""
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -18,10 +19,6 @@ class InputError(Exception):
 
     `cli.run` prints it and exits with status 2; any other exception that reaches the user is a bug.
     """
-
-
-class WrongSizeError(InputError):
-    """An image does not have the size that its annotation file gives."""
 
 
 def check_packages(user: str, *packages: str) -> None:
@@ -69,6 +66,13 @@ def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool 
     return tqdm(
         total=total, desc=what, unit=unit, disable=not shown, mininterval=0.5 if interactive else 30, leave=False
     )
+
+
+def show_messages() -> None:
+    """From now on print what the modules of `common/` log, a line each on stdout."""
+    logger = logging.getLogger("common")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect

@@ -148,7 +148,7 @@ def cache_folder(*parts: str) -> Path:
         InputError: the environment names no cache folder and the user has no home folder.
     """
     if root := os.environ.get("DETECTION_CACHE"):
-        return Path(root, *parts)
+        return Path(root, *parts).expanduser()  # files such as .env keep the ~
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:

@@ -21,6 +21,8 @@ from pycocotools.cocoeval import COCOeval
 
 from common.cli import flag_name
 from common.console import Interrupted, raise_on_signals
+from common.data.memory import DetectionData
+from common.data.readers import Request, read_coco
 from common.data.sources import TrainDataFlags
 from common.evaluate.coco_metrics import coco_dict, evaluate_table
 from common.evaluate.detections import coco_detections, detection_table
@@ -66,6 +68,11 @@ def stop_at_step(script, settings, step):
 
 SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)
 TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
+
+
+def load_coco(path, images, layout="") -> DetectionData:
+    """The data set of an annotation file, its images not decoded."""
+    return read_coco(path, images, Request("", "val", layout=layout)).check()
 
 
 def data_flags(data="", limit=0, **flags) -> TrainDataFlags:

@@ -10,12 +10,16 @@ import pytest
 from helpers import ROOT
 
 from common import cli
-from common.console import InputError, Interrupted, WrongSizeError
+from common.console import InputError, Interrupted
 
 
 @dataclass(frozen=True)
 class Settings:
     """No flags."""
+
+
+class WrongSizeError(InputError):
+    """As a module raises its own."""
 
 
 ERRORS = {  # what main raises, the line on stderr, the exit status
@@ -27,7 +31,7 @@ ERRORS = {  # what main raises, the line on stderr, the exit status
     "memory": (MemoryError(), "out of memory; take a smaller", 2),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take a smaller", 2),
     "worker's own type": (
-        WrongSizeError("Caught WrongSizeError in worker 0.\n...\ncommon.console.WrongSizeError: a.jpg is 3x4 pixels"),
+        WrongSizeError("Caught WrongSizeError in worker 0.\n...\ntests.test_cli.WrongSizeError: a.jpg is 3x4 pixels"),
         "a.jpg is 3x4 pixels",
         2,
     ),

@@ -30,6 +30,12 @@ def test_a_user_without_a_home_folder_must_name_the_cache(monkeypatch, tmp_path)
     assert Path.home() == tmp_path / "own"
 
 
+def test_the_cache_may_be_named_from_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DETECTION_CACHE", "~/c")
+    assert cache_folder("a") == tmp_path / "c" / "a"
+
+
 def test_a_home_folder_stays(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "own"))

@@ -94,7 +94,7 @@ def feature_shards(detector: Detector, data: DetectionData, views: int, precisio
     for first in range(0, len(data), SHARD):
         images, digest = range(first, min(first + SHARD, len(data))), common.copy()
         for index in images:
-            digest.update(repr(data.images[index].file_state()).encode())
+            digest.update(repr(data.images[index].state()).encode())
         path = cache_folder("features", f"{digest.hexdigest()[:24]}.features")
         shards.append(Shard(path, images, (len(images), *feature_shape(detector, views)), dtype))
     return shards

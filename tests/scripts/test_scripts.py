@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from helpers import ROOT, data_flags
+from helpers import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -23,7 +22,6 @@ import improved_dino_detector
 import plot_results
 import validate_models
 from common import cli
-from common.data.sources import check_objects, load_split
 from common.data.transforms import LetterboxTransform
 from common.evaluate.results import read_results
 from common.model.checkpoint import load_checkpoint
@@ -368,12 +366,3 @@ def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
         len(line.get_xdata()) for line in charts.training(results, logs).axes[1].lines if len(line.get_xdata()) > 2
     ]
     assert epochs == [3]
-
-
-def test_classes_that_one_split_lacks_are_printed(demo, capsys):
-    source = data_flags(str(demo))
-    train, val = (load_split(source, split) for split in ("train", "val"))
-    check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(f"lacks 1 classes of {train.source}: disc")
-    assert lines[1].endswith(f"lacks 1 classes of {val.source}: zebra")

@@ -5,12 +5,11 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import tiny_settings
+from helpers import load_coco, tiny_settings
 
 import improved_dino_detector
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
-from common.data.table import load_coco
 from common.data.transforms import LetterboxTransform, MirrorTransform
 from common.model.detector import new_detector
 from common.train import feature_cache
