@@ -141,7 +141,7 @@ def check_files(settings: Settings, models: dict[str, str], data: DetectionData)
 
 
 def evaluate_all(settings: Settings, models: dict[str, str], data: DetectionData) -> list[Evaluation]:
-    """Evaluate every model. Raises Interrupted, whose advice are the flags that read what is finished."""
+    """Evaluate every model. Raises Interrupted, whose note are the flags that read what is finished."""
     weights = bootstrap.image_weights(len(data), settings.seed)
     evaluations: list[Evaluation] = []
     try:
@@ -150,7 +150,7 @@ def evaluate_all(settings: Settings, models: dict[str, str], data: DetectionData
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
         if written:
-            interrupted.advice = f"finished models do not have to run again: --from-detections {shlex.join(written)}"
+            interrupted.add_note(f"finished models do not have to run again: --from-detections {shlex.join(written)}")
         raise
     return evaluations
 

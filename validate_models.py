@@ -22,8 +22,8 @@ from PIL import Image
 
 from common import cli
 from common.cli import flag, flag_texts
-from common.data.memory import DetectionData, unlabelled_images
-from common.data.sources import DataFlags, load_split
+from common.data.memory import DetectionData
+from common.data.sources import DataFlags, load_split, unlabelled_images
 from common.evaluate.detect import detector_cost, run_detector
 from common.evaluate.detections import ModelRun, coco_detections, detection_table
 from common.evaluate.evaluation import evaluate, unique_names

@@ -8,8 +8,8 @@ hub.py        models on the hub: their names and files
 images.py     image files: finding, decoding, EXIF orientation, the letterbox
 runtime.py    device, precision, processes, stopping between two steps
 data/         whatever --data names -> batches
-              sources, annotations, box_format, formats, hub, official, demo | coco (the data set in memory),
-              dataset (samples, order, loaders), transforms
+              sources (the table of readers), readers, hub, official, demo | table (what they fill), checks (decoding) |
+              memory (the data set), dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
               backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess | checkpoint,
               trained (what load_detector returns), exported (detectors in ONNX and OpenVINO)

@@ -10,12 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, whi
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, load_coco
 from transformers import Dinov2Backbone, Dinov2Config
 
 from common.data.demo import make_demo
 from common.data.memory import DetectionData
-from common.data.table import load_coco
 from common.model.detector import Detector, new_detector
 
 

@@ -6,16 +6,21 @@ the category ids have gaps, as COCO's do.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from common.files import atomic_folder
+from common.data.readers import Request, read_coco_folder
+from common.data.table import Table
+from common.files import atomic_folder, cache_folder
 
+log = logging.getLogger(__name__)
+SEED = 0
 SIZES = ((480, 360), (360, 480), (480, 320), (420, 420))  # width, height, pixels
 OBJECTS = (1, 6)  # per scene
 SIDES = (36, 210)  # an object's side, pixels
@@ -70,6 +75,15 @@ class _Scene:
     owner: np.ndarray  # (H, W) index of the visible object, -1 for the background
     labels: list[int]
     full_areas: list[int]  # pixels of each object before anything covered it
+
+
+def read_demo(request: Request) -> Table:
+    """The demo data set, generated into the cache where it is not there yet."""
+    folder = cache_folder(f"demo-seed{SEED}")
+    if not folder.is_dir():
+        log.info(f"generating the demo's scenes in {folder}")
+        make_demo(folder, seed=SEED)
+    return read_coco_folder(replace(request, data=str(folder)))
 
 
 def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> None:

@@ -1,23 +1,20 @@
-"""Hub data sets: only the requested images are streamed, into a COCO-format folder in the cache that grows.
+"""Hub data sets: the requested images are streamed into the cache, which grows, and are read from there.
 
-A data set needs the columns `image` and `objects`, the latter with `bbox` and a category for each box. What hub data
-sets differ in is understood: boxes xyxy, xywh or cxcywh, in pixels or normalised; categories as class labels, numbers
-or names; objects as a list or as a dictionary of lists; with `image_id`, `width`, `height`, `area`, `iscrowd` or
-without. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no images without objects, so
-official AP can't be computed from it.
+A data set needs the columns `image` and `objects`, the latter with `bbox` and a category for each box, as a list of
+dictionaries or a dictionary of lists. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no
+images without objects, so official AP can't be computed from it.
 
 A split's folder in the cache holds the images; `rows.jsonl`, with a line for each row of the stream, written after the
-row's image; and `stream.json`, their header: what the rows have in common. The COCO file is made from these two.
+row's image; and `stream.json`, what the rows have in common.
 """
 
-import io
 import json
-import math
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -25,69 +22,72 @@ import filelock
 import fsspec
 import huggingface_hub
 import numpy as np
-from PIL import Image
 
-from common.console import InputError, Interrupted, progress_bar
-from common.data.box_format import are_normalised, fits, to_xywh
-from common.data.readers import choose_split
-from common.data.table import Problems
+from common.console import InputError, progress_bar, to_one_line
+from common.data.readers import NO_BOX, UNNAMED, Request, as_float, find_split
+from common.data.table import LAYOUTS, Table, inside, to_xywh
 from common.files import atomic_write, cache_folder
-from common.images import read_size
+from common.images import ImageFault, open_image, read_header
 
+log = logging.getLogger(__name__)
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
+XYXY = "detection-datasets/"  # whose boxes are xyxy; others' are as --box-format says
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
-SHUFFLE_BUFFER = 1000  # rows in memory that a sample is drawn from; with images of COCO, half a GB
-HUB_TIMEOUT = 5  # seconds for the hub's first answer
+COCO = (80, "person", "bicycle", "hair drier", "toothbrush")  # its classes: their number, the first and the last two
+COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+HUB_TIMEOUT_S = 5  # for the hub's first answer
 
 
-def hub_split(
-    name: str, split: str, split_names: Sequence[str], limit: int = 0, sample_seed: int = -1, box_format: str = "auto"
-) -> tuple[Path, Path, tuple[str, ...]]:
-    """Annotation file and image folder of a hub data set's split, and notes on rows that were left out.
+def is_hub_data(data: str) -> bool:
+    """Whether this is a local copy of a hub data set, or has the form of a hub id and is not a folder."""
+    return any(Path(data).glob("data/*.parquet")) or (not Path(data).exists() and bool(re.fullmatch(HUB_ID, data)))
 
-    What the cache has needs no network. A run that was interrupted, or wants more images, goes on behind the last row;
-    of the parquet file that it stopped in or had just finished, the earlier rows are read again, but not written.
 
-    A random sample draws row groups (usually 100 neighbouring rows), whose rows are shuffled in a buffer: drawing each
-    row from anywhere would read most of the data set for a thousand of them. Each row is as likely as any other, but
-    brings neighbours along, and up to SHUFFLE_BUFFER rows are read beyond those requested. A larger sample contains the
-    smaller one of the same seed; going on with it reads all of it again, but writes only the new images.
+def read_hub(request: Request) -> Table:
+    """The first usable rows of a hub data set's split; what the cache has needs no network.
 
-    Args:
-        name: hub id, or a local folder with the data set's parquet files, which is read anew when they change.
-        split: "train" or "val".
-        split_names: what the data set may call that split.
-        limit: number of rows; 0 for all.
-        sample_seed: of the random sample, the same in every run; -1 for the first rows.
-        box_format: "xyxy", "xywh", "cxcywh", or "auto": the one that keeps most boxes inside their images, for all
-            splits alike.
+    A run that was interrupted, or wants more images, goes on behind the last row; of the parquet file that it stopped
+    in or had just finished, the earlier rows are read again, but not written.
 
     Raises:
-        InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, or a
-            stream that breaks off.
+        InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, a
+            stream that breaks off, or a layout of the boxes that is not known.
     """
-    sample_seed = sample_seed if limit else -1  # all rows are no sample
-    folder = _data_set_folder(name) / (f"{split}-sample{sample_seed}" if sample_seed >= 0 else split)
-    if not _is_satisfied(*_read_cache(folder, limit), limit):
+    name, limit = request.data, 0 if request.chosen else request.limit
+    folder = _data_set_folder(name) / request.split
+    if not _has_enough(*_read_cache(folder, limit), limit):
         try:
-            with _locked(folder):
-                _fetch(folder, name, split_names, limit, sample_seed)
+            with locked(folder):
+                _fetch(folder, request, limit)
         except OSError as error:
             raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
-        except Interrupted as interrupted:
-            interrupted.advice = f"the images so far are kept in {folder}; the same command goes on from there"
-            raise
     header, rows = _read_cache(folder, limit)
-    problems = Problems()
+    return _table(request, folder / "images", header, rows)
+
+
+def _table(request: Request, folder: Path, header: dict, rows: list[dict]) -> Table:
+    values, classes = _classes(header["names"], rows)
+    name, layout = f"{request.data}, {request.split}", "xyxy" * request.data.startswith(XYXY)
+    own = header["has_ids"]
+    table = Table(name, folder, classes, layout, request.layout, header.get("split", ""), own_ids=own)
     for number, row in enumerate(rows, 1):
         if "fault" in row:
-            problems.add(row["fault"], f"row {number}")
-    good = [row for row in rows if "fault" not in row]
-    content = _coco_content(good, header["names"], box_format, folder.parent / "boxes.json", f"{name}, {split}")
-    path, text = folder / f"instances-{limit or 'all'}-{box_format}.json", json.dumps(content)
-    if not path.is_file() or path.read_text() != text:
-        with atomic_write(path, "w") as file:
-            file.write(text)
-    return path, folder / "images", (*header.get("notes", ()), *problems.notes())
+            table.faults.add(row["fault"], f"row {number}")
+            continue
+        table.add_image(row["id"], row["file_name"], (row["width"], row["height"]))
+        for box, category, area, crowd in row["objects"]:
+            numbers = map(as_float, box) if isinstance(box, list) and len(box) == 4 else NO_BOX
+            table.add(row["id"], values.get(category, UNNAMED), *numbers, bool(crowd), as_float(area or 0))
+    if not layout and not request.layout:
+        _refuse_unknown_layout(table)
+    return table
+
+
+def _refuse_unknown_layout(table: Table) -> None:
+    rows, sizes = np.array(table.objects).reshape(-1, 8), np.array([image[2:] for image in table.images])
+    fit = {name: int(inside(to_xywh(rows[:, 2:6], name), sizes[rows[:, 0].astype(int)]).sum()) for name in LAYOUTS}
+    counts = ", ".join(f"--box-format {name} ({count} fit their images)" for name, count in fit.items())
+    raise InputError(f"{table.source}: say how its {len(rows)} boxes are written, after a look at some: {counts}")
 
 
 def _data_set_folder(name: str) -> Path:
@@ -100,60 +100,69 @@ def _data_set_folder(name: str) -> Path:
 
 
 def _read_cache(folder: Path, limit: int = 0) -> tuple[dict, list[dict]]:
-    """The header, with the `state` of the stream behind the last row, and all rows or the first `limit`."""
+    """The header, with the `state` of the stream behind the last row, and all rows or `limit` usable ones."""
     if not (folder / "stream.json").is_file():
         return {}, []
-    header, rows = json.loads((folder / "stream.json").read_text()), []
+    header, rows, usable = json.loads((folder / "stream.json").read_text()), [], 0
     with (folder / "rows.jsonl").open("rb") as file:
         for line in file:
             with suppress(ValueError):  # a killed run leaves half a line
                 rows.append(json.loads(line))
                 header["state"] = rows[-1].pop("state", None)
-            if 0 < limit == len(rows):
+                usable += "fault" not in rows[-1]
+            if 0 < limit == usable:
                 break
     return header, rows
 
 
-def _is_satisfied(header: dict, rows: list[dict], limit: int) -> bool:
-    return len(rows) >= min(limit or math.inf, header.get("total", math.inf))
+def _has_enough(header: dict, rows: list[dict], limit: int) -> bool:
+    usable = sum("fault" not in row for row in rows)
+    return 0 < limit <= usable or len(rows) == header.get("total")
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Of several processes one fetches, while the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock")
+    lock: filelock.BaseFileLock = filelock.FileLock(folder / "lock")
     try:
-        acquired = lock.acquire(blocking=False)
+        lock.acquire(blocking=False)
     except filelock.Timeout:
-        print(f"waiting for another process, which fetches into {folder}", flush=True)
-        acquired = lock.acquire()
-    with acquired:
+        log.info(f"waiting for another process, which fetches into {folder}")
+        lock.acquire()
+    except OSError:  # a file system without locks
+        lock = filelock.SoftFileLock(folder / "lock.file")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _fetch(folder: Path, name: str, split_names: Sequence[str], limit: int, sample_seed: int) -> None:
+def _fetch(folder: Path, request: Request, limit: int) -> None:
     """Go on behind the last row of the cache: first each row's image is written, then its line."""
+    name = request.data
     header, rows = _read_cache(folder)
-    if _is_satisfied(header, rows, limit):  # another process fetched them in the meantime
+    if _has_enough(header, rows, limit):  # another process fetched them in the meantime
         return
-    stream, found = _open(name, split_names, header.get("revision"), len(rows))
+    stream, found = _open(request, header.get("revision"), len(rows))
     state, header = header.pop("state", None), header or found
-    missing = limit - len(rows) if limit else None
-    print(f"fetching {missing or 'all'} images of {name} into {folder} ({len(rows)} are there)", flush=True)
+    missing = limit - sum("fault" not in row for row in rows) if limit else None
+    log.info(f"fetching {missing or 'all'} images of {name} into {folder} ({len(rows)} are there; a new run goes on)")
     with (folder / "rows.jsonl").open("a") as file, progress_bar(missing, "fetching images") as bar:
         file.write("\n")  # ends the half line of a killed run
         _write_json(header, folder / "stream.json")
         used_ids = {row.get("id") for row in rows}
-        for row, content in islice(_missing_rows(stream, rows, state, sample_seed, name), missing):
-            entry = _store_row(row, content, folder / "images", len(rows) + 1, header, used_ids)
+        for row, content in _new_rows(stream, state, len(rows), name):
+            entry = write_row(row, content, folder / "images", len(rows) + 1, header, used_ids)
             used_ids.add(entry.get("id"))
             rows.append(entry)
             file.write(json.dumps(entry | {"state": stream.state_dict()}) + "\n")
             file.flush()
-            bar.update()
-    if not limit or len(rows) < limit:
-        _write_json(header | {"total": len(rows)}, folder / "stream.json")
+            bar.update("fault" not in entry)
+            if limit and _has_enough({}, rows, limit):
+                return
+    _write_json(header | {"total": len(rows)}, folder / "stream.json")
 
 
 def _write_json(content: dict, path: Path) -> None:
@@ -161,27 +170,26 @@ def _write_json(content: dict, path: Path) -> None:
         json.dump(content, file)
 
 
-def _open(
-    name: str, split_names: Sequence[str], revision: str | None, existing: int
-) -> tuple[datasets.IterableDataset, dict]:
+def _open(request: Request, revision: str | None, existing: int) -> tuple[datasets.IterableDataset, dict]:
     """The split's rows, of a hub's data set in this revision, and what the rows have in common.
 
-    Raises InputError as `hub_split` does.
+    Raises InputError as `read_hub` does.
     """
+    name = request.data
     try:
         if not Path(name).is_dir():  # one short request first: the data library would retry for half a minute
             hub = huggingface_hub.HfApi()
-            revision = hub.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
+            revision = hub.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha
         splits = datasets.load_dataset(name, streaming=True, revision=revision)
     except Exception as error:  # both libraries pass on what their HTTP client, file systems and formats raise
         advice = "give a COCO-format folder, or demo"
         if existing:
             advice = f"{existing} of its images are in the cache: request no more"
         reason = "cannot be read" if Path(name).is_dir() else "is not a folder here and cannot be fetched from the hub"
-        raise InputError(f"data {name} {reason}; {advice} ({_in_one_line(error)})") from error
-    split, notes = choose_split(split_names, splits)
-    if split is None:
-        raise InputError(f"data {name} has the splits {', '.join(splits)}, none of {', '.join(split_names)}")
+        raise InputError(
+            f"data {name} {reason}; {advice} ({to_one_line(f'{type(error).__name__} {error}', 200)})"
+        ) from error
+    split = find_split(request.split, splits, f"data {name}")
     features = splits[split].features or {}
     objects = getattr(features.get("objects"), "feature", features.get("objects"))  # a list's elements
     objects = objects if isinstance(objects, dict) else {}
@@ -192,31 +200,27 @@ def _open(
         raise InputError(f"data {name} is no detection set: image, objects.bbox and objects.category, but {columns}")
     has_ids = "int" in getattr(features.get("image_id"), "dtype", "")
     header = {"revision": revision, "category": category, "names": getattr(kind, "names", None), "has_ids": has_ids}
-    header["notes"] = notes
-    return splits[split].cast_column("image", datasets.Image(decode=False)), header
+    return splits[split].cast_column("image", datasets.Image(decode=False)), header | {"split": split}
 
 
-def _shuffled(stream: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
-    """The rows in a random order. With more row groups at a time, more would be read before the first row."""
-    return stream.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
-
-
-def _missing_rows(
-    stream: datasets.IterableDataset, rows: list[dict], state: dict | None, sample_seed: int, name: str
+def _new_rows(
+    stream: datasets.IterableDataset, state: dict | None, existing: int, name: str
 ) -> Iterator[tuple[dict, bytes]]:
-    """The rows of the stream behind `rows`, with their image files. Raises InputError where the stream breaks off."""
+    """The rows of the stream behind this state, with their image files; raises InputError where it breaks off."""
+    count = existing
     try:
-        if state and sample_seed < 0:
+        if state:
             stream.load_state_dict(state)
-        for row in _shuffled(stream, sample_seed).skip(len(rows)) if sample_seed >= 0 else stream:
+        for row in stream:
             yield row, _image_content(row["image"] or {}, name)
+            count += 1
     except Exception as error:  # of a network, an archive, a damaged file: they share no base class
-        kept = f"the stream broke off after {len(rows)} rows; they are kept, and running this again goes on behind them"
+        kept = f"the stream broke off after {count} rows; they are kept, and running this again goes on behind them"
         raise InputError(f"data {name}: {kept} ({_in_one_line(error)})") from error
 
 
 def _in_one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())[:200]
+    return to_one_line(f"{type(error).__name__} {error}", 200)
 
 
 def _image_content(image: dict, name: str) -> bytes:
@@ -236,7 +240,7 @@ def _image_content(image: dict, name: str) -> bytes:
         return opened.read()
 
 
-def _store_row(row: dict, content: bytes, folder: Path, number: int, header: dict, used_ids: set) -> dict:
+def write_row(row: dict, content: bytes, folder: Path, number: int, header: dict, used_ids: set) -> dict:
     """Write a row's image; returns the row's line, with a `fault` where the row can't be used."""
     image_id = row["image_id"] if header["has_ids"] else number
     columns = [_column(row["objects"], name) for name in ("bbox", header["category"], "area", "iscrowd")]
@@ -247,12 +251,15 @@ def _store_row(row: dict, content: bytes, folder: Path, number: int, header: dic
         return {"fault": "left out {} rows with the image_id of an earlier one"}
     if len(columns[1]) != count:
         return {"fault": "left out {} rows that have not as many boxes as categories"}
-    path = folder / f"{image_id:012d}.{_suffix(content)}"
-    with atomic_write(path) as file:
-        file.write(content)
-    size = row.get("width"), row.get("height")
-    if not all(isinstance(side, int) and side > 0 for side in size):
-        size = read_size(path) or (0, 0)
+    size = row.get("width") or 0, row.get("height") or 0
+    try:
+        path = folder / f"{image_id:012d}{Path(row['image']['path'] or '').suffix or '.jpg'}"
+        with atomic_write(path) as file:
+            file.write(content)
+        size = size if min(size) > 0 else read_header(path).upright
+        open_image(path, size)
+    except ImageFault as fault:
+        return {"fault": fault.sentence}
     objects = list(zip(*(column if len(column) == count else [None] * count for column in columns), strict=True))
     return {"id": image_id, "file_name": path.name, "width": size[0], "height": size[1], "objects": objects}
 
@@ -264,80 +271,10 @@ def _column(objects: list | dict | None, name: str) -> list:
     return (objects or {}).get(name) or []
 
 
-def _suffix(content: bytes) -> str:
-    """The suffix for a file of this content; what is no image is found out, and counted, where it is read."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return (image.format or "jpg").lower().replace("jpeg", "jpg")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "jpg"
-
-
-COCO_NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,"
-    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-).split(",")
-COCO_IDS = {name: number for number, name in enumerate(COCO_NAMES, 1) if name}  # official ids, 80 of 1..90
-
-
-def _coco_content(rows: list[dict], names: list[str] | None, box_format: str, decision: Path, source: str) -> dict:
-    """The COCO instances dictionary of rows of the cache. What is guessed is printed, as of `source`."""
-    boxes, normalised = _boxes(rows, box_format, decision, source)
-    categories, id_of = _categories(rows, names, source)
-    objects = [(row["id"], *values) for row in rows for values in row["objects"]]
-    annotations = []
-    for number, (image_id, _, category, area, crowd) in enumerate(objects):
-        box = boxes[number]
-        if box and (area is None or normalised):
-            area = box[2] * box[3]
-        entry = {"id": number + 1, "image_id": image_id, "category_id": id_of.get(category), "bbox": box}
-        annotations.append(entry | {"area": area, "iscrowd": int(bool(crowd))})
-    images = [{key: row[key] for key in ("id", "file_name", "width", "height")} for row in rows]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _categories(rows: list[dict], names: list[str] | None, source: str) -> tuple[list[dict], dict]:
-    """COCO's `categories`, and the id of each value in the rows. The ids are COCO's own where the names are COCO's."""
-    values = range(len(names)) if names else sorted({v for row in rows for _, v, *_ in row["objects"]} - {None})
-    if not names and values and isinstance(values[0], int):
-        names = [f"class {value}" for value in values]
-        print(f"{source}: its categories have numbers and no names: {', '.join(names[:3])}, …", flush=True)
-    names = names or [str(value) for value in values]
-    ids = [COCO_IDS[name] for name in names] if set(names) == set(COCO_IDS) else range(1, len(names) + 1)
-    categories = [{"id": number, "name": name} for number, name in zip(ids, names, strict=True)]
-    return categories, dict(zip(values, ids, strict=True))
-
-
-def _boxes(rows: list[dict], box_format: str, decision: Path, source: str) -> tuple[list[list[float] | None], bool]:
-    """All boxes as COCO's xywh in pixels, None for what is no box; and whether they were normalised.
-
-    The file `decision` tells which they are. Where there is none yet, the boxes do, and it is written for the other
-    splits of the data set and for later runs, unless xyxy and xywh fit equally well.
-    """
-    listed = [box if _is_box(box) else [np.nan] * 4 for row in rows for box, *_ in row["objects"]]
-    boxes = np.array(listed, np.float64).reshape(-1, 4)
-    sizes = np.array([(row["width"], row["height"]) for row in rows for _ in row["objects"]]).reshape(-1, 2)
-    finite = np.isfinite(boxes.sum(1))
-    decided = json.loads(decision.read_text()) if decision.is_file() else {}
-    normalised = decided.get("normalised", are_normalised(boxes, sizes))
-    if normalised:
-        boxes *= np.tile(sizes, 2)
-        print(f"{source}: boxes read as normalised coordinates", flush=True)
-    fitting = {layout: int(fits(boxes, sizes, layout).sum()) for layout in ("xyxy", "xywh", "cxcywh")}
-    if box_format == "auto":
-        best = max(fitting, key=fitting.__getitem__)
-        box_format = decided.get("format", best)
-        counts = ", ".join(f"{count} of {len(boxes)} fit as {layout}" for layout, count in fitting.items())
-        print(f"{source}: boxes read as {box_format}: {counts} (--box-format overrides)", flush=True)
-        if not decided and (best == "cxcywh" or fitting["xyxy"] != fitting["xywh"]):
-            _write_json({"format": box_format, "normalised": normalised}, decision)
-    boxes = to_xywh(boxes, box_format)
-    return [box if whole else None for box, whole in zip(boxes.tolist(), finite.tolist(), strict=True)], normalised
-
-
-def _is_box(box: object) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+def _classes(names: list[str] | None, rows: list[dict]) -> tuple[dict[int | str, int], dict[int, str]]:
+    """The category id of each value in the rows, and the classes by id: COCO's own ids where they are COCO's."""
+    listed = {value for row in rows for _, value, *_ in row.get("objects", ())} - {None}
+    values = range(len(names)) if names else sorted(listed)
+    names = names or [f"class {value}" if isinstance(value, int) else value for value in values]
+    ids = COCO_IDS if (len(names), *names[:2], *names[-2:]) == COCO else range(1, len(names) + 1)
+    return dict(zip(values, ids, strict=True)), dict(zip(ids, names, strict=True))

@@ -1,11 +1,6 @@
-"""A detection data set in memory; table.py reads it, dataset.py makes samples of it.
-
-COCO numbers its categories with gaps (80 ids between 1 and 90); labels are 0..K-1. Decoded images are not kept, so the
-memory in use is that of the annotations alone.
-"""
+"""A detection data set in memory: what every reader ends in, and all else reads. Decoded images are not kept."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,18 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.console import InputError
-from common.images import find_images, open_image
+from common.images import open_image
 from common.types import ImageMeta, Target
-
-MAX_REASONS = 3  # images that a message about unreadable ones names
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image file: its COCO id, its path, and its size in pixels as annotated.
+    """One image: its id, its file, and its size in the frame that its boxes are in.
 
-    `upright`: whether to apply an EXIF rotation that leaves the size unchanged, so that the size does not tell.
+    `upright`: whether the boxes are on the image turned upright by its EXIF orientation, where the size does not tell.
     """
 
     id: int
@@ -39,22 +31,25 @@ class ImageFile:
         return ImageMeta(self.id, self.path, (self.height, self.width))
 
     def open(self) -> Image.Image:
-        """The decoded image, RGB. Raises InputError as `open_image` does."""
+        """The decoded image, RGB, in the frame of its boxes. Raises InputError as `open_image` does."""
         return open_image(self.path, (self.width, self.height), self.upright)
 
-    def file_state(self) -> tuple[str, int, int, bool]:
-        """Path, length, time of change and `upright`: a cache of pixels is valid while they are the same."""
-        status = self.path.stat()
-        return str(self.path.resolve()), status.st_size, status.st_mtime_ns, self.upright
+    def state(self) -> tuple:
+        """What changes where the pixels that `open` returns do: a cache of them is valid while it is the same."""
+        status, frame = self.path.stat(), (self.width, self.height, self.upright)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return str(self.path.resolve()), status.st_size, *times, status.st_ino, *frame
 
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images and the boxes on them, boxes in flat arrays ordered by image.
+    """P images and the A boxes on them, in flat arrays ordered by image.
 
-    Shapes: boxes (A, 4) float64 xywh original pixels, as in the file; labels (A,) int64 in 0..K-1; crowd (A,) bool;
-    areas (A,) float64 square pixels (COCO: of the mask; it defines small, medium and large objects); starts (P + 1,)
-    int64: the boxes of image i are starts[i] up to starts[i + 1].
+    Labels are 0..K-1 in the order of the category ids, which may have gaps (COCO: 80 ids of 1..90).
+
+    Shapes: boxes (A, 4) float64 xywh original pixels, as in the file; labels (A,) int64; crowd (A,) bool; areas (A,)
+    float64 square pixels (COCO: of the mask; it defines small, medium and large objects); starts (P + 1,) int64: the
+    boxes of image i are starts[i] up to starts[i + 1].
     """
 
     images: tuple[ImageFile, ...]
@@ -66,13 +61,14 @@ class DetectionData:
     areas: np.ndarray
     starts: np.ndarray
     source: str
-    notes: tuple[str, ...] = ()  # what was left out or repaired, a line each
+    notes: tuple[str, ...] = ()  # what was left out or is doubtful, a line each
+    own_ids: bool = True  # False: the ids of the images are positions, which change where images are added
 
     def __len__(self) -> int:
         return len(self.images)
 
     def first(self, count: int) -> "DetectionData":
-        """The first `count` images in file order; all of them where `count` is 0 or there are no more."""
+        """The first `count` images; all of them where `count` is 0 or there are no more."""
         return self if count == 0 or count >= len(self) else self.select(np.arange(count))
 
     def select(self, indices: np.ndarray) -> "DetectionData":
@@ -91,21 +87,22 @@ class DetectionData:
         """(N,) int64 indices of the images that have at least one non-crowd box."""
         return np.unique(self.image_of_box()[~self.crowd])
 
+    def class_counts(self) -> np.ndarray:
+        """(K,) int64 non-crowd boxes of each class."""
+        return np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
+
     def class_shares(self) -> Tensor:
         """(K,) float32 shares of the classes in all non-crowd boxes."""
-        counts = np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
+        counts = self.class_counts()
         return torch.from_numpy(counts / max(1, counts.sum())).float()
 
     def fingerprint(self) -> str:
-        """Hex digest of image ids, boxes, labels and classes: equal where the ground truth is equal."""
-        digest = hashlib.sha256(repr((self.category_ids, self.class_names)).encode())
-        for array in (np.array([p.id for p in self.images], np.int64), self.boxes, self.labels, self.crowd):
+        """Hex digest of file names, ids, boxes, labels and classes: equal where the ground truth is equal."""
+        images = [(image.id, image.path.name) for image in self.images]
+        digest = hashlib.sha256(repr((self.category_ids, self.class_names, images)).encode())
+        for array in (self.boxes, self.labels, self.crowd, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of image `index`, pixels."""
-        return self.images[index].height, self.images[index].width
 
     def target(self, index: int) -> Target:
         """The ground truth of image `index`, boxes in *original* pixels."""
@@ -114,53 +111,6 @@ class DetectionData:
     def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""
         part = slice(self.starts[index], self.starts[index + 1])
-        boxes = np.hstack([self.boxes[part, :2], self.boxes[part, :2] + self.boxes[part, 2:]])
-        return torch.from_numpy(boxes).float(), torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
-
-
-def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> DetectionData:
-    """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
-
-    Images that cannot be read are left out; how many, and why, is printed.
-
-    Args:
-        paths: image files, and folders whose images (not those of their subfolders) are taken in name order.
-
-    Raises:
-        InputError: no such path, a folder without images, or none of the images can be read.
-    """
-    files: list[Path] = []
-    skipped: list[str] = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"no such image: {path}")
-        inside, others = find_images(path) if path.is_dir() else ([path], [])
-        if not inside and not others:
-            raise InputError(f"no images in the folder {path}")
-        files += inside
-        skipped += [f"{file} ({reason})" for file, reason in others]
-    images: list[ImageFile] = []
-    for path in files:
-        try:
-            width, height = open_image(path).size
-        except InputError as error:
-            skipped.append(str(error))
-        else:
-            images.append(ImageFile(len(images) + 1, path, width, height, upright=True))
-    if skipped:
-        message = f"left out {len(skipped)} of {len(images) + len(skipped)} images: {'; '.join(skipped[:MAX_REASONS])}"
-        message += "; …" if len(skipped) > MAX_REASONS else ""
-        if not images:
-            raise InputError(message)
-        print(message, flush=True)
-    return DetectionData(
-        tuple(images),
-        tuple(category_ids),
-        tuple(class_names),
-        boxes=np.zeros((0, 4)),
-        labels=np.zeros(0, np.int64),
-        crowd=np.zeros(0, bool),
-        areas=np.zeros(0),
-        starts=np.zeros(len(images) + 1, np.int64),
-        source=", ".join(map(str, paths)),
-    )
+        low, sides = self.boxes[part, :2], self.boxes[part, 2:]
+        boxes = torch.from_numpy(np.hstack([low, low + sides])).float()
+        return boxes, torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])

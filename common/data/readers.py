@@ -1,122 +1,198 @@
-"""Other layouts of labelled images, read as the content of a COCO file: YOLO's text files, Pascal VOC's XML.
+"""COCO JSON, YOLO text files and Pascal VOC XML -> `Table`. Only the documented forms are read, others are refused."""
 
-Both readers return (content, folder, notes): a dictionary with `images`, `annotations` and `categories`, the folder
-that the file names are relative to, and what was left out or is doubtful. `table.coco_data` checks the content
-as it checks a file. Boxes are on the images turned upright, unless a size in a VOC file says otherwise.
-"""
-
-import codecs
-import math
+import json
 import os
 import re
-from collections.abc import Collection, Sequence
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from xml.etree import ElementTree
 
 import yaml
 
-from common.console import InputError
-from common.data.table import Problems
-from common.images import find_images, read_size
+from common.console import InputError, to_one_line
+from common.data.table import OPEN_ORIENTATION, Table
+from common.images import ImageFault, find_images, image_suffixes, read_header
 
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test")}  # in any case, the first there is
+POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
+YEARS = ("2017", "2014", "")
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
-NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
-VOC_SETS = ("ImageSets", "Main")
-TEST_NOTE = "found no validation split and used the test split in its place"
-OUTSIDE = 2.0  # normalised; a box or polygon that reaches so far is in other units
-POSE_ADVICE = " (keypoints need kpt_shape in the YAML file)"
-NO_LABEL_FILES = {"classes", "notes"}  # text files that annotation tools write beside the labels
-NO_LABELS = "took {} images without a label file for images without objects"
-
-Layout = tuple[dict, Path, tuple[str, ...]]  # content, folder, notes
+NO_BOX = (float("nan"),) * 4
+OUTSIDE = 2.0  # a fraction of an image's side that no box or polygon reaches
+UNNAMED = -1  # category id of what has no class
 
 
-def choose_split(names: Sequence[str], existing: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
-    """The first of the names that exists, None if there is none, and a note if it is "test"."""
-    name = next((name for name in names if name in existing), None)
-    return name, (TEST_NOTE,) if name == "test" else ()
+@dataclass(frozen=True)
+class Request:
+    """A split, "train" or "val", of what `--data` names.
+
+    `files` are the annotation file and the images' folder that flags name; `limit` is the number of images, 0 = all;
+    `chosen` are the ids or names of --image-ids; `layout` is that of --box-format.
+    """
+
+    data: str
+    split: str
+    files: tuple[str, str] = ("", "")
+    limit: int = 0
+    chosen: tuple[str, ...] = ()
+    layout: str = ""
+
+
+def find_split(split: str, names: Iterable[str], source: object) -> str:
+    """The name that a data set gives to "train" or "val". Raises InputError where it has none."""
+    spelled = {name.casefold(): name for name in names}
+    for name in SPLITS[split]:
+        if name in spelled:
+            return spelled[name]
+    raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(sorted(spelled)) or 'none', 200)}")
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. Raises InputError: no such file, or another encoding."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it in that encoding") from error
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 or UTF-16 text file that are not empty, with any line ends, without a byte order mark.
+    """The lines of a text file that are not empty."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_coco_folder(request: Request) -> Table:
+    """annotations/instances_train2017.json with train2017/ or images/train2017/; also 2014, or without a year.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: no such split, or parts of different years, which share images.
     """
+    if request.files[0]:
+        return read_coco(Path(request.files[0]), Path(request.files[1]), request)
+    folder, years = Path(request.data), dict[str, set[str]]()  # names of splits by their year
+    for file in folder.glob("annotations/instances_*.json"):
+        name = file.stem.removeprefix("instances_")
+        year = next(year for year in YEARS if name.endswith(year))
+        years.setdefault(year, set()).add(name.removesuffix(year))
+    having = {s: [y for y in YEARS if not years.get(y, set()).isdisjoint(SPLITS[s])] for s in SPLITS}
+    both = [year for year in having["train"] if year in having["val"]]
+    if having["train"] and having["val"] and not both:
+        raise InputError(f"{folder}: its parts are of different years, which share images: name both by --train-json …")
+    year = next(iter(both or having[request.split]), "")
+    split = find_split(request.split, years.get(year, ()), folder / "annotations")
+    images = folder / "images" / f"{split}{year}"
+    images = images if images.is_dir() else folder / f"{split}{year}"
+    return read_coco(folder / "annotations" / f"instances_{split}{year}.json", images, request, split)
+
+
+def read_roboflow(request: Request) -> Table:
+    """train/_annotations.coco.json with the images beside it, and valid/."""
+    files = {file.parent.name: file for file in Path(request.data).glob("*/_annotations.coco.json")}
+    split = find_split(request.split, files, request.data)
+    return read_coco(files[split], files[split].parent, request, split)
+
+
+def read_json(path: Path) -> dict:
+    """The content of an annotation file, without polygons. Raises InputError: no such file, or not JSON."""
     try:
-        content = path.read_bytes()
+        return json.loads(POLYGONS.sub(b'"segmentation":0', path.read_bytes()))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {to_one_line(error, 200)}") from error
 
 
-def find_yaml(folder: Path) -> Path | None:
-    """The YAML file of a YOLO data set: the path itself, or the one in the folder."""
-    if folder.suffix.lower() in (".yaml", ".yml"):
-        return folder if folder.is_file() else None
-    return next((folder / name for name in YAML_NAMES if (folder / name).is_file()), None)
+def read_coco(path: Path, folder: Path, request: Request, split: str = "") -> Table:
+    """An annotation file, of the images that are in the folder. Raises InputError as `add_coco` does."""
+    if not folder.is_dir():
+        raise InputError(f"{path} needs the images' folder {folder}, which does not exist")
+    table = Table(str(path), folder, {}, "xywh", request.layout, split)
+    add_coco(table, path)
+    return table
 
 
-def read_yolo(path: Path, split_names: Sequence[str], limit: int = 0) -> Layout:
-    """A split of a YOLO data set: `path`, `train`, `val` and `names` in a YAML file, a text file for each image.
+def add_coco(table: Table, path: Path, prefix: str = "", local: bool = True) -> None:
+    """Add the images and objects of an annotation file of COCO's instances form.
 
-    A line holds a class number and then, in normalised coordinates, centre, width and height of a box, or the corners
-    of a polygon, whose bounding box is taken. With `kpt_shape` in the YAML file, keypoints follow the box. The text
-    file lies beside the image, the last `images` in its path replaced by `labels`; an image without one has no
-    objects. Class numbers become category ids.
+    Roboflow's first category is the group of all others, of supercategory "none" and without boxes: it is no class.
 
     Args:
-        path: the YAML file.
-        split_names: what it may call the split.
-        limit: the first images in the order of their names; 0 for all.
+        table: what they are added to.
+        path: the file.
+        prefix: in front of each `file_name`.
+        local: leave out images that are not in the table's folder.
 
     Raises:
-        InputError: not such a file, no images where it points, or no label file for any image.
+        InputError: the file has another form.
     """
-    problems = Problems()
-    settings = _read_yaml(path)
-    names = _class_names(settings.get("names"), path)
-    keypoints = _keypoint_columns(settings.get("kpt_shape"), path)
-    split, notes = choose_split(split_names, settings)
-    if split is None:
-        raise InputError(f"{path} names no {split_names[0]} images: it has {', '.join(map(str, settings))}")
-    base = path.absolute().parent
-    root = base / settings.get("path", "")
-    files = _listed_images(settings[split], root if root.is_dir() else base, path, problems)
-    labels = _label_files(files, problems)
-    files = files[: limit or None]
-    folder = Path(os.path.commonpath([file.parent for file in files]))
-    images, annotations = [], []
-    for number, file in enumerate(files, 1):
-        width, height = read_size(file) or (0, 0)
-        name = file.relative_to(folder).as_posix()
-        images.append({"id": number, "file_name": name, "width": width, "height": height})
-        if file not in labels:
-            problems.add(NO_LABELS, name)
-            continue
-        for line in read_lines(labels[file]):
-            category, box, problem = _yolo_box(line, keypoints)
-            if problem:
-                problems.add(problem, labels[file].name)
-            if box:
-                x, y, w, h = box
-                box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
-                annotations.append(_annotation(number, category, box))
-    return _content(images, annotations, names), folder, (*notes, *problems.notes())
+    content = read_json(path)
+    try:
+        categories = {as_int(c["id"]): c for c in content["categories"]}
+        if len(categories) < len(content["categories"]):
+            raise ValueError("two categories share an id")
+        used = {a["category_id"] for a in content["annotations"]}
+        parents = {c.get("supercategory") for c in categories.values()}
+        groups = {k for k, c in categories.items() if c.get("supercategory") == "none" and c["name"] in parents} - used
+        table.classes |= {key: str(c["name"]) for key, c in categories.items() if key not in groups}
+        for image in content["images"]:
+            _add_coco_image(table, image, prefix, local)
+        for a in content["annotations"]:
+            box, crowd, area = a.get("bbox"), int(a.get("iscrowd") or 0), as_float(a.get("area") or 0)
+            numbers = map(as_float, box) if isinstance(box, list) and len(box) == 4 else NO_BOX
+            table.add(as_int(a["image_id"]), as_int(a["category_id"]), *numbers, crowd != 0, area)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        lacks = "an entry lacks " * isinstance(error, KeyError)
+        raise InputError(f"{path} is not of COCO's instances form: {lacks}{to_one_line(error, 100)}") from error
 
 
-def _annotation(image: int, category: int | None, box: list[float] | None, crowd: int = 0) -> dict:
-    area = (box[2] * box[3] or None) if box else None
-    return {"image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
+def _add_coco_image(table: Table, entry: dict, prefix: str, local: bool) -> None:
+    number, name = as_int(entry["id"]), str(entry["file_name"])
+    size = as_int(entry.get("width") or 0), as_int(entry.get("height") or 0)
+    if leads_out(name):
+        return table.faults.add("left out {} images whose file names lead out of their folder", name)
+    found = find_file(table.folder, name) if local else prefix + name
+    if found is None:
+        return table.faults.add("left out {} images that are not in the images' folder", name)
+    if min(size) <= 0:
+        try:
+            size, upright, *_ = read_header(table.folder / found)
+        except ImageFault as fault:
+            return table.faults.add(fault.sentence, name)
+        if size != upright:
+            table.faults.add(OPEN_ORIENTATION, name)
+    return table.add_image(number, found, size)
 
 
-def _content(images: list[dict], annotations: list[dict], names: dict[int, str]) -> dict:
-    """A COCO dictionary, the annotations numbered from 1."""
-    annotations = [annotation | {"id": number} for number, annotation in enumerate(annotations, 1)]
-    categories = [{"id": number, "name": name} for number, name in names.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+def as_int(value: object) -> int:
+    """A whole number. Raises ValueError for any other value, text and bool included."""
+    if type(value) is int and abs(value) < 2**63:  # nearly all of millions of values
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    raise ValueError(f"{to_one_line(repr(value))} is not a whole number of 64 bits")
+
+
+def as_float(value: object) -> float:
+    """A number, NaN for all that is none."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else float("nan")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name, as a POSIX or a Windows path, leads out of its folder."""
+    kinds = (PurePosixPath, PureWindowsPath) if re.search(r"\.\.|^/|\\|:", name) else ()  # hardly any
+    return any(kind(name).is_absolute() or ".." in kind(name).parts for kind in kinds)
+
+
+def find_file(folder: Path, name: str) -> str | None:
+    """The name of a file as the file system spells it: macOS decomposes accents, other locales know no UTF-8."""
+    if os.path.isfile(f"{folder}/{name}"):  # noqa: PTH113 (a Path for each of 118,287 images takes seconds)
+        return name
+    forms = (unicodedata.normalize(form, name).encode(errors="surrogatepass") for form in ("NFC", "NFD"))
+    return next((spelled for spelled in map(os.fsdecode, forms) if os.path.isfile(f"{folder}/{spelled}")), None)  # noqa: PTH113
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -125,292 +201,240 @@ class _TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (the library declares it so)
 
 
-def _read_yaml(path: Path) -> dict:
-    """The settings that are not null, as text, lists and dictionaries."""
+def yaml_of(data: str) -> Path | None:
+    """The YAML file of a YOLO data set: the path itself, or the one in the folder."""
+    path = Path(data)
+    if path.is_file():
+        return path if path.suffix.lower() in (".yaml", ".yml") else None
+    return next((path / name for name in YAML_NAMES if (path / name).is_file()), None)
+
+
+def read_yolo(request: Request) -> Table:
+    """`path`, `train`, `val` and `names` in a YAML file, and a text file for each image.
+
+    A line holds a class number and then, as fractions of the image's sides, centre, width and height of a box, or the
+    corners of a polygon, whose bounding box is taken. With `kpt_shape` in the YAML file, keypoints follow the box. The
+    text file lies beside the image, the last `images` in its path replaced by `labels`; an image without one has no
+    objects.
+
+    Raises:
+        InputError: not such a file, no images where it points, or a line of another form.
+    """
+    path = yaml_of(request.data) or Path(request.data)
+    settings, names, keypoints = _read_yaml(path)
+    split = find_split(request.split, settings, path)
+    files = _yolo_images(settings[split], path, settings.get("path", ""))
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    table = Table(
+        str(path), folder, names, "cxcywh", request.layout, split, normalised=True, upright=True, own_ids=False
+    )
+    _count_shared(table, files)
+    used, corners, triangle = set[int](), 0, Path()
+    for number, file in enumerate(files, 1):
+        if not add_file(table, number, file, file.relative_to(folder).as_posix()):
+            continue
+        label = next((place for place in label_places(file) if place.is_file()), None)
+        if label is None:
+            table.faults.add("took {} images without a label file for images without objects", file.name)
+            continue
+        for line in read_lines(label):
+            category, numbers = _read_label(line, keypoints, label)
+            used.add(category)
+            corners, triangle = max(corners, len(numbers) // 2), label if len(numbers) == 6 else triangle
+            table.add(number, category, *_box_of(numbers), 0, 0)
+    if not used and all(not place.is_file() for file in files for place in label_places(file)):
+        raise InputError(f"{path}: no image of {split} has a label file, such as {label_places(files[0])[0]}")
+    if corners == 3:
+        raise InputError(f"{triangle}: its lines of 7 columns may be predictions, with confidence and track: keep 5")
+    if used - names.keys() and 0 in names.keys() - used:
+        raise InputError(f"{path}: the labels have the classes {min(used)} to {max(used)}: they must begin with 0")
+    return table
+
+
+def _read_yaml(path: Path) -> tuple[dict, dict[int, str], int]:
+    """The settings that are not null, the names of the classes, and the number of columns of keypoints."""
+    text = read_text(path)
     try:
-        content = yaml.load(path.read_bytes(), _TextLoader)  # noqa: S506 (it is a SafeLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not of a YOLO data set: it names nothing")
-    return {key: value for key, value in content.items() if value and value not in NULLS}
+        content = yaml.load(text, _TextLoader)  # noqa: S506 (it is a SafeLoader)
+        names = content["names"]
+        names = dict(enumerate(names)) if isinstance(names, list) else {int(k): v for k, v in names.items()}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("the names of its classes are no text")
+        shape = content.get("kpt_shape") or (0, 0)
+        return (
+            {k: v for k, v in content.items() if v not in ("", "~", "null", [])},
+            names,
+            int(shape[0]) * int(shape[1]),
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        lacks = "it lacks " * isinstance(error, KeyError)
+        raise InputError(f"{path} is not the YAML file of a YOLO data set: {lacks}{to_one_line(error, 200)}") from error
 
 
-def _class_names(names: object, path: Path) -> dict[int, str]:
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(numbered, dict) or not numbered or not all(isinstance(n, str) for n in numbered.values()):
-        raise InputError(f"{path} is not of a YOLO data set: it has no names of classes")
-    try:
-        return {int(number): name for number, name in numbered.items()}
-    except ValueError as error:
-        raise InputError(f"{path}: the classes under names are not numbered: {error}") from error
-
-
-def _keypoint_columns(shape: object, path: Path) -> int:
-    """The number of columns that `kpt_shape` (keypoints, numbers of each) adds to a line."""
-    try:
-        return math.prod(map(int, shape)) if isinstance(shape, list) else 0
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: kpt_shape is not a list of whole numbers: {shape}") from error
-
-
-def _listed_images(places: str | list, root: Path, path: Path, problems: Problems) -> list[Path]:
-    """The images of folders, or of text files with one image a line."""
+def _yolo_images(places: str | list, path: Path, root: str) -> list[Path]:
+    """The images of folders, of text files with one image a line, or named one by one."""
+    base = path.absolute().parent / Path(root).expanduser()
+    if not base.is_dir():
+        raise InputError(f"{path} has path: {root}, which is no folder here: correct or remove that line")
     images: list[Path] = []
     for place in places if isinstance(places, list) else [places]:
-        target = _existing(root, str(place))
+        target = _existing(base, str(place), path)
         if target.is_dir():
-            found, skipped = find_images(target, subfolders=True)
-            images += found
-            for file, reason in skipped:
-                problems.add(f"left out {{}} files of {reason}", file.name)
-        elif target.is_file():
-            images += [_existing(target.parent, line) for line in read_lines(target)]
+            images += find_images(target, subfolders=True)[0]
+        elif target.suffix.lower() in image_suffixes():
+            images.append(target)
         else:
-            raise InputError(f"{path} names the images {place}, which are not in {root}")
+            images += [_normal(target.parent, line) for line in read_lines(target)]
     if not images:
-        left_out = "".join(f"; {note}" for note in problems.notes())
-        raise InputError(f"{path} names {places}, where there are no images{left_out}")
-    return sorted(set(images))
+        raise InputError(f"{path} names {places}, where there are no images")
+    if repeated := [image.name for image, count in Counter(images).items() if count > 1]:
+        raise InputError(f"{path} names {places}, which lists {repeated[0]} more than once: list each once")
+    return sorted(images)
 
 
-def _existing(root: Path, name: str) -> Path:
-    """The file or folder in `root`; exports often begin with a needless ../, or have the separators of Windows."""
-    forward = name.replace("\\", "/")
-    for variant in (name, name.removeprefix("../"), forward, forward.removeprefix("../")):
-        for path in (Path(os.path.normpath(root / variant)), root / variant):  # these differ where links are followed
-            try:
-                if path.exists():
-                    return path
-            except OSError:  # a name that the file system cannot hold
-                continue
-    return root / name
+def _normal(folder: Path, name: str) -> Path:
+    return Path(os.path.normpath(folder / name.replace("\\", "/")))
 
 
-def _label_files(images: Sequence[Path], problems: Problems) -> dict[Path, Path]:
-    """The label file of each image that has one.
-
-    Raises:
-        InputError: no image has one.
-    """
-    by_folder: dict[Path, list[Path]] = {}
-    for image in images:
-        by_folder.setdefault(image.parent, []).append(image)
-    labels: dict[Path, Path] = {}
-    for folder, inside in by_folder.items():
-        candidates = [(place, _files_by_stem(place, ".txt")) for place in _label_folders(folder)]
-        place, texts = next((c for c in candidates if c[1]), (folder, {}))
-        labels |= {image: texts[image.stem] for image in inside if image.stem in texts}
-        without_image = texts.keys() - {image.stem for image in inside} - NO_LABEL_FILES if place != folder else set()
-        if without_image:  # or the image is one that a list does not name
-            without_image -= {file.stem for file in find_images(folder)[0]}
-        for stem in sorted(without_image):
-            problems.add("found no image for {} label files", texts[stem].name)
-    if not labels:
-        expected = _label_folders(images[0].parent)[0] / f"{images[0].stem}.txt"
-        raise InputError(f"none of the {len(images)} images has a label file: there is no {expected}")
-    return labels
+def _existing(base: Path, name: str, path: Path) -> Path:
+    """The file or folder; Roboflow writes ../train/images, beside the YAML file or beside its folder."""
+    places = dict.fromkeys((_normal(base, name.removeprefix("../")), _normal(base, name)))
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise InputError(f"{path} names the images {name}, which are not in {base}")
+    if len(found) > 1:
+        raise InputError(f"{path} names {name}, which may be {found[0]} or {found[1]}: write that path in full")
+    return found[0]
 
 
-def _label_folders(images: Path) -> list[Path]:
-    """Where the labels of a folder of images may be: `labels` in place of `images`, in any case, or beside them."""
-    places = [place for place, part in enumerate(images.parts) if part.lower() == "images"]
-    if not places:
-        return [images]
-    parent, below = Path(*images.parts[: places[-1]]), images.parts[places[-1] + 1 :]
-    folders = [parent]
-    for name in ("labels", *below):
-        children = [
-            child for folder in folders for child in sorted(folder.iterdir()) if child.name.lower() == name.lower()
-        ]
-        folders = [child for child in children if child.is_dir()]
-    return [parent.joinpath("labels", *below), *folders, images]
+def label_places(image: Path) -> list[Path]:
+    """Where the label file of an image may be: `labels` in place of the last `images` in its path, or beside it."""
+    beside = image.with_suffix(".txt")
+    parts = [place for place, part in enumerate(image.parts[:-1]) if part.lower() == "images"]
+    return [Path(*beside.parts[:place], "labels", *beside.parts[place + 1 :]) for place in parts[-1:]] + [beside]
 
 
-def _files_by_stem(folder: Path, suffix: str) -> dict[str, Path]:
-    """The files of a folder with that suffix, in small or capital letters, by their names without it."""
-    if not folder.is_dir():
-        return {}
-    files = sorted(f for f in folder.iterdir() if f.name.lower().endswith(suffix) and not f.name.startswith("._"))
-    return {file.stem: file for file in files}
-
-
-def _yolo_box(line: str, keypoints: int) -> tuple[int, list[float] | None, str]:
-    """Class and box (centre, width, height) of a line; what is wrong with the line, "" where nothing is."""
-    columns = _columns(line)
+def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]]:
+    """The class of a label line, and the numbers of its box (4) or polygon. Raises InputError for another line."""
     try:
-        category, *numbers = map(float, columns)
-    except ValueError:
-        return 0, None, "left out {} label lines with columns that are not numbers"
-    if not category.is_integer():
-        return 0, None, "left out {} label lines whose class is not a whole number"
-    note = ""
-    if keypoints and len(numbers) != 4:
-        if len(numbers) != 4 + keypoints:
-            return 0, None, "left out {} label lines that do not have the columns of kpt_shape"
-        numbers = numbers[:4]
-    elif len(numbers) == 5:
-        note = "ignored the sixth column of {} label lines, a confidence"
-        if not 0 <= numbers.pop() <= 1:
-            return 0, None, "left out {} label lines with a sixth column that is not a confidence in 0..1"
-    if len(numbers) < 4 or len(numbers) % 2:
-        return 0, None, f"left out {{}} label lines whose columns are neither a box nor a polygon{POSE_ADVICE}"
-    if max(map(abs, numbers)) >= OUTSIDE:
-        return 0, None, f"left out {{}} label lines with coordinates that are not normalised to 0..1{POSE_ADVICE}"
-    if len(numbers) > 4:
-        left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
-        numbers = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
-    return int(category), numbers, note
+        category, *numbers = map(float, line.split())
+        count = len(numbers)
+        if not category.is_integer():
+            raise ValueError("its class is not a whole number")
+        if not all(abs(number) < OUTSIDE for number in numbers):
+            raise ValueError("its numbers are not fractions of the image's sides, 0..1")
+        if count == 5:
+            raise ValueError("its sixth column may be a confidence, so that these are predictions: remove it")
+        if keypoints and count not in (4, 4 + keypoints):
+            raise ValueError("it has not the columns of kpt_shape")
+        if count < 4 or (count % 2 and not keypoints):
+            raise ValueError("it is neither a box, nor a polygon, nor (with kpt_shape in the YAML file) a pose")
+    except ValueError as error:
+        raise InputError(f"{path}: the line {line[:60]!r} is no label: {error}") from error
+    return int(category), numbers[:4] if keypoints else numbers
 
 
-def _columns(line: str) -> list[str]:
-    """The columns of a label line, separated by spaces, commas or semicolons; numbers may have decimal commas."""
-    if "," not in line and ";" not in line:
-        return line.split()
-    if "." not in line and len(re.findall(r"\d,\d", line)) > 1 and len(line.split()) > 4:
-        line = line.replace(",", ".")
-    return re.split(r"[\s,;]+", line.strip(" \t,;"))
+def _box_of(numbers: list[float]) -> list[float]:
+    """Centre, width and height of a box or a polygon."""
+    if len(numbers) == 4:
+        return numbers
+    left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+    return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
 
 
-def is_voc(folder: Path) -> bool:
-    """Whether this is a Pascal VOC data set: Annotations and JPEGImages, or splits with XML files beside the images."""
-    return (folder / "Annotations").is_dir() or any(_files_by_stem(split, ".xml") for split in folder.iterdir())
+def add_file(table: Table, number: int, file: Path, name: str, size: tuple[int, int] = (0, 0)) -> bool:
+    """Add an image, of the size that its header gives where none is known; False where it cannot be read."""
+    try:
+        table.add_image(number, name, size if min(size) > 0 else read_header(file).upright)
+    except ImageFault as fault:
+        table.faults.add(fault.sentence, name)
+        return False
+    return True
 
 
-def read_voc(folder: Path, split_names: Sequence[str], limit: int = 0) -> Layout:
-    """A split of a Pascal VOC data set, in VOC's own layout or with a folder for each split.
+def _count_shared(table: Table, files: list[Path]) -> None:
+    """Note the images whose names differ in the suffix alone."""
+    stems = Counter(file.with_suffix("") for file in files)
+    for file in files:
+        if stems[file.with_suffix("")] > 1:
+            table.faults.add("{} images share a label file with another of their name", file.name)
 
-    VOC's own: Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt and val.txt. An XML file belongs to the image
-    of the same name, and only where there is none to the one that its <filename> names. An image without an XML file
-    has no objects. Corners count pixels from 1, and belong to the box (Everingham et al., IJCV 2010). Objects marked
-    difficult become crowds, which training and evaluation ignore. Classes are those of all splits, in alphabetical
-    order, numbered from 1.
+
+def voc_parts(folder: Path) -> dict[str, Path]:
+    """The folders of splits that have XML files, by name."""
+    names = {name for split in SPLITS.values() for name in split}
+    children = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {c.name: c for c in children if c.name.casefold() in names and any(c.glob("*.xml"))}
+
+
+def is_voc_folder(folder: Path) -> bool:
+    """Whether a folder has VOC's own layout, spelled so even where case makes no difference, or that of parts."""
+    spelled = (folder / "ImageSets" / "Main").is_dir() and folder / "Annotations" in folder.iterdir()
+    return spelled or bool(voc_parts(folder))
+
+
+def read_voc(request: Request) -> Table:
+    """Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt; or train/ with XML files beside the images.
+
+    An XML file belongs to the image of the same name; an image without one has no objects. Corners count pixels from 1,
+    and belong to the box (Everingham et al., IJCV 2010). Objects marked difficult become crowds, which training and
+    evaluation ignore. Classes are those of all splits, in alphabetical order, numbered from 1.
 
     Raises:
-        InputError: no such split, no XML file with an image, or an XML file that cannot be read.
+        InputError: no such split, or an XML file that cannot be read.
     """
-    problems = Problems()
-    if (folder / "Annotations").is_dir():
-        files, image_folder = _files_by_stem(folder / "Annotations", ".xml"), folder / "JPEGImages"
-        everything = list(files.values())
-        listed, notes = _voc_set(folder, split_names)
+    folder, parts, sets = Path(request.data), voc_parts(Path(request.data)), Path(request.data, "ImageSets", "Main")
+    if sets.is_dir():
+        split = find_split(request.split, (file.stem for file in sets.glob("*.txt")), sets)
+        labels, images, parts = folder / "Annotations", folder / "JPEGImages", {"": folder / "Annotations"}
     else:
-        by_split = {child.name: _files_by_stem(child, ".xml") for child in sorted(folder.iterdir())}
-        split, notes = choose_split(split_names, [name for name, texts in by_split.items() if texts])
-        if split is None:
-            raise InputError(f"no {split_names[0]} split in {folder}: no folder of that name has XML files")
-        files, image_folder, listed = by_split[split], folder / split, None
-        everything = [file for texts in by_split.values() for file in texts.values()]
-    names = sorted({_text(thing, "name") for file in everything for thing in _read_xml(file).iter("object")} - {""})
-    number_of = {name: number for number, name in enumerate(names, 1)}
-    if not names:
-        raise InputError(f"{folder} has no objects in any of its {len(everything)} XML files")
-    images, annotations = [], []
-    pairs = _voc_pairs(files, image_folder, listed, problems)
-    for number, (image, file) in enumerate(pairs[: limit or None], 1):
-        tree = _read_xml(file) if file else None
-        if tree is None:
-            problems.add("took {} images without an XML file for images without objects", image.name)
-        width, height = _voc_size(tree) or read_size(image) or (0, 0)
-        images.append({"id": number, "file_name": image.name, "width": width, "height": height})
-        annotations += [
-            _voc_object(thing, number, number_of) for thing in (() if tree is None else tree.iter("object"))
-        ]
-    categories = {number: name for name, number in number_of.items()}
-    return _content(images, annotations, categories), image_folder, (*notes, *problems.notes())
+        split = find_split(request.split, parts, folder)
+        labels = images = parts[split]
+    trees = {file: _read_xml(file) for part in parts.values() for file in sorted(part.rglob("*.xml"))}
+    names = {name for _, objects in trees.values() for name, *_ in objects} - {""}
+    classes = {name: number for number, name in enumerate(sorted(names), 1)}
+    numbered = {number: name for name, number in classes.items()}
+    table = Table(str(folder), images, numbered, "xyxy", request.layout, split, upright=True, own_ids=False)
+    found = find_images(images, subfolders=True)[0]
+    _count_shared(table, found)
+    by_stem = {_stem(file, images): file for file in found}
+    every = by_stem.keys() | {_stem(file, labels) for file in trees if file.is_relative_to(labels)}
+    lines = read_lines(sets / f"{split}.txt") if sets.is_dir() else sorted(every)
+    for number, line in enumerate(lines, 1):
+        stem = re.sub(r"\s+-?[01]$", "", line.replace("\\", "/"))
+        size, objects = trees.get(labels / f"{stem}.xml", ((0, 0), None))
+        if stem not in by_stem:
+            table.faults.add("left out {} entries without an image", stem)
+        elif add_file(table, number, by_stem[stem], by_stem[stem].relative_to(images).as_posix(), size):
+            if objects is None:
+                table.faults.add("took {} images without an XML file for images without objects", by_stem[stem].name)
+            for name, crowd, left, top, right, bottom in objects or ():
+                table.add(number, classes.get(name, UNNAMED), left - 1, top - 1, right, bottom, crowd, 0)
+    return table
 
 
-def _voc_set(folder: Path, split_names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The lines of the list of a split's images, and notes."""
-    sets = folder.joinpath(*VOC_SETS)
-    split, notes = choose_split(split_names, [name for name in split_names if (sets / f"{name}.txt").is_file()])
-    if split is None:
-        raise InputError(f"no {split_names[0]} split in {folder}: no {'/'.join(VOC_SETS)}/{split_names[0]}.txt")
-    return read_lines(sets / f"{split}.txt"), notes
+def _stem(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
 
 
-def _voc_pairs(
-    files: dict[str, Path], folder: Path, listed: list[str] | None, problems: Problems
-) -> list[tuple[Path, Path | None]]:
-    """The images of a split, each with its XML file or None.
-
-    Args:
-        files: all XML files by their stems.
-        folder: the folder of the images.
-        listed: lines that name the images of the split; None takes all.
-
-    Raises:
-        InputError: no XML file has an image.
-    """
-    found, skipped = find_images(folder)
-    for image, reason in skipped if listed is None else ():
-        problems.add(f"left out {{}} files of {reason}", image.name)
-    by_stem: dict[str, list[Path]] = {}
-    for image in found:
-        by_stem.setdefault(image.stem, []).append(image)
-    known = files.keys() | by_stem.keys()
-    stems = sorted(files) if listed is None else [_listed_stem(line, known) for line in listed]
-    pairs: dict[Path, Path | None] = {}
-    for stem in stems:
-        file = files.get(stem)
-        match = _voc_image(stem, file, by_stem, files)
-        if match is None:
-            problems.add(f"left out {{}} entries without an image in {folder}", stem)
-        elif match in pairs:
-            problems.add("left out {} entries whose image an earlier one has", stem)
-        else:
-            pairs[match] = file
-    if listed is None:
-        pairs |= {image: None for image in found if image not in pairs and image.stem not in files}
-    if not any(pairs.values()):
-        reasons = "; ".join(problems.notes()) or "the split is empty"
-        raise InputError(f"{folder}: no XML file has an image: {reasons}")
-    return sorted(pairs.items()) if listed is None else list(pairs.items())
-
-
-def _voc_image(stem: str, file: Path | None, by_stem: dict[str, list[Path]], files: dict[str, Path]) -> Path | None:
-    """The image with the stem of an XML file, else the one that its <filename> names and that has no XML file."""
-    named = _base_name(_text(_read_xml(file), "filename")) if file and len(by_stem.get(stem, ())) != 1 else ""
-    images = by_stem.get(stem) or ([] if Path(named).stem in files else by_stem.get(Path(named).stem, []))
-    return next((image for image in images if image.name == named), images[0] if images else None)
-
-
-def _listed_stem(line: str, stems: Collection[str]) -> str:
-    """The stem that a line of ImageSets names: all of it, or without a suffix or a last column of -1, 0 or 1."""
-    names = [_base_name(line), _base_name(re.sub(r"\s+-?[01]$", "", line))]
-    return next((stem for name in names for stem in (name, Path(name).stem) if stem in stems), names[1])
-
-
-def _base_name(name: str) -> str:
-    return name.replace("\\", "/").rpartition("/")[2]
-
-
-def _read_xml(file: Path) -> ElementTree.Element:
+def _read_xml(file: Path) -> tuple[tuple[int, int], list[tuple]]:
+    """(width, height), zeros where it has none; and name, crowd, xmin, ymin, xmax, ymax of each box."""
     try:
-        return ElementTree.parse(file).getroot()  # noqa: S314 (expat limits entities and opens no other file)
-    except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
+        tree = ElementTree.parse(file).getroot()  # noqa: S314 (expat limits entities and opens no other file)
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+        raise InputError(f"cannot read {file} (is it UTF-8, or does it name its encoding?): {error}") from error
+    objects = []
+    for thing in tree.iter("object"):
+        name, crowd = (thing.findtext("name") or "").strip(), (thing.findtext("difficult") or "").strip().lower()
+        for box in thing.findall("bndbox") or [thing]:
+            corners = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
+            objects.append((name, crowd in ("1", "true"), *corners))
+    width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
+    return (int(width) if width > 0 else 0, int(height) if height > 0 else 0), objects
 
 
-def _text(element: ElementTree.Element, name: str) -> str:
-    return (element.findtext(name) or "").strip()
-
-
-def _voc_size(tree: ElementTree.Element | None) -> tuple[int, int] | None:
-    """The (width, height) that an XML file gives, if it does."""
-    if tree is None:
-        return None
+def _number(element: ElementTree.Element, name: str) -> float:
     try:
-        width, height = (int(float(_text(tree, f"size/{side}"))) for side in ("width", "height"))
-    except (ValueError, OverflowError):
-        return None
-    return (width, height) if width > 0 and height > 0 else None
-
-
-def _voc_object(thing: ElementTree.Element, image: int, number_of: dict[str, int]) -> dict:
-    category, crowd = number_of.get(_text(thing, "name")), int(_text(thing, "difficult") == "1")
-    try:
-        left, top, right, bottom = (float(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
+        return as_float(float(element.findtext(name) or "nan"))
     except ValueError:
-        return _annotation(image, category, None, crowd)
-    return _annotation(image, category, [left - 1, top - 1, right - left + 1, bottom - top + 1], crowd)
+        return float("nan")

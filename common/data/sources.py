@@ -1,35 +1,61 @@
-"""What `--data` names -> `DetectionData`.
+"""What `--data` names -> `DetectionData`: one reader recognises it, fills a table, and N usable images are taken."""
 
-`--data` takes a folder in COCO's or Roboflow's layout, a YOLO or Pascal VOC data set, a hub data set (by id, or a local
-copy of one as parquet files), `coco-official`, or `demo`. Images from a hub are written once to the cache as an
-ordinary COCO-format folder, so that the next run starts at once.
-
-The images are the first of each split, those of a list of ids, or a random sample.
-"""
-
-import re
-from collections.abc import Sequence
-from contextlib import suppress
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import flag
-from common.console import InputError
-from common.data.box_format import LAYOUTS
-from common.data.demo import make_demo
-from common.data.hub import hub_split
+from common.console import InputError, first_few
+from common.data.checks import usable_images
+from common.data.demo import read_demo
+from common.data.hub import is_hub_data, read_hub
 from common.data.memory import DetectionData
-from common.data.official import official_ids, official_split
-from common.data.readers import Layout, choose_split, find_yaml, is_voc, read_voc, read_yolo
-from common.data.table import coco_data, load_coco, without_unreadable
-from common.files import cache_folder
-from common.hub import HUB_ID
+from common.data.official import fetch_images, read_official
+from common.data.readers import (
+    SPLITS,
+    Request,
+    add_file,
+    is_voc_folder,
+    read_coco_folder,
+    read_roboflow,
+    read_text,
+    read_voc,
+    read_yolo,
+    yaml_of,
+)
+from common.data.table import LAYOUTS, Faults, Table
+from common.images import OTHER_FORMAT, find_images
 
-BOX_FORMATS = ("auto", *LAYOUTS)
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # the first that a data set has
-DEMO_SEED = 0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One form of data sets: how it is recognised, of which nothing is opened, and read."""
+
+    form: str  # as messages and docs name it
+    recognises: Callable[[str], bool]  # given --data
+    read: Callable[[Request], Table]
+    ranks: bool = True  # False: N images are the first N of its own order
+    fetch: Callable[[DetectionData], None] = lambda data: None  # the images, before they are opened
+
+
+READERS = (
+    Reader("demo", lambda data: data == "demo", read_demo),
+    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False, fetch=fetch_images),
+    Reader("COCO", lambda data: any(Path(data).glob("annotations/instances_*.json")), read_coco_folder),
+    Reader("Roboflow's COCO", lambda data: any(Path(data).glob("*/_annotations.coco.json")), read_roboflow),
+    Reader("YOLO", lambda data: yaml_of(data) is not None, read_yolo),
+    Reader("Pascal VOC", lambda data: is_voc_folder(Path(data)), read_voc),
+    Reader("hub data set", is_hub_data, read_hub, ranks=False),
+)
 
 
 @dataclass(frozen=True)
@@ -39,27 +65,16 @@ class DataFlags:
     The data of a resumed run are compared by their fingerprint, so that the flags themselves may change.
     """
 
-    data: str = flag(
-        "detection-datasets/coco",
-        "folder of labelled images, hub data set id, coco-official, or demo",
-        on_resume="free",
-    )
-    val_json: str = flag("", "validation annotations, where the folder has no known layout", on_resume="free")
-    val_images_dir: str = flag("", "the folder of their images", on_resume="free")
-    val_images: int = flag(500, "validation images, the first of the file; 0 = all", at_least=0)
-    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id", on_resume="free")
-    sample_seed: int = flag(
-        -1, "draw the images at random with this seed; -1 = take the first", at_least=-1, on_resume="free"
-    )
-    box_format: str = flag(
-        "auto",
-        "boxes of COCO files (auto = xywh unless certainly another) and hub data (auto = what fits best)",
-        choices=BOX_FORMATS,
-        on_resume="free",
-    )
-    strict: bool = flag(False, "stop where data would have to be repaired or left out", on_resume="free")
+    data: str = flag("detection-datasets/coco", "folder, hub data set id, coco-official, or demo")
+    val_json: str = flag("", "validation annotations, where the folder has no known layout")
+    val_images_dir: str = flag("", "the folder of their images")
+    val_images: int = flag(500, "validation images; 0 = all", at_least=0)
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(0, "of the sample where not all images are taken; -1 = the first ones", at_least=-1)
+    box_format: str = flag("", "how the boxes are written, where not as their form says", choices=LAYOUTS)
+    strict: bool = flag(False, "stop where data would have to be left out or are doubtful")
 
-    def explicit_files(self, split: str) -> tuple[str, str]:
+    def files(self, split: str) -> tuple[str, str]:
         """Annotation file and image folder that the flags name for a split; empty where they name none."""
         return getattr(self, f"{split}_json", ""), getattr(self, f"{split}_images_dir", "")
 
@@ -68,204 +83,184 @@ class DataFlags:
 class TrainDataFlags(DataFlags):
     """Training images and annotations."""
 
-    train_json: str = flag("", "training annotations, where the folder has no known layout", on_resume="free")
-    train_images_dir: str = flag("", "the folder of their images", on_resume="free")
-    train_images: int = flag(1000, "training images, the first of the file; 0 = all", at_least=0, on_resume="free")
+    train_json: str = flag("", "training annotations, where the folder has no known layout")
+    train_images_dir: str = flag("", "the folder of their images")
+    train_images: int = flag(1000, "training images; 0 = all", at_least=0)
 
 
 def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionData]:
-    """The training and the validation images; prints which classes one of the two lacks.
-
-    Raises:
-        InputError: what `load_split` and `check_objects` raise.
-    """
+    """The training and the validation images. Raises InputError: what `load_split` and `check_classes` raise."""
+    if any(flags.files("train")) != any(flags.files("val")):
+        raise InputError("--train-json and --val-json go together: give the files of both parts, or of none")
     train, val = load_split(flags, "train"), load_split(flags, "val")
-    check_objects(train, val, strict=flags.strict)
+    check_classes(train, val, strict=flags.strict)
     return train, val
 
 
 def load_split(flags: DataFlags, split: str) -> DetectionData:
-    """The usable images of a `split`, "train" or "val": the first `--train-images` or `--val-images` of it (0 = all).
+    """N usable images of a `split`, "train" or "val": `--train-images` or `--val-images` (0 = all).
 
-    With `--sample-seed`, a random sample of as many images in the order of the data set, the same in every run and
-    drawn separately for each split; `hub.hub_split` says how a hub data set is sampled. What was repaired or left out
-    is printed.
+    They are the first usable ones of a `ranking`, so that more images contain fewer, and added ones move none; or those
+    of `--image-ids`. What was left out or is doubtful is logged.
 
     Raises:
-        InputError: no such data, or not readable (see `table.load_coco`); with `--strict`, anything that would
-            have to be repaired or left out.
+        InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
     """
-    data = without_unreadable(_read(flags, split, getattr(flags, f"{split}_images")))
+    reader, request = _reader(flags, split)
+    data = _taken(reader.read(request).check(), reader, request, flags.sample_seed)
     if flags.strict and data.notes:
         raise InputError(f"{data.source}: {'; '.join(data.notes)} (refused by --strict)")
     for note in data.notes:
-        print(f"{data.source}: {note}", flush=True)
+        log.warning(f"{data.source}: {note}")
     return data
 
 
-def _read(flags: DataFlags, split: str, limit: int) -> DetectionData:
-    """The requested images of the split, from any source."""
-    seed = flags.sample_seed if limit else -1
-    ids = read_image_ids(Path(flags.image_ids), split) if flags.image_ids else []
-    explicit = any(flags.explicit_files(split))
-    if flags.data == "coco-official" and not explicit:
-        ids = ids or (official_ids(split) if seed >= 0 else [])
-        return load_coco(*official_split(split, limit, _drawn(ids, split, limit, seed)))
-    if _is_hub(flags.data) and not explicit and not ids:
-        return _read_hub(flags, split, limit, seed)
-    if ids or seed >= 0:
-        data = _read_in_order(flags, split, 0)
-        return _select(data, _drawn(ids or [image.id for image in data.images], split, limit, seed))
-    return _read_in_order(flags, split, limit)
+def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
+    """The only reader that recognises the data, and what it is asked for."""
+    files, limit = flags.files(split), getattr(flags, f"{split}_images")
+    if bool(files[0]) != bool(files[1]):
+        raise InputError(f"--{split}-json and --{split}-images-dir go together: give both or neither")
+    found = [r for r in READERS if (r.read is read_coco_folder if files[0] else r.recognises(flags.data))]
+    forms = [reader.form for reader in found or READERS]
+    if not found:
+        inside = sorted(f.name for f in Path(flags.data).iterdir()) if Path(flags.data).is_dir() else ["no such folder"]
+        raise InputError(f"--data {flags.data} ({first_few(inside)}) is in none of the forms {', '.join(forms)}")
+    if len(found) > 1:
+        raise InputError(f"--data {flags.data} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
+    if not found[0].ranks and flags.sample_seed > 0:
+        raise InputError(f"--sample-seed has no effect on {forms[0]}, whose images are taken in its own order")
+    chosen = read_chosen(Path(flags.image_ids), split) if flags.image_ids else ()
+    if 0 < limit < len(chosen):
+        raise InputError(f"{flags.image_ids} names {len(chosen)} {split} images: give --{split}-images 0 with it")
+    return found[0], Request(flags.data, split, files, limit, chosen, flags.box_format)
 
 
-def _read_in_order(flags: DataFlags, split: str, limit: int) -> DetectionData:
-    """The first `limit` images of the split (0 = all)."""
-    folder = Path(flags.data)
-    if any(flags.explicit_files(split)):
-        return _load_located(flags, split, limit)
-    if _is_hub(flags.data):
-        return _read_hub(flags, split, limit, -1)
-    if described := find_yaml(folder):
-        return _upright_data(read_yolo(described, SPLITS[split], limit), str(described))
-    if folder.is_dir() and is_voc(folder):
-        return _upright_data(read_voc(folder, SPLITS[split], limit), str(folder))
-    return _load_located(flags, split, limit)
-
-
-def _upright_data(layout: Layout, source: str) -> DetectionData:
-    content, folder, notes = layout
-    data = coco_data(content, folder, source, upright=True)
-    return replace(data, notes=(*notes, *data.notes))
-
-
-def _load_located(flags: DataFlags, split: str, limit: int) -> DetectionData:
-    """The first `limit` images of a COCO file, whose boxes have one format in both splits."""
-    json_path, folder, notes = _locate(flags, split)
-    other = "val" if split == "train" else "train"
-    other_file = None
-    if any(flags.explicit_files(split)) == any(flags.explicit_files(other)):
-        with suppress(InputError):  # no such split
-            other_file, *_ = _locate(flags, other)
-    data = load_coco(json_path, folder, limit, flags.box_format, other_file)
-    return replace(data, notes=(*notes, *data.notes))
-
-
-def _read_hub(flags: DataFlags, split: str, limit: int, seed: int) -> DetectionData:
-    json_path, folder, notes = hub_split(flags.data, split, SPLITS[split], limit, seed, flags.box_format)
-    data = load_coco(json_path, folder, box_format="xywh")
-    return replace(data, notes=(*notes, *data.notes))
-
-
-def _drawn(items: Sequence[int], split: str, limit: int, seed: int) -> list[int]:
-    """`limit` of the items (0 = all): the first ones, or with a seed >= 0 random ones in their order."""
-    if seed < 0 or not limit:
-        return list(items)[: limit or None]
-    places = np.random.default_rng([seed, list(SPLITS).index(split)]).permutation(len(items))[:limit]
-    return [items[place] for place in sorted(places)]
-
-
-def read_image_ids(path: Path, split: str) -> list[int]:
-    """The ids of a split's images in a file with lines such as "train 9" and "val 285"; # begins a comment.
+def read_chosen(path: Path, split: str) -> tuple[str, ...]:
+    """The ids or names of a split's images in a file with lines such as "train 9" and "val b.jpg"; # begins a comment.
 
     Raises:
-        InputError: no such file, a line of another form, or no image of that split.
+        InputError: no such file, a line of another form, an image named twice, or no image of that split.
     """
-    try:
-        lines = [line.partition("#")[0].split() for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the image ids in {path}: {error}") from error
-    for number, words in enumerate(lines, 1):
-        if words and (len(words) != 2 or words[0] not in SPLITS or not words[1].isdecimal()):
-            raise InputError(f"{path}, line {number}: expected train or val and an image id, such as: train 9")
-    ids = [int(words[1]) for words in lines if words and words[0] == split]
-    if not ids:
+    chosen: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        part, _, name = line.partition("#")[0].strip().partition(" ")
+        if part and (part not in SPLITS or not name):
+            raise InputError(f"{path}, line {number}: expected train or val and an image's id or name, as in: train 9")
+        if part == split and chosen.setdefault(name.strip(), number) != number:
+            raise InputError(f"{path}, line {number}: {name} is in line {chosen[name.strip()]} already")
+    if not chosen:
         raise InputError(f"{path} names no {split} images")
-    return ids
+    return tuple(chosen)
 
 
-def _select(data: DetectionData, ids: list[int]) -> DetectionData:
-    index_of = {image.id: index for index, image in enumerate(data.images)}
-    missing = [number for number in ids if number not in index_of]
+def ranking(data: DetectionData, split: str, seed: int) -> np.ndarray:
+    """(P,) int64 indices of the images in the order of a hash of seed, split and file name; -1 = as they are."""
+    if seed < 0:
+        return np.arange(len(data))
+    keys = (f"{seed}/{split}/{image.path.name}" for image in data.images)
+    hashes = [blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys]
+    return np.argsort(np.frombuffer(b"".join(hashes), ">u8"), kind="stable")
+
+
+def _listed(data: DetectionData, chosen: tuple[str, ...]) -> np.ndarray:
+    """The indices of the images with these names, each of one image, or these ids, unless ids are positions."""
+    index_of = {str(image.id): index for index, image in enumerate(data.images)} if data.own_ids else {}
+    names = Counter(image.path.name for image in data.images)
+    index_of |= {image.path.name: index for index, image in enumerate(data.images) if names[image.path.name] == 1}
+    missing = [key for key in chosen if key not in index_of]
     if missing:
-        raise InputError(f"{data.source} lacks {len(missing)} of the {len(ids)} requested images, such as {missing[0]}")
-    return data.select(np.array([index_of[number] for number in ids]))
+        advice = "" if data.own_ids else f": they have no ids, give names such as {data.images[0].path.name}"
+        some = f"{len(missing)} of the {len(chosen)} requested images ({first_few(missing)})"
+        raise InputError(f"{data.source} lacks {some}{advice}")
+    return np.array([index_of[key] for key in chosen])
 
 
-def _is_hub(data: str) -> bool:
-    """Whether this is a local copy of a hub data set, or has the form of a hub id and is not a folder."""
-    folder = Path(data)
-    return any(folder.glob("data/*.parquet")) or (not folder.exists() and re.fullmatch(HUB_ID, data) is not None)
+def _taken(data: DetectionData, reader: Reader, request: Request, seed: int) -> DetectionData:
+    """The requested images that can be used, in the order of the data set, or of the list that names them."""
+    if request.chosen:
+        order, count = _listed(data, request.chosen), len(request.chosen)
+    else:
+        order, count = ranking(data, request.split, seed if reader.ranks else -1), request.limit or len(data)
+    good, faults, tried = list[int](), Faults(), 0
+    while tried < len(order) and len(good) < count:
+        part = order[tried : tried + count - len(good)]
+        tried += len(part)
+        reader.fetch(data.select(part))
+        good += usable_images(data, part, faults)
+    if not good:
+        faults.refuse(data.source)
+    if count < len(order):
+        log.info(f"{data.source}: {len(good):,} of {len(order):,} images (--{request.split}-images 0 takes all)")
+    taken = data.select(np.array(good if request.chosen else sorted(good)))
+    return replace(taken, notes=(*data.notes, *faults.notes()))
 
 
-def _locate(flags: DataFlags, split: str) -> tuple[Path, Path, tuple[str, ...]]:
-    """Annotation file and image folder of a split, and notes; the demo is generated if it is not in the cache."""
-    json_path, images = flags.explicit_files(split)
-    if bool(json_path) != bool(images):
-        raise InputError(f"--{split}-json and --{split}-images-dir go together; give both or neither")
-    if json_path:
-        return Path(json_path), Path(images), ()
-    if flags.data == "demo":
-        return _find_split(_demo_folder(), split)
-    folder = Path(flags.data)
-    if folder.is_dir():
-        return _find_split(folder, split)
-    raise InputError(
-        f"no data {flags.data!r}: not a folder here, not a hub id such as detection-datasets/coco, "
-        "and neither coco-official nor demo"
-    )
-
-
-def _find_split(folder: Path, split: str) -> tuple[Path, Path, tuple[str, ...]]:
-    """Annotation file and image folder of a split, and notes: COCO's layout, else Roboflow's."""
-    existing: dict[str, tuple[Path, Path]] = {}
-    for name in SPLITS[split]:
-        roboflow = folder / name / "_annotations.coco.json"
-        if roboflow.is_file():
-            existing[name] = roboflow, roboflow.parent
-        for year in ("", "2014", "2017"):
-            annotations, images = folder / "annotations" / f"instances_{name}{year}.json", f"{name}{year}"
-            if annotations.is_file():
-                inside = folder / "images" / images
-                existing[name] = annotations, inside if inside.is_dir() else folder / images
-    chosen, notes = choose_split(SPLITS[split], existing)
-    if chosen is None:
-        expected = f"annotations/instances_{split}2017.json with the images in {split}2017/, or Roboflow's {split}/"
-        raise InputError(f"no {split} split in {folder}: expected {expected}")
-    return *existing[chosen], notes
-
-
-def _demo_folder() -> Path:
-    folder = cache_folder(f"demo-seed{DEMO_SEED}")
-    if not folder.is_dir():
-        print(f"generating the demo's scenes in {folder}", flush=True)
-        make_demo(folder, seed=DEMO_SEED)
-    return folder
-
-
-def check_objects(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
-    """Print which classes one of the two splits lacks, and a warning where there is no object to validate on.
+def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
+    """Log the classes without an object to learn from, and a warning where there is none to validate on.
 
     Raises:
-        InputError: no object to train on, or no class in common; with `strict`, no object to validate on.
+        InputError: no object to train on, images in both parts, or no class in common; with `strict`, no object to
+            validate on.
     """
     if train.crowd.all():
         raise InputError(f"{train.source}: {_without_objects(train)} training images; there is nothing to learn")
+    if both := _paths(train) & _paths(val):
+        some = first_few(sorted(both), 200)
+        raise InputError(f"{len(both)} of the {len(val)} validation images are training images: give others ({some})")
+    if not set(train.class_names) & set(val.class_names):
+        names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
+        raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
     if val.crowd.all():
         advice = "check where their labels are, or take more with --val-images"
         problem = f"{val.source}: {_without_objects(val)} validation images, so that mAP cannot be computed; {advice}"
         if strict:
             raise InputError(f"{problem} (refused by --strict)")
-        print(f"warning: {problem}. The last epoch will be kept, not the best", flush=True)
-    for one, other in ((train, val), (val, train)):
-        missing = [name for name in one.class_names if name not in other.class_names]
-        if len(missing) == len(one.class_names):
-            names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
-            raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
-        if missing:
-            print(f"{other.source} lacks {len(missing)} classes of {one.source}: {', '.join(missing[:3])}", flush=True)
+        log.warning(f"warning: {problem}. The last epoch will be kept, not the best")
+    unseen = [name for name, count in zip(train.class_names, train.class_counts(), strict=True) if not count]
+    unseen += [name for name in val.class_names if name not in train.class_names]
+    if unseen:
+        advice = "take others with --train-images 0 or another --sample-seed"
+        log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
+
+
+def _paths(data: DetectionData) -> set[str]:
+    real = cache(os.path.realpath)
+    return {f"{real(image.path.parent)}/{image.path.name}" for image in data.images}
 
 
 def _without_objects(data: DetectionData) -> str:
     boxes = f"all {len(data.crowd)} boxes are crowds (iscrowd=1, in VOC difficult)" if len(data.crowd) else "no box"
     return f"{boxes} on the {len(data)}"
+
+
+def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> DetectionData:
+    """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
+
+    Images that cannot be read are left out, which is logged.
+
+    Args:
+        paths: image files, and folders whose images (not those of their subfolders) are taken in name order.
+
+    Raises:
+        InputError: no such path, a folder without images, or none of the images can be read.
+    """
+    table = Table(", ".join(map(str, paths)), Path(), {1: "any"}, "xywh", upright=True)
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"no such image: {path}")
+        inside, others = find_images(path) if path.is_dir() else ([path], [])
+        if not inside and not others:
+            raise InputError(f"no images in the folder {path}")
+        for file in inside:
+            add_file(table, len(table.images) + 1, file, str(file))
+        for file in others:
+            table.faults.add(OTHER_FORMAT, file)
+    data, faults = table.check(), Faults()
+    good = usable_images(data, np.arange(len(data)), faults)
+    if not good:
+        faults.refuse(data.source)
+    for note in (*data.notes, *faults.notes()):
+        log.warning(note)
+    data = replace(data, category_ids=tuple(category_ids), class_names=tuple(class_names))
+    data = data.select(np.array(good))
+    return replace(data, images=tuple(replace(image, id=number) for number, image in enumerate(data.images, 1)))

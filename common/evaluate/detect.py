@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.console import finish_step_first, progress_bar
+from common.console import progress_bar
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.evaluate.cost import measure_cost, seconds
@@ -16,8 +16,9 @@ from common.evaluate.primary import headline
 from common.evaluate.results import Cost
 from common.model import TrainedDetector, load_detector
 from common.model.postprocess import detections_of, fuse_predictions, postprocess
-from common.runtime import raise_if_interrupted
 from common.types import Detections
+
+VAL_SUBSET = 100  # images of the validation after each epoch
 
 
 @torch.inference_mode()
@@ -30,31 +31,39 @@ def detect(
         model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
         loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
         title: of the progress bar.
-
-    Raises:
-        Interrupted: between two batches, after a signal.
     """
     model.eval()
     detections: list[Detections] = []
     images = len(loader.dataset)  # type: ignore[arg-type]  # torch declares no __len__ for Dataset
-    with finish_step_first(), progress_bar(images, title, shown=accelerator.is_main_process) as bar:
+    with progress_bar(images, title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
             found = postprocess(*fuse_predictions(model(batch.inputs)), batch.meta)
             detections += accelerator.gather_for_metrics(found, use_gather_object=True)
             bar.update(len(detections) - bar.n)
-            raise_if_interrupted(accelerator)
     return detections
 
 
 def validate(
     model: nn.Module, loader: DataLoader, data: DetectionData, class_names: tuple[str, ...], accelerator: Accelerator
-) -> tuple[dict[str, float | None], list[Detections]]:
-    """The headline numbers and the detections of a model with these classes on the images of `data`.
-
-    `loader` yields these images.
-    """
+) -> dict[str, float | None]:
+    """The headline numbers of a model with these classes on the images of `data`, which `loader` yields."""
     detections = detect(model, loader, accelerator, title="validating")
-    return headline(detection_table(detections, data, label_map(class_names, data)), data), detections
+    return headline(detection_table(detections, data, label_map(class_names, data)), data)
+
+
+def val_subset(val_data: DetectionData) -> DetectionData:
+    """The images of the validation after each epoch: the first `VAL_SUBSET`.
+
+    Prints a warning where they have no object, by which the best epoch could be chosen, although later images have.
+    """
+    subset = val_data.first(VAL_SUBSET)
+    if subset.crowd.all() and not val_data.crowd.all():
+        print(
+            f"warning: {val_data.source}: no object on the first {len(subset)} validation images, on which the best "
+            "epoch is chosen: the last epoch will be kept; --image-ids can put other images first",
+            flush=True,
+        )
+    return subset
 
 
 def run_detector(

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.console import InputError, name_some
+from common.console import InputError, first_few
 from common.data.memory import DetectionData
 from common.evaluate.results import Cost
 from common.types import Detections
@@ -254,12 +254,12 @@ def _check_images(path: str, images: np.ndarray, beyond: list, data: DetectionDa
     if beyond and covered < MIN_COVERAGE * len(data):
         raise InputError(
             f"{path}: it has detections on {covered} of the {len(data)} images and on {len(beyond)} others "
-            f"({name_some(beyond)}); give each detection the image_id or the file_name of {data.source}, or evaluate "
+            f"({first_few(beyond)}); give each detection the image_id or the file_name of {data.source}, or evaluate "
             "the images of the file (--val-images, --image-ids)"
         )
     warnings = [
         f"{(images < 0).sum()} detections on {len(beyond)} images beyond the {len(data)} evaluated "
-        f"({name_some(beyond)}) were left out; --val-images 0 evaluates all images"
+        f"({first_few(beyond)}) were left out; --val-images 0 evaluates all images"
     ] * bool(beyond)
     empty = len(np.setdiff1d(with_objects, images))
     if empty > len(with_objects) / 2:
@@ -291,7 +291,7 @@ def _find_labels(path: str, rows: list[dict], data: DetectionData) -> tuple[np.n
     unknown = sorted({key for key in keys if by_name.get(key, -1) < 0})
     if not unknown:
         return labels, []
-    about = f"the file has {name_some(unknown)}, {data.source} " + name_some(
+    about = f"the file has {first_few(unknown)}, {data.source} " + first_few(
         [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
     )
     if (labels < 0).all():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import InputError, name_some
+from common.console import InputError, first_few
 from common.data.memory import DetectionData
 from common.evaluate import bootstrap
 from common.evaluate.bootstrap import Sampled, resample
@@ -63,7 +63,7 @@ def evaluate(
     labels = label_map(run.class_names, data)
     known = int((labels >= 0).sum())
     if known == 0:
-        raise InputError(f"{path}: none of its classes ({name_some(run.class_names)}) is in {data.source}")
+        raise InputError(f"{path}: none of its classes ({first_few(run.class_names)}) is in {data.source}")
     table = run.table.relabelled(labels)
     conditions = run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
     matched = match_detections(table, data)
@@ -125,11 +125,11 @@ def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: Dete
     missing = [name for label, name in enumerate(data.class_names) if label not in labels]
     warnings = []
     if differ:
-        warnings.append(f"{len(differ)} classes were matched although their names differ ({name_some(differ)})")
+        warnings.append(f"{len(differ)} classes were matched although their names differ ({first_few(differ)})")
     if missing:
         warnings.append(
             f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source} "
-            f"({name_some(missing)}); their objects count as missed"
+            f"({first_few(missing)}); their objects count as missed"
         )
     return warnings
 

@@ -21,7 +21,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from common.console import InputError, one_line
+from common.console import InputError, to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import PROGRAM
 from common.show import fonts
@@ -82,7 +82,7 @@ def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
     models, names = drawn_models(results), _names(results)
     fonts.print_replaced(names)
     reasons = [f"{record.error} {record.number('cost', 'device')}" for record in results.models]
-    texts = [one_line(text, 1000) for text in (*names, *reasons)]
+    texts = [to_one_line(text, 1000) for text in (*names, *reasons)]
     family = list(dict.fromkeys(name for text in texts for name, _ in fonts.fonts_for(text)))
     charts = [comparison, precision_recall, per_class]
     charts += [confusion] if any(record.diagnosis and record.diagnosis.confusion for record in models) else []
@@ -214,7 +214,7 @@ def _names(results: ValidationResults) -> list[str]:
 
 def _text(text: object, width: int = 40) -> str:
     """The text as the fonts can draw it, on one line of at most `width` characters."""
-    return fonts.drawable(one_line(text, width))
+    return fonts.drawable(to_one_line(text, width))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -411,7 +411,7 @@ def logs_of(results: ValidationResults) -> dict[int, list[Epoch]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"{one_line(record.name)}: no training curve: {one_line(error, 200)}")
+            print(f"{to_one_line(record.name)}: no training curve: {to_one_line(error, 200)}")
     return logs
 
 

@@ -14,7 +14,7 @@ from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
-from common.console import name_some, one_line
+from common.console import first_few, to_one_line
 from common.show.tables import short_names
 
 DEJAVU = ("DejaVu Sans", str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")))
@@ -67,14 +67,14 @@ def image_text(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 def class_labels(names: Sequence[str]) -> list[str]:
     """The class names as they are drawn: short, on one line, different where the names are."""
-    return short_names([drawable(one_line(name, 1000)) for name in names])
+    return short_names([drawable(to_one_line(name, 1000)) for name in names])
 
 
 def print_replaced(names: Iterable[str]) -> None:
     """Print a line on the names that cannot be drawn as they are written, if there are any."""
-    replaced = [name for name in map(one_line, dict.fromkeys(names)) if drawable(name) != name]
+    replaced = [name for name in map(to_one_line, dict.fromkeys(names)) if drawable(name) != name]
     if replaced:
         print(
-            f"no installed font has all letters of {len(replaced)} names ({name_some(replaced)}): they are drawn with "
+            f"no installed font has all letters of {len(replaced)} names ({first_few(replaced)}): they are drawn with "
             f"{REPLACEMENT!r}; install a font that has them, such as Noto Sans CJK"
         )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from common.console import one_line
+from common.console import to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 
 
@@ -49,11 +49,11 @@ def short_names(names: Sequence[str], width: int = 40) -> list[str]:
     Long names lose their middle; where that makes some of them equal, these begin where they begin to differ, and if
     that does not help either, with a number.
     """
-    short = [one_line(name, width) for name in names]
+    short = [to_one_line(name, width) for name in names]
     alike = [place for place, text in enumerate(short) if short.count(text) > 1]
     common = os.path.commonprefix([names[place] for place in alike])  # noqa: RUF071 (of letters, not of folders)
     start = common.rfind("_") + 1
-    cut = {place: one_line(f"{common[: width // 4]}…{names[place][start:]}", 10 * width)[:width] for place in alike}
+    cut = {place: to_one_line(f"{common[: width // 4]}…{names[place][start:]}", 10 * width)[:width] for place in alike}
     for number, place in enumerate(alike, 1):
         is_unique = list(cut.values()).count(cut[place]) == 1
         short[place] = cut[place] if is_unique else f"{number}: {short[place]}"[:width]
@@ -76,7 +76,7 @@ def format_table(records: Sequence[ValidationRecord], headings: Sequence[str] = 
     lines = [_aligned(row, widths) for row in rows]
     for position, record in enumerate(records, 1):
         if record.error:
-            lines[position] = f"{rows[position][0].ljust(widths[0])}  not evaluated: {one_line(record.error, 300)}"
+            lines[position] = f"{rows[position][0].ljust(widths[0])}  not evaluated: {to_one_line(record.error, 300)}"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

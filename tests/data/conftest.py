@@ -1,6 +1,5 @@
 """A server of official COCO on this machine, for tests of what is fetched from there."""
 
-import hashlib
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,14 +24,10 @@ def server(tmp_path, monkeypatch):
                 return self.send_error(503 if fault else 404)
             if fault == "web page":
                 content = b"<html>please log in</html>"
-            if fault == "damaged":
-                content = content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
             if fault == "slow":
                 time.sleep(0.3)
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
-            if own.tagged:
-                self.send_header("ETag", f'"{hashlib.md5(own.files[name]).hexdigest()}"')
             self.end_headers()
             self.wfile.write(content[: len(content) // 2] if fault == "drop" else content)
             if fault == "drop":
@@ -44,13 +39,13 @@ def server(tmp_path, monkeypatch):
             pass
 
     own = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    own.faults, own.requested, own.tagged = {}, [], True
+    own.faults, own.requested = {}, []
     own.files = {official.ARCHIVE: official_archive()}
     own.files |= {f"{part}2017/{i:012d}.jpg": jpeg(i) for part, ids in OFFICIAL_IDS.items() for i in ids}
     threading.Thread(target=own.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COCO_URL", f"http://127.0.0.1:{own.server_port}/")
-    monkeypatch.setattr(official, "BACKOFF", 0.01)
+    monkeypatch.setattr(official, "BACKOFF_S", 0.01)
     yield own
     own.shutdown()
     own.server_close()

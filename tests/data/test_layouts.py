@@ -13,11 +13,19 @@ from helpers import corners_of, data_flags
 from PIL import Image
 
 from common.console import InputError
-from common.data.readers import TEST_NOTE
 from common.data.sources import load_split
-from common.images import UNDO
+from common.data.table import TEST_NOTE
 
 NAMES = ["cat", "dog", "traffic light"]
+STORED = {  # how the pixels of an upright image are stored, by the EXIF standard
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @dataclass
@@ -32,7 +40,7 @@ class Scene:
 
 def turned_back(image, orientation):
     """An upright image as a camera stores it that notes this EXIF orientation; Pillow turns it upright again."""
-    return image.transpose(UNDO[orientation]) if orientation in UNDO else image
+    return image.transpose(STORED[orientation]) if orientation in STORED else image
 
 
 def encoded(image, orientation, suffix):
@@ -181,7 +189,7 @@ def check_same(data, scenes):
 
 
 def flags_of(write, root, **flags):
-    return data_flags(root, **flags, box_format="xyxy" if write is write_hub else "auto")
+    return data_flags(root, **flags, box_format="xyxy" if write is write_hub else "")
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +210,7 @@ def test_the_same_boxes_in_every_layout(tmp_path, write, seed):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_validation_split_comes_before_test(tmp_path, write, capsys):
+def test_validation_split_comes_before_test(tmp_path, write, caplog):
     scenes = {name: make_scenes(seed, 2) for seed, name in enumerate(("test", "validation", "valid", "val"))}
     for count in range(1, 5):
         root = tmp_path / str(count)
@@ -215,7 +223,8 @@ def test_validation_split_comes_before_test(tmp_path, write, capsys):
             continue
         for _ in range(2):  # the second time, hub data come from the cache
             data = load_split(flags_of(write, root), "val")
-            assert data.notes == (TEST_NOTE,) and TEST_NOTE in capsys.readouterr().out
+            assert data.notes == (TEST_NOTE,) and TEST_NOTE in caplog.text
+            caplog.clear()
             assert np.allclose(corners_of(data.boxes), [box[1:] for scene in scenes["test"] for box in scene.boxes])
         with pytest.raises(InputError, match="refused by --strict"):
             load_split(flags_of(write, root, strict=True), "val")

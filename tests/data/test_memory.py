@@ -1,8 +1,10 @@
-"""COCO annotations in memory: labels, boxes by image, limits."""
+"""A data set in memory: labels, boxes by image, selections, fingerprints."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
-
-from common.data.table import load_coco
+from helpers import load_coco
 
 
 def annotation(**parts):
@@ -17,29 +19,32 @@ def test_categories_with_gaps_become_contiguous_labels(coco_file):
 
 def test_boxes_stay_with_their_image_in_any_order_of_the_file(coco_file):
     data = load_coco(*coco_file([annotation(image_id=5, bbox=[1, 2, 3, 4]), annotation(), annotation(iscrowd=1)]))
+    assert data.boxes.tolist() == [[10, 20, 30, 5], [10, 20, 30, 5], [1, 2, 3, 4]]  # as in the file
     boxes, _, crowd = data.image_boxes(0)
     assert boxes.tolist() == [[10, 20, 40, 25]] * 2 and crowd.tolist() == [False, True]
-    assert data.image_boxes(1)[0].tolist() == [[1, 2, 4, 6]]
+    assert data.target(1).boxes.tolist() == [[1, 2, 4, 6]] and data.target(1).meta.size == (80, 40)
 
 
 def test_images_without_boxes_stay(coco_file):
     data = load_coco(*coco_file([annotation(image_id=5)]))
-    assert len(data) == 2 and data.image_boxes(0)[0].shape == (0, 4)
+    assert len(data) == 2 and data.image_boxes(0)[0].shape == (0, 4) and data.with_objects().tolist() == [1]
     assert load_coco(*coco_file([])).image_boxes(1)[0].shape == (0, 4)
 
 
-def test_missing_area_and_crowd_flag_have_defaults(coco_file):
-    entry = annotation()
-    del entry["area"], entry["iscrowd"]
-    data = load_coco(*coco_file([entry]))
-    assert data.areas.tolist() == [150] and not data.crowd.any()
+def test_a_selection_keeps_its_order_and_its_boxes(coco_file):
+    whole = load_coco(*coco_file([annotation(), annotation(id=2, image_id=5, bbox=[1, 2, 3, 4])]))
+    turned = whole.select(np.array([1, 0]))
+    assert [image.id for image in turned.images] == [5, 11] and turned.boxes.tolist() == whole.boxes[::-1].tolist()
+    assert whole.first(1).boxes.tolist() == [[10, 20, 30, 5]] and len(whole.first(0)) == 2
 
 
-def test_limit_keeps_the_first_images_and_their_boxes(coco_file):
-    path, images = coco_file([annotation(), annotation(id=2, image_id=5)])
-    limited, whole = load_coco(path, images, limit=1), load_coco(path, images)
-    assert len(limited) == 1 and len(limited.labels) == 1 and not limited.notes
-    assert whole.first(1).fingerprint() == limited.fingerprint() != whole.fingerprint()
+def test_the_fingerprint_tells_what_differs(coco_file):
+    data = load_coco(*coco_file([annotation()]))
+    assert data.fingerprint() == load_coco(*coco_file([annotation()])).fingerprint()
+    renamed = tuple(replace(image, path=image.path.with_suffix(".jpg")) for image in data.images)
+    changes = {"images": renamed, "boxes": data.boxes + 1e-9, "class_names": ("a", "b"), "crowd": ~data.crowd}
+    prints = [replace(data, **{name: value}).fingerprint() for name, value in changes.items()]
+    assert len({data.fingerprint(), data.first(1).fingerprint(), *prints}) == 6
 
 
 def test_class_shares_count_objects_but_no_crowds(coco_file):

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import data_flags, target_of
+from helpers import data_flags, load_coco, target_of
 
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.sources import load_split
-from common.data.table import load_coco
 from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform, letterbox_target
 from common.model.postprocess import detections_of
 from common.types import ImageMeta, Targets, letterbox

@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers import pycocotools_stats
+from helpers import load_coco, pycocotools_stats
 
-from common.data.table import load_coco
 from common.evaluate.detections import read_detections
 from common.evaluate.metrics import COCO_NUMBERS, coco_numbers, match_detections
 

@@ -92,7 +92,7 @@ def test_two_accumulated_batches_train_as_one_of_twice_the_size(trained, odd, ti
 
 
 def test_two_killed_processes_resume_to_the_same_result(trained, odd, tiny_backbone, tmp_path):
-    flags = ("--batch-size", 2, "--resume", "--save-steps", 1)
+    flags = ("--batch-size", 2, "--resume")
     paths = ("--data", odd, "--backbone", tiny_backbone, "--output", "out.pth", "--run-dir", "run")
     for number, lines in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
         process = start(tmp_path, "improved_dino_detector.py", *paths, *SIZES, *EPOCHS, *flags)

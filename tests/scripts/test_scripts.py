@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from helpers import ROOT, data_flags
+from helpers import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -23,7 +22,6 @@ import improved_dino_detector
 import plot_results
 import validate_models
 from common import cli
-from common.data.sources import check_objects, load_split
 from common.data.transforms import LetterboxTransform
 from common.evaluate.results import read_results
 from common.model.checkpoint import load_checkpoint
@@ -144,9 +142,8 @@ def test_files_of_a_run_of_two_stages(chain):
 
 def test_crops_are_never_larger_than_the_input(chain):
     detector = load_checkpoint(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
-    for crop_size, expected in ((448, 112), (112, 112), (56, 56)):
-        settings = improved_dino_detector.Settings(crop_size=crop_size)
-        assert improved_dino_detector.fitted_to(settings, detector, 1, 1).crop_size == expected
+    for side, expected in ((448, 112), (112, 112), (56, 56)):
+        assert improved_dino_detector.crop_size(improved_dino_detector.Settings(crop_size=side), detector) == expected
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
@@ -256,7 +253,6 @@ BAD = {
     },
     "no class in common": {"--val-json": "{tmp}/animals.json", "--val-images-dir": "{demo}/val2017"},
     "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
-    "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
     "no checkpoint to start from": {"--start-from": "{tmp}/none.pth", "--data": "{demo}"},
     "no results": {"--results": "{tmp}/none.json"},
     "other results": {"--results": "{tmp}/other.json"},
@@ -289,10 +285,8 @@ CASES += [
     for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION)
     for c in ("no such flag", "not a number", "number below 0")
 ]
-CASES += [
-    (s, "number too small") for s in (SIMPLE, QUICK_CHECK, VALIDATION)
-]  # IMPROVED takes 0 for a default that depends on the hardware
-CASES += [(IMPROVED, c) for c in ("nothing to train", "crops from the cache", "no checkpoint to start from")]
+CASES += [(s, "number too small") for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION)]
+CASES += [(IMPROVED, c) for c in ("nothing to train", "no checkpoint to start from")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("no objects", "objects too small", "no class in common")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("run folder is a file", "number too large")]
@@ -359,12 +353,3 @@ def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
         len(line.get_xdata()) for line in charts.training(results, logs).axes[1].lines if len(line.get_xdata()) > 2
     ]
     assert epochs == [3]
-
-
-def test_classes_that_one_split_lacks_are_printed(demo, capsys):
-    source = data_flags(str(demo))
-    train, val = (load_split(source, split) for split in ("train", "val"))
-    check_objects(train, replace(val, class_names=("zebra", *val.class_names[1:])))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(f"lacks 1 classes of {train.source}: disc")
-    assert lines[1].endswith(f"lacks 1 classes of {val.source}: zebra")
