@@ -127,7 +127,7 @@ def named_models(settings: Settings) -> dict[str, str]:
 
 
 def check_files(settings: Settings, models: dict[str, str], data: DetectionData) -> None:
-    """Check before the work that no output overwrites a model, detections that are read, annotations or an image.
+    """Check before the work that no output overwrites what is read, or a file of another program.
 
     Raises:
         InputError: an output would.
@@ -136,7 +136,8 @@ def check_files(settings: Settings, models: dict[str, str], data: DetectionData)
     outputs = [file for name, file in written.items() if not is_same_file(file, Path(models[name]))]
     outputs += [Path(path) for path in (settings.output, settings.report) if path]
     images = (image.path for image in data.images)
-    check_outputs(outputs, [*flag_texts(settings, "output", "report"), *models.values(), data.source, *images])
+    inputs = [*flag_texts(settings, "output", "report"), *models.values(), data.source, *images]
+    check_outputs(outputs, inputs, only_own=True)
 
 
 def evaluate_all(settings: Settings, models: dict[str, str], data: DetectionData) -> list[Evaluation]:
@@ -175,6 +176,8 @@ def report(settings: Settings, results: ValidationResults, data: DetectionData, 
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
     check_single_process()
+    if Path(settings.output).suffix.lower() != ".json":
+        raise InputError(f"--output {settings.output}: results are JSON; give a name that ends in .json")
     for path in filter(None, (settings.output, settings.report)):
         check_writable(path)
     data, models = load_split(settings, "val"), named_models(settings)

@@ -35,13 +35,15 @@ def main(settings: Settings) -> Path:
     output = Path(settings.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")
+    paths = {name: output.with_stem(f"{output.stem}_{name}") for name in charts.CHARTS} | {"comparison": output}
+    check_outputs(paths.values(), [settings.results], only_own=True)
     pages = charts.render(read_results(settings.results), DPI)
-    paths = {name: output.with_stem(f"{output.stem}_{name}") for name in pages} | {"comparison": output}
-    check_outputs(paths.values(), [settings.results])
-    for name, page in pages.items():
-        path = paths[name]
+    for name, path in paths.items():
+        if name not in pages:
+            path.unlink(missing_ok=True)  # of an earlier run
+            continue
         with atomic_write(path) as file:
-            file.write(page)
+            file.write(pages[name])
         with Image.open(path) as image:
             print(f"{path}: {image.width} x {image.height} pixels")
     return output

@@ -22,13 +22,12 @@ from PIL import Image
 
 from common import cli
 from common.cli import flag, flag_texts
-from common.console import InputError
 from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split, unlabelled_images
 from common.evaluate.detect import detector_cost, run_detector
 from common.evaluate.detections import ModelRun, coco_detections, detection_table
 from common.evaluate.evaluation import evaluate, unique_names
-from common.files import atomic_write, check_outputs, check_writable
+from common.files import PROGRAM, atomic_write, check_outputs, check_writable
 from common.model import load_detector
 from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
@@ -36,7 +35,6 @@ from common.show.fonts import print_replaced
 from common.show.tables import format_table
 
 SHEET_IMAGES = 16
-JPEG_COMMENT = b"annotated by validate_models.py"
 COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "images/s")
 
 
@@ -70,10 +68,8 @@ def check_files(settings: Settings, models: Sequence[str], data: DetectionData, 
     folder = Path(settings.output)
     images = [folder / "contact_sheet.jpg", *(folder / m / f"{name}.jpg" for m in models for name in drawn.values())]
     outputs = images + [folder / model / "detections.json" for model in models if settings.images]
-    check_outputs(outputs, [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)])
-    for path in images:
-        if path.exists() and not is_own_jpeg(path):
-            raise InputError(f"{path} exists and was not written by this script: delete it, or name another --output")
+    inputs = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
+    check_outputs(outputs, inputs, only_own=True)
     for model in models:
         check_writable(folder / model / "detections.json")
 
@@ -99,18 +95,9 @@ def write_images(
     return path
 
 
-def is_own_jpeg(path: Path) -> bool:
-    """Whether this script wrote the image, by its JPEG comment."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("comment") == JPEG_COMMENT
-    except OSError:
-        return False
-
-
 def save_jpeg(image: Image.Image, path: Path) -> None:
     with atomic_write(path) as file:
-        image.save(file, "JPEG", quality=88, comment=JPEG_COMMENT)
+        image.save(file, "JPEG", quality=88, comment=PROGRAM.encode())
 
 
 def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tuple[ModelRun, float]:

@@ -12,6 +12,11 @@ from typing import IO
 
 from common.console import InputError
 
+PROGRAM = "dinov2-detection"  # in the metadata of charts, reports and annotated images
+# At the start of what this program writes: metadata, validation results, detections with names, and an empty list.
+SIGNS = (PROGRAM.encode(), b'{\n  "format_version": ', b'"category_name": ', b"[]")
+SIGNED_BYTES = 1000
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -98,15 +103,17 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], only_own: bool = False) -> None:
     """Check before the work that it overwrites no input, also by a link or another spelling of the path.
 
     Args:
         outputs: the files that will be written.
         inputs: the files that are read; names of files that do not exist are ignored.
+        only_own: also check that existing outputs are results, detections, charts, reports or images of this program.
 
     Raises:
-        InputError: an output is an input file, or two outputs are one file, on some systems because only case differs.
+        InputError: an output is an input file, or two outputs are one file, on some systems because only case differs;
+            or it is a file of another program.
     """
     places: dict[str, Path] = {}
     for path in outputs:
@@ -117,6 +124,11 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None
         identity = _identity(Path(read))
         if identity in existing:
             raise InputError(f"the output {existing[identity]} would overwrite the input {read}: name another output")
+    for path in existing.values() if only_own else ():
+        with path.open("rb") as file:
+            start = file.read(SIGNED_BYTES)
+        if not any(sign in start for sign in SIGNS):
+            raise InputError(f"{path} was not written by this program: delete it, or name another output")
 
 
 def is_same_file(path: Path, other: Path) -> bool:

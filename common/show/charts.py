@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 
 from common.console import InputError, to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
+from common.files import PROGRAM
 from common.show import fonts
 from common.show.tables import short_names
 
@@ -52,6 +53,7 @@ COLOURS = sns.color_palette("colorblind")  # ten, distinguishable for colour-bli
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++", "||", "**")  # distinguish bars without colour
 MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
+CHARTS = ("comparison", "precision_recall", "per_class", "confusion", "calibration", "training")
 MAX_MODELS = len(COLOURS)  # drawn; no two of them look alike
 MAX_CLASSES = 60  # drawn, those with most objects
 CONFUSION_CLASSES = 15  # classes that a confusion matrix shows by name
@@ -94,7 +96,7 @@ def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
         figures = {chart.__name__: chart(results) for chart in charts}
         for name, figure in (figures | ({"training": training(results, logs)} if logs else {})).items():
             stream = io.BytesIO()
-            figure.savefig(stream, format="png", dpi=dpi)
+            figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": PROGRAM})
             pages[name] = stream.getvalue()
     return pages
 

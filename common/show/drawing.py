@@ -8,13 +8,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 from common.console import to_one_line
 from common.data.memory import DetectionData
-from common.evaluate.detections import DetectionTable, detection_table
+from common.evaluate.detections import DetectionTable
 from common.show.fonts import class_labels, image_text
-from common.types import Detections
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
-SHEET_IMAGES = 12
 PALETTE = (  # Okabe and Ito's, distinguishable for colour-blind readers too; used in turn
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
     *((0, 114, 178), (213, 94, 0), (204, 121, 167), (255, 255, 255)),
@@ -118,16 +116,3 @@ def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int 
     for place, strip in enumerate(scaled):
         sheet.paste(strip, (GAP + place % columns * step, GAP + place // columns * (height + GAP)))
     return sheet
-
-
-def detection_sheet(
-    data: DetectionData, detections: Sequence[Detections], class_names: Sequence[str], min_score: float
-) -> Image.Image:
-    """The first `SHEET_IMAGES` images of a data set on one sheet, ground truth beside detections from a score on."""
-    strips, table = [], detection_table(detections, data)
-    for index in range(min(SHEET_IMAGES, len(data))):
-        image = data.images[index].open()
-        truth = draw_boxes(image, true_boxes(data, index))
-        drawn = draw_boxes(image, detected_boxes(table, index, class_names, min_score))
-        strips.append(side_by_side([("ground truth", truth), ("detections", drawn)]))
-    return contact_sheet(strips)

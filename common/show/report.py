@@ -17,7 +17,7 @@ from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.evaluate.metrics import match_detections
 from common.evaluate.results import Comparison, ValidationRecord, ValidationResults
-from common.files import atomic_write
+from common.files import PROGRAM, atomic_write
 from common.show import charts
 from common.show.drawing import detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.tables import COLUMNS, NAMES, format_cell
@@ -47,6 +47,7 @@ def write_report(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template(TEMPLATE.name).render(
+        program=PROGRAM,
         caption=charts.caption(results),
         warnings=[f"{record.name}: {warning}" for record in results.models for warning in record.warnings],
         headings=[column.heading for column in COLUMNS],

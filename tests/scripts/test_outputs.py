@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(folder, monk
 def test_an_image_that_is_no_input_is_not_overwritten_either(folder):
     shutil.copytree("cats", "other")
     before = content(folder)
-    with pytest.raises(InputError, match=r"cats/1.jpg exists and was not written by this script"):
+    with pytest.raises(InputError, match=r"cats/1.jpg was not written by this program"):
         check(("other",), ".")
     assert content(folder) == before
 
@@ -148,7 +148,7 @@ def test_results_and_report_do_not_overwrite_inputs(read, report, detections, de
         workers=0,
         **output,
     )
-    with pytest.raises(InputError, match="would overwrite the input"):
+    with pytest.raises(InputError, match=r"would overwrite the input|results are JSON"):
         comprehensive_validation.main(settings)
     assert Path(read).read_bytes() == before
 
@@ -216,3 +216,39 @@ def test_two_outputs_are_two_files(tmp_path):
         with pytest.raises(InputError, match="to one file"):
             check_outputs([tmp_path / name for name in names], [])
     check_outputs([tmp_path / "a.jpg", tmp_path / "b.jpg"], ["no\0name", "x" * 5000, os.devnull, "", "hub/name"])
+
+
+FOREIGN = {
+    "r.json": b'{"mine": 1}',
+    "r.html": b"<html><title>Mine</title></html>",
+    "r_detections/theirs.json": b'[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1, 1], "score": 1}]',
+}
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_a_file_of_another_program_is_not_overwritten_but_an_own_one_is(file, detections, demo):
+    flags = {"from_detections": (str(detections),), "workers": 0, "output": "r.json", "report": "r.html"}
+    for _ in range(2):
+        comprehensive_validation.main(comprehensive_validation.Settings(str(demo), **flags))
+    Path(file).write_bytes(FOREIGN[file])
+    with pytest.raises(InputError, match=f"{file} was not written by this program"):
+        comprehensive_validation.main(comprehensive_validation.Settings(str(demo), **flags))
+    assert Path(file).read_bytes() == FOREIGN[file]
+
+
+def test_results_are_json(demo):
+    with pytest.raises(InputError, match=r"--output r.txt: results are JSON"):
+        comprehensive_validation.main(comprehensive_validation.Settings(str(demo), output="r.txt"))
+
+
+def test_charts_of_an_earlier_run_go_and_those_of_others_stay(detections, demo):
+    flags = {"from_detections": (str(detections),), "workers": 0, "output": "r.json"}
+    comprehensive_validation.main(comprehensive_validation.Settings(str(demo), **flags))
+    settings = plot_results.Settings("r.json", "c.png")
+    plot_results.main(settings)
+    shutil.copy("c.png", "c_training.png")  # an own chart for which there are no numbers any more
+    plot_results.main(settings)
+    assert not Path("c_training.png").exists()
+    Image.new("RGB", (9, 9)).save("c_training.png")
+    with pytest.raises(InputError, match=r"c_training.png was not written by this program"):
+        plot_results.main(settings)

@@ -22,7 +22,7 @@ from common.types import Detections
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; $\\frac$ {{ 7 * 7 }}{% raw %}"
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "small"}
 TAGS |= {"br", "img", "figure", "figcaption", "pre"}
-ATTRIBUTES = {"lang", "charset", "class", "colspan", "alt", "src"}
+ATTRIBUTES = {"lang", "charset", "name", "content", "class", "colspan", "alt", "src"}
 
 
 class Page(html.parser.HTMLParser):
