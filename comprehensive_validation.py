@@ -160,7 +160,7 @@ def evaluate_all(
 
     Raises:
         InputError: the results cannot be written.
-        Interrupted: its advice are the flags that read the detections of the finished models.
+        Interrupted: with the flags that read the detections of the finished models as its note.
     """
     weights = bootstrap.draws(len(data), settings.seed)
     evaluations: list[Evaluation] = []
@@ -170,7 +170,7 @@ def evaluate_all(
     except Interrupted as interrupted:
         written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
         if written:
-            interrupted.advice = f"finished models do not have to run again: --from-detections {shlex.join(written)}"
+            interrupted.add_note(f"finished models do not have to run again: --from-detections {shlex.join(written)}")
         raise
     except Exception:  # a fault of the program does not lose what was computed
         write_evaluated(settings, data, evaluations, predictor)

@@ -18,11 +18,11 @@ from common.console import (
     SIGNAL_STATUS,
     InputError,
     Interrupted,
-    install_handlers,
     last_line,
-    one_line,
     print_traceback,
+    raise_on_signals,
     show_messages,
+    to_one_line,
 )
 from common.files import ensure_home
 
@@ -30,9 +30,7 @@ if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
-# What happens where a resumed run changes a flag: nothing, as no number depends on it; a warning, as it is another run
-# from there on; a refusal, as weights or optimizer state would not fit; nothing, and the checkpoint does not record it.
-ON_RESUME = ("free", "warn", "refuse", "unrecorded")
+LOST_WORKER = re.compile(r"DataLoader worker|shared memory|bus error", re.IGNORECASE)
 MESSAGE_LENGTH = 1000  # characters, of which names of files may need many
 SETTINGS = typing.TypeVar("SETTINGS", bound="DataclassInstance")
 
@@ -44,7 +42,7 @@ def flag(
     at_least: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
-    on_resume: str = "warn",
+    fixed: bool = False,
     positional: bool = False,
 ) -> typing.Any:
     """A dataclass field that becomes `--name`, or an argument without a name.
@@ -54,11 +52,11 @@ def flag(
         help: the unit and the reason; the default is added to it.
         at_least: the least number allowed, likewise `at_most`.
         choices: the values allowed.
-        on_resume: one of ON_RESUME, what a resumed run may do with it.
+        fixed: a resumed run must have the same value, since the weights or their optimizer would not fit another.
         positional: it is given without its name, and may be left out.
     """
     limits = {"at_least": at_least, "at_most": at_most}
-    texts = {"help": help, "choices": choices, "on_resume": on_resume, "positional": positional}
+    texts = {"help": help, "choices": choices, "fixed": fixed, "positional": positional}
     return dataclasses.field(default=default, metadata=texts | limits)
 
 
@@ -146,29 +144,31 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     Exit status: 0 after success; 2 for bad input, after one line on stderr; 130 and 143 after SIGINT and SIGTERM,
     likewise. With `DETECTION_DEBUG=1` in the environment the traceback of the error stands above that line.
     """
-    settings = parse(settings_type, description or "")
-    install_handlers()
+    raise_on_signals()
     ensure_home()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
     show_messages()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that Pillow can read past, and of large images
     try:
-        main(settings)
-    except InputError as error:
-        _exit(str(error).rpartition("InputError: ")[2], 2)  # a worker's error begins with its traceback
-    except OSError as error:  # of a file, folder or connection, where no InputError was raised
-        _exit(last_line(error), 2)
-    except (MemoryError, RuntimeError) as error:  # torch raises either when memory runs out
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        main(parse(settings_type, description or ""))
+    except (Exception, Interrupted) as error:
+        if (message := message_of(error)) is None:
             raise
-        _exit("out of memory; take a smaller --batch-size or --image-size, or fewer --workers", 2)
-    except Interrupted as interrupted:
-        advice = f"; {interrupted.advice}" if interrupted.advice else ""
-        _exit(f"interrupted{advice}", SIGNAL_STATUS + interrupted.number)
+        print_traceback()
+        line = to_one_line("; ".join([message, *getattr(error, "__notes__", [])]), MESSAGE_LENGTH)
+        print(f"{sys.argv[0].rpartition('/')[2]}: error: {line}", file=sys.stderr)
+        sys.exit(SIGNAL_STATUS + error.number if isinstance(error, Interrupted) else 2)
 
 
-def _exit(message: str, status: int) -> typing.NoReturn:
-    print_traceback()
-    print(f"{sys.argv[0].rpartition('/')[2]}: error: {one_line(message, MESSAGE_LENGTH)}", file=sys.stderr)
-    sys.exit(status)
+def message_of(error: BaseException) -> str | None:
+    """What a user can do something about; None for a fault of the program."""
+    if isinstance(error, Interrupted):
+        return "interrupted"
+    if isinstance(error, InputError):  # a worker's begins with its traceback, which ends in the name of its own type
+        return str(error).rpartition(f"{type(error).__name__}: ")[2]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return "out of memory; take a smaller --batch-size or --image-size, or fewer --workers"
+    if isinstance(error, RuntimeError) and LOST_WORKER.search(str(error)):
+        return "a process that decodes images was lost, often for want of shared memory; take --workers 0"
+    return last_line(error) if isinstance(error, OSError) else None  # of a file, folder or connection

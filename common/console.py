@@ -7,8 +7,7 @@ import signal
 import sys
 import traceback
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -20,14 +19,6 @@ class InputError(Exception):
 
     `cli.run` prints it and exits with status 2; any other exception that reaches the user is a bug.
     """
-
-
-class NotFiniteError(InputError):
-    """A loss or gradient in training is inf or NaN; `report` describes the step in plain types."""
-
-    def __init__(self, message: str, report: dict):
-        super().__init__(message)
-        self.report = report
 
 
 def check_packages(user: str, *packages: str) -> None:
@@ -44,7 +35,7 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def name_some(values: Sequence[object], width: int = 40) -> str:
+def first_few(values: Sequence[object], width: int = 40) -> str:
     """The first few of the values, each cut to `width` characters, for a message."""
     texts = [str(value)[:width] for value in values[:NAMED]]
     return ", ".join([*texts, "…"] if len(values) > NAMED else texts)
@@ -56,7 +47,7 @@ def print_traceback() -> None:
         traceback.print_exc()
 
 
-def one_line(text: object, width: int = 40) -> str:
+def to_one_line(text: object, width: int = 40) -> str:
     """The text on one line of at most `width` characters, for messages, tables, charts and images.
 
     Line ends become spaces, what cannot be printed (control characters, invalid text) "?"; invisible marks, such as
@@ -88,59 +79,29 @@ SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that 
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived.
+    """SIGINT or SIGTERM arrived, whose number it has.
 
     It does not inherit from Exception, like KeyboardInterrupt, so that `except Exception` does not catch it.
-
-    `at_once`: it arrived in the middle of a step, which is incomplete. `advice` is one line: what was saved, how to
-    resume.
     """
 
-    def __init__(self, number: int, at_once: bool = False):
+    def __init__(self, number: int):
         super().__init__(number)
-        self.number, self.at_once, self.advice = number, at_once, ""
+        self.number = number
 
 
-_loops = 0  # active `finish_step_first` blocks
-_pending: int | None = None  # a signal that arrived inside one of them
-
-
-def install_handlers() -> None:
+def raise_on_signals() -> None:
     """From now on SIGINT and SIGTERM raise `Interrupted`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _receive)
 
-
-def _receive(number: int, _frame: object) -> None:
-    global _pending
-    if _loops and _pending is None:
-        _pending = number
-    else:  # no step to finish, or the second signal
-        raise Interrupted(number, at_once=True)
-
-
-@contextmanager
-def finish_step_first() -> Iterator[None]:
-    """Inside the block a first signal is only recorded for `pending_signal`; `Interrupted` is raised when it ends."""
-    global _loops, _pending
-    _loops += 1
-    number = None
-    try:
-        yield
-    finally:
-        _loops -= 1
-        if not _loops:
-            number, _pending = _pending, None
-    if number is not None:
+    def receive(number: int, _frame: object) -> None:
         raise Interrupted(number)
 
-
-def pending_signal() -> int | None:
-    """The number of the signal that arrived inside `finish_step_first`, if any."""
-    return _pending
-
-
-def ignore_in_worker(_worker: int) -> None:
-    """Ignore SIGINT and SIGTERM in a data-loading worker: its parent handles them and needs the current batch."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, receive)
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Ignore SIGINT in a data-loading worker: a terminal sends it to all processes, and the parent ends its workers.
+
+    They end by SIGTERM, which is therefore not ignored.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,12 +1,12 @@
 """Files that are complete or absent, and the cache folder."""
 
-import glob
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,17 +22,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     Raises:
         InputError: the folder can't be created or written to, or the disk is full.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary = Path(path), temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoding, prefix = None if "b" in mode else "utf-8", _temporary_prefix(path)
-        with tempfile.NamedTemporaryFile(mode, -1, encoding, dir=path.parent, prefix=prefix, delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own
@@ -40,20 +36,34 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             raise
         raise InputError(f"cannot write {path}: {cause.strerror or cause}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _temporary_prefix(path: Path) -> str:
-    """Of the names of temporary files for `path`; a file system takes 255 bytes, a letter has up to four."""
-    return f".{path.name[:60]}."
+def temporary_name(path: str | Path) -> Path:
+    """A hidden name beside `path`, of this process; a file system takes 255 bytes, a letter has up to four."""
+    return Path(path).with_name(f".{Path(path).name[:60]}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(path: Path, age: float = 0.0) -> None:
-    """Delete temporary files of `path` that killed processes left behind, unmodified for `age` seconds."""
-    for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}????????"):
-        if time.time() - leftover.stat().st_mtime >= age:
-            leftover.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, age: float = 0.0) -> None:
+    """Delete temporary files that killed processes left in a folder, unmodified for `age` seconds."""
+    for leftover in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # its process has renamed it in the meantime
+            if time.time() - leftover.stat().st_mtime >= age:
+                leftover.unlink()
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make `path` another name of the file `source`; a copy, where the file system has one name for each file.
+
+    Both are replaced as a whole, never changed, so that neither follows the other.
+    """
+    temporary = temporary_name(path)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
 
 
 @contextmanager
@@ -129,12 +139,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def cache_folder(*parts: str) -> Path:

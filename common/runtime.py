@@ -1,9 +1,10 @@
-"""Device, precision, processes, and stopping between two steps."""
+"""Device, precision, processes and seeds."""
 
 import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from common.cli import flag
-from common.console import InputError, Interrupted, pending_signal
+from common.console import InputError
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 PROCESS_TIMEOUT = timedelta(hours=6)  # the other processes wait while the first fetches data or evaluates
@@ -25,14 +26,25 @@ class RuntimeFlags:
     """Computation."""
 
     batch_size: int = flag(16, "images a step, on each process", at_least=1)
-    workers: int = flag(2, "processes that decode images", at_least=0, on_resume="free")
+    workers: int = flag(2, "processes that decode images", at_least=0)
     precision: str = flag("auto", "arithmetic; auto = the fastest of this hardware", choices=PRECISIONS)
     seed: int = flag(0, "seed of all random numbers", at_least=0, at_most=MAX_SEED)
 
 
-def derived_seed(*numbers: int) -> int:
-    """A 64-bit seed for a tuple of numbers of at least 0, the same on every machine (NumPy's SeedSequence)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+class Purpose(IntEnum):
+    """What random numbers are drawn for."""
+
+    ORDER = 1
+    SAMPLE = 2
+    DROPOUT = 3
+
+
+def seed_of(purpose: Purpose, *numbers: int) -> int:
+    """A 64-bit seed, the same on every machine, for a purpose and numbers of at least 0.
+
+    NumPy's SeedSequence fills missing numbers up with 0, so 0 itself is none of those that it is given.
+    """
+    return int(np.random.SeedSequence([purpose, *(number + 1 for number in numbers)]).generate_state(1, np.uint64)[0])
 
 
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
@@ -84,15 +96,6 @@ def fastest_precision(device: torch.device) -> str:
 def precision_name(accelerator: Accelerator) -> str:
     """fp32, bf16 or fp16."""
     return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-
-
-def raise_if_interrupted(accelerator: Accelerator) -> None:
-    """Between two steps: raise `Interrupted` on all processes at once if one of them received a signal."""
-    number = torch.tensor(float(pending_signal() or 0), device=accelerator.device)
-    if accelerator.num_processes > 1:
-        number = accelerator.gather(number[None]).max()
-    if number:
-        raise Interrupted(int(number))
 
 
 def device_name(device: torch.device) -> str:

@@ -81,6 +81,10 @@ class Targets(NamedTuple):
         """(B, N) bool: objects, not padding."""
         return self.labels >= 0
 
+    def counts(self) -> Tensor:
+        """(2,) float32: the objects, and the images that have some."""
+        return torch.stack([self.objects.sum(), self.objects.any(1).sum()]).float()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         return Targets(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 

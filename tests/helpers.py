@@ -20,14 +20,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.cli import flag_name
-from common.console import Interrupted, install_handlers
+from common.console import Interrupted, raise_on_signals
 from common.data.memory import DetectionData
 from common.data.readers import Request, read_coco
 from common.data.sources import TrainDataFlags
 from common.evaluate.coco_metrics import coco_dict, evaluate_table
 from common.evaluate.detections import coco_detections, detection_table
 from common.model.losses import LossConfig
-from common.train.state import TrainState
+from common.train.run import Run
 from common.types import Detections, ImageMeta, Target, Targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,18 +51,19 @@ def tiny_settings(script, data, backbone, **options):
 
 
 def stop_at_step(script, settings, step):
-    """Train until a signal after `step` steps."""
-    steps, finish_step = itertools.count(1), TrainState.finish_step
+    """Train until a signal in one of the steps, which are counted over all epochs."""
+    steps, check_finite = itertools.count(1), Run.check_finite
 
-    def finish(state):
-        finish_step(state)
+    def check(run, *arguments):
+        check_finite(run, *arguments)
         if next(steps) == step:
             signal.raise_signal(signal.SIGTERM)
 
-    install_handlers()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(TrainState, "finish_step", finish)
+    raise_on_signals()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(Run, "check_finite", check)
         script.main(settings)
+    return stopped.value
 
 
 SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)

@@ -18,6 +18,10 @@ class Settings:
     """No flags."""
 
 
+class WrongSizeError(InputError):
+    """As a module raises its own."""
+
+
 ERRORS = {  # what main raises, the line on stderr, the exit status
     "input": (InputError("a.json: no such file"), "a.json: no such file", 2),
     "worker": (InputError("Caught InputError in worker 0.\n...\nInputError: a.jpg is damaged"), "a.jpg is damaged", 2),
@@ -26,7 +30,17 @@ ERRORS = {  # what main raises, the line on stderr, the exit status
     "file": (PermissionError(13, "Permission denied", "a.json"), "[Errno 13] Permission denied: 'a.json'", 2),
     "memory": (MemoryError(), "out of memory; take a smaller", 2),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take a smaller", 2),
-    "signal": (Interrupted(signal.SIGTERM), "interrupted", 143),
+    "worker's own type": (
+        WrongSizeError("Caught WrongSizeError in worker 0.\n...\ntests.test_cli.WrongSizeError: a.jpg is 3x4 pixels"),
+        "a.jpg is 3x4 pixels",
+        2,
+    ),
+    "lost worker": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        "a process that decodes",
+        2,
+    ),
+    "signal": (Interrupted(signal.SIGTERM), "interrupted; go on with --resume", 143),
 }
 
 
@@ -36,6 +50,7 @@ def test_errors_end_in_one_line_and_debugging_adds_the_traceback(error, line, st
     def main(_settings):
         raise error from ValueError("the cause")
 
+    error.__notes__ = ["go on with --resume"] if isinstance(error, Interrupted) else []
     monkeypatch.setenv("DETECTION_DEBUG", debug)
     monkeypatch.setattr(sys, "argv", ["/some/script.py"])
     with pytest.raises(SystemExit) as exit:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from common.console import ignore_in_worker
+from common.console import ignore_interrupts
 from common.data.memory import DetectionData
 from common.data.transforms import LetterboxTransform
-from common.runtime import derived_seed
+from common.runtime import Purpose, seed_of
 from common.types import Batch, Target, Targets
 
 
@@ -36,7 +36,7 @@ class SampleDataset(Dataset):
     def randomness(self, index: int) -> Iterator[None]:
         """Inside the block, torch's random numbers are those of this sample; outside they are unaffected."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, self.epoch, index))
+            torch.manual_seed(seed_of(Purpose.SAMPLE, self.seed, self.epoch, index))
             yield
 
 
@@ -62,44 +62,44 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
     return Batch(torch.stack(inputs), Targets.pad(targets), [target.meta for target in targets])
 
 
-# Batches in pinned memory are copied to a GPU while it computes.
-BATCHES: dict[str, Any] = {
-    "collate_fn": collate,
-    "worker_init_fn": ignore_in_worker,
-    "pin_memory": torch.cuda.is_available(),
-}
-
-
 def make_eval_loader(data: DetectionData, image_size: int, batch_size: int, workers: int) -> DataLoader:
     """Letterboxed images of `data`, in its order."""
-    dataset = DetectionDataset(data, LetterboxTransform(image_size))
-    return DataLoader(dataset, batch_size, num_workers=workers, **BATCHES)
+    return make_loader(DetectionDataset(data, LetterboxTransform(image_size)), batch_size, workers)
 
 
-class EpochOrder(Sampler[int]):
-    """Every index once, in an order drawn from (seed, epoch) alone; the first `done` of them are skipped."""
+class EpochSampler(Sampler[int]):
+    """Every index of a data set once, in an order drawn from its (seed, epoch) alone."""
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
-        self.epoch = self.done = 0
+    def __init__(self, dataset: SampleDataset):
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        yield from torch.randperm(self.count, generator=generator)[self.done :].tolist()
+        generator = torch.Generator().manual_seed(seed_of(Purpose.ORDER, self.dataset.seed, self.dataset.epoch))
+        yield from torch.randperm(len(self), generator=generator).tolist()
 
 
-def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int) -> tuple[DataLoader, EpochOrder]:
-    """Batches of `dataset` in an order drawn from the epoch, and that order; an incomplete last batch is left out."""
-    order = EpochOrder(len(dataset), dataset.seed)
-    loader = DataLoader(
+def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int, processes: int = 1) -> DataLoader:
+    """Batches in an order drawn from the epoch; those that do not fill a step of all processes are left out.
+
+    Where there are too few images for one such step, accelerate fills it up with images from the beginning.
+    """
+    whole_step = batch_size * processes
+    return make_loader(
+        dataset, batch_size, workers, sampler=EpochSampler(dataset), drop_last=len(dataset) >= whole_step
+    )
+
+
+def make_loader(dataset: SampleDataset, batch_size: int, workers: int, **order: Any) -> DataLoader:
+    """Batches of samples, in the order of the data set by default."""
+    return DataLoader(
         dataset,
         batch_size,
-        sampler=order,
-        drop_last=len(dataset) >= batch_size,
         num_workers=workers,
-        **BATCHES,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=torch.cuda.is_available(),  # batches are then copied to the GPU while it computes
+        **order,
     )
-    return loader, order

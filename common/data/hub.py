@@ -23,7 +23,7 @@ import fsspec
 import huggingface_hub
 import numpy as np
 
-from common.console import InputError, one_line, progress_bar
+from common.console import InputError, progress_bar, to_one_line
 from common.data.readers import NO_BOX, UNNAMED, Request, as_float, find_split
 from common.data.table import LAYOUTS, Table, inside, to_xywh
 from common.files import atomic_write, cache_folder
@@ -187,7 +187,7 @@ def _open(request: Request, revision: str | None, existing: int) -> tuple[datase
             advice = f"{existing} of its images are in the cache: request no more"
         reason = "cannot be read" if Path(name).is_dir() else "is not a folder here and cannot be fetched from the hub"
         raise InputError(
-            f"data {name} {reason}; {advice} ({one_line(f'{type(error).__name__} {error}', 200)})"
+            f"data {name} {reason}; {advice} ({to_one_line(f'{type(error).__name__} {error}', 200)})"
         ) from error
     split = find_split(request.split, splits, f"data {name}")
     features = splits[split].features or {}
@@ -220,7 +220,7 @@ def _new_rows(
 
 
 def _in_one_line(error: Exception) -> str:
-    return one_line(f"{type(error).__name__} {error}", 200)
+    return to_one_line(f"{type(error).__name__} {error}", 200)
 
 
 def _image_content(image: dict, name: str) -> bytes:

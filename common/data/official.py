@@ -93,7 +93,7 @@ def _fetch_annotations(folder: Path) -> None:
     if all((folder / name).is_file() for name in files):
         return
     archive = folder / Path(ARCHIVE).name
-    remove_leftovers(archive, LEFTOVER_AGE_S)
+    remove_leftovers(archive.parent, LEFTOVER_AGE_S)
     if not archive.is_file():
         with _session() as session:
             _fetch(session, ARCHIVE, archive, zipfile.is_zipfile)

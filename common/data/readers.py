@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from common.console import InputError, one_line
+from common.console import InputError, to_one_line
 from common.data.table import OPEN_ORIENTATION, Table
 from common.images import OTHER_FORMAT, ImageFault, find_images, image_suffixes, read_header
 
@@ -47,7 +47,7 @@ def find_split(split: str, names: Iterable[str], source: object) -> str:
     for name in SPLITS[split]:
         if name in spelled:
             return spelled[name]
-    raise InputError(f"{source} has no {split} split: it has {one_line(', '.join(sorted(spelled)) or 'none', 200)}")
+    raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(sorted(spelled)) or 'none', 200)}")
 
 
 def read_text(path: Path) -> str:
@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {one_line(error, 200)}") from error
+        raise InputError(f"{path} is not JSON: {to_one_line(error, 200)}") from error
 
 
 def read_coco(path: Path, folder: Path, request: Request, split: str = "") -> Table:
@@ -146,7 +146,7 @@ def add_coco(table: Table, path: Path, prefix: str = "", local: bool = True) -> 
             table.add(as_int(a["image_id"]), as_int(a["category_id"]), *numbers, crowd != 0, area)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         lacks = "an entry lacks " * isinstance(error, KeyError)
-        raise InputError(f"{path} is not of COCO's instances form: {lacks}{one_line(error, 100)}") from error
+        raise InputError(f"{path} is not of COCO's instances form: {lacks}{to_one_line(error, 100)}") from error
 
 
 def _add_coco_image(table: Table, entry: dict, prefix: str, local: bool) -> None:
@@ -173,7 +173,7 @@ def as_int(value: object) -> int:
         return value
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
-    raise ValueError(f"{one_line(repr(value))} is not a whole number of 64 bits")
+    raise ValueError(f"{to_one_line(repr(value))} is not a whole number of 64 bits")
 
 
 def as_float(value: object) -> float:
@@ -267,7 +267,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[int, str], int]:
         )
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         lacks = "it lacks " * isinstance(error, KeyError)
-        raise InputError(f"{path} is not the YAML file of a YOLO data set: {lacks}{one_line(error, 200)}") from error
+        raise InputError(f"{path} is not the YAML file of a YOLO data set: {lacks}{to_one_line(error, 200)}") from error
 
 
 def _yolo_images(places: str | list, path: Path, root: str) -> tuple[list[Path], list[Path]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import flag
-from common.console import InputError, name_some
+from common.console import InputError, first_few
 from common.data.checks import usable_images
 from common.data.demo import read_demo
 from common.data.hub import is_hub_data, read_hub
@@ -65,18 +65,14 @@ class DataFlags:
     The data of a resumed run are compared by their fingerprint, so that the flags themselves may change.
     """
 
-    data: str = flag("detection-datasets/coco", "folder, hub data set id, coco-official, or demo", on_resume="free")
-    val_json: str = flag("", "validation annotations, where the folder has no known layout", on_resume="free")
-    val_images_dir: str = flag("", "the folder of their images", on_resume="free")
+    data: str = flag("detection-datasets/coco", "folder, hub data set id, coco-official, or demo")
+    val_json: str = flag("", "validation annotations, where the folder has no known layout")
+    val_images_dir: str = flag("", "the folder of their images")
     val_images: int = flag(500, "validation images; 0 = all", at_least=0)
-    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id", on_resume="free")
-    sample_seed: int = flag(
-        0, "of the sample where not all images are taken; -1 = the first ones", at_least=-1, on_resume="free"
-    )
-    box_format: str = flag(
-        "", "how the boxes are written, where not as their form says", choices=LAYOUTS, on_resume="free"
-    )
-    strict: bool = flag(False, "stop where data would have to be left out or are doubtful", on_resume="free")
+    image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
+    sample_seed: int = flag(0, "of the sample where not all images are taken; -1 = the first ones", at_least=-1)
+    box_format: str = flag("", "how the boxes are written, where not as their form says", choices=LAYOUTS)
+    strict: bool = flag(False, "stop where data would have to be left out or are doubtful")
 
     def files(self, split: str) -> tuple[str, str]:
         """Annotation file and image folder that the flags name for a split; empty where they name none."""
@@ -87,9 +83,9 @@ class DataFlags:
 class TrainDataFlags(DataFlags):
     """Training images and annotations."""
 
-    train_json: str = flag("", "training annotations, where the folder has no known layout", on_resume="free")
-    train_images_dir: str = flag("", "the folder of their images", on_resume="free")
-    train_images: int = flag(1000, "training images; 0 = all", at_least=0, on_resume="free")
+    train_json: str = flag("", "training annotations, where the folder has no known layout")
+    train_images_dir: str = flag("", "the folder of their images")
+    train_images: int = flag(1000, "training images; 0 = all", at_least=0)
 
 
 def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionData]:
@@ -128,7 +124,7 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     forms = [reader.form for reader in found or READERS]
     if not found:
         inside = sorted(f.name for f in Path(flags.data).iterdir()) if Path(flags.data).is_dir() else ["no such folder"]
-        raise InputError(f"--data {flags.data} ({name_some(inside)}) is in none of the forms {', '.join(forms)}")
+        raise InputError(f"--data {flags.data} ({first_few(inside)}) is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
         raise InputError(f"--data {flags.data} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
@@ -174,7 +170,7 @@ def _listed(data: DetectionData, chosen: tuple[str, ...]) -> np.ndarray:
     missing = [key for key in chosen if key not in index_of]
     if missing:
         advice = "" if data.own_ids else f": they have no ids, give names such as {data.images[0].path.name}"
-        some = f"{len(missing)} of the {len(chosen)} requested images ({name_some(missing)})"
+        some = f"{len(missing)} of the {len(chosen)} requested images ({first_few(missing)})"
         raise InputError(f"{data.source} lacks {some}{advice}")
     return np.array([index_of[key] for key in chosen])
 
@@ -209,7 +205,7 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     if train.crowd.all():
         raise InputError(f"{train.source}: {_without_objects(train)} training images; there is nothing to learn")
     if both := _paths(train) & _paths(val):
-        some = name_some(sorted(both), 200)
+        some = first_few(sorted(both), 200)
         raise InputError(f"{len(both)} of the {len(val)} validation images are training images: give others ({some})")
     if not set(train.class_names) & set(val.class_names):
         names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
@@ -224,7 +220,7 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     unseen += [name for name in val.class_names if name not in train.class_names]
     if unseen:
         advice = "take others with --train-images 0 or another --sample-seed"
-        log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({name_some(unseen)}): {advice}")
+        log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
 
 
 def _paths(data: DetectionData) -> set[str]:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from common.console import InputError, name_some, one_line
+from common.console import InputError, first_few, to_one_line
 from common.data.memory import DetectionData, ImageFile
 
 LAYOUTS = ("xywh", "xyxy", "cxcywh")  # left, top, width, height; left, top, right, bottom; centre, width, height
@@ -137,7 +137,7 @@ class Table:
     def _refuse_repeated(self, what: str, values: Iterable[int | str]) -> None:
         for value, count in Counter(values).most_common(1):
             if count > 1:
-                raise InputError(f"{self.source}: {what} {one_line(value, NAME_LENGTH)}: list each once")
+                raise InputError(f"{self.source}: {what} {to_one_line(value, NAME_LENGTH)}: list each once")
 
     def _as_xywh(self, boxes: np.ndarray, sizes: np.ndarray, known: np.ndarray) -> np.ndarray:
         """(A, 4) boxes as xywh in pixels.
@@ -202,7 +202,7 @@ class Table:
 
 
 def _note(sentence: str, places: list[str]) -> str:
-    names = name_some([one_line(place, NAME_LENGTH) for place in dict.fromkeys(places) if place], NAME_LENGTH)
+    names = first_few([to_one_line(place, NAME_LENGTH) for place in dict.fromkeys(places) if place], NAME_LENGTH)
     return sentence.replace("{}", str(len(places)), 1) + f" ({names})" * bool(names)
 
 

@@ -15,14 +15,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.console import finish_step_first, progress_bar
+from common.console import progress_bar
 from common.data.memory import DetectionData
 from common.evaluate.coco_metrics import headline
 from common.evaluate.detections import detection_table, label_map
 from common.model.postprocess import fuse_predictions, postprocess
-from common.runtime import device_name, raise_if_interrupted
+from common.runtime import device_name
 from common.types import Detections, mirror_boxes
 
+VAL_SUBSET = 100  # images of the validation after each epoch
 TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
 MEMORY_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
@@ -51,31 +52,39 @@ def detect(
         loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
         title: of the progress bar.
         flip: run on the mirrored images too; not for cached features.
-
-    Raises:
-        Interrupted: between two batches, after a signal.
     """
     model.eval()
     detections: list[Detections] = []
     images = len(loader.dataset)  # type: ignore[arg-type]  # torch declares no __len__ for Dataset
-    with finish_step_first(), progress_bar(images, title, shown=accelerator.is_main_process) as bar:
+    with progress_bar(images, title, shown=accelerator.is_main_process) as bar:
         for batch in loader:
             found = postprocess(*predict(model, batch.inputs, flip), batch.meta)
             detections += accelerator.gather_for_metrics(found, use_gather_object=True)
             bar.update(len(detections) - bar.n)
-            raise_if_interrupted(accelerator)
     return detections
 
 
 def validate(
     model: nn.Module, loader: DataLoader, data: DetectionData, class_names: tuple[str, ...], accelerator: Accelerator
-) -> tuple[dict[str, float | None], list[Detections]]:
-    """The headline numbers and the detections of a model with these classes on the images of `data`.
-
-    `loader` yields these images.
-    """
+) -> dict[str, float | None]:
+    """The headline numbers of a model with these classes on the images of `data`, which `loader` yields."""
     detections = detect(model, loader, accelerator, title="validating")
-    return headline(detection_table(detections, label_map(class_names, data)), data), detections
+    return headline(detection_table(detections, label_map(class_names, data)), data)
+
+
+def val_subset(val_data: DetectionData) -> DetectionData:
+    """The images of the validation after each epoch: the first `VAL_SUBSET`.
+
+    Prints a warning where they have no object, by which the best epoch could be chosen, although later images have.
+    """
+    subset = val_data.first(VAL_SUBSET)
+    if subset.crowd.all() and not val_data.crowd.all():
+        print(
+            f"warning: {val_data.source}: no object on the first {len(subset)} validation images, on which the best "
+            "epoch is chosen: the last epoch will be kept; --image-ids can put other images first",
+            flush=True,
+        )
+    return subset
 
 
 @dataclass(frozen=True)

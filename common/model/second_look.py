@@ -49,6 +49,7 @@ class SecondLook(nn.Module):
     ):
         super().__init__()
         self.stride, self.proposals = stride, proposals
+        self.jitter = JitteredBoxes()
         self.normalise = nn.Sequential(
             nn.LayerNorm(channels, elementwise_affine=False), nn.Flatten(2), nn.Dropout(dropout)
         )
@@ -67,21 +68,21 @@ class SecondLook(nn.Module):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Tensor, out: RawOutput, examples: Tensor | None = None) -> SecondOutput:
-        """Predict from the features in the `examples`, if any, and in the best boxes of the dense head.
+    def forward(self, features: Tensor, out: RawOutput, targets: Targets | None = None) -> SecondOutput:
+        """Predict from the features in the best boxes of the dense head, in training also in boxes around the objects.
 
         Args:
             features: (B, h, w, C).
             out: of the dense head on them.
-            examples: (B, E, 4) input pixels; in training.
+            targets: of the batch, in training.
         """
         count, candidates = self.proposals, CANDIDATES
         if self.training:
             count, candidates = TRAINED_PROPOSALS, TRAINED_CANDIDATES
         locations = select_proposals(out, count, candidates)
         boxes = gather_boxes(out.boxes.detach(), locations)
-        if examples is not None:
-            boxes = torch.cat([examples, boxes], dim=1)
+        if targets is not None:
+            boxes = torch.cat([self.jitter(targets), boxes], dim=1)
         classes = self.classify(self.normalise(roi_pool(features, boxes, CLASS_PARTS, self.stride))).float()
         outputs = self.predict(self.embed(roi_pool(self.reduce(features), boxes, BOX_PARTS, self.stride))).float()
         return SecondOutput(locations, boxes, apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0], classes)
@@ -149,11 +150,13 @@ class JitteredBoxes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        shifts = SobolEngine(4).draw(NUM_JITTERED + 1)[1:] * 2 - 1  # the first of these is the middle: no shift
-        ranges = torch.tensor([MAX_SHIFT, MAX_SHIFT, MAX_LOG_JITTER, MAX_LOG_JITTER])
-        self.register_buffer("deltas", shifts * ranges)
-        self.register_buffer("rank", torch.arange(NUM_JITTERED))
-        self.register_buffer("no_object", torch.tensor([0.0, 0.0, NO_OBJECT_PX, NO_OBJECT_PX]))
+        with torch.device("cpu"):  # checkpoints do not contain these, see `Backbone`
+            shifts = SobolEngine(4).draw(NUM_JITTERED + 1)[1:] * 2 - 1  # the first of these is the middle: no shift
+            ranges = torch.tensor([MAX_SHIFT, MAX_SHIFT, MAX_LOG_JITTER, MAX_LOG_JITTER])
+            self.register_buffer("deltas", shifts * ranges, persistent=False)
+            self.register_buffer("rank", torch.arange(NUM_JITTERED), persistent=False)
+            no_object = torch.tensor([0.0, 0.0, NO_OBJECT_PX, NO_OBJECT_PX])
+            self.register_buffer("no_object", no_object, persistent=False)
 
     def forward(self, targets: Targets) -> Tensor:
         """Targets in input pixels -> (B, NUM_JITTERED, 4) input pixels."""

@@ -20,7 +20,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from common.console import InputError, one_line
+from common.console import InputError, to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import is_file
 from common.show import fonts
@@ -167,7 +167,7 @@ def _figure(results: ValidationResults, width: float, height: float) -> Figure:
     """An empty figure for these results; sizes in inches."""
     matplotlib.rcdefaults()  # the user's own settings may ask for LaTeX, or for fonts with few letters
     reasons = [f"{record.error} {value_of(record, 'cost', 'device')}" for record in results.models]
-    family = fonts.font_names("".join(one_line(text, 1000) for text in (*_names(results), *reasons)))
+    family = fonts.font_names("".join(to_one_line(text, 1000) for text in (*_names(results), *reasons)))
     no_formulas = {"text.parse_math": False}  # "$" in a name does not start a formula
     sns.set_theme(style="ticks", font_scale=0.95, rc={"font.family": family} | no_formulas)
     return Figure((width, height), layout="constrained")
@@ -186,7 +186,7 @@ def _class_names(results: ValidationResults) -> list[str]:
 
 def _text(text: object, width: int = 40) -> str:
     """The text as the fonts can draw it, on one line of at most `width` characters."""
-    return fonts.drawable(one_line(text, width))
+    return fonts.drawable(to_one_line(text, width))
 
 
 def _numbers(values: Sequence[object]) -> np.ndarray:
@@ -258,7 +258,7 @@ def logs_of(results: ValidationResults) -> dict[int, list[Epoch]]:
                 raise InputError(f"the settings in {folder} are not those of its training: {', '.join(changed)}")
             logs[position] = read_log(folder / "log.jsonl")
         except InputError as error:
-            print(f"{one_line(record.name)}: no training curve: {error}")
+            print(f"{to_one_line(record.name)}: no training curve: {error}")
     return logs
 
 

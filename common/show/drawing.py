@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.console import one_line
+from common.console import to_one_line
 from common.data.memory import DetectionData
 from common.show.fonts import class_labels, image_text
 from common.types import Detections
@@ -134,9 +134,9 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), BACKGROUND)
     draw, x = ImageDraw.Draw(strip), 0
     for (title, _), image in zip(panels, images, strict=True):
-        text, font = image_text(one_line(title, 100), size)
+        text, font = image_text(to_one_line(title, 100), size)
         while len(text) > 1 and draw.textlength(text, font=font) > image.width - 8:
-            text = one_line(text, len(text) - 1)
+            text = to_one_line(text, len(text) - 1)
         draw.text((x + 4, header // 6), text, font=font, fill=TEXT_COLOR)
         strip.paste(image, (x, header))
         x += image.width + GAP

@@ -15,7 +15,7 @@ from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
-from common.console import name_some, one_line
+from common.console import first_few, to_one_line
 
 DEJAVU = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 REGULAR = (400, "normal", "regular", "book")  # weights
@@ -83,7 +83,7 @@ def class_labels(names: Sequence[str]) -> list[str]:
 
     Names with letters that no font has, and those that are equal once shortened, get the class's number.
     """
-    short = [one_line(name) for name in names]
+    short = [to_one_line(name) for name in names]
     labels, counts = [drawable(name) for name in short], Counter(short)
     return [
         label if label == name and counts[name] == 1 else f"class {number}: {label}"
@@ -93,9 +93,9 @@ def class_labels(names: Sequence[str]) -> list[str]:
 
 def print_replaced(names: Iterable[str]) -> None:
     """Print a line on the names that cannot be drawn as they are written, if there are any."""
-    replaced = [name for name in map(one_line, dict.fromkeys(names)) if drawable(name) != name]
+    replaced = [name for name in map(to_one_line, dict.fromkeys(names)) if drawable(name) != name]
     if replaced:
         print(
-            f"no installed font has all letters of {len(replaced)} names ({name_some(replaced)}): they are drawn with "
+            f"no installed font has all letters of {len(replaced)} names ({first_few(replaced)}): they are drawn with "
             f"{REPLACEMENT!r}, and classes with their number; install a font that has them, such as Noto Sans CJK"
         )

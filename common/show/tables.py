@@ -6,7 +6,7 @@ says, is read as a number that does not exist.
 
 from typing import Any, NamedTuple
 
-from common.console import one_line
+from common.console import to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 
 
@@ -110,12 +110,12 @@ def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...
     """A table for the terminal, one line per model; `headings` selects columns of TABLE; empty selects all."""
     columns = [column for column in TABLE if not headings or column.heading in headings]
     rows = [["model", *(column.heading for column in columns)]]
-    rows += [[one_line(record.name), *(cell(record, column) for column in columns)] for record in records]
+    rows += [[to_one_line(record.name), *(cell(record, column) for column in columns)] for record in records]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_aligned(row, widths) for row in rows]
     for position, record in enumerate(records, 1):
         if record.error:
-            lines[position] = f"{rows[position][0].ljust(widths[0])}  not evaluated: {one_line(record.error, 300)}"
+            lines[position] = f"{rows[position][0].ljust(widths[0])}  not evaluated: {to_one_line(record.error, 300)}"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -131,5 +131,5 @@ def format_comparisons(results: ValidationResults, numbers: tuple[str, ...] = ("
     for pair in results.comparisons:
         verdicts = {NAMES[key]: verdict for key in numbers if (verdict := verdict_of(pair, key))}
         parts = [f"{name} [{v.low:+.3f}, {v.high:+.3f}] {v.text}" for name, v in verdicts.items()]
-        lines.append(f"{one_line(pair.get('a'))} against {one_line(pair.get('b'))}: {'; '.join(parts)}")
+        lines.append(f"{to_one_line(pair.get('a'))} against {to_one_line(pair.get('b'))}: {'; '.join(parts)}")
     return "\n".join(lines)

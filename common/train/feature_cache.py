@@ -1,8 +1,8 @@
 """Features of a frozen backbone on disk: each image passes it once, later epochs read memory maps.
 
-The images are split into shards of `SHARD`. The file of a shard holds (images, views, rows, columns, channels)
-features of 16 bits, bfloat16 where the run computes in it, so that nothing is lost, else float16: view 0 is the
-letterboxed image, view 1 the same mirrored. It is renamed to a digest of all that the features depend on when it is
+The images are split into shards of `SHARD`. The file of a shard holds (images, views, rows, columns, channels) features
+of 16 bits, bfloat16 where the run computes in it, so that nothing is lost, else float16: view 0 is the letterboxed
+image, view 1 the same mirrored. Its name is a digest of all that the features depend on, and it appears when it is
 complete: an interrupted build continues, several processes divide the shards among them, and a run on more images
 reuses those of an earlier one.
 """
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from common.console import InputError, Interrupted, progress_bar
+from common.console import InputError, progress_bar
 from common.data.dataset import SampleDataset, make_eval_loader
 from common.data.memory import DetectionData
 from common.data.transforms import letterbox_target, mirror_drawn, mirror_target
@@ -30,8 +30,8 @@ from common.types import Target
 FORMAT_VERSION = 4
 SHARD = 64  # images: what an interruption can cost
 ITEM_BYTES = 2  # of float16 and bfloat16
-SPARE_DISK = 1 << 30  # bytes that a build leaves free
-ABANDONED = 3600.0  # seconds after which an incomplete file is one of a killed process
+SPARE_BYTES = 1 << 30  # of the disk, that a build leaves free
+ABANDONED_S = 3600.0  # after which an incomplete file is one of a killed process
 CPU_BATCH = 4  # images at once while building on a CPU: a tenth faster than 16
 
 
@@ -78,13 +78,13 @@ def feature_shards(detector: Detector, data: DetectionData, views: int, precisio
     of views, and the path, length and time of change of each image in the shard.
 
     Args:
-        detector: its backbone and configuration are used, its head is not.
-        data: its images are used, their boxes are not.
+        detector: its head is not used.
+        data: its boxes are not used.
         views: 1 the image, 2 also its mirror image.
         precision: of the backbone's forward pass, as `precision_name` returns it.
     """
     config = detector.config
-    settings = FORMAT_VERSION, config.backbone, config.blocks, config.image_size, views, precision
+    settings = FORMAT_VERSION, sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
     common = hashlib.sha256(repr(settings).encode())
     for name, weight in detector.backbone.state_dict().items():
         common.update(name.encode())
@@ -114,7 +114,6 @@ def cached_features(
 
     Raises:
         InputError: the disk has no room for them, or can't be written to.
-        Interrupted: with advice on how to continue.
     """
     shards = feature_shards(detector, data, views, precision_name(accelerator))
     missing = [shard for shard in shards if not shard.path.is_file()]
@@ -132,19 +131,18 @@ def cached_features(
 
 
 def _prepare_folder(shards: list[Shard], missing: list[Shard]) -> None:
-    """Remove abandoned files of the missing shards, check the free space, and print the size of the cache."""
+    """Remove abandoned files, check the free space, and print the size of the cache."""
     folder = missing[0].path.parent
-    for shard in missing:
-        remove_leftovers(shard.path, ABANDONED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the feature cache {folder}: {error.strerror}") from error
-    free, needed = shutil.disk_usage(folder).free, sum(shard.size for shard in missing) + SPARE_DISK
+    remove_leftovers(folder, ABANDONED_S)
+    free, needed = shutil.disk_usage(folder).free, sum(shard.size for shard in missing) + SPARE_BYTES
     if needed > free:
         raise InputError(
             f"the feature cache needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
-            "make room, move it with DETECTION_CACHE, or train with --no-feature-cache"
+            "make room, move it with DETECTION_CACHE, or train with --feature-cache 0"
         )
     images, size = sum(len(shard.images) for shard in shards), sum(shard.size for shard in shards)
     existing = images - sum(len(shard.images) for shard in missing)
@@ -164,22 +162,17 @@ def _build(
     """Compute and write some shards. A shard's batches do not depend on which other shards are built."""
     detector.backbone.eval()
     total = sum(len(shard.images) for shard in shards)
-    try:
-        with progress_bar(total, "caching features", shown=accelerator.is_main_process) as bar:
-            for shard in shards:
-                images_of_shard = data.select(np.array(shard.images))
-                loader = make_eval_loader(images_of_shard, detector.config.image_size, batch_size, workers)
-                with atomic_write(shard.path) as file:
-                    for batch in loader:
-                        images = batch.inputs.to(accelerator.device)
-                        views = [images, images.flip(-1)][: shard.shape[1]]
-                        with accelerator.autocast():
-                            features = torch.stack([detector.backbone(view) for view in views], dim=1)
-                        file.write(features.to(shard.dtype).cpu().view(torch.int16).numpy())
-                        bar.update(len(images))
-    except Interrupted as interrupted:
-        interrupted.advice = "the features cached so far are kept; the same command continues from there"
-        raise
+    with progress_bar(total, "caching features", shown=accelerator.is_main_process) as bar:
+        for shard in shards:
+            part = data.select(np.array(shard.images))
+            loader = make_eval_loader(part, detector.config.image_size, batch_size, workers)
+            with atomic_write(shard.path) as file:
+                for batch in loader:
+                    images = batch.inputs.to(accelerator.device)
+                    with accelerator.autocast():
+                        views = [detector.backbone(view) for view in (images, images.flip(-1))[: shard.shape[1]]]
+                    file.write(torch.stack(views, dim=1).to(shard.dtype).cpu().view(torch.int16).numpy())
+                    bar.update(len(images))
 
 
 class CachedDataset(SampleDataset):

@@ -1,14 +1,12 @@
-"""Learning rates of all weights, and the moving average of the weights."""
+"""Learning rates of all weights as functions of the step, and the moving average of the weights."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from common.model.detector import Detector
 
@@ -18,55 +16,101 @@ WARM_UP_SHARE = 0.05  # of all steps
 def parameter_groups(
     detector: Detector, lr: float, backbone_lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """The trained weights, grouped by learning rate and weight decay; only matrices have weight decay.
+    """The trained weights, grouped by block and weight decay.
+
+    Only matrices have weight decay: no biases, norms, scales, and no class token, register tokens or position
+    embeddings, as in timm and DINOv2.
+
+    The groups do not depend on the learning rates, so that a resumed run may have others.
 
     Args:
         detector: its weights that require a gradient are trained.
-        lr: learning rate of the head and the second look.
+        lr: learning rate of the head.
         backbone_lr: learning rate of the backbone's last block and final norm.
         weight_decay: of the matrices.
         layer_decay: the rate of each block is that of the following one times this (BEiT, arXiv 2106.08254).
     """
-    rates, depth = dict.fromkeys(detector.state_dict(), lr), detector.backbone.depth
-    for name, _ in detector.backbone.named_parameters():
-        rates[f"backbone.{name}"] = backbone_lr * layer_decay ** (depth - detector.backbone.block_of(name))
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    backbone = detector.backbone
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, weight in detector.named_parameters():
         if weight.requires_grad:
-            groups.setdefault((rates[name], weight_decay if weight.ndim > 1 else 0.0), []).append(weight)
-    return [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()]
+            block = backbone.block_of(name) if name.startswith("backbone.") else math.inf
+            is_embedding = ".embeddings." in name and ".patch_embeddings." not in name
+            groups.setdefault((block, weight.ndim > 1 and not is_embedding), []).append(weight)
+    return [
+        {
+            "params": weights,
+            "lr": lr if block == math.inf else backbone_lr * layer_decay ** (backbone.depth - block),
+            "weight_decay": weight_decay * is_matrix,
+        }
+        for (block, is_matrix), weights in groups.items()
+    ]
+
+
+class Schedule:
+    """Linear warm-up over the first `WARM_UP_SHARE` of the steps, then half a cosine to 0, `cycles` times.
+
+    A function of the position alone: nothing of it is saved, so a resumed run may have other rates, another number of
+    epochs, or other batches.
+
+    Args:
+        optimizer: the learning rates of its groups are the highest ones.
+        epochs: of the stage.
+        epoch_steps: steps in an epoch.
+        cycles: times that the rates fall.
+    """
+
+    def __init__(self, optimizer: Optimizer, epochs: int, epoch_steps: int, cycles: int = 1):
+        self.optimizer, self.cycles = optimizer, cycles
+        self.epoch_steps, self.steps = epoch_steps, epochs * epoch_steps
+        self.highest = [group["lr"] for group in optimizer.param_groups]
+
+    def set_rates(self, epoch: int, step: int) -> int:
+        """Set the learning rates of a step of an epoch, both counted from 0, and return the number of its cycle."""
+        cycle, share = self.at(epoch * self.epoch_steps + step)
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = highest * share
+        return cycle
+
+    def at(self, step: int) -> tuple[int, float]:
+        """The cycle of a step, from 0, and the share of the highest rates that it is taken with."""
+        warm_up = round(WARM_UP_SHARE * self.steps)
+        if step < warm_up:
+            return 0, (step + 1) / (warm_up + 1)
+        cycle, position = divmod(self.cycles * (step - warm_up), self.steps - warm_up)
+        return cycle, 0.5 * (1 + math.cos(math.pi * position / (self.steps - warm_up)))
 
 
 class Ema:
-    """An exponential moving average of a detector's trained weights, which varies less than the weights themselves.
+    """An exponential moving average of the trained weights of a module, which varies less than the weights themselves.
 
     Where the learning rate has several cycles, the averages at their ends are averaged with equal weight: the weights
     found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407).
 
     Args:
-        detector: its weights that require a gradient are averaged.
+        module: its weights that require a gradient are averaged.
         decay: of the average at each step; lower in the first steps, which reduces the share of the initial weights.
-        cycle_ends: steps after which a cycle of the learning rate ends, apart from the last.
+            0: the average is the weights.
     """
 
-    def __init__(self, detector: nn.Module, decay: float, cycle_ends: Sequence[int] = ()):
-        self.trained: list[Tensor] = [p for p in detector.parameters() if p.requires_grad]
+    def __init__(self, module: nn.Module, decay: float):
+        self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.trained]
         self.ends: list[list[Tensor]] = []  # the averages at the ends of the cycles so far
-        self.decay, self.cycle_ends, self.steps = decay, cycle_ends, 0
+        self.decay, self.steps = decay, 0
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Average in the weights after a step."""
+    def update(self, cycle: int = 0) -> None:
+        """Average in the weights after a step of a cycle; a new cycle keeps the average at the end of the former."""
+        if cycle > len(self.ends):
+            self.ends.append([value.clone() for value in self.average])
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.trained, 1 - decay)
-        if self.steps in self.cycle_ends:
-            self.ends.append([value.clone() for value in self.average])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the detector has the averaged weights; afterwards its own are restored."""
+        """Inside, the module has the averaged weights; afterwards its own are restored."""
         own = [p.detach().clone() for p in self.trained]
         self._load([torch.stack(values).mean(0) for values in zip(*self.ends, self.average, strict=True)])
         try:
@@ -88,18 +132,3 @@ class Ema:
             for values in (state["average"], *state["ends"])
         ]
         self.steps = state["steps"]
-
-
-def cosine_schedule(optimizer: Optimizer, steps: int, cycles: int = 1) -> LambdaLR:
-    """Linear warm-up from 0 over the first `WARM_UP_SHARE` of `steps`, then half a cosine to 0, `cycles` times."""
-    return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, _warm_up(steps), steps, cycles)
-
-
-def cycle_ends(steps: int, cycles: int) -> list[int]:
-    """The number of steps after which each cycle of `cosine_schedule` but the last ends."""
-    annealed = steps - _warm_up(steps)
-    return [_warm_up(steps) + math.ceil(annealed * number / cycles) for number in range(1, cycles)]
-
-
-def _warm_up(steps: int) -> int:
-    return round(WARM_UP_SHARE * steps)

@@ -356,7 +356,7 @@ def test_values_that_could_not_be_reloaded_are_not_written(file, change):
 
 
 def start_from(path, data) -> Checkpoint:
-    return improved_dino_detector.first_detector(improved_dino_detector.Settings(start_from=str(path)), data)
+    return improved_dino_detector.initial_checkpoint(improved_dino_detector.Settings(start_from=str(path)), data)
 
 
 @pytest.mark.parametrize(("head", "second_look"), [("linear", 0), ("pyramid", 20)])

@@ -23,10 +23,10 @@ from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform
 from common.evaluate.detect import predict
 from common.model.assignment import ASSIGNMENTS, Assignment, assign
-from common.model.backbone import BackboneFlags, choose_blocks, fetch_backbone, load_backbone
+from common.model.backbone import BackboneFlags, fetch_backbone, load_backbone, resolve_blocks
 from common.model.boxes import pairwise_iou
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
-from common.model.detector import HEADS, merged, new_detector
+from common.model.detector import HEADS, merge_lora, new_detector
 from common.model.heads import PyramidHead, decode_boxes, locations
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
 from common.model.postprocess import MAX_DETECTIONS, fuse_predictions, postprocess
@@ -122,11 +122,11 @@ def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
 @pytest.mark.parametrize("blocks", [(), (0,), (5,), (-5,), (1, 1), (4, -1)])
 def test_blocks_that_a_backbone_does_not_have_are_refused(blocks):
     with pytest.raises(InputError, match=r"blocks 1\.\.4"):
-        choose_blocks(blocks, 4)
+        resolve_blocks(blocks, 4)
 
 
 def test_negative_blocks_count_from_the_end():
-    assert choose_blocks((-1, 2, -4), 12) == (2, 9, 12)
+    assert resolve_blocks((-1, 2, -4), 12) == (2, 9, 12)
 
 
 def test_image_size_must_fit_the_patches(tiny_backbone):
@@ -226,7 +226,15 @@ def test_last_blocks_can_be_unfrozen_and_learning_rates_decay_by_depth(detector)
             assert rate[id(weight)] == pytest.approx(1e-3 * 0.5 ** (4 - backbone.block_of(name)))
     assert {rate[id(weight)] for weight in detector.head.parameters()} == {1e-2}
     assert {backbone.block_of(name) for name, _ in backbone.named_parameters()} == {0, 1, 2, 3, 4}
-    assert all((group["weight_decay"] > 0) == (group["params"][0].ndim > 1) for group in groups)
+    decays = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    undecayed = {name for name, weight in detector.named_parameters() if decays.get(id(weight)) == 0}
+    assert undecayed == {
+        name
+        for name, weight in detector.named_parameters()
+        if id(weight) in decays and (weight.ndim == 1 or name.endswith(("cls_token", "position_embeddings")))
+    }
+    others = parameter_groups(detector, 1e-3, 1e-3, 0.1)
+    assert [len(group["params"]) for group in others] == [len(group["params"]) for group in groups]
 
 
 def test_averaged_weights_are_applied_and_restored(detector):
@@ -356,23 +364,21 @@ def test_images_without_objects_have_a_finite_loss_and_gradient(detector):
 
 
 @pytest.mark.parametrize("boxes", [[], [[10, 10, 60, 60]]], ids=["no object", "one object"])
+@pytest.mark.parametrize("second_look", [0, 20])
 @torch.no_grad()
-def test_batches_of_any_size_have_the_same_loss_where_hardly_any_location_is_positive(detector, boxes):
+def test_parts_of_a_batch_have_its_loss_in_the_mean(boxes, second_look, tiny_backbone):
     """So that two processes, or two accumulated batches, train as one batch of twice the size."""
-    images = pixels_of(1, 3, 112, 112).expand(4, -1, -1, -1)
-    targets, counts = [target_of(boxes), *[target_of([])] * 3], []
-    detector.eval()
-    whole = loss_of(detector(images), targets, LossConfig())
-
-    def losses_of_halves(mean_counts):
-        out = detector(images[:2])
-        return [loss_of(out, half, LossConfig(), mean_counts) for half in (targets[:2], targets[2:])]
-
-    losses_of_halves(lambda count: counts.append(count) or count)
-    mean = torch.stack(counts).mean(0)  # as accumulation and processes compute it
-    first, second = losses_of_halves(lambda _: mean)
-    halves = {name: (first[name] + second[name]).item() / 2 for name in first}
-    assert halves == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-5)
+    torch.manual_seed(0)
+    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "second_look": second_look}
+    detector = new_detector(tiny_backbone, head="pyramid", **options).eval()
+    images, criterion = pixels_of(4, 3, 112, 112), DetectionLoss(LossConfig())
+    targets = [target_of(boxes), *[target_of([])] * 3]
+    parts = [Targets.pad(targets[:2]), Targets.pad(targets[2:])]
+    whole = criterion(detector(images, Targets.pad(targets)), Targets.pad(targets))
+    counts = torch.stack([part.counts() for part in parts]).mean(0)  # as of accumulated batches and of processes
+    halves = [criterion(detector(images[2 * i : 2 * i + 2], part), part, counts) for i, part in enumerate(parts)]
+    means = {name: sum(half[name].item() for half in halves) / 2 for name in whole}
+    assert means == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-5)
 
 
 def perfect_output(dataset, num_classes, size):
@@ -458,9 +464,9 @@ def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_ba
     torch.manual_seed(0)
     detector = new_detector(tiny_backbone, head=head, blocks=(2, 4), image_size=56, num_classes=3)
     plain, images = {name: weight.clone() for name, weight in detector.state_dict().items()}, pixels_of(1, 3, 56, 56)
-    assert merged(detector) is detector
+    assert merge_lora(detector) is detector
     before = detector.eval()(images).boxes
-    detector.backbone.prepare_training(BackboneFlags(lora=2))
+    detector.backbone.set_trainable(BackboneFlags(lora=2))
     assert torch.equal(detector(images).boxes, before)  # the changes are 0 at first
     trained = {name for name, weight in detector.backbone.named_parameters() if weight.requires_grad}
     assert len(trained) == 2 * 6 * 4 and all("lora_" in name for name in trained)
@@ -472,7 +478,7 @@ def test_low_rank_changes_are_trained_and_written_as_plain_weights(head, tiny_ba
         torch.optim.SGD(detector.parameters(), 1e-3).step()
     after = detector(images).boxes
     assert not torch.equal(after, before)
-    save_detector(tmp_path / "a.pth", Checkpoint(merged(detector), ("a", "b", "c"), (1, 2, 3)))
+    save_detector(tmp_path / "a.pth", Checkpoint(merge_lora(detector), ("a", "b", "c"), (1, 2, 3)))
     reloaded = load_checkpoint(tmp_path / "a.pth").detector
     assert torch.allclose(reloaded(images).boxes, after, atol=1e-3)
     changed = {name for name, weight in reloaded.state_dict().items() if not torch.equal(weight, plain[name])}
@@ -487,7 +493,7 @@ def test_checkpointed_activations_give_the_same_gradients(tiny_backbone):
     for flags in (BackboneFlags(), BackboneFlags(checkpoint_activations=True)):
         torch.manual_seed(0)
         detector = new_detector(tiny_backbone, head="linear", blocks=(2, 4), image_size=56, num_classes=3).train()
-        detector.backbone.prepare_training(flags, blocks=2)
+        detector.backbone.set_trainable(flags, blocks=2)
         detector(images).boxes.sum().backward()
         gradients.append({name: weight.grad for name, weight in detector.named_parameters() if weight.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

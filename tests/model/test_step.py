@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.model.detector import Detector, new_detector
 from common.model.losses import DetectionLoss, LossConfig
 from common.model.postprocess import fuse_predictions, select_detections
-from common.model.second_look import JitteredBoxes
 from common.train.optim import Ema, parameter_groups
 
 SIZE = 112
@@ -37,9 +36,6 @@ class Operations(TorchDispatchMode):
         self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
-    def __sub__(self, other):
-        return sum(self.names.values()) - sum(other.names.values())
-
     @property
     def waits(self):
         return sum(self.names[name] for name in WAITS)
@@ -52,17 +48,17 @@ def training(request, tiny_backbone):
     options, config = DETECTORS[request.param]
     detector = new_detector(tiny_backbone, blocks=(2, 4), image_size=SIZE, num_classes=10, **options).train()
     detector.backbone.unfreeze()
-    return detector, DetectionLoss(config, torch.full((10,), 0.1)), JitteredBoxes()
+    return detector, DetectionLoss(config, torch.full((10,), 0.1))
 
 
 def test_the_whole_step_passes_where_tensors_have_no_values(training):
     """On the device "meta" a wait raises, and so does a tensor of another device."""
-    detector, criterion, jittered_boxes = (part.to("meta") for part in training)
+    detector, criterion = (part.to("meta") for part in training)
     optimizer = torch.optim.AdamW(parameter_groups(detector, 1e-3, 1e-4, 0.05, 0.8), fused=False, foreach=True)
     average = Ema(detector, 0.99)
     targets = random_targets(3, seed=0, size=SIZE).to("meta")
-    out = detector(torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8, device="meta"), jittered_boxes(targets))
-    sum(criterion(out, targets).values()).backward()
+    out = detector(torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8, device="meta"), targets)
+    sum(criterion(out, targets, targets.counts()).values()).backward()
     torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
     optimizer.step()
     average.update()
@@ -70,19 +66,20 @@ def test_the_whole_step_passes_where_tensors_have_no_values(training):
     assert boxes.shape == (3, 100, 4) and scores.shape == labels.shape == (3, 100)
 
 
-def operations(detector: Detector, criterion, jittered_boxes, batch):
+def operations(detector: Detector, criterion, batch):
     """Operations of a step outside backbone and heads, and the waits of the whole step but the finite check."""
     targets = random_targets(batch, seed=1, size=SIZE)
     pixels = torch.randint(0, 256, (batch, 3, SIZE, SIZE), dtype=torch.uint8)
-    with Operations() as outside:
-        examples = jittered_boxes(targets)
     with Operations() as forward:
-        out = detector(pixels, examples)
+        out = detector(pixels, targets)
     leaves = {name: leaf(getattr(out, name)) for name in ("object_logits", "class_logits", "boxes")}
     if out.second is not None:
         second = {name: leaf(getattr(out.second, name)) for name in ("object_logits", "class_logits", "boxes")}
         leaves["second"] = replace(out.second, **second)
+    outside = Operations()
     with outside:
+        if out.second is not None:
+            detector.head.second_look.jitter(targets)
         loss = sum(criterion(replace(out, **leaves), targets).values())
         loss.backward()
     with Operations() as backward:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 import comprehensive_validation
@@ -16,7 +17,7 @@ from common.cli import flag
 from common.console import InputError
 from common.files import check_outputs
 from common.model.checkpoint import Checkpoint, save_detector
-from common.train.run_folder import RunFlags
+from common.train.run import Run, RunFlags
 
 
 @pytest.fixture
@@ -203,10 +204,11 @@ class TrainSettings(RunFlags):
 def test_training_does_not_overwrite_what_it_reads(start, output, folder):
     Path("run").mkdir()
     shutil.copy("cats.pth", "run/best.pth")
+    Path("run/settings.json").touch()
     Path("linked.pth").symlink_to("cats.pth")
     with pytest.raises(InputError, match="would overwrite the input"):
-        TrainSettings(run_dir="run", output=output, start_from=start).check_paths()
-    TrainSettings(run_dir="run", output="new.pth", start_from="cats.pth").check_paths()
+        Run(TrainSettings(run_dir="run", output=output, start_from=start), Accelerator(cpu=True))
+    Run(TrainSettings(run_dir="run", output="new.pth", start_from="cats.pth"), Accelerator(cpu=True))
 
 
 def test_two_outputs_are_two_files(tmp_path):

@@ -114,7 +114,7 @@ def test_two_processes_evaluate_every_image_once(trained, odd):
 
 
 def test_two_killed_processes_resume_to_the_same_result(trained, odd, tiny_backbone, tmp_path):
-    flags = ("--batch-size", 2, "--resume", "--save-steps", 1)
+    flags = ("--batch-size", 2, "--resume")
     paths = ("--data", odd, "--backbone", tiny_backbone, "--output", "out.pth", "--run-dir", "run")
     for number, lines in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
         process = start(tmp_path, "improved_dino_detector.py", *paths, *SIZES, *EPOCHS, *flags)

@@ -155,9 +155,8 @@ def test_files_of_a_run_of_two_stages(chain):
 
 def test_crops_are_never_larger_than_the_input(chain):
     detector = load_checkpoint(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
-    for crop_size, expected in ((448, 112), (112, 112), (56, 56)):
-        settings = improved_dino_detector.Settings(crop_size=crop_size)
-        assert improved_dino_detector.fitted_to(settings, detector, 1, 1).crop_size == expected
+    for side, expected in ((448, 112), (112, 112), (56, 56)):
+        assert improved_dino_detector.crop_size(improved_dino_detector.Settings(crop_size=side), detector) == expected
 
 
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
@@ -267,7 +266,6 @@ BAD = {
     },
     "no class in common": {"--val-json": "{tmp}/animals.json", "--val-images-dir": "{demo}/val2017"},
     "nothing to train": {"--stop-after": "frozen", "--epochs-frozen": "0", "--data": "{demo}"},
-    "crops from the cache": {"--augmentation": "crop", "--data": "{demo}"},
     "no checkpoint to start from": {"--start-from": "{tmp}/none.pth", "--data": "{demo}"},
     "no results": {"--results": "{tmp}/none.json"},
     "other results": {"--results": "{tmp}/other.json"},
@@ -300,10 +298,8 @@ CASES += [
     for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION)
     for c in ("no such flag", "not a number", "number below 0")
 ]
-CASES += [
-    (s, "number too small") for s in (SIMPLE, QUICK_CHECK, VALIDATION)
-]  # IMPROVED takes 0 for a default that depends on the hardware
-CASES += [(IMPROVED, c) for c in ("nothing to train", "crops from the cache", "no checkpoint to start from")]
+CASES += [(s, "number too small") for s in (SIMPLE, IMPROVED, QUICK_CHECK, VALIDATION)]
+CASES += [(IMPROVED, c) for c in ("nothing to train", "no checkpoint to start from")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("no objects", "objects too small", "no class in common")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("wrong image size", "wrong backbone", "no hub", "no data hub")]
 CASES += [(s, c) for s in (SIMPLE, IMPROVED) for c in ("run folder is a file", "number too large")]

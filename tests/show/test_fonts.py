@@ -8,7 +8,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image, ImageFont
 
-from common.console import one_line
+from common.console import to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.show import charts, fonts
 from common.show.drawing import LabelledBox, draw_boxes
@@ -124,12 +124,12 @@ def test_captions_on_images_use_the_same_font():
     ],
 )
 def test_names_become_one_short_line(text, line):
-    assert one_line(text) == line
-    assert one_line(line) == line
+    assert to_one_line(text) == line
+    assert to_one_line(line) == line
 
 
 def test_shortening_to_any_width():
-    assert [one_line("abcdef", width) for width in (1, 2, 3, 5, 6)] == ["…", "a…", "a…f", "ab…ef", "abcdef"]
+    assert [to_one_line("abcdef", width) for width in (1, 2, 3, 5, 6)] == ["…", "a…", "a…f", "ab…ef", "abcdef"]
 
 
 def test_long_names_that_are_equal_once_shortened_have_their_number():

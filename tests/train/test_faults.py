@@ -110,8 +110,7 @@ def test_nan_and_inf_stop_the_run_before_they_reach_the_weights(kind, demo, tiny
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone))
     report = json.loads(Path("run/not_finite_0.json").read_text())
     assert len(set(report["image_ids"])) == len(seen[1].labels) == 4 and report["step"] == 2
-    state = torch.load("run/state.pth", weights_only=True)["train"]
-    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+    assert not Path("run/state.pth").exists()  # of the first epoch nothing is kept
 
 
 @pytest.mark.parametrize("head", HEADS)

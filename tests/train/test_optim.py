@@ -1,37 +1,49 @@
-"""Learning rates and averaged weights over several cycles."""
+"""Learning rates as functions of the step, and averaged weights over several cycles."""
 
 import pytest
 import torch
 from torch import nn
 
-from common.train.optim import Ema, cosine_schedule, cycle_ends
+from common.train.optim import Ema, Schedule
+
+
+def schedule_of(epochs, epoch_steps, cycles=1, lr=1.0):
+    return Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr), epochs, epoch_steps, cycles)
 
 
 @pytest.mark.parametrize(("steps", "cycles"), [(100, 1), (100, 2), (101, 3), (8, 2)])
 def test_the_learning_rate_falls_in_each_cycle_and_rises_between_them(steps, cycles):
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
-    schedule, rates = cosine_schedule(optimizer, steps, cycles), []
-    for _ in range(steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    schedule = schedule_of(steps, 1, cycles)
+    numbers, rates = zip(*map(schedule.at, range(steps)), strict=True)
     warm_up = round(0.05 * steps)
     rises = [step for step in range(warm_up + 1, steps) if rates[step] > rates[step - 1]]
-    assert rises == cycle_ends(steps, cycles) and len(rises) == cycles - 1
-    assert all(rates[step] > 0.9 for step in rises)
+    assert rises == [step for step in range(1, steps) if numbers[step] > numbers[step - 1]] and len(rises) == cycles - 1
+    assert all(rates[step] > 0.9 for step in rises) and max(rates) <= 1
+    assert sorted(rates[:warm_up]) == list(rates[:warm_up])
+
+
+def test_rates_depend_on_the_position_alone():
+    """A resumed run with twice the batch has half the steps, and ends where it would have ended."""
+    few, many = schedule_of(4, 10, lr=0.5), schedule_of(4, 20, lr=0.5)
+    for epoch in (2, 3):
+        for step in range(10):
+            few.set_rates(epoch, step)
+            many.set_rates(epoch, 2 * step)
+            ours, theirs = (s.optimizer.param_groups[0]["lr"] for s in (few, many))
+            assert ours == pytest.approx(theirs, abs=0.02)
+    assert 0 < ours < 0.01
 
 
 def test_the_average_is_that_of_the_ends_of_the_cycles():
     layer = nn.Linear(1, 1, bias=False)
-    ema = Ema(layer, decay=0.0, cycle_ends=[2])
-    applied = []
-    for value in (1.0, 2.0, 6.0, 8.0):
+    average, applied = Ema(layer, decay=0.0), []
+    for value, cycle in ((1.0, 0), (2.0, 0), (6.0, 1), (8.0, 1)):
         nn.init.constant_(layer.weight, value)
-        ema.update()
-        with ema.applied():
+        average.update(cycle)
+        with average.applied():
             applied.append(layer.weight.item())
         assert layer.weight.item() == value
-        resumed = Ema(layer, decay=0.0, cycle_ends=[2])
-        resumed.load_state_dict(ema.state_dict())
-        ema = resumed
+        resumed = Ema(layer, decay=0.0)
+        resumed.load_state_dict(average.state_dict())
+        average = resumed
     assert applied == [1.0, 2.0, 4.0, 5.0]

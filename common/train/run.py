@@ -1,0 +1,376 @@
+"""One training run: its folder, its log, its state, and going on after a stop.
+
+A run is resumed at the end of an epoch. Random numbers are functions of (seed, epoch, step or image, process) and
+learning rates of the step, so that on a CPU the resumed run ends with the same bits as one that was never stopped.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cli import flag, flag_name, flag_texts
+from common.console import InputError, check_packages, last_line, progress_bar
+from common.data.dataset import make_eval_loader
+from common.data.memory import DetectionData
+from common.evaluate.coco_metrics import format_headline
+from common.evaluate.detect import validate
+from common.files import atomic_write, check_outputs, check_writable, link_or_copy, remove_leftovers
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
+from common.model.detector import merge_lora
+from common.runtime import Purpose, RuntimeFlags, seed_of
+from common.types import Batch
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
+STATE_VERSION = 4
+FILES = ("settings.json", "log.jsonl", "last.pth", "best.pth", "state.pth")
+FINISHED = "finished"  # an empty file that marks a run as complete
+FP16_SKIPS = 20  # consecutive steps that fp16 may skip while its loss scale is adjusted
+UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run
+ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where its weights began
+
+
+@dataclass(frozen=True)
+class RunFlags(RuntimeFlags):
+    """Training run."""
+
+    accumulate: int = flag(1, "batches a step, one after another: N need the memory of one", at_least=1)
+    patience: int = flag(0, "end a stage after N epochs without a better mAP@0.5; 0 = never", at_least=0)
+    log_with: tuple[str, ...] = flag((), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS)
+    deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower")
+    resume: bool = flag(False, "go on after the last epoch of the stopped run in --run-dir; start one if there is none")
+    run_dir: str = flag("runs/detector", "folder for the run's log and its checkpoints")
+    output: str = flag("detector.pth", "the checkpoint to write")
+
+
+class Run:
+    """The files of a run, and what is the same in every step and after every epoch.
+
+    In its folder are `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each stage
+    but the last as STAGE.pth, and `state.pth`. A new run replaces the files of a finished one. The main process writes
+    them, all read them. It locks the folder while it lives: processes of a killed launcher may still be training.
+
+    Args:
+        settings: of the run.
+        accelerator: likewise.
+        stages: the names of the script's stages, in order.
+
+    Raises:
+        InputError: another process trains in the folder, an output cannot be written or is an input, a run in the
+            folder is not finished and `resume` is not set, or its state cannot be read.
+    """
+
+    def __init__(self, settings: RunFlags, accelerator: Accelerator, stages: tuple[str, ...] = ("only",)):
+        self.settings, self.accelerator, self.stages = settings, accelerator, stages
+        self.path, self.description = Path(settings.run_dir), dict[str, Any]()
+        self.stage, self.epoch, self.skipped = stages[0], 0, 0
+        self._check_outputs()
+        if accelerator.is_main_process:
+            self.lock = filelock.FileLock(
+                self.path / "lock", is_singleton=True
+            )  # another run of this process may go on
+            try:
+                self.lock.acquire(blocking=False)
+            except filelock.Timeout as error:
+                advice = "wait for it, stop it, or name another --run-dir"
+                raise InputError(f"another process is training in {self.path}: {advice}") from error
+        accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
+        self.saved = self._read_state() if settings.resume else {}
+        self.log: list[dict] = self.saved.get("log", [])
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Any error ends with how to go on."""
+        if error is not None and (self.path / "state.pth").is_file():
+            error.add_note(f"the state after epoch {len(self.log)} is in {self.path}: go on with --resume")
+
+    def begin(self, train_data: DetectionData, val_data: DetectionData, stages: tuple[str, ...] = ("only",)) -> None:
+        """Check that a resumed run fits its state, print what changed, write the settings, and start the trackers.
+
+        Args:
+            train_data: images and boxes, likewise `val_data`.
+            val_data: of the validation after each epoch and at the end.
+            stages: those that are requested.
+
+        Raises:
+            InputError: other images or boxes than before, another value of a flag that is `fixed`, a stage that is no
+                longer requested, or a tracker that cannot be reached.
+        """
+        recorded = {name: value for name, value in asdict(self.settings).items() if name not in UNRECORDED}
+        data = {"train_fingerprint": train_data.fingerprint(), "val_fingerprint": val_data.fingerprint()}
+        self.description = recorded | data
+        self.description |= {"train_images_used": len(train_data), "processes": self.accelerator.num_processes}
+        states = [image.path.stat() for part in (train_data, val_data) for image in part.images]
+        digest = hashlib.sha256(repr([(state.st_size, state.st_mtime_ns) for state in states]).encode())
+        self.files = digest.hexdigest()  # of the pixels, as far as their files tell
+        if self.saved:
+            self._check_resumable(stages)
+        self.accelerator.wait_for_everyone()  # all have read the files that the main process now replaces
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.path)
+            for name in (FINISHED, *(() if self.saved else ("state.pth",))):
+                (self.path / name).unlink(missing_ok=True)
+            with atomic_write(self.path / "settings.json", "w") as file:
+                json.dump(asdict(self.settings) | data, file, indent=2)
+            self._write_log()
+        self._start_trackers()
+
+    def describe(self, start: Checkpoint, **used: Any) -> Checkpoint:
+        """The checkpoint that training begins with, described as one of this run; `used`: settings as they are used."""
+        origin = {name: start.train_config[name] for name in ORIGIN if name in start.train_config}
+        return replace(start, train_config=self.description | used | origin, metrics={}, epoch=0)
+
+    def resumed(self) -> Checkpoint | None:
+        """The last checkpoint of a resumed run, whose weights `epochs` replaces by those in training."""
+        return load_checkpoint(self.path / "last.pth") if self.saved else None
+
+    def is_past(self, stage: str) -> bool:
+        """Whether the resumed run was already in a later stage."""
+        return bool(self.saved) and self.stages.index(stage) < self.stages.index(self.saved["stage"])
+
+    def best_of(self, stage: str) -> Path:
+        """The checkpoint of the best epoch up to the end of a stage."""
+        return self.path / ("best.pth" if stage == self.stages[-1] else f"{stage}.pth")
+
+    def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
+        """The epochs of a stage that remain, from 0; after each the state is saved.
+
+        Args:
+            stage: its name.
+            count: of its epochs.
+            parts: what an epoch changes, by name: objects with `state_dict` and `load_state_dict`.
+        """
+        self.stage, first = stage, 0
+        if self.accelerator.scaler:
+            parts["scaler"] = self.accelerator.scaler
+        if self.saved and self.saved["stage"] == stage:
+            first = self.saved["epoch"]
+            for name, part in parts.items():
+                part.load_state_dict(self.saved["parts"][name])
+            print(f"resuming stage {stage} after {first} of {count} epochs", flush=True)
+        self.saved = {}  # it holds the weights once more
+        for self.epoch in range(first, count):
+            yield self.epoch
+            self._save(parts)
+            if self._has_stalled():
+                print(f"stage {stage} ends after {self.settings.patience} epochs without a better mAP@0.5", flush=True)
+                return
+
+    def epoch_steps(self, loader: DataLoaderShard) -> int:
+        """How many steps an epoch has; batches that make no whole step of `--accumulate` are left out.
+
+        Raises:
+            InputError: not even one step.
+        """
+        if len(loader) < self.settings.accumulate:
+            raise InputError(f"--accumulate {self.settings.accumulate}: an epoch has only {len(loader)} batches")
+        return len(loader) // self.settings.accumulate
+
+    def steps(self, loader: DataLoaderShard) -> Iterator[list[Batch]]:
+        """The batches of each step of an epoch, whose dropout is that of (seed, epoch, process); and a bar."""
+        loader.set_epoch(len(self.log) + 1)  # passed on to the data set
+        self.began, self.losses, batches = time.perf_counter(), list[dict[str, Tensor]](), iter(loader)
+        torch.manual_seed(seed_of(Purpose.DROPOUT, self.settings.seed, len(self.log), self.accelerator.process_index))
+        title, is_shown = f"epoch {len(self.log) + 1}", self.accelerator.is_main_process
+        with progress_bar(self.epoch_steps(loader), title, "step", is_shown) as bar:
+            for _ in range(self.epoch_steps(loader)):
+                yield list(itertools.islice(batches, self.settings.accumulate))
+                bar.update()
+
+    def mean(self, counts: list[Tensor]) -> Tensor:
+        """The mean of vectors over the batches of a step, those of other processes included."""
+        return self.accelerator.reduce(torch.stack(counts).mean(0), "mean")
+
+    def check_finite(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
+        """Stop before a step would make the weights inf or NaN: the one place where a step waits for the device.
+
+        Gradients have been averaged over the processes, so all of them raise. In fp16 a few consecutive steps may be
+        skipped while the loss scale is adjusted.
+
+        Args:
+            norm: () of all gradients.
+            step: of the epoch.
+            batches: of this process, named in the report that is written to `not_finite_0.json` (1, ... on others).
+
+        Raises:
+            InputError: the norm is inf or NaN.
+        """
+        self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
+        if self.skipped <= (FP16_SKIPS if self.accelerator.scaler else 0):
+            return
+        image_ids = [meta.image_id for batch in batches for meta in batch.meta]
+        report = {"stage": self.stage, "epoch": len(self.log) + 1, "step": step + 1, "image_ids": image_ids}
+        with atomic_write(self.path / f"not_finite_{self.accelerator.process_index}.json", "w") as file:
+            json.dump(report | {"gradient_norm": str(norm.item())}, file, indent=2)
+        raise InputError(
+            f"the gradients became {norm.item()} in epoch {len(self.log) + 1}, step {step + 1}, on the images "
+            f"{', '.join(map(str, image_ids))}; lower the learning rate, or use --precision fp32"
+        )
+
+    def finish_epoch(self, losses: dict[str, float], checkpoint: Checkpoint) -> None:
+        """Log the epoch, and write `last.pth`, and `best.pth` and STAGE.pth where mAP@0.5 is the highest.
+
+        Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
+        always 0 or does not exist, as on images without boxes.
+
+        Args:
+            losses: the mean of each term.
+            checkpoint: the detector after the epoch, and its numbers. LoRA's matrices are merged where it is written.
+        """
+        seconds, number = time.perf_counter() - self.began, len(self.log) + 1
+        is_best = _score(checkpoint.metrics) >= max((_score(line["val"]) for line in self.log), default=0.0)
+        rounded = {name: round(value, 4) for name, value in losses.items()}
+        line = {"stage": self.stage, "epoch": number, "loss": rounded, "val": checkpoint.metrics}
+        self.log.append(line | {"seconds": round(seconds, 1)})
+        self._track(loss=losses, validation=checkpoint.metrics)
+        if not self.accelerator.is_main_process:
+            return
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        tqdm.write(f"epoch {number}: loss {terms}; {format_headline(checkpoint.metrics)}; {seconds:.0f} s")
+        last = self.path / "last.pth"
+        save_detector(last, replace(checkpoint, detector=merge_lora(checkpoint.detector), epoch=number))
+        for path in {self.path / "best.pth", self.best_of(self.stage)} if is_best else ():
+            link_or_copy(last, path)
+
+    def finish(self, val_data: DetectionData) -> dict[str, float | None]:
+        """Validate the best checkpoint on all of `val_data`, write it to `--output`, and mark the run as finished.
+
+        Returns:
+            Its headline numbers.
+        """
+        self.accelerator.wait_for_everyone()
+        best, settings = load_checkpoint(self.path / "best.pth"), self.settings
+        loader = make_eval_loader(val_data, best.image_size, settings.batch_size, settings.workers)
+        model = self.accelerator.prepare_model(best.detector, evaluation_mode=True)
+        numbers = validate(model, self.accelerator.prepare(loader), val_data, best.class_names, self.accelerator)
+        self._track(final=numbers)
+        if self.accelerator.is_main_process:
+            save_detector(settings.output, replace(best, metrics=numbers))
+            if len({line["val"]["AP50"] for line in self.log}) == 1 < len(self.log):
+                print("warning: mAP@0.5 was the same after every epoch: the last one is kept", flush=True)
+            headline = format_headline(numbers)
+            print(f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}")
+            (self.path / FINISHED).touch()
+        self.accelerator.end_training()
+        return numbers
+
+    def _check_outputs(self) -> None:
+        files = [self.path / name for name in (*FILES, *(f"{stage}.pth" for stage in self.stages[:-1]))]
+        existing = [path.name for path in files if path.is_file()]
+        if existing and "settings.json" not in existing:
+            raise InputError(f"{self.path} has a {existing[0]} of another program: name another --run-dir")
+        if "state.pth" in existing and not (self.path / FINISHED).is_file() and not self.settings.resume:
+            advice = "go on with --resume, name another --run-dir, or delete it"
+            raise InputError(f"the run in {self.path} is not finished: {advice}")
+        for name in self.settings.log_with:
+            check_packages(f"--log-with {name}", name)
+        for path in (self.settings.output, self.path / "state.pth"):
+            check_writable(path)
+        check_outputs([Path(self.settings.output), *files], flag_texts(self.settings, "output", "run_dir"))
+
+    def _read_state(self) -> dict[str, Any]:
+        path = self.path / "state.pth"
+        if not path.is_file():
+            print(f"nothing to resume in {self.path} yet: starting", flush=True)
+            return {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # torch does not verify the checksums
+                    raise zipfile.BadZipFile
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            version = content["state_version"]
+        except Exception as error:  # torch documents few of the errors that damaged files raise
+            raise InputError(f"{path} is damaged: delete that folder, or name another --run-dir") from error
+        if version != STATE_VERSION:
+            raise InputError(f"{path} is of another version of this program; start again in another --run-dir")
+        return content
+
+    def _check_resumable(self, stages: tuple[str, ...]) -> None:
+        before, now = self.saved["description"], self.description
+        for part in ("train", "val"):
+            if before[f"{part}_fingerprint"] != now[f"{part}_fingerprint"]:
+                raise InputError(f"--resume: the run in {self.path} had other {part} images or boxes")
+        if self.saved["stage"] not in stages:
+            raise InputError(f"--resume: the run in {self.path} is in the stage {self.saved['stage']}, now left out")
+        changed = [field for field in fields(self.settings) if before.get(field.name) != now.get(field.name)]
+        texts = {f: f"{flag_name(f.name)} (was {before[f.name]}, is {now[f.name]})" for f in changed}
+        if fixed := [text for field, text in texts.items() if field.metadata["fixed"]]:
+            raise InputError(f"--resume: the run in {self.path} cannot go on with another {', '.join(fixed)}")
+        if changed:
+            print(f"from here on with another {', '.join(texts.values())}", flush=True)
+        if self.saved["files"] != self.files:
+            print("warning: image files were written since the run began; it goes on with them", flush=True)
+
+    def _save(self, parts: dict[str, Any]) -> None:
+        names = ("description", "files", "stage", "log")
+        content = {name: getattr(self, name) for name in names} | {"epoch": self.epoch + 1}
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            with atomic_write(self.path / "state.pth") as file:
+                torch.save(content | {"state_version": STATE_VERSION, "parts": states}, file)
+            self._write_log()
+
+    def _write_log(self) -> None:
+        with atomic_write(self.path / "log.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.log)
+
+    def _has_stalled(self) -> bool:
+        scores = [_score(line["val"]) for line in self.log if line["stage"] == self.stage]
+        patience = self.settings.patience
+        return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
+
+    def _start_trackers(self) -> None:
+        self.accelerator.log_with = list(dict.fromkeys(self.settings.log_with))
+        self.accelerator.project_configuration.set_directories(str(self.path))
+        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in self.description.items()}
+        names = {"wandb": {"name": self.path.name, "dir": str(self.path)}, "mlflow": {"run_name": self.path.name}}
+        try:
+            self.accelerator.init_trackers("dinov2-detection", plain, names)
+        except Exception as error:  # each tracker has its own
+            raise InputError(f"--log-with {' '.join(self.settings.log_with)}: {last_line(error):.300}") from error
+
+    def _track(self, **groups: dict[str, Any]) -> None:
+        """Send numbers to the trackers; one that fails does not end the training."""
+        values = {f"{group}/{k}": v for group, part in groups.items() for k, v in part.items() if v is not None}
+        try:
+            self.accelerator.log(values, len(self.log))
+        except Exception as error:
+            print(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}", flush=True)
+
+
+class RunningMean:
+    """The mean of the loss terms over an epoch, summed on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each term's, over all processes; reads the device."""
+        totals = accelerator.reduce(self.sums, "mean")
+        return {name: float(total) / self.count for name, total in totals.items()}
+
+
+def _score(metrics: dict) -> float:
+    """mAP@0.5, 0 also for None and NaN."""
+    return max(0.0, metrics["AP50"] or 0.0)
