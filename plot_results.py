@@ -35,13 +35,13 @@ def main(settings: Settings) -> Path:
     output = Path(settings.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")
-    figures = charts.figures(read_results(settings.results))
-    paths = {name: output.with_stem(f"{output.stem}_{name}") for name in figures} | {"comparison": output}
+    pages = charts.render(read_results(settings.results), DPI)
+    paths = {name: output.with_stem(f"{output.stem}_{name}") for name in pages} | {"comparison": output}
     check_outputs(paths.values(), [settings.results])
-    for name, figure in figures.items():
+    for name, page in pages.items():
         path = paths[name]
         with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=DPI)
+            file.write(page)
         with Image.open(path) as image:
             print(f"{path}: {image.width} x {image.height} pixels")
     return output

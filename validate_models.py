@@ -11,13 +11,13 @@ Writes into OUTPUT: contact_sheet.jpg, and in a folder for each model the annota
 detections.json (COCO results format, with file_name and category_name beside the ids).
 """
 
+import gc
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import set_seed
 from PIL import Image
 
 from common import cli
@@ -25,14 +25,15 @@ from common.cli import flag, flag_texts
 from common.console import InputError
 from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split, unlabelled_images
-from common.evaluate.detections import coco_detections, detection_table
-from common.evaluate.evaluation import Model, Predictor, evaluate, load_model, unique_names
+from common.evaluate.detect import detector_cost, run_detector
+from common.evaluate.detections import ModelRun, coco_detections, detection_table
+from common.evaluate.evaluation import evaluate, unique_names
 from common.files import atomic_write, check_outputs, check_writable
-from common.runtime import RuntimeFlags, make_accelerator
+from common.model import load_detector
+from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.fonts import print_replaced
-from common.show.tables import format_table, number_of
-from common.types import Detections, Predictions
+from common.show.tables import format_table
 
 SHEET_IMAGES = 16
 JPEG_COMMENT = b"annotated by validate_models.py"
@@ -49,7 +50,6 @@ class Settings(RuntimeFlags, DataFlags):
     min_score: float = flag(
         -1.0, "draw detections with this score or a higher one, 0..1; below 0 = each detector's operating point"
     )
-    flip: bool = flag(False, "detect on the mirror image of each image too: more accurate, half as fast")
     output: str = flag("predictions", "folder for the images and detections")
 
 
@@ -79,24 +79,18 @@ def check_files(settings: Settings, models: Sequence[str], data: DetectionData, 
 
 
 def write_images(
-    settings: Settings,
-    data: DetectionData,
-    models: dict[str, tuple[Model, list[Detections]]],
-    drawn: dict[int, str],
+    settings: Settings, data: DetectionData, runs: dict[str, ModelRun], scores: dict[str, float], drawn: dict[int, str]
 ) -> Path:
-    """Annotated images of each model and one contact sheet with all models; returns the sheet's path."""
+    """Annotated images of each model, from its own score on, and one contact sheet of all; returns the sheet's path."""
     truth = bool(len(data.labels))
-    print_replaced([*models, *data.class_names, *(name for c, _ in models.values() for name in c.class_names)])
+    print_replaced([*runs, *data.class_names, *(name for run in runs.values() for name in run.class_names)])
     sheet: list[Image.Image] = []
     for index, name in drawn.items():
-        file = data.images[index]
-        image = file.open()
+        image = data.images[index].open()
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
         panels = []
-        for model, (checkpoint, detections) in models.items():
-            d = detections[index].at_least(checkpoint.min_score if settings.min_score < 0 else settings.min_score)
-            boxes = detected_boxes(d.boxes, d.scores, d.labels, checkpoint.class_names)
-            panels.append((model, draw_boxes(image, boxes)))
+        for model, run in runs.items():
+            panels.append((model, draw_boxes(image, detected_boxes(run.table, index, run.class_names, scores[model]))))
             save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
         if len(sheet) < SHEET_IMAGES:
             sheet.append(side_by_side([*left, *panels]))
@@ -119,56 +113,47 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
         image.save(file, "JPEG", quality=88, comment=JPEG_COMMENT)
 
 
-def write_detections(path: Path, model: Model, detections: list[Detections], data: DetectionData) -> int:
-    """COCO results JSON of one model on images without ground truth; returns the number of detections."""
-    table = detection_table(detections, np.arange(len(model.class_names)))
-    files = {image.id: str(image.path) for image in data.images}
-    names = dict(zip(model.category_ids, model.class_names, strict=True))
-    entries = [
-        e | {"file_name": files[e["image_id"]], "category_name": names[e["category_id"]]}
-        for e in coco_detections(table, model.category_ids)
-    ]
-    with atomic_write(path, "w") as file:
-        json.dump(entries, file)
-    return len(entries)
+def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tuple[ModelRun, float]:
+    """What one model detects, and its operating point; with --images the detections are written, too."""
+    detector = load_detector(path, precision=settings.precision)
+    detections = run_detector(detector, data, settings.batch_size, settings.workers, name)
+    run = ModelRun(detection_table(detections, data), detector.class_names)
+    if settings.images:
+        named = replace(data, class_names=detector.class_names, category_ids=detector.category_ids)
+        file = Path(settings.output, name, "detections.json")
+        with atomic_write(file, "w") as stream:
+            json.dump(coco_detections(run.table, named, [str(image.path) for image in data.images]), stream)
+        print(f"{name}: {len(run.table)} detections in {file}")
+    else:
+        run = replace(run, cost=detector_cost(detector, data, settings.batch_size))
+    return run, detector.min_score
 
 
 def main(settings: Settings) -> dict[str, dict]:
     """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
+    check_single_process()
     check_writable(Path(settings.output, "contact_sheet.jpg"))
-    set_seed(settings.seed)
-    predictor = Predictor(make_accelerator(settings.precision), settings.batch_size, settings.workers, settings.flip)
-    checkpoints = [load_model(path) for path in settings.checkpoints]
-    names = unique_names(settings.checkpoints)
-    if settings.images:
-        first = checkpoints[0]
-        data = unlabelled_images([Path(p) for p in settings.images], first.class_names, first.category_ids)
-    else:
-        with predictor.accelerator.main_process_first():  # it downloads or generates the data once for all
-            data = load_split(settings, "val")
+    models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
+    images = [Path(path) for path in settings.images]
+    data = unlabelled_images(images, (), ()) if images else load_split(settings, "val")
     drawn = images_to_draw(settings, data)
-    check_files(settings, names, data, drawn)
+    check_files(settings, list(models), data, drawn)
 
-    models, records = {}, []
-    for name, path, checkpoint in zip(names, settings.checkpoints, checkpoints, strict=True):
-        detections = predictor.detect(checkpoint, data, name)
-        models[name] = (checkpoint, detections)
-        if not predictor.accelerator.is_main_process:
-            continue
-        if settings.images:
-            file = Path(settings.output, name, "detections.json")
-            print(f"{name}: {write_detections(file, checkpoint, detections, data)} detections in {file}")
-        else:
-            predictions = Predictions(detections, checkpoint.class_names, predictor.cost(checkpoint, data))
-            records.append(evaluate(name, path, predictions, data).record)
-    if settings.min_score < 0 and predictor.accelerator.is_main_process:
-        points = ", ".join(f"{checkpoint.min_score:.2f} ({name})" for name, (checkpoint, _) in models.items())
-        print(f"drawn are detections from the operating point on, the score with the best F1 in validation: {points}")
+    runs, scores = {}, {}
+    for name, path in models.items():
+        runs[name], scores[name] = run_one(path, name, settings, data)
+        gc.collect()  # the model, before the next one is loaded
+    records = [] if images else [evaluate(name, models[name], run, data).record for name, run in runs.items()]
+    if settings.min_score >= 0:
+        scores = dict.fromkeys(scores, settings.min_score)
+    else:
+        points = ", ".join(f"{score:.2f} ({name})" for name, score in scores.items())
+        print(f"drawn are detections with at least the score of best F1 in validation, the operating point: {points}")
     if records:
-        print(format_table(tuple(records), COLUMNS))
-    if predictor.accelerator.is_main_process:
-        print(f"annotated images in {settings.output}/, contact sheet: {write_images(settings, data, models, drawn)}")
-    return {r.name: {**(r.primary or {}), "AP50": number_of(r, "detection", "AP50")} for r in records}
+        print(format_table(records, COLUMNS))
+    sheet = write_images(settings, data, runs, scores, drawn)
+    print(f"annotated images in {settings.output}/, contact sheet: {sheet}")
+    return {r.name: vars(r.primary) | {"AP50": r.number("detection", "AP50")} for r in records}
 
 
 if __name__ == "__main__":

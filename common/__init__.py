@@ -17,7 +17,7 @@ train/        one training run
               optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, trackers,
               feature_cache
 evaluate/     detections -> numbers; draws nothing
-              detect | detections (the table), coco_metrics, primary, matching, bootstrap, diagnosis |
+              detect | detections (the table), overlaps, metrics, primary, diagnosis, trust, bootstrap |
               yolo, auto (detectors of transformers), evaluation, results
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report

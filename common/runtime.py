@@ -57,9 +57,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     Raises:
         InputError: fp16 without a GPU, or a launcher that shards the weights.
     """
-    chosen = fastest_precision(default_device()) if precision == "auto" else precision
-    if chosen == "fp16" and not torch.accelerator.is_available():
-        raise InputError("--precision fp16 needs a GPU; take bf16, fp32 or auto")
+    chosen = choose_precision(precision)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by CUDA's matrix products
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -81,6 +79,19 @@ def default_device() -> torch.device:
     """The GPU, or the CPU where there is none."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def choose_precision(precision: str) -> str:
+    """fp32, bf16 or fp16; "auto" is the fastest of the default device. Raises InputError: fp16 without a GPU."""
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise InputError("--precision fp16 needs a GPU; take bf16, fp32 or auto")
+    return fastest_precision(default_device()) if precision == "auto" else precision
+
+
+def check_single_process() -> None:
+    """Raises InputError where a launcher started several processes."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise InputError("validation runs in one process: start it with python, or unset WORLD_SIZE")
 
 
 def fastest_precision(device: torch.device) -> str:

@@ -11,7 +11,7 @@ Letters in shapes: B images, N objects of one image at most, L locations of the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,17 +193,6 @@ class Detections:
             {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in rows
         ]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The detections of a model on every image of a data set, in the model's own labels, and its description."""
-
-    detections: list[Detections]
-    class_names: tuple[str, ...]
-    cost: dict | None = None  # the fields of `evaluate.detect.Cost`
-    conditions: dict = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()  # how detections were read, and what was left out
 
 
 def mirror_boxes(boxes: Tensor, width: float) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.data.readers import Request, read_coco_folder
-from common.evaluate.detect import PeakMemory
+from common.evaluate.cost import PeakMemory
 
 IMAGES, BOXES, CLASSES, POINTS = 118_287, 860_001, 80, 40
 WIDTH, HEIGHT = 64, 48

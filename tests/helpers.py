@@ -24,8 +24,23 @@ from common.console import Interrupted, raise_on_signals
 from common.data.memory import DetectionData
 from common.data.readers import Request, read_coco
 from common.data.sources import TrainDataFlags
-from common.evaluate.coco_metrics import coco_dict, evaluate_table
 from common.evaluate.detections import coco_detections, detection_table
+from common.evaluate.metrics import (
+    COCO_NUMBERS,
+    coco_numbers,
+    match_boxes_alone,
+    match_detections,
+    mean,
+    precision_at_recalls,
+)
+from common.evaluate.primary import headline
+from common.evaluate.results import (
+    DataDescription,
+    DetectionNumbers,
+    PrimaryNumbers,
+    ValidationRecord,
+    ValidationResults,
+)
 from common.model.losses import LossConfig
 from common.train.run import Run
 from common.types import Detections, ImageMeta, Target, Targets
@@ -115,12 +130,63 @@ def random_detections(data, seed, count=30):
 
 def numbers_of(detections, data, labels=None):
     """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
-    return evaluate_table(detection_table(detections, np.arange(10) if labels is None else labels), data)
+    return numbers_of_table(detection_table(detections, data, labels), data)
+
+
+def numbers_of_table(table, data):
+    matched = match_detections(table, data)
+    agnostic = mean(precision_at_recalls(match_boxes_alone(matched, data), 1))
+    return headline(table, data) | coco_numbers(matched, data) | {"class_agnostic_AP50": agnostic}
+
+
+def record_of(name, primary=None, cost=None, conditions=None, diagnosis=None, intervals=None, **detection):
+    """A record with these numbers; all others do not exist."""
+    names = (*COCO_NUMBERS, "class_agnostic_AP50")
+    curves = {"per_class": {}, "precision_at_recall": {"0.5": None, "0.75": None}}
+    columns = ("accuracy", "precision", "recall", "f1", "mean_iou", "found")
+    return ValidationRecord(
+        name,
+        f"{name}.pth",
+        detection=DetectionNumbers(**dict.fromkeys(names) | curves | detection),
+        primary=PrimaryNumbers(**dict.fromkeys(columns) | (primary or {})),
+        cost=cost,
+        conditions=conditions or {},
+        diagnosis=diagnosis,
+        intervals=intervals,
+    )
+
+
+def results_of(*records, source="demo", class_names=("a", "b"), comparisons=()):
+    data = DataDescription(source, "val", 6, 30, len(class_names), list(class_names), "0")
+    return ValidationResults({}, data, list(records), list(comparisons))
 
 
 def crowded(data):
     """The same data with every fifth box a crowd."""
     return replace(data, crowd=np.arange(len(data.crowd)) % 5 == 0)
+
+
+def coco_dict(data):
+    """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
+    columns = (data.image_of_box(), data.labels, data.boxes, data.areas, data.crowd)
+    annotations = [
+        {
+            "id": number,
+            "image_id": data.images[index].id,
+            "category_id": data.category_ids[label],
+            "bbox": box.tolist(),
+            "area": float(area),
+            "iscrowd": int(crowd),
+        }
+        for number, (index, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
+    ]
+    images = [{"id": i.id, "file_name": i.path.name, "width": i.width, "height": i.height} for i in data.images]
+    categories = zip(data.category_ids, data.class_names, strict=True)
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in categories],
+    }
 
 
 def pycocotools_stats(truth, detections):
@@ -137,7 +203,7 @@ def pycocotools_stats(truth, detections):
 
 
 def pycocotools_numbers(table, data):
-    return pycocotools_stats(coco_dict(data), coco_detections(table, data.category_ids))
+    return pycocotools_stats(coco_dict(data), coco_detections(table, data, [""] * len(data)))
 
 
 def target_of(boxes, labels=None, crowd=None, size=112):

@@ -1,161 +1,121 @@
-"""From a model and a data set to a record, for both validation scripts.
-
-A model is a checkpoint of this project, one of its exports, anything that transformers or ultralytics runs, or a file
-of detections. Each gives `Predictions`, which one function evaluates.
-"""
+"""What a model detects, and the ground truth -> its record, for both validation scripts. Runs no model."""
 
 import itertools
 import os
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import Tensor
 
-from common.console import InputError, first_few, progress_bar
-from common.data.dataset import make_eval_loader
+from common.console import InputError, first_few
 from common.data.memory import DetectionData
-from common.evaluate.bootstrap import interval, resampled
-from common.evaluate.coco_metrics import evaluate_table, match_all
-from common.evaluate.detect import Cost, detect, measure_cost, predict
-from common.evaluate.detections import DetectionTable, TablePredictions, detection_table, label_map
-from common.evaluate.diagnosis import diagnose, self_check
-from common.evaluate.results import ValidationRecord
-from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.exported import ExportedDetector, is_exported, load_exported
-from common.model.postprocess import detections_of, postprocess
-from common.runtime import precision_name
-from common.types import Batch, Detections, ImageMeta, Predictions
+from common.evaluate import bootstrap
+from common.evaluate.bootstrap import Sampled, resample
+from common.evaluate.detections import DetectionTable, ModelRun, label_map
+from common.evaluate.diagnosis import diagnose
+from common.evaluate.metrics import (
+    coco_numbers,
+    match_boxes_alone,
+    match_detections,
+    mean,
+    operating_point,
+    precision_at_recalls,
+)
+from common.evaluate.primary import primary_numbers, primary_pairs
+from common.evaluate.results import DataDescription, DetectionNumbers, PrimaryNumbers, ValidationRecord
+from common.evaluate.trust import check_agreement
+from common.model import postprocess
 
-Model = Checkpoint | ExportedDetector
 NAME_BYTES = 200  # of a model's name, from which file names are made
-
-
-def load_model(path: str) -> Model:
-    """Read a checkpoint, or a detector that was exported.
-
-    Raises:
-        InputError: a missing or damaged detector, or one whose runtime is not installed.
-    """
-    return load_exported(path) if is_exported(path) else load_checkpoint(path)
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """Runs detectors of this project, `batch_size` images at once.
-
-    Checkpoints run on the device and in the precision of `accelerator`, exported detectors on the CPU in their own.
-    `workers` processes decode the images; with `flip` a checkpoint also runs on the mirror image of each.
-    """
-
-    accelerator: Accelerator
-    batch_size: int
-    workers: int
-    flip: bool = False
-
-    def detect(self, model: Model, data: DetectionData, title: str) -> list[Detections]:
-        """Detections on every image of `data`, in its order, in the model's labels.
-
-        Args:
-            title: of the progress bar.
-
-        Raises:
-            InputError: mirrored images are requested of an exported detector.
-        """
-        loader = make_eval_loader(data, model.image_size, self.batch_size, self.workers)
-        if isinstance(model, Checkpoint):
-            detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True)
-            return detect(detector, self.accelerator.prepare(loader), self.accelerator, title, self.flip)
-        if self.flip:
-            raise InputError(f"{title}: --flip is for checkpoints, not for exported detectors")
-        detections: list[Detections] = []
-        with progress_bar(len(data), title) as bar:
-            for batch in loader:
-                detections += detections_of(*model.run(batch.inputs), batch.meta)
-                bar.update(len(batch.meta))
-        return detections
-
-    def cost(self, model: Model, data: DetectionData) -> dict:
-        """Parameters, if they are known, and speed, the fields of `Cost`, measured on the first images of `data`."""
-        batch = next(iter(make_eval_loader(data.first(self.batch_size), model.image_size, self.batch_size, workers=0)))
-        if isinstance(model, ExportedDetector):
-
-            def run_exported(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
-                return detections_of(*model.run(images), meta)
-
-            return asdict(_cost_on(batch, run_exported, torch.device("cpu"), model.precision))
-        detector = self.accelerator.prepare_model(model.detector, evaluation_mode=True).eval()
-        parameters = sum(p.numel() for p in detector.parameters())
-
-        def run(images: Tensor, meta: list[ImageMeta]) -> list[Detections]:
-            return postprocess(*predict(detector, images, self.flip), meta)
-
-        device, precision = self.accelerator.device, precision_name(self.accelerator)
-        return asdict(_cost_on(batch.to(device), run, device, precision, parameters))
-
-    def predictions(self, path: str, data: DetectionData) -> Predictions:
-        """What the checkpoint or the exported detector in `path` detects on the images of `data`.
-
-        Raises:
-            InputError: what `load_model` and `detect` raise.
-        """
-        model = load_model(path)
-        detections = self.detect(model, data, Path(path).stem)
-        conditions = model.conditions() | {"flip": self.flip}
-        return Predictions(detections, model.class_names, self.cost(model, data), conditions)
-
-
-def _cost_on(batch: Batch, run: Callable, *about) -> Cost:
-    """What `run`, a function of images and targets, costs on the images of a batch."""
-    singles = [(batch.inputs[i : i + 1], batch.meta[i : i + 1]) for i in range(len(batch.meta))]
-    return measure_cost(run, singles, (batch.inputs, batch.meta), len(singles), *about)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record, with its detections and its numbers in each resample unless the record has an error."""
+    """A record, with its detections and its numbers in the resamples unless the record has an error."""
 
     record: ValidationRecord
     table: DetectionTable = field(default_factory=DetectionTable.empty)
-    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: dict[str, Sampled] = field(default_factory=dict)
 
 
 def evaluate(
-    name: str, path: str, predictions: Predictions, data: DetectionData, weights: np.ndarray | None = None
+    name: str,
+    path: str,
+    run: ModelRun,
+    data: DetectionData,
+    weights: np.ndarray | None = None,
+    strict: bool = False,
 ) -> Evaluation:
     """Measure one model on `data`.
 
     Args:
         name: of the model, in tables and charts.
         path: of its file.
-        weights: (P, R) as `bootstrap.draws` returns them; None leaves out intervals, diagnosis and self-check.
+        run: what it detects on these images.
+        weights: (P, R) as `bootstrap.image_weights` returns them; None leaves out intervals, diagnosis and `trust`.
+        strict: refuse detections that do not look as if they were read as they are meant.
 
     Raises:
-        InputError: the model and the data set have no class in common.
+        InputError: the model and the data set have no class in common, or what `strict` refuses.
     """
-    labels = label_map(predictions.class_names, data)
+    labels = label_map(run.class_names, data)
     known = int((labels >= 0).sum())
     if known == 0:
-        raise InputError(f"{path}: none of its classes ({first_few(predictions.class_names)}) is in {data.source}")
-    read = predictions.table if isinstance(predictions, TablePredictions) else None
-    table = detection_table(predictions.detections, labels) if read is None else read
-    conditions = predictions.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
-    matched = match_all(table, data)
-    parts = evaluate_table(table, data, matched) | {"cost": predictions.cost, "conditions": conditions}
-    warnings = [*predictions.warnings, *_class_warnings(predictions.class_names, labels, data)]
-    samples: dict[str, np.ndarray] = {}
-    if weights is not None:
-        samples = resampled(matched, data, weights)
-        parts |= {
-            "diagnosis": diagnose(table, matched.by_class, data),
-            "intervals": {key: interval(values) for key, values in samples.items()},
-        }
-        warnings += self_check(table, data)
-    return Evaluation(ValidationRecord(name, path, **parts, warnings=warnings), table, samples)
+        raise InputError(f"{path}: none of its classes ({first_few(run.class_names)}) is in {data.source}")
+    table = run.table.relabelled(labels)
+    conditions = run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
+    matched = match_detections(table, data)
+    point, boxes_alone = operating_point(matched.by_class), match_boxes_alone(matched, data)
+    primary = primary_pairs(matched, data, point.score)
+    record = ValidationRecord(
+        name,
+        path,
+        detection=DetectionNumbers(
+            **coco_numbers(matched, data), class_agnostic_AP50=mean(precision_at_recalls(boxes_alone, 1))
+        ),
+        primary=PrimaryNumbers(**primary_numbers(primary)),
+        cost=run.cost,
+        conditions=conditions,
+        warnings=[*run.warnings, *_class_warnings(run.class_names, labels, data)],
+    )
+    if weights is None:
+        return Evaluation(record, table)
+    doubts = check_agreement(matched, data)
+    if doubts and strict:
+        raise InputError(f"{path}: {doubts[0]} (refused by --strict)")
+    numbers = vars(record.primary) | vars(record.detection)
+    resamples = resample(matched, boxes_alone, primary, data, weights)
+    samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
+    record = replace(
+        record,
+        diagnosis=diagnose(matched, data, point),
+        intervals={key: samples[key].clipped_interval() if key in samples else None for key in resamples},
+        warnings=[*record.warnings, *doubts],
+    )
+    return Evaluation(record, table, samples)
+
+
+def describe_protocol(seed: int) -> dict:
+    """The settings that all models share; of the detections' limits those of this project's detectors."""
+    return {
+        "max_detections": postprocess.MAX_DETECTIONS,
+        "min_score": postprocess.MIN_SCORE,
+        "nms_iou": postprocess.NMS_IOU,
+        "crowds": "ignored, as COCO does",
+        "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
+        "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.SHOWN_LEVEL}%",
+        "verdicts": f"{bootstrap.VERDICT_LEVEL}% interval of the difference",
+        "seed": seed,
+    }
+
+
+def describe_data(data: DetectionData, source: str) -> DataDescription:
+    """The data set of the results, called as `--data` or `--val-json` names it."""
+    boxes, names = int((~data.crowd).sum()), list(data.class_names)
+    counts = np.bincount(data.labels[~data.crowd], minlength=len(names)).tolist()
+    return DataDescription(source, "val", len(data), boxes, len(names), names, data.fingerprint(), counts)
 
 
 def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:

@@ -1,14 +1,16 @@
 """`validation_results.json`: written by the validation, read for charts. Imports no torch.
 
-A `ValidationRecord` holds the numbers of one model and the conditions under which they were measured; a model that
-could not be evaluated has a record with its `error`. Numbers are fractions, null where a number does not exist.
+The dataclasses are the form of the file: `from_json` checks it once, so that readers use attributes. Numbers are
+fractions, None where a number does not exist.
 """
 
 import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,31 +19,165 @@ from common.console import InputError
 from common.files import atomic_write
 
 FORMAT_VERSION = 2
-BIN = ("score", "precision", "count")  # of a bin of the calibration
 REASON_LENGTH = 120  # characters of the parser's message
-PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "faster-coco-eval", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
+EXACT_FLOATS = 2**53
+Number = float | None
+
+
+@dataclass(frozen=True)
+class ClassNumbers:
+    """Average precision of one class."""
+
+    AP: Number
+    AP50: Number
+
+
+@dataclass(frozen=True)
+class DetectionNumbers:
+    """pycocotools' twelve numbers, AP50 of the boxes alone, classes by name, precision at 101 recalls by IoU."""
+
+    AP: Number
+    AP50: Number
+    AP75: Number
+    AP_small: Number
+    AP_medium: Number
+    AP_large: Number
+    AR1: Number
+    AR10: Number
+    AR100: Number
+    AR_small: Number
+    AR_medium: Number
+    AR_large: Number
+    class_agnostic_AP50: Number
+    per_class: dict[str, ClassNumbers]
+    precision_at_recall: dict[str, list[float] | None]
+
+
+@dataclass(frozen=True)
+class PrimaryNumbers:
+    """The study's columns, of the largest object of each image, and `found`."""
+
+    accuracy: Number
+    precision: Number
+    recall: Number
+    f1: Number
+    mean_iou: Number
+    found: Number
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of detection on one machine. It contains post-processing, but not decoding and resizing of image files."""
+
+    parameters: int | None  # None for an exported model
+    ms_per_image: float  # batch of one, median
+    images_per_s: float  # at `batch_size`
+    batch_size: int
+    peak_memory_mb: Number  # see `cost.PeakMemory`
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """The score with the best F1, and precision, recall and F1 of detections with at least that score."""
+
+    score: Number
+    precision: Number
+    recall: Number
+    f1: Number
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """By how much AP50 would rise without errors of a kind, and how many there are from the operating point on."""
+
+    gain: Number
+    count: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Detections of similar scores: their mean score, their precision, their number."""
+
+    score: float
+    precision: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The mean distance of score and precision, and the bins that have detections."""
+
+    expected_error: Number
+    bins: list[Bin]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """At IoU 0.5; `errors` by kind; `confusion` counts, true class by detected class, background last."""
+
+    operating_point: OperatingPoint
+    errors: dict[str, ErrorKind]
+    calibration: Calibration
+    confusion: list[list[int]]
 
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """The numbers of one model.
-
-    `detection` and `primary` as `coco_metrics.evaluate_table` returns them; `cost` has the fields of `detect.Cost`;
-    `intervals` by number; `diagnosis` as `diagnosis.diagnose` returns it; `detections` is the path of the file with the
-    model's detections, relative to the results.
-    """
+    """The numbers of one model and the conditions under which they were measured, or its `error`."""
 
     name: str
     path: str
     error: str | None = None
-    detection: dict | None = None
-    primary: dict | None = None
-    cost: dict | None = None
+    detection: DetectionNumbers | None = None
+    primary: PrimaryNumbers | None = None
+    cost: Cost | None = None
     conditions: dict = field(default_factory=dict)  # of its training and evaluation: backbone, images, seed, epochs, …
-    intervals: dict | None = None
-    diagnosis: dict | None = None
+    intervals: dict[str, list[float] | None] | None = None  # [low, high] by number
+    diagnosis: Diagnosis | None = None
     warnings: list[str] = field(default_factory=list)
-    detections: str | None = None
+    detections: str | None = None  # the file with its detections, relative to the results
+
+    def number(self, part: str, key: str) -> Number:
+        """A number of `detection`, `primary` or `cost`; None where the record has none."""
+        return getattr(getattr(self, part), key, None)
+
+    def interval(self, key: str) -> list[float] | None:
+        """The 95% interval of a number, [low, high]."""
+        return (self.intervals or {}).get(key)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The 95% interval of the difference of two models in one number, and what follows from its 99% interval."""
+
+    interval: list[float]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A pair of models: the verdicts on `a`, by number."""
+
+    a: str
+    b: str
+    numbers: dict[str, Verdict]
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """The images that the models were evaluated on; `boxes` without crowds."""
+
+    source: str
+    split: str
+    images: int
+    boxes: int
+    classes: int
+    class_names: list[str]
+    fingerprint: str
+    class_boxes: list[int] = field(default_factory=list)  # objects of each class
 
 
 @dataclass(frozen=True)
@@ -49,9 +185,9 @@ class ValidationResults:
     """The content of the file, without its version."""
 
     protocol: dict
-    dataset: dict  # source, split, images, boxes, fingerprint
-    models: tuple[ValidationRecord, ...]
-    comparisons: list[dict] = field(default_factory=list)  # as `bootstrap.comparisons` returns them
+    dataset: DataDescription
+    models: list[ValidationRecord]
+    comparisons: list[Comparison] = field(default_factory=list)
     created: str = ""
     software: dict = field(default_factory=dict)
     hardware: dict = field(default_factory=dict)
@@ -103,103 +239,48 @@ def read_results(path: str | Path) -> ValidationResults:
         raise InputError(f"cannot read {path}: {error.strerror}; comprehensive_validation.py writes it") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {str(error)[:REASON_LENGTH]}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
-        raise InputError(f"{path} is not a file of validation results: it has no list 'models'")
-    version = content.get("format_version")
+    version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path} has format version {version}, and this program reads {FORMAT_VERSION}: run "
+            f"{path} is not a file of validation results of format version {FORMAT_VERSION}, but of {version}: run "
             "comprehensive_validation.py again"
         )
-    if not content["models"]:
+    results = from_json(ValidationResults, content, str(path))
+    if not results.models:
         raise InputError(f"{path} holds no models")
-    records = tuple(_record(path, entry) for entry in content["models"])
-    return ValidationResults(
-        protocol=_dict(content.get("protocol")),
-        dataset=_dict(content.get("dataset")),
-        models=records,
-        comparisons=[pair for entry in _list(content.get("comparisons")) if (pair := _comparison(entry))],
-        created=str(content.get("created") or ""),
-        software=_dict(content.get("software")),
-        hardware=_dict(content.get("hardware")),
-    )
+    return results
 
 
-def _record(path: str | Path, entry: object) -> ValidationRecord:
-    """The known fields of one record. Parts that are missing or malformed are None or empty, unknown ones left out."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise InputError(f"{path}: a model without a name: {str(entry)[:80]}")
-    for part in ("detection", "primary", "cost", "conditions", "intervals", "diagnosis"):
-        if not isinstance(entry.get(part), dict | None):
-            raise InputError(f"{path}: {part!r} of the model {entry['name']} is not an object")
-    text = {key: entry[key] for key in ("error", "detections") if isinstance(entry.get(key), str)}
-    intervals = entry.get("intervals")
-    return ValidationRecord(
-        entry["name"],
-        str(entry.get("path") or ""),
-        **text,
-        detection=_detection(entry.get("detection")),
-        primary=entry.get("primary"),
-        cost=entry.get("cost"),
-        conditions=entry.get("conditions") or {},
-        intervals=intervals and {key: _interval(value) for key, value in intervals.items()},
-        diagnosis=_diagnosis(entry.get("diagnosis")),
-        warnings=[warning for warning in _list(entry.get("warnings")) if isinstance(warning, str)],
-    )
+def from_json(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
+    """A value of JSON as `kind`: a dataclass, a list or dictionary of something, a plain type, or one of them or None.
 
-
-def _detection(part: dict | None) -> dict | None:
-    if part is None:
-        return None
-    per_class = {name: _dict(numbers) for name, numbers in _dict(part.get("per_class")).items()}
-    curves = {iou: _numbers(curve) for iou, curve in _dict(part.get("precision_at_recall")).items()}
-    return part | {"per_class": per_class, "precision_at_recall": curves}
-
-
-def _diagnosis(part: dict | None) -> dict | None:
-    if part is None:
-        return None
-    objects = {key: _dict(part.get(key)) for key in ("operating_point", "errors", "calibration")}
-    bins = [b for b in _list(objects["calibration"].get("bins")) if _numbers([_dict(b).get(key) for key in BIN])]
-    rows = [_numbers(row) for row in _list(part.get("confusion"))]
-    square = all(row is not None and len(row) == len(rows) for row in rows)
-    objects["errors"] = {kind: _dict(error) for kind, error in objects["errors"].items()}
-    objects["calibration"] = objects["calibration"] | {"bins": bins}
-    return objects | {"confusion": rows if square else []}
-
-
-def _comparison(entry: object) -> dict | None:
-    """A pair of models with the numbers that have an interval and a verdict; None where it names no pair."""
-    pair = _dict(entry)
-    if not isinstance(pair.get("a"), str) or not isinstance(pair.get("b"), str):
-        return None
-    numbers = {key: _dict(number) for key, number in _dict(pair.get("numbers")).items()}
-    complete = {
-        key: number
-        for key, number in numbers.items()
-        if _interval(number.get("interval")) and isinstance(number.get("verdict"), str)
-    }
-    return {"a": pair["a"], "b": pair["b"], "numbers": complete}
-
-
-def _interval(value: object) -> list[float] | None:
-    numbers = _numbers(value)
-    return numbers if numbers and len(numbers) == 2 else None
-
-
-def _numbers(value: object) -> list[float] | None:
-    """The value if it is a list of numbers."""
-    if not isinstance(value, list) or not all(type(number) in (int, float) for number in value):
-        return None
+    Raises:
+        InputError: it has another type, or lacks a field; `where` is its place in the message.
+    """
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else from_json(inside[0], value, where)
+    if kind is float and type(value) is int and abs(value) < EXACT_FLOATS:
+        value = float(value)
+    if type(value) is not (dict if is_dataclass(kind) else origin or kind) or not _is_finite(value):
+        raise InputError(f"{where} must be {getattr(kind, '__name__', kind)}, not {str(value)[:40]}")
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in value]:
+            raise InputError(f"{where} lacks {missing[0]!r}")
+        known = {name: hint for name, hint in hints.items() if name in value}
+        make: typing.Any = kind
+        return make(**{name: from_json(hint, value[name], f"{where}: {name}") for name, hint in known.items()})
+    if origin is dict:
+        return {key: from_json(inside[1], item, f"{where}: {key}") for key, item in value.items()}
+    if origin is list:
+        return [from_json(inside[0], item, f"{where}: {number}") for number, item in enumerate(value)]
     return value
 
 
-def _dict(value: object) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list:
-    return value if isinstance(value, list) else []
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _without_nan(value: object) -> object:
@@ -208,4 +289,4 @@ def _without_nan(value: object) -> object:
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value if _is_finite(value) else None

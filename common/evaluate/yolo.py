@@ -1,14 +1,12 @@
-"""YOLO baselines and other models of ultralytics: their detections as `Predictions`.
+"""YOLO baselines and other models of ultralytics: their detections as a `ModelRun`.
 
 ultralytics (AGPL-3.0) is an optional package, imported only here and only for such a model. Its update checks, usage
 statistics and automatic installation of packages are switched off; it only fetches a published weight file.
 """
 
 import os
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,20 @@ from PIL import Image
 
 from common.console import InputError, progress_bar
 from common.data.memory import DetectionData
-from common.evaluate.detect import Cost, PeakMemory
+from common.evaluate.cost import measure_cost
+from common.evaluate.detections import ModelRun, detection_table
 from common.files import cache_folder
-from common.runtime import device_name
-from common.types import Detections, Predictions
+from common.types import Detections
 
-# ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several.
-SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300}
-TIMED = 20  # images, one by one
+# ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several. With
+# `rect` the input of an image, and so its detections, would depend on the shapes of the others in its batch.
+SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300, "rect": False}
 EXPORTED_FOLDERS = ("_model", ".mlpackage", ".aimodel")  # ends of their names
 DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
 REASON_LENGTH = 200  # characters of ultralytics' message
 
 
-def yolo_predictions(name: str, data: DetectionData, batch_size: int, device: torch.device) -> Predictions:
+def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
     """The detections of a YOLO on every image of `data`.
 
     Args:
@@ -52,28 +50,25 @@ def yolo_predictions(name: str, data: DetectionData, batch_size: int, device: to
             names = model.predict(images[:1], **options)[0].names  # an exported model is only loaded now
         exported = not isinstance(model.model, torch.nn.Module)
         batch = 1 if exported else batch_size
-        with PeakMemory(device) as memory:
-            singles = [_milliseconds(model.predict([p], **options)) for p in (images * TIMED)[:TIMED]]
-            together = min(_milliseconds(model.predict(images[:batch], **options)) for _ in range(2))
         with progress_bar(len(data), Path(name).stem) as bar:
             for first in range(0, len(data), batch):
                 indices = range(first, min(first + batch, len(data)))
                 results = model.predict([_pixels(data, index) for index in indices], **options)
                 detections += [_detections(r, data.images[i].id) for r, i in zip(results, indices, strict=True)]
                 bar.update(len(indices))
+        cost = measure_cost(
+            lambda number: _seconds(model.predict([images[number % len(images)]], **options)),
+            lambda: _seconds(model.predict(images[:batch], **options)),
+            len(images[:batch]),
+            device,
+            "as exported" if exported else "fp32",
+            None if exported else sum(p.numel() for p in model.model.parameters()),
+        )
     except Exception as error:  # damaged files and missing packages raise many types
         raise InputError(f"{name}: ultralytics cannot run it: {_reason(error)}") from error
-    cost = Cost(
-        parameters=None if exported else sum(p.numel() for p in model.model.parameters()),
-        ms_per_image=statistics.median(singles),
-        images_per_s=1000 / together,
-        batch_size=batch,
-        peak_memory_mb=memory.megabytes,
-        device=device_name(device),
-        precision="as exported" if exported else "fp32",
-    )
     conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **SETTINGS}
-    return Predictions(detections, tuple(names[key] for key in sorted(names)), asdict(cost), conditions)
+    class_names = tuple(names[key] for key in sorted(names))
+    return ModelRun(detection_table(detections, data), class_names, cost, conditions)
 
 
 def _load(name: str) -> Any:
@@ -151,9 +146,9 @@ def _pixels(data: DetectionData, index: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image.open())[..., ::-1])
 
 
-def _milliseconds(results: list) -> float:
-    """Time per image of network and post-processing, without resizing, as for the other models."""
-    return statistics.mean(r.speed["inference"] + r.speed["postprocess"] for r in results)
+def _seconds(results: list) -> float:
+    """Time of network and post-processing, without resizing, as for the other models."""
+    return sum(r.speed["inference"] + r.speed["postprocess"] for r in results) / 1000
 
 
 def _detections(result: Any, image_id: int) -> Detections:

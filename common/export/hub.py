@@ -115,7 +115,7 @@ def _evaluated(checkpoint: Checkpoint, path: str) -> str:
         raise InputError(f"{path} has no numbers of this checkpoint; run comprehensive_validation.py --models with it")
     rows = [f"| {name} | {_cell(record, *field)} |" for name, field in NUMBERS.items()]
     data = results.dataset
-    source = f"On {data.get('images')} images of {data.get('source')}, with 95% intervals over the images:"
+    source = f"On {data.images} images of {data.source}, with 95% intervals over the images:"
     return "\n".join([source, "", "| | |", "|---|---|", *rows])
 
 
@@ -125,13 +125,13 @@ def _record_of(checkpoint: Checkpoint, results: ValidationResults) -> Validation
     del expected["validation_metrics"]
     for record in results.models:
         found = record.conditions
-        if found.items() >= expected.items() and not found.get("flip") and "runtime" not in found:
+        if found.items() >= expected.items() and "runtime" not in found:
             return record
     return None
 
 
 def _cell(record: ValidationRecord, part: str, key: str) -> str:
-    value, interval = (getattr(record, part) or {}).get(key), (record.intervals or {}).get(key)
-    if not isinstance(value, float):
+    value, interval = record.number(part, key), record.interval(key)
+    if value is None:
         return "-"
     return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")

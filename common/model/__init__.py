@@ -8,7 +8,9 @@ from common.model.exported import is_exported, load_exported
 from common.model.trained import TrainedDetector, load_on_device
 
 
-def load_detector(path: str | Path, device: str | torch.device | None = None) -> TrainedDetector:
+def load_detector(
+    path: str | Path, device: str | torch.device | None = None, precision: str = "auto"
+) -> TrainedDetector:
     """Read a trained detector.
 
     Args:
@@ -17,8 +19,9 @@ def load_detector(path: str | Path, device: str | torch.device | None = None) ->
             fetches such a folder, once; nothing else needs a network.
         device: of a checkpoint: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one. Exported detectors
             run on the CPU.
+        precision: of a checkpoint: fp32, bf16, fp16, or auto: the fastest of the device.
 
     Raises:
         InputError: the file is missing, damaged or no detector of this project, or there is no such device.
     """
-    return load_exported(path) if is_exported(path) else load_on_device(path, device)
+    return load_exported(path) if is_exported(path) else load_on_device(path, device, precision)

@@ -30,13 +30,15 @@ FIELDS = {
 class ExportedDetector(TrainedDetector):
     """A detector that its runtime executes, described by the metadata of its file."""
 
-    precision: str  # fp32 or int8
     training: dict  # how it was trained
     runtime: str  # ONNX Runtime or OpenVINO
     session: Any  # of the runtime: a function from an array to three arrays
 
+    @property
+    def parameters(self) -> None:
+        return None
+
     def conditions(self) -> dict:
-        """How the detector was trained and what runs it, for records of evaluations."""
         return self.training | {"runtime": self.runtime}
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +75,7 @@ def load_exported(path: str | Path) -> ExportedDetector:
         raise InputError(f"{path} needs {runtime}: pip install {error.name}") from error
     except Exception as error:  # neither runtime documents what it raises at damaged files
         raise InputError(f"{runtime} cannot read {path}: {last_line(error):.300}") from error
-    return ExportedDetector(**_description(path, text), runtime=runtime, session=session)
+    return ExportedDetector(**_description(path, text), device=torch.device("cpu"), runtime=runtime, session=session)
 
 
 def _description(path: Path, text: str) -> dict:

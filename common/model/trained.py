@@ -20,7 +20,7 @@ from common.console import InputError
 from common.images import letterboxed, read_pixels
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.postprocess import detections_of, fuse_predictions, select_detections
-from common.runtime import default_device, fastest_precision
+from common.runtime import choose_precision, default_device
 from common.types import Detections, ImageMeta
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +36,17 @@ class TrainedDetector(ABC):
     category_ids: tuple[int, ...]  # of the data set that it was trained on
     image_size: int  # side of its square input, pixels
     min_score: float  # the operating point, see `Checkpoint.min_score`
+    device: torch.device
+    precision: str  # fp32, bf16, fp16 or int8
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int | None:
+        """Their number, None where it is not known."""
+
+    @abstractmethod
+    def conditions(self) -> dict:
+        """How the detector was trained and what runs it, for records of evaluations."""
 
     @abstractmethod
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,18 +102,26 @@ class CheckpointDetector(TrainedDetector):
     """A checkpoint on a device."""
 
     checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype | None  # that autocast computes in; None for float32
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.checkpoint.detector.parameters())
+
+    def conditions(self) -> dict:
+        return self.checkpoint.conditions()
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        dtype = DTYPES.get(self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             out = self.checkpoint.detector(images.to(self.device))
         return select_detections(*fuse_predictions(out))
 
 
-def load_on_device(path: str | Path, device: str | torch.device | None = None) -> CheckpointDetector:
-    """Read a checkpoint and put it on a device, see `load_detector`; it runs in the device's fastest precision."""
+def load_on_device(
+    path: str | Path, device: str | torch.device | None = None, precision: str = "auto"
+) -> CheckpointDetector:
+    """Read a checkpoint and put it on a device, see `load_detector`."""
     checkpoint = load_checkpoint(path)
     try:
         chosen = default_device() if device is None else torch.device(device)
@@ -114,7 +133,7 @@ def load_on_device(path: str | Path, device: str | torch.device | None = None) -
         checkpoint.category_ids,
         checkpoint.image_size,
         checkpoint.min_score,
-        checkpoint,
         chosen,
-        DTYPES.get(fastest_precision(chosen)),
+        choose_precision(precision),
+        checkpoint,
     )

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageDraw
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageOps
 
 from common.console import to_one_line
 from common.data.memory import DetectionData
+from common.evaluate.detections import DetectionTable, detection_table
 from common.show.fonts import class_labels, image_text
 from common.types import Detections
 
@@ -32,51 +31,41 @@ class LabelledBox:
     box: Corners  # of the image
     label: int  # selects the colour
     text: str  # the caption
-    dashed: bool = False  # crowds
+    crowd: bool = False  # drawn with a thin line
 
 
 def true_boxes(data: DetectionData, index: int) -> list[LabelledBox]:
-    """The boxes of image `index` of a data set, crowds dashed."""
+    """The boxes of image `index` of a data set, crowds with thin lines."""
     rows = zip(*(column.tolist() for column in data.image_boxes(index)), strict=True)
     names = class_labels(data.class_names)
     return [LabelledBox(tuple(b), k, names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows]
 
 
 def detected_boxes(
-    boxes: np.ndarray | Tensor,
-    scores: np.ndarray | Tensor,
-    labels: np.ndarray | Tensor,
-    class_names: Sequence[str],
+    table: DetectionTable, index: int, class_names: Sequence[str], min_score: float = 0.0
 ) -> list[LabelledBox]:
-    """Detections captioned with class and score, in the order given.
-
-    Args:
-        boxes: (N, 4) xyxy, pixels of the image.
-        scores: (N,) in 0..1.
-        labels: (N,) indices into `class_names`.
-        class_names: of the model or the data set that the labels are of.
-    """
-    names = class_labels(class_names)
-    rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    """The detections on image `index` with at least that score, captioned with class and score, best first."""
+    own = table.select((table.image == index) & (table.score >= min_score))
+    own, names = own.select(np.argsort(-own.score, kind="stable")), class_labels(class_names)
+    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
+    rows = zip(corners.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
     return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
-    """A copy with the boxes on it, the first in front; captions avoid each other where there is room.
+    """A copy with the boxes on it, the first in front, captions above them, or inside where there is no room.
 
     Boxes of negative size, and those outside the image, are left out.
     """
     factor = min(max(1.0, SMALLEST_SIDE / min(image.size)), LARGEST_SIDE / max(image.size))
     size = [max(1, round(side * factor)) for side in image.size]
     canvas = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(canvas)
-    unit = max(canvas.size) / 320  # line width
+    draw, unit = ImageDraw.Draw(canvas), max(canvas.size) / 320  # line width
     visible = [(corners, b) for b in boxes if (corners := _clipped([s * factor for s in b.box], canvas.size))]
     for corners, b in reversed(visible):
-        _outline(draw, corners, PALETTE[b.label % len(PALETTE)], max(2, round(unit)), b.dashed)
-    occupied: list[Corners] = []
-    for corners, b in visible:
-        _caption(draw, corners, b, max(12, round(7 * unit)), canvas.size, occupied)
+        draw.rectangle(corners, outline=PALETTE[b.label % len(PALETTE)], width=1 if b.crowd else max(2, round(unit)))
+    for corners, b in reversed(visible):
+        _caption(draw, corners, b, max(12, round(7 * unit)), canvas.size)
     return canvas
 
 
@@ -88,41 +77,18 @@ def _clipped(corners: Sequence[float], size: tuple[int, int]) -> Corners | None:
     return max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
 
 
-def _outline(
-    draw: ImageDraw.ImageDraw, corners: Corners, color: tuple[int, int, int], width: int, dashed: bool
-) -> None:
-    x1, y1, x2, y2 = corners
-    if not dashed:
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=width + 2)
-        draw.rectangle(corners, outline=color, width=width)
-        return
-    for start, end in pairwise([(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]):
-        steps = max(2, int(np.hypot(end[0] - start[0], end[1] - start[1]) / (4 * width)))
-        marks = np.linspace(start, end, steps)
-        for a, b in list(pairwise(marks))[::2]:
-            draw.line((*a, *b), fill=color, width=width)
-
-
 def _caption(
-    draw: ImageDraw.ImageDraw, corners: Corners, b: LabelledBox, font_size: int, size: tuple[int, int], occupied: list
+    draw: ImageDraw.ImageDraw, corners: Corners, b: LabelledBox, font_size: int, size: tuple[int, int]
 ) -> None:
     text, font = image_text(b.text, font_size)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 6
     x = min(max(0, corners[0]), max(0, size[0] - width))
-    heights = (corners[1] - height, corners[1], corners[3] - height, corners[3], (corners[1] + corners[3] - height) / 2)
-    places = [(x, min(max(0, y), size[1] - height)) for y in heights]
-    free = [p for p in places if not any(_overlap((*p, p[0] + width, p[1] + height), t) for t in occupied)]
-    x, y = (free or places)[0]
-    occupied.append((x, y, x + width, y + height))
+    y = corners[1] - height if corners[1] >= height else min(corners[1], size[1] - height)
     color = PALETTE[b.label % len(PALETTE)]
     luminance = np.dot(color, (0.299, 0.587, 0.114))
-    draw.rectangle(occupied[-1], fill=color)
+    draw.rectangle((x, y, x + width, y + height), fill=color)
     draw.text((x + 3 - left, y + 3 - top), text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
-
-
-def _overlap(a: tuple, b: tuple) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -144,20 +110,13 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int = 260) -> Image.Image:
-    """All strips on one sheet, scaled to one height, each on the first line with room for it. Sizes in pixels."""
-    lines: list[list[Image.Image]] = []
-    for strip in strips:
-        factor = min(height / strip.height, (width - 2 * GAP) / strip.width)
-        size = max(1, round(strip.width * factor)), max(1, round(strip.height * factor))
-        image = strip.resize(size, Image.Resampling.LANCZOS)
-        line = next((line for line in lines if _length([*line, image]) <= width + GAP), None)
-        if line is None:
-            lines.append(line := [])
-        line.append(image)
-    sheet = Image.new("RGB", (width, GAP + len(lines) * (height + GAP)), BACKGROUND)
-    for row, line in enumerate(lines):
-        for position, image in enumerate(line):
-            sheet.paste(image, (_length(line[:position]), GAP + row * (height + GAP)))
+    """All strips on one sheet, in columns of equal width. Sizes in pixels."""
+    scaled = [ImageOps.contain(strip, (width - 2 * GAP, height), Image.Resampling.LANCZOS) for strip in strips]
+    step = max(strip.width for strip in scaled) + GAP
+    columns = max(1, (width - GAP) // step)
+    sheet = Image.new("RGB", (width, GAP + -(-len(scaled) // columns) * (height + GAP)), BACKGROUND)
+    for place, strip in enumerate(scaled):
+        sheet.paste(strip, (GAP + place % columns * step, GAP + place // columns * (height + GAP)))
     return sheet
 
 
@@ -165,15 +124,10 @@ def detection_sheet(
     data: DetectionData, detections: Sequence[Detections], class_names: Sequence[str], min_score: float
 ) -> Image.Image:
     """The first `SHEET_IMAGES` images of a data set on one sheet, ground truth beside detections from a score on."""
-    strips = []
+    strips, table = [], detection_table(detections, data)
     for index in range(min(SHEET_IMAGES, len(data))):
-        image, found = data.images[index].open(), detections[index].at_least(min_score)
+        image = data.images[index].open()
         truth = draw_boxes(image, true_boxes(data, index))
-        drawn = draw_boxes(image, detected_boxes(found.boxes, found.scores, found.labels, class_names))
+        drawn = draw_boxes(image, detected_boxes(table, index, class_names, min_score))
         strips.append(side_by_side([("ground truth", truth), ("detections", drawn)]))
     return contact_sheet(strips)
-
-
-def _length(line: Sequence[Image.Image]) -> int:
-    """Where the next strip of a line begins, pixels from the left edge."""
-    return GAP + sum(image.width + 2 * GAP for image in line)

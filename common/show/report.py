@@ -15,15 +15,16 @@ from PIL import Image, ImageOps
 
 from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
-from common.evaluate.matching import match
-from common.evaluate.results import ValidationRecord, ValidationResults
+from common.evaluate.metrics import match_detections
+from common.evaluate.results import Comparison, ValidationRecord, ValidationResults
 from common.files import atomic_write
 from common.show import charts
 from common.show.drawing import detected_boxes, draw_boxes, side_by_side, true_boxes
-from common.show.tables import NAMES, TABLE, cell, interval_of, number_of, verdict_of
+from common.show.tables import COLUMNS, NAMES, format_cell
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 EXTREMES = 4  # best images, and as many worst ones, of each model
+CHART_DPI = 90
 IMAGE_SIDE = 900  # pixels, the longer side of an image and its ground truth together
 
 
@@ -48,11 +49,14 @@ def write_report(
     page = environment.get_template(TEMPLATE.name).render(
         caption=charts.caption(results),
         warnings=[f"{record.name}: {warning}" for record in results.models for warning in record.warnings],
-        headings=[column.heading for column in TABLE],
+        headings=[column.heading for column in COLUMNS],
         rows=[_row(record) for record in results.models],
         numbers=list(NAMES.values()),
         pairs=[_pair(comparison) for comparison in results.comparisons],
-        charts=_charts(results),
+        charts=[
+            {"title": name.replace("_", " ").capitalize(), "data": base64.b64encode(chart).decode()}
+            for name, chart in charts.render(results, CHART_DPI).items()
+        ],
         models=_models(results, data, tables),
         conditions=_conditions(results),
     )
@@ -63,27 +67,23 @@ def write_report(
 def _row(record: ValidationRecord) -> dict:
     """One model's line of the table: its error, or its numbers with their intervals."""
     cells = []
-    for column in TABLE:
-        interval = interval_of(record, column.keys[0])
-        limits = " to ".join(map(column.form.format, interval)) if interval else ""
-        cells.append({"text": cell(record, column), "interval": limits})
+    for column in COLUMNS:
+        interval = record.interval(column.keys[0])
+        limits = " to ".join(map(column.format.format, interval)) if interval else ""
+        cells.append({"text": format_cell(record, column), "interval": limits})
     return {"name": record.name, "error": record.error, "cells": cells}
 
 
-def _pair(comparison: dict) -> dict:
+def _pair(pair: Comparison) -> dict:
     """One pair's line of the verdicts: in which numbers `a` is better than `b`, with the intervals."""
-    cells = []
-    for key in NAMES:
-        verdict = verdict_of(comparison, key)
-        limits = f"{verdict.low:+.3f} to {verdict.high:+.3f}" if verdict else ""
-        cells.append({"text": verdict.text if verdict else "–", "interval": limits})
-    return {"a": comparison.get("a"), "b": comparison.get("b"), "cells": cells}
-
-
-def _charts(results: ValidationResults) -> Iterator[dict]:
-    for name, figure in charts.figures(results).items():
-        encoded = _base64(partial(figure.savefig, format="png", dpi=90))
-        yield {"title": name.replace("_", " ").capitalize(), "data": encoded}
+    verdicts = [pair.numbers.get(key) for key in NAMES]
+    cells = [
+        {"text": v.verdict, "interval": f"{v.interval[0]:+.3f} to {v.interval[1]:+.3f}"}
+        if v
+        else {"text": "–", "interval": ""}
+        for v in verdicts
+    ]
+    return {"a": pair.a, "b": pair.b, "cells": cells}
 
 
 def _base64(save: Callable[[io.BytesIO], object]) -> str:
@@ -96,10 +96,11 @@ def _base64(save: Callable[[io.BytesIO], object]) -> str:
 def _models(results: ValidationResults, data: DetectionData, tables: dict[str, DetectionTable]) -> Iterator[dict]:
     """Each model's images with the best and the worst F1 at its own threshold, beside the ground truth."""
     for record in results.models:
-        score = number_of(record, "diagnosis", "operating_point", "score")
+        score = record.diagnosis.operating_point.score if record.diagnosis else None
         if record.name not in tables or score is None:
             continue
-        images = _extremes(record.name, tables[record.name].at_least(score), data)
+        table = tables[record.name]
+        images = _extremes(record.name, table.select(table.score >= score), data)
         yield {"name": record.name, "score": f"{score:.2f}", "images": images}
 
 
@@ -116,22 +117,18 @@ def _extremes(name: str, table: DetectionTable, data: DetectionData) -> Iterator
 
 def _f1_of_images(table: DetectionTable, data: DetectionData) -> tuple[np.ndarray, np.ndarray]:
     """(P,) float64 F1 at IoU 0.5 of each image, and (P,) int64 its number of objects."""
-    m = match(table, data, np.array([0.5]))
+    m = match_detections(table, data).by_class
     objects, detected, correct = (
         np.bincount(images, minlength=len(data))
-        for images in (m.images[m.objects], m.image[~m.ignored[0]], m.image[m.hit[0]])
+        for images in (m.object_image, m.image[~m.ignored[0]], m.image[m.hit[0]])
     )
     return 2 * correct / np.maximum(objects + detected, 1), objects
 
 
 def _draw(name: str, index: int, table: DetectionTable, data: DetectionData) -> Image.Image:
     """Image `index` with its true boxes, and beside it with the detections of the table."""
-    file = data.images[index]
-    image = file.open()
-    own = table.select(table.image_id == file.id)
-    own = own.select(np.argsort(-own.score))
-    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
-    boxes = detected_boxes(corners, own.score, own.label, data.class_names)
+    image = data.images[index].open()
+    boxes = detected_boxes(table, index, data.class_names)
     strip = side_by_side(
         [("ground truth", draw_boxes(image, true_boxes(data, index))), (name, draw_boxes(image, boxes))]
     )
@@ -140,6 +137,7 @@ def _draw(name: str, index: int, table: DetectionTable, data: DetectionData) -> 
 
 def _conditions(results: ValidationResults) -> list[tuple[str, dict]]:
     """The conditions of the numbers: by title, the settings of the data set, the protocol and each model."""
-    dataset = {key: value for key, value in results.dataset.items() if key != "class_names"}
-    models = [(r.name, {"path": r.path} | (r.cost or {}) | r.conditions) for r in results.models]
+    long = ("class_names", "class_boxes")
+    dataset = {key: value for key, value in vars(results.dataset).items() if key not in long}
+    models = [(r.name, {"path": r.path} | (vars(r.cost) if r.cost else {}) | r.conditions) for r in results.models]
     return [("data", dataset), ("protocol", results.protocol), *models]

@@ -1,10 +1,8 @@
-"""Results as text tables for the terminal, and how a number is read from a record. Imports no torch.
+"""Results as text tables for the terminal, and names short enough for tables and charts. Imports no torch."""
 
-Results files may be edited by hand or come from an earlier version: a part that is missing, or not what the schema
-says, is read as a number that does not exist.
-"""
-
-from typing import Any, NamedTuple
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from common.console import to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
@@ -16,10 +14,10 @@ class Column(NamedTuple):
     heading: str
     part: str
     keys: tuple[str, ...]
-    form: str
+    format: str
 
 
-TABLE = (
+COLUMNS = (
     Column("accuracy", "primary", ("accuracy",), "{:.1%}"),
     Column("precision", "primary", ("precision",), "{:.1%}"),
     Column("recall", "primary", ("recall",), "{:.1%}"),
@@ -43,74 +41,37 @@ NAMES = {  # of the numbers that have intervals
     "AP": "AP",
     "class_agnostic_AP50": "class-agnostic mAP@0.5",
 }
-MAX_NUMBER = 1e300  # beyond it Python's whole numbers do not fit into a float
 
 
-def value_of(record: ValidationRecord, *keys: str) -> Any:
-    """What a record holds under a field's name and the keys below it; None where any of them is missing."""
-    value: Any = vars(record)
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def short_names(names: Sequence[str], width: int = 40) -> list[str]:
+    """The names on one line of at most `width` characters, different where the names are.
+
+    Long names lose their middle; where that makes some of them equal, these begin where they begin to differ, and if
+    that does not help either, with a number.
+    """
+    short = [to_one_line(name, width) for name in names]
+    alike = [place for place, text in enumerate(short) if short.count(text) > 1]
+    common = os.path.commonprefix([names[place] for place in alike])  # noqa: RUF071 (of letters, not of folders)
+    start = common.rfind("_") + 1
+    cut = {place: to_one_line(f"{common[: width // 4]}…{names[place][start:]}", 10 * width)[:width] for place in alike}
+    for number, place in enumerate(alike, 1):
+        is_unique = list(cut.values()).count(cut[place]) == 1
+        short[place] = cut[place] if is_unique else f"{number}: {short[place]}"[:width]
+    return short
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
-        return None
-    return float(value)
-
-
-def number_of(record: ValidationRecord, *keys: str) -> float | None:
-    """The number under these keys; None where it does not exist or is inf or NaN."""
-    return _number(value_of(record, *keys))
-
-
-def list_of(record: ValidationRecord, *keys: str) -> list:
-    """The list under these keys; empty where it does not exist."""
-    value = value_of(record, *keys)
-    return value if isinstance(value, list) else []
-
-
-def _interval(value: object) -> tuple[float, float] | None:
-    numbers = [_number(limit) for limit in value] if isinstance(value, list | tuple) else []
-    match numbers:
-        case [float(low), float(high)]:
-            return low, high
-    return None
-
-
-def interval_of(record: ValidationRecord, key: str) -> tuple[float, float] | None:
-    """The 95% interval of a number; None where it does not exist."""
-    return _interval(value_of(record, "intervals", key))
-
-
-class Verdict(NamedTuple):
-    """Of one number of a pair of models: the interval of the difference, and what follows from it."""
-
-    low: float
-    high: float
-    text: str
-
-
-def verdict_of(pair: dict, key: str) -> Verdict | None:
-    """The verdict of a pair of `ValidationResults.comparisons` on a number; None where it does not exist."""
-    numbers = pair.get("numbers")
-    number = numbers.get(key) if isinstance(numbers, dict) else None
-    interval = _interval(number.get("interval")) if isinstance(number, dict) else None
-    return Verdict(*interval, str(number.get("verdict") or "no verdict")) if number and interval else None
-
-
-def cell(record: ValidationRecord, column: Column) -> str:
+def format_cell(record: ValidationRecord, column: Column) -> str:
     """The text of one model in one column of the table, "-" for a number that does not exist."""
-    numbers = [number_of(record, column.part, key) for key in column.keys]
-    return " / ".join("-" if number is None else column.form.format(number) for number in numbers)
+    numbers = [record.number(column.part, key) for key in column.keys]
+    return " / ".join("-" if number is None else column.format.format(number) for number in numbers)
 
 
-def format_table(records: tuple[ValidationRecord, ...], headings: tuple[str, ...] = ()) -> str:
-    """A table for the terminal, one line per model; `headings` selects columns of TABLE; empty selects all."""
-    columns = [column for column in TABLE if not headings or column.heading in headings]
+def format_table(records: Sequence[ValidationRecord], headings: Sequence[str] = ()) -> str:
+    """A table for the terminal, one line per model; `headings` selects columns; empty selects all."""
+    columns = [column for column in COLUMNS if not headings or column.heading in headings]
+    names = short_names([record.name for record in records])
     rows = [["model", *(column.heading for column in columns)]]
-    rows += [[to_one_line(record.name), *(cell(record, column) for column in columns)] for record in records]
+    rows += [[name, *(format_cell(r, column) for column in columns)] for name, r in zip(names, records, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_aligned(row, widths) for row in rows]
     for position, record in enumerate(records, 1):
@@ -125,11 +86,12 @@ def _aligned(row: list[str], widths: list[int]) -> str:
     return "  ".join([row[0].ljust(widths[0]), *others])
 
 
-def format_comparisons(results: ValidationResults, numbers: tuple[str, ...] = ("AP50", "AP", "accuracy")) -> str:
+def format_comparisons(results: ValidationResults, numbers: Sequence[str] = ("AP50", "AP", "accuracy")) -> str:
     """A line per pair of models: the 95% interval of the difference of some numbers, and the verdict."""
-    lines = []
+    names = [record.name for record in results.models]
+    short, lines = dict(zip(names, short_names(names), strict=True)), []
     for pair in results.comparisons:
-        verdicts = {NAMES[key]: verdict for key in numbers if (verdict := verdict_of(pair, key))}
-        parts = [f"{name} [{v.low:+.3f}, {v.high:+.3f}] {v.text}" for name, v in verdicts.items()]
-        lines.append(f"{to_one_line(pair.get('a'))} against {to_one_line(pair.get('b'))}: {'; '.join(parts)}")
+        verdicts = {NAMES[key]: pair.numbers[key] for key in numbers if key in pair.numbers}
+        parts = [f"{name} [{v.interval[0]:+.3f}, {v.interval[1]:+.3f}] {v.verdict}" for name, v in verdicts.items()]
+        lines.append(f"{short.get(pair.a, pair.a)} against {short.get(pair.b, pair.b)}: {'; '.join(parts)}")
     return "\n".join(lines)

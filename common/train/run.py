@@ -25,8 +25,8 @@ from common.cli import flag, flag_name, flag_texts
 from common.console import InputError, check_packages, last_line, progress_bar
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
-from common.evaluate.coco_metrics import format_headline
 from common.evaluate.detect import validate
+from common.evaluate.primary import format_headline
 from common.files import atomic_write, check_outputs, check_writable, link_or_copy, remove_leftovers
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import merge_lora

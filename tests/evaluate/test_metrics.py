@@ -10,10 +10,9 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torchvision.ops import box_convert
 
 from common.data.sources import load_split
-from common.evaluate.coco_metrics import COCO_NUMBERS, coco_numbers
 from common.evaluate.detections import detection_table, label_map
-from common.evaluate.matching import average_precision, match, ranking
-from common.evaluate.primary import PrimaryPairs, primary_object, primary_pairs, weighted_scores
+from common.evaluate.metrics import COCO_NUMBERS, Matches, coco_numbers, match_detections, precision_at_recalls
+from common.evaluate.primary import PrimaryPairs, primary_numbers, primary_pairs, weighted_scores
 from common.types import Detections
 
 
@@ -46,41 +45,48 @@ def test_the_numbers_equal_pycocotools(demo_val, situation):
     change, count = SITUATIONS[situation]
     data = change(demo_val)
     found = truth_as_detections(data) if count is None else random_detections(data, 3, count)
-    table = detection_table(found, np.arange(10))
-    numbers, expected = coco_numbers(table, data), pycocotools_numbers(table, data)
+    table = detection_table(found, data)
+    numbers, expected = coco_numbers(match_detections(table, data), data), pycocotools_numbers(table, data)
     for name, value in zip(COCO_NUMBERS, expected, strict=True):
-        assert (-1 if numbers[name] is None else numbers[name]) == pytest.approx(value, abs=1e-6), name
+        assert (-1 if numbers[name] is None else numbers[name]) == pytest.approx(value, abs=1e-12), name
     assert 0 < numbers["AP"] < 1 or count is None
-    ours = [average_precision(ranking(match(table, data), t), 10, np.ones((len(data), 1))) for t in range(10)]
-    assert np.nanmean(ours) == pytest.approx(expected[0], abs=1e-6)
-    assert np.nanmean(ours[0]) == pytest.approx(expected[1], abs=1e-6)
 
 
 def test_the_ground_truth_as_detections_has_an_ap_of_one(demo_val):
     for data in (demo_val, crowded(demo_val)):
-        numbers = numbers_of(truth_as_detections(data), data)["detection"]
+        numbers = numbers_of(truth_as_detections(data), data)
         assert numbers["AP"] == numbers["AP50"] == numbers["AP75"] == numbers["AR100"] == pytest.approx(1)
         assert numbers["class_agnostic_AP50"] == pytest.approx(1)
 
 
 def test_ap50_is_the_mean_over_the_classes(demo_val):
-    numbers = coco_numbers(detection_table(random_detections(demo_val, 5), np.arange(10)), demo_val)
-    existing = [c["AP50"] for c in numbers["per_class"].values() if c["AP50"] is not None]
+    matched = match_detections(detection_table(random_detections(demo_val, 5), demo_val), demo_val)
+    numbers = coco_numbers(matched, demo_val)
+    existing = [c.AP50 for c in numbers["per_class"].values() if c.AP50 is not None]
     assert np.mean(existing) == pytest.approx(numbers["AP50"])
+
+
+def test_precision_at_recalls_by_hand():
+    """Three objects; true, false, true positive: precision 1 up to recall 1/3, 2/3 up to recall 2/3, then 0."""
+    box, ignored, zeros = np.array([[0, -1, -1, 1]]), np.array([[False, False, True, False]]), np.zeros(4, np.int64)
+    matches = Matches(zeros, zeros, np.array([9, 8, 7.5, 7]), box, ignored, zeros[:3], zeros[:3])
+    precision = precision_at_recalls(matches, 2)
+    assert precision[0, :, 0].tolist() == pytest.approx([1] * 34 + [2 / 3] * 33 + [0] * 34)
+    assert np.isnan(precision[0, :, 1]).all()
 
 
 def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_ap(demo_val):
     nothing = [Detections(p.id, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) for p in demo_val.images]
-    numbers = numbers_of(nothing, demo_val, np.arange(10))
-    assert numbers["detection"]["AP"] == numbers["detection"]["class_agnostic_AP50"] == 0
-    assert numbers["primary"] == dict.fromkeys(("accuracy", "precision", "recall", "f1", "mean_iou", "found"), 0)
+    numbers = numbers_of(nothing, demo_val)
+    assert numbers["AP"] == numbers["class_agnostic_AP50"] == 0
+    assert [numbers[name] for name in ("accuracy", "precision", "recall", "f1", "mean_iou", "found")] == [0] * 6
     bare = replace(
         demo_val,
         **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")},
         starts=np.zeros_like(demo_val.starts),
     )
-    numbers = numbers_of(random_detections(bare, 0), bare, np.arange(10))
-    assert numbers["detection"]["AP"] is None and numbers["primary"]["accuracy"] is None
+    numbers = numbers_of(random_detections(bare, 0), bare)
+    assert numbers["AP"] is None and numbers["accuracy"] is None
 
 
 def test_labels_are_matched_by_name(demo_val):
@@ -88,15 +94,15 @@ def test_labels_are_matched_by_name(demo_val):
     labels = label_map(names, demo_val)
     assert labels[0] == -1
     found = [replace(d, labels=10 - d.labels) for d in truth_as_detections(demo_val)]
-    assert numbers_of(found, demo_val, labels)["detection"]["AP"] == pytest.approx(1)
+    assert numbers_of(found, demo_val, labels)["AP"] == pytest.approx(1)
 
 
 def test_wrong_boxes_and_wrong_classes_have_low_scores(demo_val):
     right = truth_as_detections(demo_val)
     shifted = [replace(d, labels=(d.labels + 1) % 10) for d in right]
     misread = [replace(d, boxes=box_convert(d.boxes, "xywh", "xyxy")) for d in right]
-    assert numbers_of(shifted, demo_val)["detection"]["AP50"] < 0.1
-    assert numbers_of(misread, demo_val)["detection"]["AP50"] < 0.5
+    assert numbers_of(shifted, demo_val)["AP50"] < 0.1
+    assert numbers_of(misread, demo_val)["AP50"] < 0.5
 
 
 def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
@@ -116,6 +122,11 @@ def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images():
             assert ours["found"][column] == pytest.approx(np.average(found, weights=own))
 
 
+def primary_numbers_of(detections, data, score):
+    matched = match_detections(detection_table(detections, data), data)
+    return primary_numbers(primary_pairs(matched, data, score))
+
+
 def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_val):
     data, right = demo_val.first(2), []
     for index in range(2):
@@ -124,9 +135,9 @@ def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_va
         boxes = torch.stack([boxes[largest] + 1000, boxes[largest]])
         tensors = boxes, torch.tensor([0.2, 0.9]), labels[largest].repeat(2)
         right.append(Detections(data.images[index].id, *tensors))
-    scores = primary_object(primary_pairs(detection_table(right, np.arange(10)), data, 0.9))
+    scores = primary_numbers_of(right, data, 0.9)
     assert scores["accuracy"] == 1 and scores["mean_iou"] == pytest.approx(1)
-    scores = primary_object(primary_pairs(detection_table(right[:1], np.arange(10)), data, 0.9))
+    scores = primary_numbers_of(right[:1], data, 0.9)
     assert scores["accuracy"] == 0.5 and scores["mean_iou"] == pytest.approx(0.5)
 
 
@@ -144,7 +155,7 @@ def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_o
             boxes = torch.stack([torch.tensor([0.0, 0, 3, 3]), boxes[largest] + shift])
             labels = torch.stack([labels[0], (labels[largest] + label_shift) % 10])
             detections.append(Detections(data.images[index].id, boxes, torch.tensor([0.9, score]), labels))
-        return primary_object(primary_pairs(detection_table(detections, np.arange(10)), data, 0.5))
+        return primary_numbers_of(detections, data, 0.5)
 
     assert found()["found"] == 1 and found()["mean_iou"] < 0.1
     assert found(box_shift=0.3)["found"] == 1  # an IoU of 0.54
@@ -157,7 +168,7 @@ def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_o
 @pytest.mark.real
 def test_the_numbers_equal_pycocotools_on_real_annotations(assets):
     data = load_split(data_flags(str(assets / "coco-subset")), "val")
-    assert numbers_of(truth_as_detections(data), data, np.arange(80))["detection"]["AP"] == pytest.approx(1)
-    table = detection_table(random_detections(data, 0), np.arange(80))
-    numbers, expected = coco_numbers(table, data), pycocotools_numbers(table, data)
-    assert [numbers[name] for name in COCO_NUMBERS] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert numbers_of(truth_as_detections(data), data)["AP"] == pytest.approx(1)
+    table = detection_table(random_detections(data, 0), data)
+    numbers, expected = coco_numbers(match_detections(table, data), data), pycocotools_numbers(table, data)
+    assert [numbers[name] for name in COCO_NUMBERS] == pytest.approx(expected.tolist(), abs=1e-12)

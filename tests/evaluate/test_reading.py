@@ -6,23 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import truth_as_detections
+from helpers import numbers_of_table, truth_as_detections
 
 from common.console import InputError
 from common.data.memory import ImageFile
-from common.evaluate.coco_metrics import evaluate_table
-from common.evaluate.detections import coco_detections, detection_table, label_map, read_detections
-from common.evaluate.diagnosis import self_check
+from common.evaluate.detections import ModelRun, coco_detections, detection_table, label_map, read_detections
 from common.evaluate.evaluation import evaluate, unique_names
-from common.types import Predictions
 
 
 @pytest.fixture
 def rows(demo_val):
     """Perfect detections of the six images as the entries of a file; scores from 0.5 to 1."""
-    table = detection_table(truth_as_detections(demo_val), np.arange(10))
-    entries = coco_detections(table, demo_val.category_ids)
+    entries = plain_rows(demo_val)
     return [entry | {"score": 1 - 0.5 * n / len(entries)} for n, entry in enumerate(entries)]
+
+
+def plain_rows(data):
+    """Perfect detections with ids alone."""
+    entries = coco_detections(detection_table(truth_as_detections(data), data), data, [""] * len(data))
+    return [{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")} for entry in entries]
+
+
+CUT = ("its lowest score is 0.53: AP and AR are those of a list that was cut there",)  # of `rows`
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def renamed(data, names, ids=None):
 
 
 def ap(predictions, data):
-    return evaluate_table(predictions.table, data)["detection"]["AP"]
+    return numbers_of_table(predictions.table, data)["AP"]
 
 
 def with_ids(rows, data, change):
@@ -53,47 +58,55 @@ def with_ids(rows, data, change):
     return [entry | fields[row["image_id"]] for entry, row in zip(rest, rows, strict=True)]
 
 
-NUMBERED = [f"{n}.jpg" for n in (1, 10, 11, 12, 2, 3)]  # as a YOLO data set sorts them, and numbers them 1 to 6
+NUMBERED = [f"{n}.jpg" for n in (1, 10, 11, 12, 2, 3)]
 FOLDERS = ["a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg", "b/3.jpg"]
-OTHER_IDS = {  # file names of the data set, and what the entries say of an image
-    "file_name beside the number in it": (
-        NUMBERED,
-        lambda i, p: {"image_id": int(p.path.stem), "file_name": str(p.path)},
-    ),
-    "file_name with the path of another machine": (
-        FOLDERS,
-        lambda i, p: {"image_id": 7, "file_name": f"/x/y/{p.path}"},
-    ),
-    "file_name with backslashes": (FOLDERS, lambda i, p: {"file_name": "d:\\" + str(p.path).replace("/", "\\")}),
-    "file_name with another suffix": (NUMBERED, lambda i, p: {"image_id": 0, "file_name": f"{p.path.stem}.png"}),
-    "stem as text": (list("abcdef"), lambda i, p: {"image_id": p.path.stem}),
-    "stem with dots": ([f"{c}.jpg.rf.1{c}.jpg" for c in "abcdef"], lambda i, p: {"image_id": p.path.stem}),
-    "file name as text": (NUMBERED, lambda i, p: {"image_id": p.path.name}),
-    "numbers in file names": ([f"{n:012d}.jpg" for n in range(50, 56)], lambda i, p: {"image_id": int(p.path.stem)}),
+UNDERSTOOD = {  # file names of the data set, and what the entries say of an image
+    "file_name beside another id": (NUMBERED, lambda i, p: {"image_id": int(p.path.stem), "file_name": str(p.path)}),
+    "file_name of another machine": (NUMBERED, lambda i, p: {"file_name": "d:\\x\\" + str(p.path)}),
+    "file_name in folders": (FOLDERS, lambda i, p: {"file_name": str(p.path)}),
+    "equal file names in two folders, and ids": (FOLDERS, lambda i, p: {"image_id": p.id, "file_name": p.path.name}),
     "ids as text": (NUMBERED, lambda i, p: {"image_id": str(p.id)}),
     "ids as floats": (NUMBERED, lambda i, p: {"image_id": float(p.id)}),
 }
+REFUSED = {  # likewise, and words of the refusal
+    "stems as ids": (list("abcdef"), lambda i, p: {"image_id": p.path.stem}, "not a whole number; or .* file_name"),
+    "file names as ids": (NUMBERED, lambda i, p: {"image_id": p.path.name}, "not a whole number; or .* file_name"),
+    "ids of another list": (
+        NUMBERED,
+        lambda i, p: {"image_id": 5000 + i},
+        r"0 of the 6 images and on 6 others .* file_n",
+    ),
+    "names of other images": (NUMBERED, lambda i, p: {"file_name": f"x{i}.jpg"}, "image_id is missing"),
+    "nothing": (NUMBERED, lambda i, p: {}, "image_id is missing; or give every row a file_name"),
+    "one name for two ids": (
+        NUMBERED,
+        lambda i, p: {"image_id": p.id, "file_name": "1.jpg"},
+        "1 and 2 share the file_name",
+    ),
+    "names that several folders have": (FOLDERS, lambda i, p: {"file_name": p.path.name}, "image_id is missing"),
+}
 
 
-@pytest.mark.parametrize("kind", OTHER_IDS)
-def test_images_are_found_by_name_where_their_ids_are_others(demo_val, rows, read, kind):
-    names, change = OTHER_IDS[kind]
+@pytest.mark.parametrize("kind", UNDERSTOOD)
+def test_images_are_found_by_name_or_id(demo_val, rows, read, kind):
+    names, change = UNDERSTOOD[kind]
     data = renamed(demo_val, names)
-    predictions = read(with_ids(rows, data, change), data)
-    assert ap(predictions, data) == pytest.approx(1)
-    assert ["assigned" in warning for warning in predictions.warnings] == [True] * (not kind.startswith("ids"))
+    run = read(with_ids(rows, data, change), data)
+    assert ap(run, data) == pytest.approx(1) and run.warnings == CUT
 
 
-def test_equal_file_names_in_two_folders_leave_the_ids(demo_val, rows, read):
-    data = renamed(demo_val, FOLDERS)
-    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": p.id, "file_name": p.path.name}), data)
-    assert ap(predictions, data) == pytest.approx(1) and "have a file_name that is not" in predictions.warnings[0]
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_names_of_images_are_refused(demo_val, rows, read, kind):
+    names, change, words = REFUSED[kind]
+    data = renamed(demo_val, names)
+    with pytest.raises(InputError, match=words):
+        read(with_ids(rows, data, change), data)
 
 
 def test_ids_beyond_2_53_are_exact(demo_val, rows, read):
     data = renamed(demo_val, list("abcdef"), ids=[2**60 + n for n in range(6)])
     predictions = read(with_ids(rows, demo_val, lambda i, p: {"image_id": 2**60 + i}), data)
-    assert ap(predictions, data) == pytest.approx(1) and predictions.warnings == ()
+    assert ap(predictions, data) == pytest.approx(1) and predictions.warnings == CUT
     with pytest.raises(InputError, match="not a whole number"):
         read(with_ids(rows, demo_val, lambda i, p: {"image_id": float(2**60 + i)}), data)
 
@@ -107,65 +120,34 @@ def test_images_beyond_the_evaluated_ones_are_left_out_with_their_number(demo_va
     assert predictions.conditions["detections_on_other_images"] == beyond
 
 
-def test_numbers_in_names_are_noticed_among_images_beyond_the_evaluated_ones(demo_val, rows, read):
-    data = renamed(demo_val, NUMBERED)  # ids 1 to 4 are 1.jpg, 10.jpg, 11.jpg and 12.jpg
-    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": int(p.path.stem)}), data.first(4))
-    assert ap(predictions, data.first(4)) == pytest.approx(1) and "assigned by the file" in predictions.warnings[0]
-    data = renamed(demo_val, [f"{n}.jpg" for n in (1, 5, 6, 2, 3, 4)])
-    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": int(p.path.stem)}), data.first(4))
-    assert "also the number in the name of another image file" in predictions.warnings[0]
-
-
-def test_detections_of_another_data_set_are_refused(demo_val, rows, read):
-    for change in (lambda i, p: {"image_id": 5000 + i}, lambda i, p: {"image_id": f"x{i}"}, lambda i, p: {}):
-        with pytest.raises(InputError, match=r"0 of the 6 images and on [16] others .* file_name"):
-            read(with_ids(rows, demo_val, change), demo_val)
-
-
-def test_positions_in_a_list_are_refused(demo_val, rows, read):
-    data = renamed(demo_val, [f"{c}.jpg" for c in "abcdef"])
-    assert [image.id for image in data.images] == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(InputError, match="positions in a list"):
-        read(with_ids(rows, data, lambda i, p: {"image_id": i}), data)
-
-
 def test_images_without_detections_are_counted(demo_val, rows, read):
     first = [row for row in rows if row["image_id"] == 1]
-    assert read(first, demo_val).warnings == ("5 of the 6 images with objects have no detections",)
+    assert read(first, demo_val).warnings[0] == "5 of the 6 images with objects have no detections"
     assert read([], demo_val).warnings == ("6 of the 6 images with objects have no detections",)
-
-
-def test_the_self_check_names_the_numbering_of_the_images(demo_val, rows, read):
-    """Ids that are known, but of other images: only the boxes tell."""
-    data = renamed(demo_val, [f"{n}.jpg" for n in (3, 4, 5, 6, 1, 2)])
-    predictions = read(with_ids(rows, data, lambda i, p: {"image_id": int(p.path.stem)}), data)
-    assert "also the number in the name of another image" in predictions.warnings[0]
-    table = predictions.table
-    (warning,) = self_check(table, data)
-    assert "would match 100% if image ids were the numbers in the file names" in warning
-    data = renamed(demo_val, [f"{c}.jpg" for c in "abcdef"], ids=list(range(6)))
-    table = read(with_ids(rows[: data.starts[5]], demo_val, lambda i, p: {"image_id": i + 1}), data).table
-    (warning,) = self_check(table, data)
-    assert "if image ids counted the images from 1" in warning
 
 
 def test_unknown_categories_are_counted_and_refused_where_all_are(demo_val, rows, read):
     some = [row | {"category_id": 77} if n < 3 else row for n, row in enumerate(rows)]
     predictions = read(some, demo_val)
-    assert "3 detections of 1 categories" in predictions.warnings[0] and "(77)" in predictions.warnings[0]
-    with pytest.raises(InputError, match=r"no detection has a category .* the file has 77, the data set 1 "):
+    assert "3 detections of 1 unknown categories were left out: the file has 77" in predictions.warnings[0]
+    with pytest.raises(InputError, match=r"no detection has a category .* the file has 77, .* 1 disc"):
         read([row | {"category_id": 77} for row in rows], demo_val)
 
 
 def test_categories_by_name(demo_val, rows, read):
     names = dict(zip(demo_val.category_ids, demo_val.class_names, strict=True))
-    shifted = [
-        row | {"category_id": row["category_id"] - 1, "category_name": names[row["category_id"]]} for row in rows
-    ]
-    predictions = read(shifted, demo_val)
-    assert ap(predictions, demo_val) == pytest.approx(1) and "by category_name" in predictions.warnings[0]
-    predictions = read([row | {"category_id": names[row["category_id"]].upper()} for row in rows], demo_val)
-    assert ap(predictions, demo_val) == pytest.approx(1)
+    named = [row | {"category_name": names[row["category_id"]].upper()} for row in rows]
+    without_ids = [{key: value for key, value in row.items() if key != "category_id"} for row in named]
+    assert ap(read(named, demo_val), demo_val) == ap(read(without_ids, demo_val), demo_val) == pytest.approx(1)
+    with pytest.raises(InputError, match=r"category_id \d+ and category_name .* differ in .*: leave out the one"):
+        read([row | {"category_id": row["category_id"] % 10 + 1} for row in named], demo_val)
+    with pytest.raises(InputError, match=r"category_id is .*, not a whole number; or give every row a category_name"):
+        read([row | {"category_id": names[row["category_id"]]} for row in rows], demo_val)
+
+
+def test_lists_that_were_cut_at_a_score_are_named(demo_val, rows, read):
+    assert "its lowest score is 0.53" in read(rows, demo_val).warnings[-1]
+    assert read([*rows, rows[0] | {"score": 0.01}], demo_val).warnings == ()
 
 
 def coco_classes(demo_val):
@@ -177,26 +159,26 @@ def coco_classes(demo_val):
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_80_classes_in_order_are_recognised(demo_val, read, start):
+def test_80_classes_in_order_are_warned_of(demo_val, read, start):
     data = coco_classes(demo_val)
-    table = detection_table(truth_as_detections(data), np.arange(80))
-    rows = coco_detections(table, tuple(range(start, start + 80)))
-    predictions = read(rows, data)
+    predictions = read(plain_rows(replace(data, category_ids=tuple(range(start, start + 80)))), data)
     record = evaluate("theirs", "theirs.json", predictions, data, np.ones((6, 4), np.float32)).record
-    assert "categories that" in record.warnings[0]
-    assert any(f"ids {start}..{start + 79} were the 80 classes in order" in w for w in record.warnings)
-    assert any("look like COCO's 80 classes in order" in w for w in record.warnings)
+    assert "are these counted to 80" in record.warnings[0]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda row: {"score": 100 * row["score"]}, "in per cent by 100"),
+        (lambda row: {"score": 100 * row["score"]}, "divide per cent by 100"),
         (lambda row: {"score": row["score"] - 0.7}, "range from -0.168"),
-        (lambda row: {"score": 1e6 * row["score"]}, "must be in 0..1"),
+        (lambda row: {"score": 1e6 * row["score"]}, "must be probabilities in 0..1"),
         (lambda row: {"bbox": [*row["bbox"][:2], *np.subtract(row["bbox"][2:], row["bbox"][:2])]}, "negative width"),
         (lambda row: {"bbox": None}, "does not hold detections"),
         (lambda row: {"bbox": "1234"}, "does not hold"),
+        (lambda row: {"bbox": []}, "row 0 has bbox .. and score"),
+        (lambda row: {"bbox": [*row["bbox"], 1]}, "not four numbers and one"),
+        (lambda row: {"score": True}, "row 0 has .* score True"),
+        (lambda row: {"bbox": [True, 1, 2, 3]}, "not four numbers and one"),
         (lambda row: {"image_id": [1]}, "not a whole number"),
         (lambda row: {"image_id": 1.5}, "not a whole number"),
         (lambda row: {"image_id": True}, "not a whole number"),
@@ -224,9 +206,9 @@ def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
     data = replace(demo_val, class_names=("person", "traffic_light", "Cat", "Dog", "DOG", "fire hydrant", *"abcd"))
     assert label_map(names, data).tolist() == [0, 1, -1, -1, -1, 5, -1]
     data = replace(demo_val, class_names=tuple(name.upper() for name in demo_val.class_names))
-    predictions = Predictions(truth_as_detections(demo_val), demo_val.class_names)
+    predictions = ModelRun(detection_table(truth_as_detections(demo_val), demo_val), demo_val.class_names)
     record = evaluate("a", "a.pt", predictions, data).record
-    assert record.detection["AP"] == pytest.approx(1) and record.warnings[0].startswith("10 classes were matched")
+    assert pytest.approx(1) == record.detection.AP and record.warnings[0].startswith("10 classes were matched")
     record = evaluate("a", "a.pt", replace(predictions, class_names=(*demo_val.class_names[:9], "y")), demo_val).record
     assert record.warnings[0].startswith("the model lacks 1 of the 10 classes")
 

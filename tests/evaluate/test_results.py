@@ -1,17 +1,34 @@
 """`comprehensive_validation.py` on files of detections, and reading results that were edited or are incomplete."""
 
 import json
-from dataclasses import replace
+import weakref
+from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import random_detections
+from helpers import ROOT, random_detections, record_of, results_of, truth_as_detections
 
 import comprehensive_validation
+import validate_models
 from common.console import InputError
-from common.evaluate.detections import coco_detections, detection_table
-from common.evaluate.results import read_results
+from common.evaluate.detections import coco_detections, detection_table, relative_files
+from common.evaluate.results import (
+    Bin,
+    Calibration,
+    Cost,
+    DataDescription,
+    DetectionNumbers,
+    Diagnosis,
+    ErrorKind,
+    OperatingPoint,
+    PrimaryNumbers,
+    ValidationRecord,
+    ValidationResults,
+    read_results,
+    write_results,
+)
+from common.model import checkpoint, trained
+from common.model.checkpoint import Checkpoint, save_detector
 
 
 @pytest.fixture
@@ -20,9 +37,9 @@ def settings(demo, demo_val, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     files = []
     for seed, name in enumerate(("a.json", "b.json")):
-        table = detection_table(random_detections(demo_val, seed), np.arange(10))
+        table = detection_table(random_detections(demo_val, seed), demo_val)
         path = tmp_path / name
-        path.write_text(json.dumps(coco_detections(table, demo_val.category_ids)))
+        path.write_text(json.dumps(coco_detections(table, demo_val, relative_files(demo_val))))
         files.append(str(path))
     output = str(tmp_path / "out" / "r.json")
     return comprehensive_validation.Settings(
@@ -31,7 +48,7 @@ def settings(demo, demo_val, tmp_path, monkeypatch):
 
 
 def numbers(results):
-    return [record.detection["AP"] for record in results.models]
+    return [record.detection.AP for record in results.models]
 
 
 def test_written_detections_give_the_same_numbers(settings, tmp_path, capsys):
@@ -57,12 +74,12 @@ def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path):
     files = (*settings.from_detections[1:], str(tmp_path / "c.json"))
     comprehensive_validation.main(replace(settings, models=models, from_detections=files))
     *failed, good, broken = read_results(settings.output).models
-    assert good.detection["AP"] > 0
+    assert good.detection.AP > 0
     for record in (*failed, broken):
         assert record.error and "\n" not in record.error and len(record.error) <= 400
 
 
-def test_an_unexpected_error_keeps_what_was_computed(settings, monkeypatch):
+def test_an_unexpected_error_of_one_model_keeps_the_numbers_of_the_others(settings, monkeypatch):
     evaluate = comprehensive_validation.evaluate
 
     def failing(name, *arguments):
@@ -71,43 +88,97 @@ def test_an_unexpected_error_keeps_what_was_computed(settings, monkeypatch):
         return evaluate(name, *arguments)
 
     monkeypatch.setattr(comprehensive_validation, "evaluate", failing)
-    with pytest.raises(ZeroDivisionError):
-        comprehensive_validation.main(settings)
-    (record,) = read_results(settings.output).models
-    assert record.name == "a" and record.detection["AP"] > 0
+    comprehensive_validation.main(settings)
+    a, b = read_results(settings.output).models
+    assert a.detection.AP > 0 and b.error == "ZeroDivisionError: a fault of the program"
 
 
-EDITS = {  # fields of the first record, as a hand may leave them
-    "null parts": {"intervals": None, "diagnosis": None, "primary": None, "cost": None, "warnings": None},
-    "null intervals": {"intervals": {"AP50": None, "AP": [None, None], "f1": [0.1], "recall": "x"}},
-    "empty parts": {"detection": {}, "diagnosis": {}, "intervals": {}, "conditions": {}, "warnings": "text"},
-    "wrong types": {
-        "diagnosis": {"errors": [], "calibration": {"bins": [1, {}]}, "confusion": [[1, 2], [3]], "operating_point": 1},
-        "detection": {"AP": 0.1, "per_class": {"box": 1}, "precision_at_recall": {"0.5": [None], "0.75": 3}},
-    },
+def test_strict_fails_where_a_model_is_missing_or_misread(settings, demo_val, tmp_path):
+    rows = coco_detections(detection_table(truth_as_detections(demo_val), demo_val), demo_val, relative_files(demo_val))
+    misread = [row | {"bbox": [value / 100 for value in row["bbox"]]} for row in rows]
+    for name, content in (("right", rows), ("misread", misread)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    settings = replace(settings, strict=True, from_detections=(str(tmp_path / "right.json"),))
+    comprehensive_validation.main(settings)
+    both = (*settings.from_detections, str(tmp_path / "misread.json"))
+    for changed in (replace(settings, models=("missing.pth",)), replace(settings, from_detections=both)):
+        with pytest.raises(SystemExit) as ended:
+            comprehensive_validation.main(changed)
+        assert ended.value.code == 3
+        assert [bool(record.error) for record in read_results(settings.output).models].count(True) == 1
+
+
+@pytest.mark.parametrize("script", [comprehensive_validation, validate_models])
+def test_one_model_is_alive_at_a_time(script, detector, demo, demo_val, tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{name}.pth") for name in "abc"]
+    for path in paths:
+        save_detector(path, Checkpoint(detector, demo_val.class_names, demo_val.category_ids))
+    alive, load = [], checkpoint.load_checkpoint
+
+    def counting(path):
+        assert not any(reference() for reference in alive)
+        loaded = load(path)
+        alive.append(weakref.ref(loaded.detector))
+        return loaded
+
+    monkeypatch.setattr(trained, "load_checkpoint", counting)
+    monkeypatch.chdir(tmp_path)
+    option = {"models" if script is comprehensive_validation else "checkpoints": tuple(paths)}
+    script.main(script.Settings(data=str(demo), val_images=0, workers=0, **option))
+    assert len(alive) == 3
+
+
+@pytest.mark.parametrize("script", [comprehensive_validation, validate_models])
+def test_several_processes_are_refused(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="in one process"):
+        script.main(script.Settings())
+
+
+EDITS = {  # a change of the file, and words of the refusal
+    "text for a number": (
+        lambda c: c["models"][0]["detection"].update(AP="0.5"),
+        "models: 0: detection: AP must be float",
+    ),
+    "no number": (lambda c: c["models"][0]["primary"].pop("f1"), "models: 0: primary lacks 'f1'"),
+    "a list for errors": (lambda c: c["models"][0]["diagnosis"].update(errors=[]), "diagnosis: errors must be dict"),
+    "null for a name": (lambda c: c["models"][1].update(name=None), "models: 1: name must be str, not None"),
+    "a huge number": (lambda c: c["models"][0]["intervals"].update(AP=[0, 10**400]), "intervals: AP: 1 must be float"),
+    "another version": (lambda c: c.update(format_version=1), "format version 2, but of 1: run comprehensive_v"),
+    "no models": (lambda c: c.update(models=[]), "holds no models"),
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_edited_results_are_read(settings, edit):
-    comprehensive_validation.main(settings)
+def test_results_of_another_form_are_refused_with_the_place(settings, edit):
+    change, words = EDITS[edit]
     path = Path(settings.output)
+    write_results(path, results_of(*(evaluated for evaluated in two_records()), class_names=("a",)))
     content = json.loads(path.read_text())
-    content["models"][0] |= EDITS[edit]
-    content["comparisons"][0]["numbers"]["AP50"]["interval"] = None
-    content["comparisons"] += [{}, 3, {"a": "x"}]
-    for part in ("protocol", "dataset", "software", "created"):
-        content[part] = None
+    change(content)
     path.write_text(json.dumps(content))
-    results = read_results(path)
-    first, second = results.models
-    assert second.detection["AP"] > 0 and results.dataset == {} and len(results.comparisons) == 1
-    assert "AP50" not in results.comparisons[0]["numbers"] and "AP" in results.comparisons[0]["numbers"]
-    assert all(interval is None or len(interval) == 2 for interval in (first.intervals or {}).values())
-    if edit == "wrong types":
-        assert first.diagnosis["calibration"]["bins"] == [] and first.diagnosis["confusion"] == []
-        assert first.detection["per_class"] == {"box": {}}
-        assert first.detection["precision_at_recall"] == {"0.5": None, "0.75": None}
+    with pytest.raises(InputError, match=words):
+        read_results(path)
+
+
+def two_records():
+    point, errors = OperatingPoint(0.5, 0.5, 0.5, 0.5), {"class": ErrorKind(0.1, 2)}
+    diagnosis = Diagnosis(point, errors, Calibration(0.1, [Bin(0.5, 0.5, 3)]), [[1, 0], [0, 0]])
+    yield record_of("a", AP=0.5, diagnosis=diagnosis, intervals={"AP": [0.4, 0.6], "AP50": None})
+    yield record_of("b")
+
+
+def test_the_schema_has_the_fields_of_the_dataclasses():
+    schema = json.loads((ROOT / "docs" / "validation_results.schema.json").read_text())
+    model = schema["$defs"]["model"]["properties"]
+    names = {name: {f.name for f in fields(kind)} for name, kind in PARTS.items()}
+    assert {f.name for f in fields(ValidationResults)} | {"format_version"} == set(schema["required"])
+    assert {f.name for f in fields(ValidationRecord)} == set(model)
+    assert all(set(model[name]["required"]) == own for name, own in names.items())
+    assert set(schema["properties"]["dataset"]["required"]) == {f.name for f in fields(DataDescription)}
+
+
+PARTS = {"detection": DetectionNumbers, "primary": PrimaryNumbers, "cost": Cost, "diagnosis": Diagnosis}
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, bytes(range(256)), b'{"models": [3], "format_version": 2}'])

@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 
 from common.console import InputError
-from common.evaluate.evaluation import Predictor
+from common.evaluate.detect import run_detector
 from common.images import read_pixels
 from common.model import load_detector
 from common.model.checkpoint import DEFAULT_MIN_SCORE, Checkpoint, load_checkpoint, save_detector
 from common.model.detector import new_detector
-from common.runtime import make_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def same(one, other) -> bool:
 
 
 def test_predictions_on_files_are_those_of_the_evaluation_to_the_bit(file, trained, demo_val):
-    evaluated = Predictor(make_accelerator(), batch_size=4, workers=0).detect(load_checkpoint(file), demo_val, "")
+    evaluated = run_detector(load_detector(file), demo_val, batch_size=4, workers=0, title="")
     files = [image.path for image in demo_val.images]
     predicted = trained.predict(files, min_score=0.0, batch_size=4)
     assert len(predicted) == len(evaluated) == 6 and all(map(same, predicted, evaluated))

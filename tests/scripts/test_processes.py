@@ -91,28 +91,6 @@ def test_two_accumulated_batches_train_as_one_of_twice_the_size(trained, odd, ti
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
 
 
-def test_two_processes_evaluate_every_image_once(trained, odd):
-    flags = ("--data", odd, "--workers", 0, "--precision", "fp32", "--models", "out.pth", "missing.pth")
-    outputs = {}
-    for processes, batch in ((1, 4), (2, 2)):
-        output = f"by{processes}.json"
-        run(
-            trained[1],
-            "comprehensive_validation.py",
-            *flags,
-            *("--batch-size", batch, "--output", output),
-            processes=processes,
-        )
-        records = json.loads((trained[1] / output).read_text())
-        detections = json.loads((trained[1] / f"by{processes}_detections" / "out.json").read_text())
-        outputs[processes] = (records, detections)
-    (one, ours), (two, theirs) = outputs[1], outputs[2]
-    assert len({d["image_id"] for d in ours}) == 7 and len(ours) == len(theirs)
-    numbers = [r["models"][0]["primary"] | {"AP": r["models"][0]["detection"]["AP"]} for r in (one, two)]
-    assert numbers[1] == pytest.approx(numbers[0], abs=1e-6) and numbers[0]["mean_iou"] > 0
-    assert two["models"][1]["error"] == one["models"][1]["error"]
-
-
 def test_two_killed_processes_resume_to_the_same_result(trained, odd, tiny_backbone, tmp_path):
     flags = ("--batch-size", 2, "--resume")
     paths = ("--data", odd, "--backbone", tiny_backbone, "--output", "out.pth", "--run-dir", "run")

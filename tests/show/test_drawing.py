@@ -19,18 +19,18 @@ INVISIBLE = [(90, 90, 10, 10), (50, 10, 20, 90), (10, 50, 90, 20), (NAN, 0, 9, 9
 
 
 @pytest.mark.parametrize("box", INVISIBLE)
-@pytest.mark.parametrize("dashed", [False, True])
-def test_boxes_of_negative_size_and_outside_the_image_are_left_out(box, dashed):
+@pytest.mark.parametrize("crowd", [False, True])
+def test_boxes_of_negative_size_and_outside_the_image_are_left_out(box, crowd):
     image = Image.new("RGB", (100, 100))
-    assert draw_boxes(image, [LabelledBox(box, 0, "a", dashed)]).getcolors() == [(480 * 480, (0, 0, 0))]
+    assert draw_boxes(image, [LabelledBox(box, 0, "a", crowd)]).getcolors() == [(480 * 480, (0, 0, 0))]
 
 
 @pytest.mark.parametrize(
     "box", [(-INF, 0, INF, 50), (-1e300, -1e300, 1e300, 1e300), (10, 10, 10, 10), (0, 0, 100, 100)]
 )
-@pytest.mark.parametrize("dashed", [False, True])
-def test_boxes_of_any_other_size_are_drawn(box, dashed):
-    drawn = draw_boxes(Image.new("RGB", (100, 100)), [LabelledBox(box, 0, "a", dashed)])
+@pytest.mark.parametrize("crowd", [False, True])
+def test_boxes_of_any_other_size_are_drawn(box, crowd):
+    drawn = draw_boxes(Image.new("RGB", (100, 100)), [LabelledBox(box, 0, "a", crowd)])
     assert len(drawn.getcolors(100000)) > 1
 
 

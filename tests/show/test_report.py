@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from helpers import results_of, truth_as_detections
 from PIL import Image
 
 from common.data.memory import DetectionData, ImageFile
-from common.evaluate.bootstrap import comparisons, draws
-from common.evaluate.evaluation import evaluate
-from common.evaluate.results import ValidationRecord, ValidationResults
+from common.evaluate.bootstrap import comparisons, image_weights
+from common.evaluate.detections import ModelRun, detection_table
+from common.evaluate.evaluation import describe_data, evaluate
+from common.evaluate.results import Comparison, ValidationRecord, ValidationResults
 from common.show.report import write_report
-from common.types import Detections, Predictions
+from common.types import Detections
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; $\\frac$ {{ 7 * 7 }}{% raw %}"
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "small"}
@@ -53,15 +55,12 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
         boxes, labels, _ = data.image_boxes(index)
         found.append(Detections(image.id, boxes, torch.full((len(boxes),), 0.9), labels))
     conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
-    evaluations = [
-        evaluate(name, EVIL, Predictions(found, names, conditions=conditions), data, draws(len(data), 0))
-        for name in (f"a {EVIL}", f"b {EVIL}")
-    ]
+    run = ModelRun(detection_table(found, data), names, conditions=conditions)
+    evaluations = [evaluate(name, EVIL, run, data, image_weights(len(data), 0)) for name in (f"a {EVIL}", f"b {EVIL}")]
     records = [replace(e.record, warnings=[f"warned {EVIL}"]) for e in evaluations]
     failed = ValidationRecord(f"c {EVIL}", EVIL, error=f"failed {EVIL}\n{EVIL}")
     pairs = comparisons({e.record.name: e.samples for e in evaluations}, len(data))
-    dataset = {"source": EVIL, "images": len(data), "class_names": list(names), EVIL: EVIL}
-    results = ValidationResults({EVIL: EVIL}, dataset, (*records, failed), pairs)
+    results = ValidationResults({EVIL: EVIL}, describe_data(data, EVIL), [*records, failed], pairs)
     write_report(tmp_path / "r.html", results, data, {e.record.name: e.table for e in evaluations})
     page = Page((tmp_path / "r.html").read_text())
     assert page.tags == TAGS and page.attributes <= ATTRIBUTES
@@ -71,13 +70,11 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
 
 
 def test_a_report_on_boxes_of_negative_size(demo_val, tmp_path):
-    found = []
-    for index, image in enumerate(demo_val.images):
-        boxes, labels, _ = demo_val.image_boxes(index)
-        found.append(Detections(image.id, boxes[:, [2, 3, 0, 1]], torch.full((len(boxes),), 0.9), labels))
-    evaluated = evaluate("m", "m.json", Predictions(found, demo_val.class_names), demo_val, draws(len(demo_val), 0))
-    pair = {"a": "m", "b": "n", "numbers": {"AP50": {"interval": None, "verdict": None}, "AP": None}}
-    results = ValidationResults({}, {}, (evaluated.record,), [pair, {"a": "m"}])
+    table = detection_table(truth_as_detections(demo_val), demo_val)
+    boxes = table.boxes * (1, 1, -1, -1)
+    run = ModelRun(replace(table, boxes=boxes), demo_val.class_names)
+    evaluated = evaluate("m", "m.json", run, demo_val, image_weights(len(demo_val), 0))
+    results = results_of(evaluated.record, comparisons=[Comparison("m", "n", {})], class_names=demo_val.class_names)
     write_report(tmp_path / "r.html", results, demo_val, {"m": evaluated.table})
     page = Page((tmp_path / "r.html").read_text())
     assert "m against n" in " ".join(page.text.replace("against", " against").split())
@@ -98,6 +95,6 @@ def test_a_report_on_an_image_of_extreme_shape(tmp_path):
         "tall",
     )
     found = [Detections(1, torch.tensor([[1.0, 100.0, 9.0, 900.0]]), torch.tensor([0.9]), torch.tensor([0]))]
-    evaluated = evaluate("m", "m.json", Predictions(found, ("cat",)), data, draws(1, 0))
-    write_report(tmp_path / "r.html", ValidationResults({}, {}, (evaluated.record,)), data, {"m": evaluated.table})
+    evaluated = evaluate("m", "m.json", ModelRun(detection_table(found, data), ("cat",)), data, image_weights(1, 0))
+    write_report(tmp_path / "r.html", results_of(evaluated.record, class_names=("cat",)), data, {"m": evaluated.table})
     assert "F1 1.00" in Page((tmp_path / "r.html").read_text()).text

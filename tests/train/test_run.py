@@ -153,8 +153,8 @@ def test_resume_without_a_state_starts_and_of_a_finished_run_changes_nothing(uni
     assert "nothing to resume in run yet: starting" in capfd.readouterr().out
     for _ in range(2):
         improved_dino_detector.main(settings)
-        content, *rest = results()
-        assert tuple(rest) == uninterrupted["improved"][1:] and content["train_config"]["stop_after"] == ""
+        _, *rest = results()
+        assert tuple(rest) == uninterrupted["improved"][1:]
 
 
 REFUSED = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import corners_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -30,8 +31,8 @@ from transformers import (
 import comprehensive_validation
 from common.console import InputError
 from common.data.memory import DetectionData, ImageFile
-from common.evaluate.auto import auto_predictions, is_auto
 from common.evaluate.results import read_results
+from common.evaluate.transformers_models import is_transformers, run_transformers
 from common.hub import hub_name
 
 CPU = torch.device("cpu")
@@ -113,23 +114,31 @@ def saved(build, folder: Path, names) -> Path:
     return folder
 
 
+def detections_on(run, index):
+    """Boxes as xyxy, scores and labels on one image."""
+    table = run.table.select(run.table.image == index)
+    boxes = torch.from_numpy(corners_of(table.boxes)).float()
+    return boxes, torch.from_numpy(table.score).float(), torch.from_numpy(table.label)
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_detections_are_those_of_its_own_post_processing(name, shapes, tmp_path):
     folder = saved(BUILDERS[name], tmp_path / name, ("cat", "N/A", "dog"))
-    assert is_auto(str(folder)) and not is_auto(str(tmp_path))
-    found = auto_predictions(str(folder), shapes, 3, CPU)
-    assert found.class_names == ("cat", "N/A", "dog") and found.cost["precision"] == "fp32"
-    assert found.cost["ms_per_image"] > 0 and found.cost["parameters"] > 1000 and found.cost["batch_size"] == 3
+    assert is_transformers(str(folder)) and not is_transformers(str(tmp_path))
+    found = run_transformers(str(folder), shapes, 3, CPU)
+    assert found.class_names == ("cat", "N/A", "dog") and found.cost.precision == "fp32"
+    assert found.cost.ms_per_image > 0 and found.cost.parameters > 1000 and found.cost.batch_size == 3
     model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForObjectDetection, AutoImageProcessor))
-    for detections, image, (width, height) in zip(found.detections, shapes.images, SHAPES, strict=True):
-        assert detections.image_id == image.id and len(detections.scores) > 5
+    for index, (image, (width, height)) in enumerate(zip(shapes.images, SHAPES, strict=True)):
+        boxes, scores, _ = detections_on(found, index)
+        assert len(scores) > 5
         with torch.no_grad():
             out = model.eval()(**processor(images=image.open(), return_tensors="pt"))
         (own,) = processor.post_process_object_detection(out, threshold=0.001, target_sizes=[(height, width)])
-        best = own["scores"].sort(descending=True, stable=True).indices[: len(detections.scores)]
-        assert torch.allclose(detections.scores, own["scores"][best], atol=1e-4)
-        distance = (detections.boxes[:, None] - own["boxes"]).abs().amax(-1)
-        distance[(detections.scores[:, None] - own["scores"]).abs() > 1e-3] = torch.inf
+        best = own["scores"].sort(descending=True, stable=True).indices[: len(scores)]
+        assert torch.allclose(scores, own["scores"][best], atol=1e-4)
+        distance = (boxes[:, None] - own["boxes"]).abs().amax(-1)
+        distance[(scores[:, None] - own["scores"]).abs() > 1e-3] = torch.inf
         assert (distance.amin(1) < 0.1).all()
 
 
@@ -143,12 +152,12 @@ def test_a_known_box_lies_in_the_pixels_of_each_image(name, shapes, tmp_path):
         if "class_labels_classifier" in key and weight.shape == (3,):  # the bias of the last layer
             weight[1] = 9.0  # a dog, wherever it looks
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for detections, (width, height) in zip(
-        auto_predictions(str(folder), shapes, 4, CPU).detections, SHAPES, strict=True
-    ):
+    found = run_transformers(str(folder), shapes, 4, CPU)
+    for index, (width, height) in enumerate(SHAPES):
+        boxes, scores, labels = detections_on(found, index)
         middle = torch.tensor([0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height])
-        assert len(detections.labels) == 7 and (detections.labels == 1).all() and (detections.scores > 0.99).all()
-        assert torch.allclose(detections.boxes, middle.expand(7, 4), atol=1e-3)
+        assert len(labels) == 7 and (labels == 1).all() and (scores > 0.99).all()
+        assert torch.allclose(boxes, middle.expand(7, 4), atol=1e-3)
 
 
 def test_it_is_one_row_of_the_evaluation(demo, demo_val, tmp_path, monkeypatch):
@@ -158,7 +167,7 @@ def test_it_is_one_row_of_the_evaluation(demo, demo_val, tmp_path, monkeypatch):
     models = ("theirs", "somebody/no-such-detector", "hub:somebody/no-such-one")
     comprehensive_validation.main(replace(settings, models=models))
     theirs, *missing = read_results("validation_results.json").models
-    assert theirs.name == "theirs" and theirs.detection["AP"] is not None and theirs.cost["ms_per_image"] > 0
+    assert theirs.name == "theirs" and theirs.detection.AP is not None and theirs.cost.ms_per_image > 0
     assert theirs.conditions["model_type"] == "rt_detr"
     assert all("is not in the cache and the hub can't be reached" in record.error for record in missing)
 
@@ -176,7 +185,7 @@ def test_damaged_folders_are_refused_in_one_line(shapes, tmp_path):
 
     def refusal():
         with pytest.raises(InputError) as caught:
-            auto_predictions(str(folder), shapes, 1, CPU)
+            run_transformers(str(folder), shapes, 1, CPU)
         return str(caught.value)
 
     weights, config = folder / "model.safetensors", folder / "config.json"

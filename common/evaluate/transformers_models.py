@@ -1,7 +1,6 @@
-"""Detectors of transformers as `Predictions`: what `AutoModelForObjectDetection` loads, with its image processor."""
+"""Detectors of transformers as `ModelRun`s: what `AutoModelForObjectDetection` loads, with its image processor."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,20 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from common.console import InputError, last_line, progress_bar
 from common.data.memory import DetectionData
-from common.evaluate.detect import measure_cost
+from common.evaluate.cost import measure_cost, seconds
+from common.evaluate.detections import ModelRun, detection_table
 from common.hub import CONFIG
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
-from common.types import Detections, Predictions
+from common.types import Detections
 
 
-def is_auto(path: str) -> bool:
+def is_transformers(path: str) -> bool:
     """Is this a folder with a model of transformers?"""
     return Path(path, CONFIG).is_file()
 
 
 @torch.inference_mode()
-def auto_predictions(folder: str, data: DetectionData, batch_size: int, device: torch.device) -> Predictions:
+def run_transformers(folder: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
     """The detections of a model on every image of `data`, in fp32, as its own post-processing returns them.
 
     Args:
@@ -58,14 +58,20 @@ def auto_predictions(folder: str, data: DetectionData, batch_size: int, device: 
                 detections += [_detections(f, data.images[i].id, labels) for f, i in zip(found, indices, strict=True)]
                 bar.update(len(indices))
         several = range(min(len(data), batch_size))
-        singles = [inputs_of(range(i, i + 1)) for i in several]
-        parameters = sum(p.numel() for p in model.parameters())
-        cost = measure_cost(run, singles, inputs_of(several), len(several), device, "fp32", parameters)
+        singles, together = [inputs_of(range(i, i + 1)) for i in several], inputs_of(several)
+        cost = measure_cost(
+            lambda number: seconds(run, *singles[number % len(singles)]),
+            lambda: seconds(run, *together),
+            len(several),
+            device,
+            "fp32",
+            sum(p.numel() for p in model.parameters()),
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
         raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
     conditions = {"model_type": model.config.model_type, "transformers": transformers.__version__}
     names = tuple(str(model.config.id2label[label]) for label in labels)
-    return Predictions(detections, names, asdict(cost), conditions)
+    return ModelRun(detection_table(detections, data), names, cost, conditions)
 
 
 def _load(folder: str) -> tuple[Any, Any]:

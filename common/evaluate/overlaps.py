@@ -1,0 +1,106 @@
+"""All overlaps of detections and boxes as one sparse table, and COCO's assignment on it.
+
+Every number of an evaluation is made of this table: the matches by class at any IoU, those of any class, the kinds of
+errors, and the check whether detections were read as they were meant.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.data.memory import DetectionData
+
+MATCH_IOU = 0.5  # from which a detection matches a box, where one threshold is meant
+BACKGROUND_IOU = 0.1  # a detection that overlaps every object less is on the background (TIDE, arXiv 2008.08115)
+CHUNK = 1 << 18  # pairs that are compared at once, about 40 MB
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """P pairs of a detection and a box of its image, by rising detection.
+
+    Shapes: detection, box (P,) int64, rows of the detections and of the boxes of the data set; iou (P,) float64, with
+    a crowd the share of the detection that is inside it, as in COCO.
+    """
+
+    detection: np.ndarray
+    box: np.ndarray
+    iou: np.ndarray
+
+    def select(self, pairs: np.ndarray) -> "Overlaps":
+        """The pairs at `pairs`, int64 indices or a bool mask, in that order."""
+        return Overlaps(self.detection[pairs], self.box[pairs], self.iou[pairs])
+
+    def by_preference(self, last: np.ndarray) -> "Overlaps":
+        """Each detection's boxes as it prefers them: those of the mask `last` (N,) after all others, then by falling
+        IoU, of equals the later box, as pycocotools takes them."""
+        return self.select(np.lexsort((-self.box, -self.iou, last[self.box], self.detection)))
+
+
+def find_overlaps(
+    image: np.ndarray, boxes: np.ndarray, data: DetectionData, at_least: float = BACKGROUND_IOU
+) -> Overlaps:
+    """The pairs of an image that overlap.
+
+    Args:
+        image: (M,) int64 index into `data.images` of each detection.
+        boxes: (M, 4) float64 xywh original pixels.
+        data: the ground truth.
+        at_least: least IoU; with 0 all that have a common area.
+    """
+    counts = np.diff(data.starts)[image]  # pairs of each detection
+    detected, true = _edges(boxes), _edges(data.boxes)
+    parts = []
+    for rows in np.array_split(np.arange(len(image)), counts.sum() // CHUNK + 1):
+        n = counts[rows]
+        box = np.arange(n.sum()) + np.repeat(data.starts[image[rows]] - (n.cumsum() - n), n)
+        pairs = _intersect(np.repeat(rows, n), box, detected, true, data.crowd)
+        parts.append(pairs.select(pairs.iou >= at_least))
+    return Overlaps(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "box", "iou")))
+
+
+def _edges(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(M, 4) xywh -> lower and upper edges (2, M), a row for each axis, and areas (M,)."""
+    low, sides = boxes[:, :2].T.copy(), boxes[:, 2:].T.copy()
+    return low, low + sides, sides[0] * sides[1]
+
+
+def _intersect(detection: np.ndarray, box: np.ndarray, detected: tuple, true: tuple, crowd: np.ndarray) -> Overlaps:
+    """The pairs among these with a common area; the arithmetic is that of pycocotools, to the last digit."""
+    common = np.ones(len(box))
+    for axis in (0, 1):  # most pairs are apart on the first axis and need no second
+        (low, high, _), (true_low, true_high, _) = detected, true
+        side = np.minimum(high[axis][detection], true_high[axis][box])
+        side -= np.maximum(low[axis][detection], true_low[axis][box])
+        near = np.nonzero(side > 0)[0]
+        detection, box, common = detection[near], box[near], common[near] * side[near]
+    own = detected[2][detection]
+    return Overlaps(detection, box, common / np.where(crowd[box], own, own + true[2][box] - common))
+
+
+def assign(overlaps: Overlaps, shared: np.ndarray, detections: int) -> np.ndarray:
+    """(M,) int64 box of each detection, -1 where it gets none, as COCO's loop over detections and boxes gives them.
+
+    COCO takes the detections by falling score, each gets the first box of its list that is free. Here all ask for the
+    first of their list at once, a box keeps the earliest detection, and the others ask for their next (Gale and
+    Shapley, 1962). As all boxes prefer the detections in one order, both end in the same pairs.
+
+    Args:
+        overlaps: the pairs that may match, `by_preference`, the detections of an image by falling score.
+        shared: (N,) bool, boxes that any number of detections may get: crowds.
+        detections: M.
+    """
+    boxes = np.full(detections, -1)
+    choice = np.nonzero(np.diff(overlaps.detection, prepend=-1))[0]  # the pair that each detection asks for
+    asking, end = overlaps.detection[choice], np.append(choice[1:], len(overlaps.detection))
+    while len(choice):
+        wanted, holder = overlaps.box[choice], np.full(len(shared), detections)
+        np.minimum.at(holder, wanted, asking)
+        refused = (holder[wanted] != asking) & ~shared[wanted]
+        if not refused.any():
+            boxes[asking] = wanted
+            break
+        choice = choice + refused
+        left = choice < end
+        choice, end, asking = choice[left], end[left], asking[left]
+    return boxes
