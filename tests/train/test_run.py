@@ -294,10 +294,10 @@ def test_best_epoch_has_the_highest_map_and_is_the_last_of_equals(resumed, score
         run = Run(RunFlags(run_dir="run", resume=resumed), Accelerator(cpu=True), STAGES)
         run.begin(demo_val, demo_val, STAGES)
         for epoch in run.epochs("frozen", len(scores), trained=detector.head):
-            run.began = 0.0
+            run.began, run.sums = 0.0, {}
             position, score = next(pending)
             assert epoch == position
-            run.finish_epoch({}, replace(checkpoint, metrics=numbers | {"AP50": score}))
+            run.finish_epoch(replace(checkpoint, metrics=numbers | {"AP50": score}))
             if resumed and epoch == 0:
                 continue  # the state of an epoch is saved when the next one begins
     kept = [Path("run", name) for name in ("best.pth", "frozen.pth", "last.pth")]
