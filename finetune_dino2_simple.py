@@ -33,7 +33,7 @@ from common.model.detector import DetectorFlags, new_detector
 from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
 from common.train.optim import Schedule, parameter_groups
-from common.train.run import Run, RunFlags, RunningMean
+from common.train.run import Run, RunFlags
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -63,22 +63,19 @@ def train_one_epoch(
     schedule: Schedule,
     epoch: int,
     run: Run,
-) -> dict[str, float]:
-    """One pass over the training images; the mean of each loss term."""
+) -> None:
+    """One pass over the training images."""
     model.train()
-    means = RunningMean()
     for step, batches in enumerate(run.steps(loader)):
         schedule.set_rates(epoch, step)
         counts = run.mean([batch.targets.counts() for batch in batches])
         for batch in batches:
             losses = criterion(model(batch.inputs), batch.targets, counts)
-            run.accelerator.backward(sum(losses.values()) / len(batches))
-            means.add(losses)
+            run.backward(losses, batches)
         norm = run.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         run.check_finite(norm, step, batches)
         optimizer.step()
         optimizer.zero_grad()
-    return means.compute(run.accelerator)
 
 
 def initial_checkpoint(settings: Settings, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> Checkpoint:
@@ -119,9 +116,9 @@ def main(settings: Settings) -> dict:
         begin = f"training {settings.epochs} epochs on {len(train_data)} images with {start.train_config['backbone']}"
         accelerator.print(f"{begin}; {settings.describe()}")
         for epoch in run.epochs("only", settings.epochs, detector=detector, optimizer=optimizer):
-            losses = train_one_epoch(model, criterion, loader, optimizer, schedule, epoch, run)
+            train_one_epoch(model, criterion, loader, optimizer, schedule, epoch, run)
             numbers = validate(model, val_loader, quick_data, class_names, accelerator)
-            run.finish_epoch(losses, replace(start, metrics=numbers))
+            run.finish_epoch(replace(start, metrics=numbers))
         return run.finish(val_data)
 
 

@@ -44,7 +44,7 @@ from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, Schedule, parameter_groups
-from common.train.run import Run, RunFlags, RunningMean
+from common.train.run import Run, RunFlags
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -121,23 +121,20 @@ def train_one_epoch(
     average: Ema,
     epoch: int,
     run: Run,
-) -> dict[str, float]:
-    """One pass over the training images, or their features; the mean of each loss term."""
+) -> None:
+    """One pass over the training images, or their features."""
     model.train()
-    means = RunningMean()
     for step, batches in enumerate(run.steps(loader)):
         cycle = schedule.set_rates(epoch, step)
         counts = run.mean([batch.targets.counts() for batch in batches])
         for batch in batches:
             losses = criterion(model(batch.inputs, batch.targets), batch.targets, counts)
-            run.accelerator.backward(sum(losses.values()) / len(batches))
-            means.add(losses)
+            run.backward(losses, batches)
         norm = run.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         run.check_finite(norm, step, batches)
         optimizer.step()
         optimizer.zero_grad()
         average.update(cycle)
-    return means.compute(run.accelerator)
 
 
 class Stage(NamedTuple):
@@ -216,10 +213,10 @@ def train_stage(
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):
-        losses = train_one_epoch(model, criterion, loader, optimizer, schedule, average, epoch, run)
+        train_one_epoch(model, criterion, loader, optimizer, schedule, average, epoch, run)
         with average.applied():
             numbers = validate(model, val_loader, val_data, start.class_names, accelerator)
-            run.finish_epoch(losses, replace(start, metrics=numbers))
+            run.finish_epoch(replace(start, metrics=numbers))
     accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
     accelerator.free_memory()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import cli
 from common.cli import flag
-from common.data.table import read_json
+from common.data.readers import read_json
 from common.files import atomic_write
 
 FEW, PICK = 40, 24  # images

@@ -75,8 +75,8 @@ def _state(image: ImageFile) -> str:
 
 
 def _cache_file(source: str) -> Path:
-    digest = sha256(repr((os.path.abspath(source), PIL.__version__)).encode()).hexdigest()  # noqa: PTH100
-    return cache_folder("checked", f"{digest[:24]}.jsonl")
+    place = os.path.realpath(source) if os.path.exists(source) else source  # noqa: PTH110 (of any length)
+    return cache_folder("checked", f"{sha256(repr((place, PIL.__version__)).encode()).hexdigest()[:24]}.jsonl")
 
 
 def _read(path: Path) -> dict[str, Outcome]:

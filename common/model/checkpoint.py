@@ -1,13 +1,12 @@
 """Detector checkpoints: `.pth` files of tensors and plain types, read with `weights_only=True`, which runs nothing.
 
 A folder for the hub holds the same in two files, config.json and model.safetensors. A checkpoint may come from an
-unknown source, so `load_checkpoint` checks everything that a `Detector` relies on, and raises InputError for a damaged
-file or one of another kind.
+unknown source. `load_checkpoint` rebuilds the detector from its settings, whose weights must fit it and be finite;
+whatever else is wrong with a file ends in one InputError.
 """
 
 import json
 import re
-import reprlib
 import unicodedata
 import warnings
 import zipfile
@@ -17,25 +16,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from common.console import InputError
+from common.console import InputError, last_line
 from common.files import atomic_write
 from common.hub import CONFIG, WEIGHTS, located
 from common.model.detector import Detector, DetectorConfig, build_detector
 
 FORMAT_VERSION = 2
 DEFAULT_MIN_SCORE = 0.3  # of detections that are shown, where no operating point is known
-CONTENT = {
-    "model_config": dict,
-    "class_names": list,
-    "category_ids": list,
-    "model": dict,
-    "train_config": dict,
-    "metrics": dict,
-    "epoch": int,
-}
 LIBRARY = "dinov2-detection"  # library_name in its config.json
 FOLDER = 0x10  # the attribute of a folder in a ZIP archive
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, surrogates, line and paragraph ends
@@ -43,12 +32,7 @@ UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A detector and its description in plain types.
-
-    Raises:
-        InputError: names that are not printable, ids that are not distinct 64-bit integers, another number of them than
-            of classes, or values of other types.
-    """
+    """A detector and its description in plain types."""
 
     detector: Detector
     class_names: tuple[str, ...]  # of the labels 0..K-1
@@ -56,20 +40,6 @@ class Checkpoint:
     train_config: dict = field(default_factory=dict)  # settings and conditions of its training
     metrics: dict = field(default_factory=dict)  # on the validation images of its training
     epoch: int = 0  # finished epochs
-
-    def __post_init__(self) -> None:
-        names, ids, classes = self.class_names, self.category_ids, self.detector.config.num_classes
-        if not len(names) == len(ids) == classes:
-            raise InputError(f"{len(names)} class names and {len(ids)} category ids for {classes} classes")
-        for name in names:
-            if type(name) is not str or UNPRINTABLE & {unicodedata.category(character) for character in name}:
-                raise InputError(f"the class name {reprlib.repr(name)} is not one line of printable text")
-        if not all(type(i) is int and -(2**63) <= i < 2**63 for i in ids) or len(set(ids)) < classes:
-            raise InputError("the category ids are not different whole numbers of 64 bits")
-        if type(self.epoch) is not int or self.epoch < 0:
-            raise InputError(f"epoch must be a whole number from 0, not {reprlib.repr(self.epoch)}")
-        if not _is_plain([self.train_config, self.metrics]):
-            raise InputError("train_config and metrics must consist of plain types")
 
     @property
     def image_size(self) -> int:
@@ -84,22 +54,9 @@ class Checkpoint:
 
     def conditions(self) -> dict:
         """How the detector was trained and what it is, for records of evaluations and descriptions of exports."""
-        config = self.detector.config
-        return self.train_config | {
-            "epoch": self.epoch,
-            "validation_metrics": self.metrics,
-            "image_size": self.image_size,
-            "blocks": list(config.blocks),
-            "head": config.head,
-        }
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) is dict:
-        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    return type(value) in (str, int, float, bool, type(None))
+        config = asdict(self.detector.config) | {"blocks": list(self.detector.config.blocks)}
+        del config["backbone"]  # its architecture; `train_config` has its name
+        return self.train_config | {"epoch": self.epoch, "validation_metrics": self.metrics} | config
 
 
 def save_detector(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -125,15 +82,16 @@ def save_folder(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _description(checkpoint: Checkpoint) -> dict:
-    return {
+    content = {
         "format_version": FORMAT_VERSION,
         "model_config": asdict(checkpoint.detector.config),
-        "class_names": list(checkpoint.class_names),
-        "category_ids": list(checkpoint.category_ids),
+        "class_names": checkpoint.class_names,
+        "category_ids": checkpoint.category_ids,
         "train_config": checkpoint.train_config,
         "metrics": checkpoint.metrics,
         "epoch": checkpoint.epoch,
     }
+    return _plain(content, default=float)  # numbers of NumPy among them
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -160,82 +118,61 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         InputError: the file is missing, damaged, no checkpoint of this project, or its weights do not fit its settings.
     """
+    place = Path(located(str(path)))
+    if not place.exists():
+        raise InputError(f"{path}: no such checkpoint; train one with finetune_dino2_simple.py, or name another")
     try:
-        place = Path(located(str(path)))
-        return _rebuild(_read_folder(place) if place.is_dir() else _read(place))
-    except (InputError, RuntimeError) as error:  # RuntimeError: tensors without data, a list that contains itself
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
-
-
-def _read_folder(folder: Path) -> Any:
-    try:
-        content = json.loads((folder / CONFIG).read_bytes())
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except OSError as error:
-        raise InputError(
-            f"no detector's folder, which has {CONFIG} and {WEIGHTS}: {error.strerror or error}"
-        ) from error
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise InputError("the folder is damaged or not a detector's") from error
-    if not isinstance(content, dict) or content.pop("library_name", None) != LIBRARY:
-        raise InputError(f"not a detector's folder, whose {CONFIG} has the library_name {LIBRARY}")
-    config = content.get("model_config")
-    if isinstance(config, dict) and isinstance(config.get("blocks"), list):
-        config["blocks"] = tuple(config["blocks"])  # JSON has no tuples
-    return content | {"model": weights}
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError("no such checkpoint; train one with finetune_dino2_simple.py, or name another")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch verifies no checksums, and reads no data from a part that one flipped bit marks as a folder
-            if archive.testzip() or any(part.external_attr & FOLDER for part in archive.infolist()):
-                raise zipfile.BadZipFile
-        with warnings.catch_warnings(action="ignore"):  # of TorchScript, which raises as well
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what then raises as well
+            return _rebuild(_read_folder(place) if place.is_dir() else _read_file(place))
     except PermissionError as error:
-        raise InputError("no permission to read it") from error
-    except Exception as error:  # zipfile and torch document few of the errors that damaged and foreign files raise
-        raise InputError("the file is damaged or not a detector's checkpoint") from error
+        raise InputError(f"{path}: no permission to read it") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # damaged and foreign files raise many types
+        reason = f"{type(error).__name__}: {last_line(error):.200}"
+        raise InputError(f"{path}: damaged, or not a detector's checkpoint ({reason})") from error
 
 
-def _rebuild(content: Any) -> Checkpoint:
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is not int:
-        raise InputError("not a detector's checkpoint, which has a format_version")
+def _read_folder(folder: Path) -> dict:
+    content = json.loads((folder / CONFIG).read_bytes())
+    if content["library_name"] != LIBRARY:
+        raise InputError(f"not a detector's folder, whose {CONFIG} has the library_name {LIBRARY}")
+    return content | {"model": safetensors.torch.load_file(folder / WEIGHTS)}
+
+
+def _read_file(path: Path) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        # torch verifies no checksums, and reads no data from a part that one flipped bit marks as a folder
+        if archive.testzip() or any(part.external_attr & FOLDER for part in archive.infolist()):
+            raise zipfile.BadZipFile("a checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _rebuild(content: dict) -> Checkpoint:
+    version = content["format_version"]
     if version not in (1, FORMAT_VERSION):
-        raise InputError(f"its format_version is {version}, this program reads 1 and {FORMAT_VERSION}")
-    for key, kind in CONTENT.items():
-        if type(content.get(key)) is not kind:
-            raise InputError(f"{key} must be of the type {kind.__name__}")
-    try:
-        with torch.device("meta"):  # shapes without data: the weights of the file are assigned, not copied
-            detector = build_detector(DetectorConfig(**content["model_config"]))
-    except TypeError as error:  # unknown or missing keys, a number beyond torch's integers
-        raise InputError(f"its model_config describes no detector: {str(error).splitlines()[0]}") from error
+        raise InputError(f"its format_version is {version!r:.40}, this program reads 1 and {FORMAT_VERSION}")
+    with torch.device("meta"):  # shapes without data: the weights of the file are assigned, not copied
+        detector = build_detector(DetectorConfig(**content["model_config"]))
     weights = content["model"] if version == FORMAT_VERSION else _renamed(content["model"])
-    _check_weights(weights, detector.state_dict())
     detector.load_state_dict(weights, assign=True)
+    if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values()):
+        raise InputError("its weights are not all finite numbers of 32 bits")
     names, ids = tuple(content["class_names"]), tuple(content["category_ids"])
-    return Checkpoint(detector.eval(), names, ids, content["train_config"], content["metrics"], content["epoch"])
+    if not len(names) == len(set(ids)) == len(ids) == detector.config.num_classes:
+        raise InputError(f"its {len(names)} class names and {len(ids)} category ids are not those of different classes")
+    if UNPRINTABLE & set(map(unicodedata.category, "".join(names))) or not all(type(i) is int for i in ids):
+        raise InputError("its class names are not lines of printable text, or its category ids not whole numbers")
+    train_config, metrics = map(_plain, (content["train_config"], content["metrics"]))
+    return Checkpoint(detector.eval(), names, ids, dict(train_config), dict(metrics), int(content["epoch"]))
+
+
+def _plain(content: Any, **options: Any) -> Any:
+    """A copy of plain types alone, as JSON has them. Raises TypeError or ValueError where it holds others."""
+    return json.loads(json.dumps(content, **options))
 
 
 def _renamed(weights: dict) -> dict:
     """The weights of format version 1, where the dense head and the second look stood beside each other."""
-    names = {name: re.sub(r"^head\.", "head.dense.", str(name)) for name in weights}
+    names = {name: re.sub(r"^head\.", "head.dense.", name) for name in weights}
     return {re.sub(r"^second_look\.", "head.second_look.", names[name]): weight for name, weight in weights.items()}
-
-
-def _check_weights(weights: dict, expected: dict[str, Tensor]) -> None:
-    """Raises InputError unless the weights have the names, shapes and dtypes of `expected`, and finite values."""
-    misfit = "its weights do not fit its settings"
-    for name, like in expected.items():
-        weight = weights.get(name)
-        if not isinstance(weight, Tensor) or (weight.shape, weight.dtype) != (like.shape, like.dtype):
-            raise InputError(f"{misfit}: {name} must be a tensor of shape {tuple(like.shape)} and type {like.dtype}")
-        if not weight.isfinite().all():
-            raise InputError(f"its weight {name} contains inf or NaN")
-    if unknown := weights.keys() - expected.keys():
-        raise InputError(f"{misfit}: this detector has no {min(map(repr, unknown))}")

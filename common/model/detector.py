@@ -3,25 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.cli import flag
 from common.console import InputError
-from common.model.backbone import (
-    Backbone,
-    backbone_config,
-    check_architecture,
-    depth_and_patch,
-    load_backbone,
-    resolve_blocks,
-)
+from common.model.backbone import Backbone, backbone_config, load_backbone, resolve_blocks, vit_config
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.model.second_look import SecondLook
 from common.types import RawOutput, Targets
 
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "multi-layer": MultiLayerHead, "pyramid": PyramidHead}
+MAX_DEPTH = 200  # blocks; a larger number in a file would take hours to build
 SECOND_LOOK_DROPOUT = 3.0  # in multiples of the head's: its layers have more inputs and fewer samples
 
 
@@ -45,7 +40,7 @@ class DetectorConfig:
     """The settings from which a detector is built; plain types only, stored in its checkpoint.
 
     Raises:
-        InputError: a setting of another type, or out of its range.
+        InputError: a setting out of its range.
     """
 
     head: str  # one of HEADS
@@ -57,23 +52,16 @@ class DetectorConfig:
     second_look: int = 0  # boxes an image that are looked at again, 0 = none
 
     def __post_init__(self) -> None:
-        check_architecture(self.backbone)
-        blocks, sizes = self.blocks, (self.image_size, self.num_classes, self.second_look)
-        if type(blocks) is not tuple or {type(number) for number in (*blocks, *sizes)} != {int}:
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # files have lists
+        sizes = (*self.blocks, self.image_size, self.num_classes, self.second_look)
+        if not all(type(number) is int for number in sizes) or min(self.image_size, self.num_classes) < 1:
             raise InputError("a detector's blocks, image_size, num_classes and second_look must be whole numbers")
-        depth, patch = depth_and_patch(self.backbone)
-        rising = sorted({block for block in blocks if 1 <= block <= depth})
-        rules = {
-            f"head must be one of {', '.join(HEADS)}": self.head in tuple(HEADS),
-            f"blocks must rise from 1 to {depth}": blocks and list(blocks) == rising,
-            f"image_size must be a multiple of {patch}": self.image_size > 0 and self.image_size % patch == 0,
-            "num_classes must be at least 1": self.num_classes >= 1,
-            "second_look must be at least 0": self.second_look >= 0,
-            "dropout must be 0 to 1": type(self.dropout) in (int, float) and 0 <= self.dropout <= 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise InputError(f"a detector's {rule}")
+        if self.head not in tuple(HEADS) or not 0 <= self.dropout <= 1 or self.second_look < 0:
+            raise InputError(f"a detector's head must be one of {', '.join(HEADS)}, its dropout a share")
+        vit = vit_config(self.backbone)
+        check_side("a detector's image_size", self.image_size, vit.patch_size)
+        if self.blocks != resolve_blocks(self.blocks, min(vit.num_hidden_layers, MAX_DEPTH)):
+            raise InputError(f"a detector's blocks must rise from 1, not {self.blocks}")
 
 
 class DetectionHead(nn.Module):
@@ -175,25 +163,22 @@ def check_side(what: str, side: int, patch: int) -> None:
         raise InputError(f"{what} {side} is not a multiple of {patch}; take {lower} or {lower + patch}")
 
 
-def new_detector(
-    backbone_folder: Path,
-    *,
-    head: str,
-    blocks: tuple[int, ...],
-    image_size: int,
-    num_classes: int,
-    dropout: float = 0.0,
-    second_look: int = 0,
-) -> Detector:
+def new_detector(backbone_folder: Path, *, blocks: tuple[int, ...], image_size: int, **settings: Any) -> Detector:
     """A detector on pretrained backbone weights, its head untrained.
+
+    Args:
+        backbone_folder: as `fetch_backbone` returns it.
+        blocks: whose features are read; negative ones count from the end.
+        image_size: side of the square input, pixels.
+        settings: the others of `DetectorConfig`.
 
     Raises:
         InputError: no backbone in the folder, blocks that it does not have, or an input that is not a multiple of its
             patch size.
     """
     backbone = backbone_config(backbone_folder)
-    depth, patch = depth_and_patch(backbone)
-    check_side("image size", image_size, patch)
-    blocks = resolve_blocks(blocks, depth)
-    config = DetectorConfig(head, backbone, blocks, image_size, num_classes, dropout, second_look)
+    vit = vit_config(backbone)
+    check_side("image size", image_size, vit.patch_size)
+    blocks = resolve_blocks(blocks, vit.num_hidden_layers)
+    config = DetectorConfig(backbone=backbone, blocks=blocks, image_size=image_size, **settings)
     return Detector(config, load_backbone(backbone_folder, blocks))

@@ -74,20 +74,17 @@ class Run:
 
     def __init__(self, settings: RunFlags, accelerator: Accelerator, stages: tuple[str, ...] = ("only",)):
         self.settings, self.accelerator, self.stages = settings, accelerator, stages
-        self.path, self.description = Path(settings.run_dir), dict[str, Any]()
-        self.stage, self.epoch, self.skipped = stages[0], 0, 0
+        self.path, self.stage, self.skipped = Path(settings.run_dir), stages[0], 0
         self._check_outputs()
         if accelerator.is_main_process:
-            self.lock = filelock.FileLock(
-                self.path / "lock", is_singleton=True
-            )  # another run of this process may go on
+            self.lock = filelock.FileLock(self.path / "lock", is_singleton=True)  # this process may do so again
             try:
                 self.lock.acquire(blocking=False)
             except filelock.Timeout as error:
                 advice = "wait for it, stop it, or name another --run-dir"
                 raise InputError(f"another process is training in {self.path}: {advice}") from error
         accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
-        self.saved = self._read_state() if settings.resume else {}
+        self.saved = read_state(self.path) if settings.resume else {}
         self.log: list[dict] = self.saved.get("log", [])
 
     def __enter__(self) -> "Run":
@@ -99,7 +96,7 @@ class Run:
             error.add_note(f"the state after epoch {len(self.log)} is in {self.path}: go on with --resume")
 
     def begin(self, train_data: DetectionData, val_data: DetectionData, stages: tuple[str, ...] = ("only",)) -> None:
-        """Check that a resumed run fits its state, print what changed, write the settings, and start the trackers.
+        """Check that a resumed run fits its state, write the settings, and start the trackers.
 
         Args:
             train_data: images and boxes, likewise `val_data`.
@@ -110,22 +107,23 @@ class Run:
             InputError: other images or boxes than before, another value of a flag that is `fixed`, a stage that is no
                 longer requested, or a tracker that cannot be reached.
         """
-        recorded = {name: value for name, value in asdict(self.settings).items() if name not in UNRECORDED}
-        data = {"train_fingerprint": train_data.fingerprint(), "val_fingerprint": val_data.fingerprint()}
-        self.description = recorded | data
-        self.description |= {"train_images_used": len(train_data), "processes": self.accelerator.num_processes}
+        self.description = {name: value for name, value in asdict(self.settings).items() if name not in UNRECORDED} | {
+            "train_fingerprint": train_data.fingerprint(),
+            "val_fingerprint": val_data.fingerprint(),
+            "train_images_used": len(train_data),
+            "processes": self.accelerator.num_processes,
+        }
         states = [image.path.stat() for part in (train_data, val_data) for image in part.images]
-        digest = hashlib.sha256(repr([(state.st_size, state.st_mtime_ns) for state in states]).encode())
-        self.files = digest.hexdigest()  # of the pixels, as far as their files tell
+        self.files = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in states]).encode()).hexdigest()
         if self.saved:
             self._check_resumable(stages)
         self.accelerator.wait_for_everyone()  # all have read the files that the main process now replaces
         if self.accelerator.is_main_process:
             remove_leftovers(self.path)
-            for name in (FINISHED, *(() if self.saved else ("state.pth",))):
+            for name in (FINISHED,) if self.saved else (FINISHED, "state.pth"):
                 (self.path / name).unlink(missing_ok=True)
             with atomic_write(self.path / "settings.json", "w") as file:
-                json.dump(asdict(self.settings) | data, file, indent=2)
+                json.dump(self.description, file, indent=2)
             self._write_log()
         self._start_trackers()
 
@@ -163,11 +161,13 @@ class Run:
                 part.load_state_dict(self.saved["parts"][name])
             print(f"resuming stage {stage} after {first} of {count} epochs", flush=True)
         self.saved = {}  # it holds the weights once more
-        for self.epoch in range(first, count):
-            yield self.epoch
-            self._save(parts)
-            if self._has_stalled():
-                print(f"stage {stage} ends after {self.settings.patience} epochs without a better mAP@0.5", flush=True)
+        for epoch in range(first, count):
+            yield epoch
+            self._save(epoch + 1, parts)
+            scores = [_score(line["val"]) for line in self.log if line["stage"] == stage]
+            patience = self.settings.patience
+            if 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience]):
+                print(f"stage {stage} ends after {patience} epochs without a better mAP@0.5", flush=True)
                 return
 
     def epoch_steps(self, loader: DataLoaderShard) -> int:
@@ -182,11 +182,11 @@ class Run:
 
     def steps(self, loader: DataLoaderShard) -> Iterator[list[Batch]]:
         """The batches of each step of an epoch, whose dropout is that of (seed, epoch, process); and a bar."""
+        self.began, self.sums, self.batches = time.perf_counter(), dict[str, Tensor](), 0
         loader.set_epoch(len(self.log) + 1)  # passed on to the data set
-        self.began, self.losses, batches = time.perf_counter(), list[dict[str, Tensor]](), iter(loader)
         torch.manual_seed(seed_of(Purpose.DROPOUT, self.settings.seed, len(self.log), self.accelerator.process_index))
-        title, is_shown = f"epoch {len(self.log) + 1}", self.accelerator.is_main_process
-        with progress_bar(self.epoch_steps(loader), title, "step", is_shown) as bar:
+        batches, title = iter(loader), f"epoch {len(self.log) + 1}"
+        with progress_bar(self.epoch_steps(loader), title, "step", self.accelerator.is_main_process) as bar:
             for _ in range(self.epoch_steps(loader)):
                 yield list(itertools.islice(batches, self.settings.accumulate))
                 bar.update()
@@ -194,6 +194,13 @@ class Run:
     def mean(self, counts: list[Tensor]) -> Tensor:
         """The mean of vectors over the batches of a step, those of other processes included."""
         return self.accelerator.reduce(torch.stack(counts).mean(0), "mean")
+
+    def backward(self, losses: dict[str, Tensor], batches: list[Batch]) -> None:
+        """Add the gradients of one of the batches of a step, and its losses to the means of the epoch."""
+        self.accelerator.backward(sum(losses.values()) / len(batches))
+        self.batches += 1
+        for name, value in losses.items():  # on the device, which is read at the end of the epoch
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def check_finite(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
         """Stop before a step would make the weights inf or NaN: the one place where a step waits for the device.
@@ -204,38 +211,33 @@ class Run:
         Args:
             norm: () of all gradients.
             step: of the epoch.
-            batches: of this process, named in the report that is written to `not_finite_0.json` (1, ... on others).
+            batches: of this process, whose images are named.
 
         Raises:
             InputError: the norm is inf or NaN.
         """
         self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
-        if self.skipped <= (FP16_SKIPS if self.accelerator.scaler else 0):
-            return
-        image_ids = [meta.image_id for batch in batches for meta in batch.meta]
-        report = {"stage": self.stage, "epoch": len(self.log) + 1, "step": step + 1, "image_ids": image_ids}
-        with atomic_write(self.path / f"not_finite_{self.accelerator.process_index}.json", "w") as file:
-            json.dump(report | {"gradient_norm": str(norm.item())}, file, indent=2)
-        raise InputError(
-            f"the gradients became {norm.item()} in epoch {len(self.log) + 1}, step {step + 1}, on the images "
-            f"{', '.join(map(str, image_ids))}; lower the learning rate, or use --precision fp32"
-        )
+        if self.skipped > (FP16_SKIPS if self.accelerator.scaler else 0):
+            images = ", ".join(str(meta.image_id) for batch in batches for meta in batch.meta)
+            where = f"epoch {len(self.log) + 1}, step {step + 1}, on the images {images}"
+            advice = "lower the learning rate, or use --precision fp32"
+            raise InputError(f"the gradients became {norm.item()} in {where}; {advice}")
 
-    def finish_epoch(self, losses: dict[str, float], checkpoint: Checkpoint) -> None:
+    def finish_epoch(self, checkpoint: Checkpoint) -> None:
         """Log the epoch, and write `last.pth`, and `best.pth` and STAGE.pth where mAP@0.5 is the highest.
 
         Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
         always 0 or does not exist, as on images without boxes.
 
         Args:
-            losses: the mean of each term.
             checkpoint: the detector after the epoch, and its numbers. LoRA's matrices are merged where it is written.
         """
-        seconds, number = time.perf_counter() - self.began, len(self.log) + 1
+        totals = self.accelerator.reduce(self.sums, "mean") if self.sums else {}
+        losses = {name: round(float(total) / self.batches, 4) for name, total in totals.items()}
+        seconds, number = round(time.perf_counter() - self.began, 1), len(self.log) + 1
         is_best = _score(checkpoint.metrics) >= max((_score(line["val"]) for line in self.log), default=0.0)
-        rounded = {name: round(value, 4) for name, value in losses.items()}
-        line = {"stage": self.stage, "epoch": number, "loss": rounded, "val": checkpoint.metrics}
-        self.log.append(line | {"seconds": round(seconds, 1)})
+        line = {"stage": self.stage, "epoch": number, "loss": losses, "val": checkpoint.metrics, "seconds": seconds}
+        self.log.append(line)
         self._track(loss=losses, validation=checkpoint.metrics)
         if not self.accelerator.is_main_process:
             return
@@ -282,57 +284,34 @@ class Run:
             check_writable(path)
         check_outputs([Path(self.settings.output), *files], flag_texts(self.settings, "output", "run_dir"))
 
-    def _read_state(self) -> dict[str, Any]:
-        path = self.path / "state.pth"
-        if not path.is_file():
-            print(f"nothing to resume in {self.path} yet: starting", flush=True)
-            return {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():  # torch does not verify the checksums
-                    raise zipfile.BadZipFile
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            version = content["state_version"]
-        except Exception as error:  # torch documents few of the errors that damaged files raise
-            raise InputError(f"{path} is damaged: delete that folder, or name another --run-dir") from error
-        if version != STATE_VERSION:
-            raise InputError(f"{path} is of another version of this program; start again in another --run-dir")
-        return content
-
     def _check_resumable(self, stages: tuple[str, ...]) -> None:
-        before, now = self.saved["description"], self.description
+        before, now, run = self.saved["description"], self.description, f"--resume: the run in {self.path}"
         for part in ("train", "val"):
             if before[f"{part}_fingerprint"] != now[f"{part}_fingerprint"]:
-                raise InputError(f"--resume: the run in {self.path} had other {part} images or boxes")
+                raise InputError(f"{run} had other {part} images or boxes")
         if self.saved["stage"] not in stages:
-            raise InputError(f"--resume: the run in {self.path} is in the stage {self.saved['stage']}, now left out")
+            raise InputError(f"{run} is in the stage {self.saved['stage']}, now left out")
         changed = [field for field in fields(self.settings) if before.get(field.name) != now.get(field.name)]
-        texts = {f: f"{flag_name(f.name)} (was {before[f.name]}, is {now[f.name]})" for f in changed}
-        if fixed := [text for field, text in texts.items() if field.metadata["fixed"]]:
-            raise InputError(f"--resume: the run in {self.path} cannot go on with another {', '.join(fixed)}")
+        texts = {f.name: f"{flag_name(f.name)} (was {before[f.name]}, is {now[f.name]})" for f in changed}
+        if fixed := [texts[field.name] for field in changed if field.metadata["fixed"]]:
+            raise InputError(f"{run} cannot go on with another {', '.join(fixed)}")
         if changed:
             print(f"from here on with another {', '.join(texts.values())}", flush=True)
         if self.saved["files"] != self.files:
             print("warning: image files were written since the run began; it goes on with them", flush=True)
 
-    def _save(self, parts: dict[str, Any]) -> None:
-        names = ("description", "files", "stage", "log")
-        content = {name: getattr(self, name) for name in names} | {"epoch": self.epoch + 1}
+    def _save(self, epoch: int, parts: dict[str, Any]) -> None:
+        content = {name: getattr(self, name) for name in ("description", "files", "stage", "log")}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             states = {name: part.state_dict() for name, part in parts.items()}
             with atomic_write(self.path / "state.pth") as file:
-                torch.save(content | {"state_version": STATE_VERSION, "parts": states}, file)
+                torch.save(content | {"state_version": STATE_VERSION, "epoch": epoch, "parts": states}, file)
             self._write_log()
 
     def _write_log(self) -> None:
         with atomic_write(self.path / "log.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.log)
-
-    def _has_stalled(self) -> bool:
-        scores = [_score(line["val"]) for line in self.log if line["stage"] == self.stage]
-        patience = self.settings.patience
-        return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
 
     def _start_trackers(self) -> None:
         self.accelerator.log_with = list(dict.fromkeys(self.settings.log_with))
@@ -353,22 +332,27 @@ class Run:
             print(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}", flush=True)
 
 
-class RunningMean:
-    """The mean of the loss terms over an epoch, summed on the device."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of the run in `folder`, empty where there is none yet.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        self.count += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-
-    def compute(self, accelerator: Accelerator) -> dict[str, float]:
-        """Each term's, over all processes; reads the device."""
-        totals = accelerator.reduce(self.sums, "mean")
-        return {name: float(total) / self.count for name, total in totals.items()}
+    Raises:
+        InputError: it is damaged, or of another version of this program.
+    """
+    path = folder / "state.pth"
+    if not path.is_file():
+        print(f"nothing to resume in {folder} yet: starting", flush=True)
+        return {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not verify the checksums
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["state_version"]
+    except Exception as error:  # torch documents few of the errors that damaged files raise
+        raise InputError(f"{path} is damaged: delete that folder, or name another --run-dir") from error
+    if version != STATE_VERSION:
+        raise InputError(f"{path} is of another version of this program; start again in another --run-dir")
+    return content
 
 
 def _score(metrics: dict) -> float:

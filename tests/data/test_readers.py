@@ -171,9 +171,11 @@ def test_labels_beside_the_images_and_images_without_labels(tmp_path):
     for name in ("a.png", "b.png", "b.jpg"):
         image(tmp_path / "images" / "set" / "val" / name)
     (tmp_path / "images" / "set" / "val" / "b.txt").write_text(BOX)
+    (tmp_path / "images" / "set" / "val" / "c.HEIC").write_bytes(b"")
     (tmp_path / "images" / "set" / "data.yaml").write_text("val: val\nnames: [red, blue]\n")
     data = read(tmp_path / "images" / "set")
     assert len(data.labels) == 2 and data.notes == (
+        "left out 1 files of an image format that Pillow does not read (c.HEIC)",
         "2 images share a label file with another of their name (b.jpg, b.png)",
         "took 1 images without a label file for images without objects (a.png)",
     )

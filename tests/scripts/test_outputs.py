@@ -177,21 +177,6 @@ def test_a_report_that_fails_leaves_the_results(detections, demo, monkeypatch):
     assert json.loads(Path("r.json").read_text())["models"][0]["error"] is None and not Path("r.html").exists()
 
 
-def test_charts_do_not_overwrite_the_results(results_copy):
-    with pytest.raises(InputError, match="would overwrite the input"):
-        plot_results.main(plot_results.Settings(str(results_copy), str(results_copy.with_name("chart.png"))))
-    assert json.loads(results_copy.read_text())
-
-
-@pytest.fixture
-def results_copy(tmp_path) -> Path:
-    """A results file with the name of a chart."""
-    record = {"name": "a", "path": "a.pth", "detection": {"AP50": 0.5}}
-    path = tmp_path / "chart_per_class.png"
-    path.write_text(json.dumps({"format_version": 2, "models": [record]}))
-    return path
-
-
 @dataclass(frozen=True)
 class TrainSettings(RunFlags):
     start_from: str = flag("", "a checkpoint")

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import jsonschema
@@ -120,7 +122,7 @@ def test_the_report_needs_no_other_file(chain):
 def test_training_and_both_validations_agree(chain):
     for name, record in zip(CHECKPOINTS, read_results(chain / "validation_results.json").models, strict=False):
         trained = load_checkpoint(chain / name).metrics
-        assert vars(record.primary) == pytest.approx({key: trained[key] for key in PRIMARY})
+        assert asdict(record.primary) == pytest.approx({key: trained[key] for key in PRIMARY})
         assert pytest.approx(trained["AP50"]) == record.detection.AP50
 
 
@@ -186,9 +188,12 @@ def overfit(script, demo, folder, **options):
     shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 140}
     Dinov2Backbone(Dinov2Config(**shape, patch_size=14)).save_pretrained(folder / "vit")
     annotations = str(demo / "annotations" / "instances_train2017.json")
+    shutil.copytree(demo / "train2017", folder / "val")
     settings = script.Settings(
         **{f"{part}_json": annotations for part in ("train", "val")},
-        **{f"{part}_images_dir": str(demo / "train2017") for part in ("train", "val")},
+        train_images_dir=str(demo / "train2017"),
+        val_images_dir=str(folder / "val"),
+        sample_seed=-1,
         train_images=4,
         val_images=4,
         backbone=(str(folder / "vit"),),
@@ -348,7 +353,7 @@ def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
     monkeypatch.chdir(chain)
     results = read_results("validation_results.json")
     logs = charts.logs_of(results)
-    assert {charts.evaluated(results)[position].name for position in logs} == {Path(name).stem for name in CHECKPOINTS}
+    assert {charts.drawn_models(results)[position].name for position in logs} == {Path(n).stem for n in CHECKPOINTS}
     epochs = [
         len(line.get_xdata()) for line in charts.training(results, logs).axes[1].lines if len(line.get_xdata()) > 2
     ]

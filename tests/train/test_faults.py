@@ -1,6 +1,5 @@
 """Faults: out of memory, a full disk, NaN and inf, degenerate boxes, signals during validation."""
 
-import json
 import multiprocessing
 import resource
 import signal
@@ -21,7 +20,7 @@ from common.model.assignment import ASSIGNMENTS
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, new_detector
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
-from common.model.postprocess import fuse_predictions, postprocess
+from common.model.postprocess import detections_of, fuse_predictions, postprocess
 from common.types import Targets
 
 
@@ -106,10 +105,8 @@ def test_nan_and_inf_stop_the_run_before_they_reach_the_weights(kind, demo, tiny
 
     forward = DetectionLoss.forward
     monkeypatch.setattr(DetectionLoss, "forward", with_nan_or_inf)
-    with pytest.raises(InputError, match=r"epoch 1, step 2, on the images [0-9, ]+; lower the learning rate"):
+    with pytest.raises(InputError, match=r"epoch 1, step 2, on the images (\d+, ){3}\d+; lower the learning rate"):
         finetune_dino2_simple.main(settings_of(demo, tiny_backbone))
-    report = json.loads(Path("run/not_finite_0.json").read_text())
-    assert len(set(report["image_ids"])) == len(seen[1].labels) == 4 and report["step"] == 2
     assert not Path("run/state.pth").exists()  # of the first epoch nothing is kept
 
 
@@ -175,10 +172,10 @@ def test_a_signal_during_validation_keeps_the_finished_models(number, demo, tiny
     def counting(*arguments):
         if next(batches) == 3 + 1:  # the second batch of the second model
             signal.raise_signal(number)
-        return postprocess(*arguments)
+        return detections_of(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.evaluate.detect.postprocess", counting)
+        patch.setattr("common.evaluate.detect.detections_of", counting)
         with pytest.raises(SystemExit) as ended:
             validate(*models)
     assert ended.value.code == 128 + number
