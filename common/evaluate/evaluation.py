@@ -135,29 +135,16 @@ def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: Dete
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each file, no two of them equal, not even on file systems that ignore case.
-
-    The name is the file's stem, where stems are equal with its suffix, then with as many folders as necessary; a number
-    distinguishes files whose names differ in case only.
-    """
-    parts = [Path(os.path.abspath(path)).parts[1:] or ("model",) for path in paths]  # noqa: PTH100 (resolve follows links)
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        for whole in (False, True):
-            names = [_join(p[-depth:], whole) for p in parts]
-            if len(set(map(_folded, names))) == len(names):
-                return names
-    unique: dict[str, str] = {}
-    for name in (_join(p[-1:], False) for p in parts):
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        chosen = next(n for n in itertools.chain([name], numbered) if _folded(n) not in unique)
-        unique[_folded(chosen)] = chosen
-    return list(unique.values())
-
-
-def _join(parts: Sequence[str], whole: bool) -> str:
-    """The folders and the file name of a path, without its suffix unless `whole`, as one file name."""
-    name = "-".join([*parts[:-1], parts[-1] if whole else Path(parts[-1]).stem]).strip("./\\")
-    return os.fsencode(name)[-NAME_BYTES:].decode(errors="ignore") or "model"
+    """The stem of each file as a name for other files; equal ones, also where case is ignored, get -2, -3, …"""
+    names, taken = [], set[str]()
+    for path in paths:
+        whole = os.fsencode(Path(os.path.abspath(path)).stem.strip("./\\"))  # noqa: PTH100 (resolve follows links)
+        stem = whole[-NAME_BYTES:].decode(errors="ignore") or "model"
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        name = next(n for n in itertools.chain([stem], numbered) if _folded(n) not in taken)
+        taken.add(_folded(name))
+        names.append(name)
+    return names
 
 
 def _folded(name: str) -> str:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from common.console import InputError, last_line, progress_bar
+from common.console import InputError, first_few, last_line, progress_bar
 from common.data.memory import DetectionData
 from common.evaluate.cost import measure_cost, seconds
 from common.evaluate.detections import ModelRun, detection_table
@@ -37,7 +37,14 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
     """
     processor, model = _load(folder)
     model.to(device)
-    labels = sorted(model.config.id2label)
+    names = model.config.id2label
+    if sorted(names) != list(range(len(names))):
+        raise InputError(f"{folder}: its outputs are numbered from 0, its id2label has {first_few(sorted(names))}")
+    if getattr(processor, "pad_size", None):
+        raise InputError(
+            f"{folder}: its processor pads images to {dict(processor.pad_size)}, and nothing tells whether boxes are "
+            "fractions of the padded image: give its detections with --from-detections"
+        )
 
     def inputs_of(indices: range) -> tuple[Any, list[tuple[int, int]]]:
         images = [data.images[index].open() for index in indices]
@@ -54,8 +61,8 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
         with progress_bar(len(data), Path(folder).name) as bar:
             for first in range(0, len(data), at_once):
                 indices = range(first, min(first + at_once, len(data)))
-                found = run(*inputs_of(indices))
-                detections += [_detections(f, data.images[i].id, labels) for f, i in zip(found, indices, strict=True)]
+                for found, index in zip(run(*inputs_of(indices)), indices, strict=True):
+                    detections.append(_detections(found, data.images[index].id))
                 bar.update(len(indices))
         several = range(min(len(data), batch_size))
         singles, together = [inputs_of(range(i, i + 1)) for i in several], inputs_of(several)
@@ -70,8 +77,9 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
         raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
     conditions = {"model_type": model.config.model_type, "transformers": transformers.__version__}
-    names = tuple(str(model.config.id2label[label]) for label in labels)
-    return ModelRun(detection_table(detections, data), names, cost, conditions)
+    return ModelRun(
+        detection_table(detections, data), tuple(str(names[label]) for label in sorted(names)), cost, conditions
+    )
 
 
 def _load(folder: str) -> tuple[Any, Any]:
@@ -91,8 +99,8 @@ def _load(folder: str) -> tuple[Any, Any]:
     return processor, model.eval()
 
 
-def _detections(found: dict, image_id: int, labels: list[int]) -> Detections:
-    """The best detections of one image, by falling score, labels as places in `labels`."""
+def _detections(found: dict, image_id: int) -> Detections:
+    """The best detections of one image, by falling score."""
     order = found["scores"].argsort(descending=True, stable=True)[:MAX_DETECTIONS]
-    places = torch.searchsorted(torch.tensor(labels), found["labels"][order])
-    return Detections(image_id, found["boxes"][order].float(), found["scores"][order].float(), places)
+    boxes, scores, labels = (found[name][order] for name in ("boxes", "scores", "labels"))
+    return Detections(image_id, boxes.float(), scores.float(), labels)

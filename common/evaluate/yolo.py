@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.console import InputError, progress_bar
+from common.console import InputError, check_packages, progress_bar
 from common.data.memory import DetectionData
 from common.evaluate.cost import measure_cost
 from common.evaluate.detections import ModelRun, detection_table
@@ -78,13 +78,11 @@ def _load(name: str) -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    check_packages(name, "ultralytics")
     try:
         with _restore_patched():
             from ultralytics import YOLO
-    except ImportError as error:
-        raise InputError(f"{name} needs the package ultralytics: pip install ultralytics") from error
-    try:
-        with _restore_patched():
+
             model = YOLO(path if path.exists() else _fetch(name))
     except InputError:
         raise

@@ -216,11 +216,10 @@ def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
-        (["det.pth", "det.json"], ["det.pth", "det.json"]),
-        (["a/x.json", "b/x.json"], ["a-x", "b-x"]),
-        (["a/best.pt", "a/best.onnx", "b/best.pt"], ["a-best.pt", "a-best.onnx", "b-best.pt"]),
+        (["det.pth", "det.json"], ["det", "det-2"]),
+        (["a/x.json", "b/x.json", "x-2.json"], ["x", "x-2", "x-2-2"]),
         (["best.pt", "Best.pt"], ["best", "Best-2"]),
-        (["cat.jpg", "cat.png", "CAT.jpg"], None),
+        (["cafe\u0301.pt", "caf\u00e9.pt"], ["cafe\u0301", "caf\u00e9-2"]),
         (["x" * 250 + ".pt", "x" * 250 + ".onnx"], None),
         (["a/./m.pt", "b.pt"], ["m", "b"]),
     ],

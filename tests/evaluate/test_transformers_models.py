@@ -160,6 +160,21 @@ def test_a_known_box_lies_in_the_pixels_of_each_image(name, shapes, tmp_path):
         assert torch.allclose(boxes, middle.expand(7, 4), atol=1e-3)
 
 
+def test_labels_without_a_name_and_fixed_padding_are_refused(shapes, tmp_path):
+    folder = saved(detr, tmp_path / "gap", ("cat", "dog", "cow"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "cat", "2": "dog", "3": "cow"}, "label2id": {"cat": 0, "dog": 2, "cow": 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="numbered from 0, its id2label has 0, 2, 3"):
+        run_transformers(str(folder), shapes, 2, CPU)
+    folder = saved(detr, tmp_path / "square", ("cat", "dog"))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    square = settings | {"pad_size": {"height": 100, "width": 100}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(square))
+    with pytest.raises(InputError, match=r"pads images to .*100.*: give its detections with --from-detections"):
+        run_transformers(str(folder), shapes, 2, CPU)
+
+
 def test_it_is_one_row_of_the_evaluation(demo, demo_val, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(rt_detr, tmp_path / "theirs", demo_val.class_names)
