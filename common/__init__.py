@@ -1,24 +1,23 @@
 """What the scripts share, in six rooms.
 
-types.py      the types that travel between the rooms: Target, Batch, RawOutput, Detections; letterbox and boxes
+types.py      the types that travel between the rooms: ImageMeta, Targets, Batch, RawOutput, Detections; the letterbox
 console.py    how a program talks to its user: errors, progress bars, signals; imports no torch
 cli.py        command-line flags from a dataclass of settings, and the exit of every script
 files.py      atomic files, the cache folder, no output over an input
 hub.py        models on the hub: their names and files
 images.py     image files: finding, decoding, EXIF orientation, the letterbox
-runtime.py    device, precision, processes, stopping between two steps
+runtime.py    device, precision, processes, seeds
 data/         whatever --data names -> batches
               sources (the table of readers), readers, hub, official, demo | table (what they fill), checks (decoding) |
               memory (the data set), dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
-              backbone, img_focus, heads, second_look, detector | assignment, losses | postprocess | checkpoint,
-              trained (what load_detector returns), exported (detectors in ONNX and OpenVINO)
+              backbone, img_focus, heads, second_look, detector | boxes (geometry), assignment, losses | postprocess |
+              checkpoint, trained (what load_detector returns), exported (detectors in ONNX and OpenVINO)
 train/        one training run
-              optim (learning rates, schedule, EMA), state (what a step changes), run_folder, resume, trackers,
-              feature_cache
+              optim (learning rates, schedule, EMA), run (folder, log, state, resuming), feature_cache
 evaluate/     detections -> numbers; draws nothing
               detect | detections (the table), overlaps, metrics, primary, diagnosis, trust, bootstrap |
-              yolo, auto (detectors of transformers), evaluation, results
+              yolo, transformers_models, cost, evaluation, results
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report
 export/       a checkpoint -> files that others run: python -m common.export

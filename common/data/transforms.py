@@ -58,14 +58,6 @@ class LetterboxTransform(nn.Module):
         return letterboxed(image, self.size)[0], letterbox_target(target, self.size)
 
 
-class MirrorTransform(LetterboxTransform):
-    """The letterbox, and every second image mirrored, as in training on cached features."""
-
-    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        image, target = super().forward(image, target)
-        return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
-
-
 def letterbox_target(target: Target, side: int) -> Target:
     """A target in original pixels -> the same in input pixels of a square of `side` pixels, clipped to the image."""
     scale = letterbox(target.meta.size, side)[1]

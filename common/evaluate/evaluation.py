@@ -135,15 +135,16 @@ def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: Dete
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """The stem of each file as a name for other files; equal ones, also where case is ignored, get -2, -3, …"""
-    names, taken = [], set[str]()
+    """A name for each file, from which other files are named: its stem, with its suffix where another file has the
+    stem, also where case is ignored, and else with a number."""
+    names: list[str] = []
     for path in paths:
-        whole = os.fsencode(Path(os.path.abspath(path)).stem.strip("./\\"))  # noqa: PTH100 (resolve follows links)
-        stem = whole[-NAME_BYTES:].decode(errors="ignore") or "model"
+        file = Path(os.path.abspath(path))  # noqa: PTH100 (resolve follows links)
+        short, whole = (os.fsencode(name.strip("./\\"))[-NAME_BYTES:] for name in (file.stem, file.name))
+        stem = short.decode(errors="ignore") or "model"
         numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        name = next(n for n in itertools.chain([stem], numbered) if _folded(n) not in taken)
-        taken.add(_folded(name))
-        names.append(name)
+        candidates = itertools.chain([stem, whole.decode(errors="ignore") or stem], numbered)
+        names.append(next(name for name in candidates if _folded(name) not in map(_folded, names)))
     return names
 
 

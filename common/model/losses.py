@@ -23,7 +23,7 @@ POSITIVE_IOU = 0.5  # of a box that the second look names and places, with its o
 # Usual divisors, in the mean over an epoch of 600 images of COCO: positive locations of an object, weighted by their
 # quality where scores learn it, and positive boxes of the second look in an image with objects.
 QUALITY_AN_OBJECT = 2.4
-POSITIVE_AN_OBJECT = {"task-aligned": 25.0, "center": 25.0}
+POSITIVE_AN_OBJECT = {"task-aligned": 25.0, "center": 15.0}
 POSITIVE_AN_IMAGE = 65.0
 MIN_POSITIVE = 1 / 8  # positive locations of an image in a divisor: fewer would let images without objects dominate
 SMOOTH_L1_BETA = 0.1  # in units of the box

@@ -50,7 +50,7 @@ class Shard:
         return math.prod(self.shape) * ITEM_BYTES
 
     def open(self) -> Tensor:
-        """A memory map (images, views, rows, columns, channels); what is written to it never reaches the file.
+        """A memory map of `shape`; what is written to it never reaches the file.
 
         Raises:
             InputError: the file is missing or has another size.
@@ -72,29 +72,21 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
 
 
 def feature_shards(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Shard]:
-    """The files for the features of the images of `data`.
+    """The files for `views` of the images of `data`, 1 the image, 2 also its mirror image.
 
-    A name is a digest of the backbone's architecture and weights, the blocks, the input size, the precision, the number
-    of views, and the path, length and time of change of each image in the shard.
-
-    Args:
-        detector: its head is not used.
-        data: its boxes are not used.
-        views: 1 the image, 2 also its mirror image.
-        precision: of the backbone's forward pass, as `precision_name` returns it.
+    A name is a digest of the backbone's architecture and weights, the blocks, the input size, the `precision` of the
+    forward pass, the views, and the path, length and time of change of each image in the shard.
     """
-    config = detector.config
+    config, dtype = detector.config, torch.bfloat16 if precision == "bf16" else torch.float16
     settings = FORMAT_VERSION, sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
     common = hashlib.sha256(repr(settings).encode())
     for name, weight in detector.backbone.state_dict().items():
         common.update(name.encode())
         common.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     shards = []
     for first in range(0, len(data), SHARD):
         images, digest = range(first, min(first + SHARD, len(data))), common.copy()
-        for index in images:
-            digest.update(repr(data.images[index].state()).encode())
+        digest.update(repr([data.images[index].state() for index in images]).encode())
         path = cache_folder("features", f"{digest.hexdigest()[:24]}.features")
         shards.append(Shard(path, images, (len(images), *feature_shape(detector, views)), dtype))
     return shards
@@ -109,7 +101,7 @@ def cached_features(
         detector: on the accelerator's device; its backbone runs in the accelerator's precision.
         data: the images.
         views: 1 the image, 2 also its mirror image.
-        batch_size: images at once while building, at most; on a CPU fewer.
+        batch_size: images at once while building, on a CPU fewer.
         workers: processes that decode images while building.
 
     Raises:
@@ -118,16 +110,32 @@ def cached_features(
     shards = feature_shards(detector, data, views, precision_name(accelerator))
     missing = [shard for shard in shards if not shard.path.is_file()]
     accelerator.wait_for_everyone()  # all have listed the missing shards before the first process writes one
-    if missing:
-        if accelerator.is_main_process:
-            _prepare_folder(shards, missing)
-        if accelerator.device.type == "cpu":
-            batch_size = min(batch_size, CPU_BATCH)
-        share = missing[accelerator.process_index :: accelerator.num_processes]
-        with torch.random.fork_rng():  # training draws the same random numbers whether the cache existed or not
-            _build(share, detector, data, batch_size, workers, accelerator)
-        accelerator.wait_for_everyone()
+    if missing and accelerator.is_main_process:
+        _prepare_folder(shards, missing)
+    batch_size = min(batch_size, CPU_BATCH) if accelerator.device.type == "cpu" else batch_size
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    with (
+        torch.random.fork_rng(),  # training draws the same random numbers whether the cache existed or not
+        progress_bar(sum(len(shard.images) for shard in share), "caching", shown=accelerator.is_main_process) as bar,
+    ):
+        for shard in share:
+            part = data.select(np.array(shard.images))
+            loader = make_eval_loader(part, detector.config.image_size, batch_size, workers)
+            with atomic_write(shard.path) as file:
+                for batch in loader:
+                    features = _features(detector, batch.inputs.to(accelerator.device), views, accelerator)
+                    file.write(features.to(shard.dtype).cpu().view(torch.int16).numpy())
+                    bar.update(len(features))
+    accelerator.wait_for_everyone()
     return [shard.open() for shard in shards]
+
+
+@torch.inference_mode()
+def _features(detector: Detector, pixels: Tensor, views: int, accelerator: Accelerator) -> Tensor:
+    """(B, 3, S, S) uint8 -> (B, views, rows, columns, channels)."""
+    backbone = detector.backbone.eval()
+    with accelerator.autocast():
+        return torch.stack([backbone(view) for view in (pixels, pixels.flip(-1))[:views]], dim=1)
 
 
 def _prepare_folder(shards: list[Shard], missing: list[Shard]) -> None:
@@ -150,36 +158,8 @@ def _prepare_folder(shards: list[Shard], missing: list[Shard]) -> None:
     print(f"features of {images} images: {size / 1e9:.1f} GB in {folder}{reused}", flush=True)
 
 
-@torch.inference_mode()
-def _build(
-    shards: list[Shard],
-    detector: Detector,
-    data: DetectionData,
-    batch_size: int,
-    workers: int,
-    accelerator: Accelerator,
-) -> None:
-    """Compute and write some shards. A shard's batches do not depend on which other shards are built."""
-    detector.backbone.eval()
-    total = sum(len(shard.images) for shard in shards)
-    with progress_bar(total, "caching features", shown=accelerator.is_main_process) as bar:
-        for shard in shards:
-            part = data.select(np.array(shard.images))
-            loader = make_eval_loader(part, detector.config.image_size, batch_size, workers)
-            with atomic_write(shard.path) as file:
-                for batch in loader:
-                    images = batch.inputs.to(accelerator.device)
-                    with accelerator.autocast():
-                        views = [detector.backbone(view) for view in (images, images.flip(-1))[: shard.shape[1]]]
-                    file.write(torch.stack(views, dim=1).to(shard.dtype).cpu().view(torch.int16).numpy())
-                    bar.update(len(images))
-
-
 class CachedDataset(SampleDataset):
     """`DetectionDataset` with the features of an image in place of its pixels.
-
-    Whether a view is mirrored is drawn as `MirrorTransform` draws it, so that training on the cache sees the same
-    views in the same order as training on the images.
 
     Args:
         data: the images and boxes.

@@ -102,7 +102,7 @@ class Ema:
     @torch.no_grad()
     def update(self, cycle: int = 0) -> None:
         """Average in the weights after a step of a cycle; a new cycle keeps the average at the end of the former."""
-        if cycle > len(self.ends):
+        if self.decay and cycle > len(self.ends):
             self.ends.append([value.clone() for value in self.average])
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))

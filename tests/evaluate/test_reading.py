@@ -216,10 +216,10 @@ def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
-        (["det.pth", "det.json"], ["det", "det-2"]),
-        (["a/x.json", "b/x.json", "x-2.json"], ["x", "x-2", "x-2-2"]),
-        (["best.pt", "Best.pt"], ["best", "Best-2"]),
-        (["cafe\u0301.pt", "caf\u00e9.pt"], ["cafe\u0301", "caf\u00e9-2"]),
+        (["det.pth", "det.json"], ["det", "det.json"]),
+        (["a/x.json", "b/x.json", "x-2.json"], ["x", "x.json", "x-2"]),
+        (["best.pt", "Best.pt"], ["best", "Best.pt"]),
+        (["cafe\u0301.pt", "caf\u00e9.pt"], ["cafe\u0301", "caf\u00e9.pt"]),
         (["x" * 250 + ".pt", "x" * 250 + ".onnx"], None),
         (["a/./m.pt", "b.pt"], ["m", "b"]),
     ],

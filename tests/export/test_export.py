@@ -185,7 +185,7 @@ def test_it_is_drawn_like_the_checkpoint(folder, demo_val, tmp_path, monkeypatch
     images = (str(demo_val.images[0].path),)
     settings = validate_models.Settings(checkpoints=models, images=images, workers=0, precision="fp32", output="out")
     validate_models.main(settings)
-    assert "0.02 (detector.pth), 0.02 (detector.onnx)" in capsys.readouterr().out
+    assert "0.02 (detector), 0.02 (detector.onnx)" in capsys.readouterr().out
     ours, exported = (
         json.loads(Path(f"out/{n}/detections.json").read_text()) for n in ("detector.pth", "detector.onnx")
     )

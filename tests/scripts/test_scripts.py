@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import jsonschema
@@ -122,7 +121,7 @@ def test_the_report_needs_no_other_file(chain):
 def test_training_and_both_validations_agree(chain):
     for name, record in zip(CHECKPOINTS, read_results(chain / "validation_results.json").models, strict=False):
         trained = load_checkpoint(chain / name).metrics
-        assert asdict(record.primary) == pytest.approx({key: trained[key] for key in PRIMARY})
+        assert vars(record.primary) == pytest.approx({key: trained[key] for key in PRIMARY})
         assert pytest.approx(trained["AP50"]) == record.detection.AP50
 
 

@@ -10,10 +10,18 @@ from helpers import load_coco, tiny_settings
 import improved_dino_detector
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
-from common.data.transforms import LetterboxTransform, MirrorTransform
+from common.data.transforms import LetterboxTransform, mirror_drawn, mirror_target
 from common.model.detector import new_detector
 from common.train import feature_cache
 from common.train.feature_cache import CachedDataset, cached_features, feature_shards
+
+
+class MirrorTransform(LetterboxTransform):
+    """The letterbox, and every second image mirrored."""
+
+    def forward(self, image, target):
+        image, target = super().forward(image, target)
+        return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +82,7 @@ def test_a_second_call_reads_the_cache_of_the_first(detector, demo_val, accelera
     first = build(detector, demo_val, accelerator)
     assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
     assert first[0].shape == (6, 2, 8, 8, 2 * 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
-    monkeypatch.setattr(feature_cache, "_build", None)
+    monkeypatch.setattr(feature_cache, "_features", None)
     assert equal(build(detector, demo_val, accelerator), first)
 
 

@@ -36,14 +36,24 @@ def test_rates_depend_on_the_position_alone():
 
 def test_the_average_is_that_of_the_ends_of_the_cycles():
     layer = nn.Linear(1, 1, bias=False)
-    average, applied = Ema(layer, decay=0.0), []
+    average, applied = Ema(layer, decay=1e-9), []
     for value, cycle in ((1.0, 0), (2.0, 0), (6.0, 1), (8.0, 1)):
         nn.init.constant_(layer.weight, value)
         average.update(cycle)
         with average.applied():
             applied.append(layer.weight.item())
         assert layer.weight.item() == value
-        resumed = Ema(layer, decay=0.0)
+        resumed = Ema(layer, decay=1e-9)
         resumed.load_state_dict(average.state_dict())
         average = resumed
-    assert applied == [1.0, 2.0, 4.0, 5.0]
+    assert applied == pytest.approx([1.0, 2.0, 4.0, 5.0])
+
+
+def test_without_decay_the_average_is_the_weights():
+    layer = nn.Linear(1, 1, bias=False)
+    average = Ema(layer, decay=0.0)
+    for value, cycle in ((1.0, 0), (0.1, 1)):
+        nn.init.constant_(layer.weight, value)
+        average.update(cycle)
+        with average.applied():
+            assert torch.equal(layer.weight, torch.full((1, 1), value))
