@@ -122,14 +122,15 @@ class Run:
             remove_leftovers(self.path)
             for name in (FINISHED,) if self.saved else (FINISHED, "state.pth"):
                 (self.path / name).unlink(missing_ok=True)
-            with atomic_write(self.path / "settings.json", "w") as file:
-                json.dump(self.description, file, indent=2)
+            self._write_settings(self.description)
             self._write_log()
         self._start_trackers()
 
     def describe(self, start: Checkpoint, **used: Any) -> Checkpoint:
         """The checkpoint that training begins with, described as one of this run; `used`: settings as they are used."""
         origin = {name: start.train_config[name] for name in ORIGIN if name in start.train_config}
+        if self.accelerator.is_main_process:
+            self._write_settings(self.description | used | origin)
         return replace(start, train_config=self.description | used | origin, metrics={}, epoch=0)
 
     def resumed(self) -> Checkpoint | None:
@@ -308,6 +309,10 @@ class Run:
             with atomic_write(self.path / "state.pth") as file:
                 torch.save(content | {"state_version": STATE_VERSION, "epoch": epoch, "parts": states}, file)
             self._write_log()
+
+    def _write_settings(self, content: dict[str, Any]) -> None:
+        with atomic_write(self.path / "settings.json", "w") as file:
+            json.dump(content, file, indent=2)
 
     def _write_log(self) -> None:
         with atomic_write(self.path / "log.jsonl", "w") as file:

@@ -15,12 +15,13 @@ import comprehensive_validation
 import finetune_dino2_simple
 from common import cli
 from common.console import InputError
+from common.evaluate.detect import run_detector
 from common.evaluate.results import read_results
 from common.model.assignment import ASSIGNMENTS
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, new_detector
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
-from common.model.postprocess import detections_of, fuse_predictions, postprocess
+from common.model.postprocess import fuse_predictions, postprocess
 from common.types import Targets
 
 
@@ -167,15 +168,15 @@ def test_a_signal_during_validation_keeps_the_finished_models(number, demo, tiny
     models = ("--models", "a.pth", "b.pth", "c.pth")
     whole = validate(*models)
     before = Path("validation_results.json").read_bytes()
-    batches = iter(range(100))
+    models_run = iter(range(3))
 
-    def counting(*arguments):
-        if next(batches) == 3 + 1:  # the second batch of the second model
+    def stopped(*arguments):
+        if next(models_run) == 1:  # the second model
             signal.raise_signal(number)
-        return detections_of(*arguments)
+        return run_detector(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.evaluate.detect.detections_of", counting)
+        patch.setattr("common.evaluate.detect.run_detector", stopped)
         with pytest.raises(SystemExit) as ended:
             validate(*models)
     assert ended.value.code == 128 + number

@@ -335,7 +335,12 @@ def val_with(demo, tmp_path):
         content = json.loads((demo / "annotations" / "instances_val2017.json").read_text())
         content["annotations"] = [one for one in map(change, content["annotations"]) if one]
         (tmp_path / "val.json").write_text(json.dumps(content))
-        return {"val_json": str(tmp_path / "val.json"), "val_images_dir": str(demo / "val2017")}
+        return {
+            "train_json": str(demo / "annotations" / "instances_train2017.json"),
+            "train_images_dir": str(demo / "train2017"),
+            "val_json": str(tmp_path / "val.json"),
+            "val_images_dir": str(demo / "val2017"),
+        }
 
     return write
 
