@@ -8,7 +8,8 @@ best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
   python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
-  python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth      stage 2 alone
+  python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth --run-dir runs/unfrozen
+                                                                   stage 2 alone
   python improved_dino_detector.py --head multi-layer --second-look 0 --assignment center --scores focal \\
       --boxes smooth-l1 --ema 0 --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5 --cycles 1
                                                                    the original study's recipe
@@ -209,7 +210,7 @@ def train_stage(
     prepared = accelerator.prepare(stage.model, optimizer, stage.loader, stage.val_loader)
     model, optimizer, loader, val_loader = prepared
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
-    average = Ema(stage.trained, settings.ema)
+    average = Ema(stage.trained, settings.ema, plan=(schedule.cycles, schedule.steps))
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):
@@ -273,7 +274,7 @@ def main(settings: Settings) -> dict:
         check_object_sizes(train_data, start.image_size, start.detector.backbone.patch_size)
         quick_data = val_subset(val_data)
         for name, make_stage in zip(STAGES, (head_stage, detector_stage), strict=True):
-            if name not in settings.stages or run.is_past(name):
+            if name not in settings.stages or run.is_past(name, getattr(settings, f"epochs_{name}")):
                 continue
             stage = make_stage(start.detector, train_data, quick_data, settings, accelerator)
             train_stage(stage, start, train_data, quick_data, settings, run)

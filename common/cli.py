@@ -8,6 +8,7 @@ which the script's settings inherit; nothing in `common/` sees a script's own se
 import argparse
 import dataclasses
 import io
+import math
 import re
 import sys
 import typing
@@ -74,6 +75,8 @@ class _Parser(argparse.ArgumentParser):
 def _checked(kind: type, at_least: float | None, at_most: float | None) -> Callable[[str], typing.Any]:
     def convert(text: str):
         value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is no number")
         if at_least is not None and not value >= at_least:
             raise argparse.ArgumentTypeError(f"{text} is below {at_least}")
         if at_most is not None and not value <= at_most:

@@ -89,14 +89,26 @@ class Interrupted(BaseException):
         self.number = number
 
 
+_received: list[int] = []  # signals of which the exception may have been lost
+
+
 def raise_on_signals() -> None:
     """From now on SIGINT and SIGTERM raise `Interrupted`."""
 
     def receive(number: int, _frame: object) -> None:
+        _received.append(number)
         raise Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)
+
+
+def raise_if_interrupted() -> None:
+    """Raise `Interrupted` once more, where Python has dropped it: in a finaliser, or in a callback from C."""
+    if _received:
+        number = _received[0]
+        _received.clear()
+        raise Interrupted(number)
 
 
 def ignore_interrupts(_worker: int) -> None:

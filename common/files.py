@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from common.console import InputError
+from common.console import InputError, Interrupted
 
 PROGRAM = "dinov2-detection"  # in the metadata of charts, reports and annotated images
 # At the start of what this program writes: metadata, validation results, detections with names, and an empty list.
@@ -37,6 +37,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own
+        if isinstance(cause, Interrupted):
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         raise InputError(f"cannot write {path}: {cause.strerror or cause}") from error

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from helpers import ROOT, TINY, load_coco
 from transformers import Dinov2Backbone, Dinov2Config
 
+from common import console
 from common.data.demo import make_demo
 from common.data.memory import DetectionData
 from common.model.detector import Detector, new_detector
@@ -32,6 +33,7 @@ def own_signals():
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+    console._received.clear()
 
 
 @pytest.fixture(scope="session")

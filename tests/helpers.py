@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.cli import flag_name
-from common.console import Interrupted, raise_on_signals
+from common.console import Interrupted, raise_if_interrupted, raise_on_signals
 from common.data.memory import DetectionData
 from common.data.readers import Request, read_coco
 from common.data.sources import TrainDataFlags
@@ -78,6 +78,8 @@ def stop_at_step(script, settings, step):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
         patch.setattr(Run, "check_finite", check)
         script.main(settings)
+    with pytest.raises(Interrupted):
+        raise_if_interrupted()  # forgets it
     return stopped.value
 
 

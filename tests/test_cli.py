@@ -10,7 +10,8 @@ import pytest
 from helpers import ROOT
 
 from common import cli
-from common.console import InputError, Interrupted
+from common.console import InputError, Interrupted, raise_if_interrupted, raise_on_signals
+from common.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,26 @@ def test_any_name_can_be_printed(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "caf\\xe9 \\u732b \\udcff\n")
+
+
+def test_a_signal_that_python_drops_is_raised_at_the_next_step():
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    raise_on_signals()
+    Finalised()  # Python reports the exception and goes on
+    with pytest.raises(Interrupted) as caught:
+        raise_if_interrupted()
+    assert caught.value.number == signal.SIGTERM
+    raise_if_interrupted()  # once
+
+
+def test_a_signal_while_a_file_is_written_is_a_signal(tmp_path):
+    """torch.save turns it into an error of its own."""
+    with pytest.raises(Interrupted), atomic_write(tmp_path / "a.pth"):
+        try:
+            raise Interrupted(signal.SIGTERM)
+        except Interrupted:
+            raise RuntimeError("unexpected pos")  # noqa: B904
+    assert not list(tmp_path.iterdir())

@@ -72,6 +72,8 @@ class TrainedDetector(ABC):
         Raises:
             InputError: an image that cannot be read, with its number in the list.
         """
+        if batch_size < 1 or not (min_score is None or 0 <= min_score <= 1):
+            raise InputError("batch_size must be at least 1, min_score from 0 to 1")
         if isinstance(images, str) or not isinstance(images, Sequence):
             return self._detect([read_pixels(images)], 0, min_score)[0]
         detections: list[Detections] = []

@@ -116,7 +116,9 @@ def cached_features(
     share = missing[accelerator.process_index :: accelerator.num_processes]
     with (
         torch.random.fork_rng(),  # training draws the same random numbers whether the cache existed or not
-        progress_bar(sum(len(shard.images) for shard in share), "caching", shown=accelerator.is_main_process) as bar,
+        progress_bar(
+            sum(len(s.images) for s in share), "caching", shown=bool(share) and accelerator.is_main_process
+        ) as bar,
     ):
         for shard in share:
             part = data.select(np.array(shard.images))

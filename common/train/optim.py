@@ -91,19 +91,22 @@ class Ema:
         module: its weights that require a gradient are averaged.
         decay: of the average at each step; lower in the first steps, which reduces the share of the initial weights.
             0: the average is the weights.
+        plan: what the ends of the cycles depend on. A resumed run with another plan averages the ends that it reaches.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module, decay: float, plan: tuple[int, ...] = ()):
         self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.trained]
         self.ends: list[list[Tensor]] = []  # the averages at the ends of the cycles so far
-        self.decay, self.steps = decay, 0
+        self.decay, self.plan, self.steps = decay, plan, 0
+        self.cycle: int | None = None  # of the last step
 
     @torch.no_grad()
     def update(self, cycle: int = 0) -> None:
         """Average in the weights after a step of a cycle; a new cycle keeps the average at the end of the former."""
-        if self.decay and cycle > len(self.ends):
+        if self.decay and self.cycle not in (None, cycle):
             self.ends.append([value.clone() for value in self.average])
+        self.cycle = cycle
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.trained, 1 - decay)
@@ -124,11 +127,14 @@ class Ema:
             weight.copy_(value)
 
     def state_dict(self) -> dict:
-        return {"average": self.average, "ends": self.ends, "steps": self.steps}
+        names = ("average", "ends", "steps", "cycle", "plan")
+        return {name: getattr(self, name) for name in names} | {"decay": self.decay}
 
     def load_state_dict(self, state: dict) -> None:
         self.average, *self.ends = [
             [value.to(own) for value, own in zip(values, self.trained, strict=True)]
             for values in (state["average"], *state["ends"])
         ]
-        self.steps = state["steps"]
+        self.steps, self.cycle = state["steps"], state["cycle"]
+        if (tuple(state["plan"]), bool(state["decay"])) != (self.plan, bool(self.decay)):
+            self.ends, self.cycle = [], None

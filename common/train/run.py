@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import flag, flag_name, flag_texts
-from common.console import InputError, check_packages, last_line, progress_bar
+from common.console import InputError, check_packages, last_line, progress_bar, raise_if_interrupted
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.evaluate.detect import validate
@@ -85,15 +85,16 @@ class Run:
                 raise InputError(f"another process is training in {self.path}: {advice}") from error
         accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
         self.saved = read_state(self.path) if settings.resume else {}
+        self.resumable = 0  # epochs of this run that its state has
         self.log: list[dict] = self.saved.get("log", [])
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Any error ends with how to go on."""
-        if error is not None and (self.path / "state.pth").is_file():
-            error.add_note(f"the state after epoch {len(self.log)} is in {self.path}: go on with --resume")
+        """An error after an epoch ends with how to go on."""
+        if error is not None and self.resumable:
+            error.add_note(f"the state after epoch {self.resumable} is in {self.path}: go on with --resume")
 
     def begin(self, train_data: DetectionData, val_data: DetectionData, stages: tuple[str, ...] = ("only",)) -> None:
         """Check that a resumed run fits its state, write the settings, and start the trackers.
@@ -117,6 +118,7 @@ class Run:
         self.files = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in states]).encode()).hexdigest()
         if self.saved:
             self._check_resumable(stages)
+            self.resumable, self.stage = len(self.log), self.saved["stage"]
         self.accelerator.wait_for_everyone()  # all have read the files that the main process now replaces
         if self.accelerator.is_main_process:
             remove_leftovers(self.path)
@@ -124,22 +126,28 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
             self._write_settings(self.description)
             self._write_log()
+            last = self.path / "last.pth"
+            if self.log and last.is_file() and load_checkpoint(last).epoch == len(self.log):
+                self._link_best()  # in case the run was killed just before
         self._start_trackers()
 
     def describe(self, start: Checkpoint, **used: Any) -> Checkpoint:
         """The checkpoint that training begins with, described as one of this run; `used`: settings as they are used."""
         origin = {name: start.train_config[name] for name in ORIGIN if name in start.train_config}
+        used |= {k: v for k, v in asdict(start.detector.config).items() if k in self.description and k not in ORIGIN}
         if self.accelerator.is_main_process:
             self._write_settings(self.description | used | origin)
         return replace(start, train_config=self.description | used | origin, metrics={}, epoch=0)
 
     def resumed(self) -> Checkpoint | None:
-        """The last checkpoint of a resumed run, whose weights `epochs` replaces by those in training."""
-        return load_checkpoint(self.path / "last.pth") if self.saved else None
+        """The best checkpoint of a resumed run in its stage, whose weights `epochs` replaces by those in training."""
+        return load_checkpoint(self.best_of(self.saved["stage"])) if self.saved else None
 
-    def is_past(self, stage: str) -> bool:
-        """Whether the resumed run was already in a later stage."""
-        return bool(self.saved) and self.stages.index(stage) < self.stages.index(self.saved["stage"])
+    def is_past(self, stage: str, count: int) -> bool:
+        """Whether the resumed run has finished a stage of `count` epochs."""
+        if not self.saved or self.saved["stage"] == stage:
+            return bool(self.saved) and self.saved["epoch"] >= count and stage != self.stages[-1]
+        return self.stages.index(stage) < self.stages.index(self.saved["stage"])
 
     def best_of(self, stage: str) -> Path:
         """The checkpoint of the best epoch up to the end of a stage."""
@@ -163,13 +171,13 @@ class Run:
             print(f"resuming stage {stage} after {first} of {count} epochs", flush=True)
         self.saved = {}  # it holds the weights once more
         for epoch in range(first, count):
-            yield epoch
-            self._save(epoch + 1, parts)
             scores = [_score(line["val"]) for line in self.log if line["stage"] == stage]
             patience = self.settings.patience
             if 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience]):
                 print(f"stage {stage} ends after {patience} epochs without a better mAP@0.5", flush=True)
                 return
+            yield epoch
+            self._save(epoch + 1, parts)
 
     def epoch_steps(self, loader: DataLoaderShard) -> int:
         """How many steps an epoch has; batches that make no whole step of `--accumulate` are left out.
@@ -189,6 +197,7 @@ class Run:
         batches, title = iter(loader), f"epoch {len(self.log) + 1}"
         with progress_bar(self.epoch_steps(loader), title, "step", self.accelerator.is_main_process) as bar:
             for _ in range(self.epoch_steps(loader)):
+                raise_if_interrupted()
                 yield list(itertools.islice(batches, self.settings.accumulate))
                 bar.update()
 
@@ -233,10 +242,11 @@ class Run:
         Args:
             checkpoint: the detector after the epoch, and its numbers. LoRA's matrices are merged where it is written.
         """
+        if not all(weight.isfinite().all() for weight in checkpoint.detector.parameters()):
+            raise InputError(f"the weights are not finite after epoch {len(self.log) + 1}; lower the learning rate")
         totals = self.accelerator.reduce(self.sums, "mean") if self.sums else {}
         losses = {name: round(float(total) / self.batches, 4) for name, total in totals.items()}
         seconds, number = round(time.perf_counter() - self.began, 1), len(self.log) + 1
-        is_best = _score(checkpoint.metrics) >= max((_score(line["val"]) for line in self.log), default=0.0)
         line = {"stage": self.stage, "epoch": number, "loss": losses, "val": checkpoint.metrics, "seconds": seconds}
         self.log.append(line)
         self._track(loss=losses, validation=checkpoint.metrics)
@@ -244,10 +254,8 @@ class Run:
             return
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         tqdm.write(f"epoch {number}: loss {terms}; {format_headline(checkpoint.metrics)}; {seconds:.0f} s")
-        last = self.path / "last.pth"
-        save_detector(last, replace(checkpoint, detector=merge_lora(checkpoint.detector), epoch=number))
-        for path in {self.path / "best.pth", self.best_of(self.stage)} if is_best else ():
-            link_or_copy(last, path)
+        merged = merge_lora(checkpoint.detector)
+        save_detector(self.path / "last.pth", replace(checkpoint, detector=merged, epoch=number))
 
     def finish(self, val_data: DetectionData) -> dict[str, float | None]:
         """Validate the best checkpoint on all of `val_data`, write it to `--output`, and mark the run as finished.
@@ -308,7 +316,16 @@ class Run:
             states = {name: part.state_dict() for name, part in parts.items()}
             with atomic_write(self.path / "state.pth") as file:
                 torch.save(content | {"state_version": STATE_VERSION, "epoch": epoch, "parts": states}, file)
+            self._link_best()
             self._write_log()
+        self.resumable = len(self.log)
+
+    def _link_best(self) -> None:
+        """Make `last.pth` the best checkpoint too, and that of its stage, where its epoch is the best of the log."""
+        *before, last = [_score(line["val"]) for line in self.log]
+        if last >= max(before, default=0.0):
+            for path in {self.path / "best.pth", self.best_of(self.stage)}:
+                link_or_copy(self.path / "last.pth", path)
 
     def _write_settings(self, content: dict[str, Any]) -> None:
         with atomic_write(self.path / "settings.json", "w") as file:
