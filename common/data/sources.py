@@ -124,7 +124,9 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     forms = [reader.form for reader in found or READERS]
     if not found:
         inside = sorted(f.name for f in Path(flags.data).iterdir()) if Path(flags.data).is_dir() else ["no such folder"]
-        raise InputError(f"--data {flags.data} ({first_few(inside)}) is in none of the forms {', '.join(forms)}")
+        raise InputError(
+            f"--data {flags.data} ({first_few(inside) or 'empty'}) is in none of the forms {', '.join(forms)}"
+        )
     if len(found) > 1:
         raise InputError(f"--data {flags.data} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
