@@ -182,7 +182,8 @@ def _taken(data: DetectionData, reader: Reader, request: Request, seed: int) -> 
     if request.chosen:
         order, count = _listed(data, request.chosen), len(request.chosen)
     else:
-        order, count = ranking(data, request.split, seed if reader.ranks else -1), request.limit or len(data)
+        count = request.limit or len(data)
+        order = ranking(data, request.split, seed if reader.ranks and count < len(data) else -1)
     good, faults, tried = list[int](), Faults(), 0
     while tried < len(order) and len(good) < count:
         part = order[tried : tried + count - len(good)]
