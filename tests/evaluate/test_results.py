@@ -140,7 +140,7 @@ EDITS = {  # a change of the file, and words of the refusal
         lambda c: c["models"][0]["detection"].update(AP="0.5"),
         "models: 0: detection: AP must be float",
     ),
-    "no number": (lambda c: c["models"][0]["primary"].pop("f1"), "models: 0: primary lacks 'f1'"),
+    "no number": (lambda c: c["models"][0]["primary"].pop("f1"), "models: 0: primary: .* missing .*'f1'"),
     "a list for errors": (lambda c: c["models"][0]["diagnosis"].update(errors=[]), "diagnosis: errors must be dict"),
     "null for a name": (lambda c: c["models"][1].update(name=None), "models: 1: name must be str, not None"),
     "a huge number": (lambda c: c["models"][0]["intervals"].update(AP=[0, 10**400]), "intervals: AP: 1 must be float"),
