@@ -13,7 +13,6 @@ import torch
 from helpers import ROOT, crowded, data_flags, numbers_of_table, random_detections, truth_as_detections
 from PIL import Image
 
-from common.console import InputError
 from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import (
     MIN_IMAGES_FOR_VERDICT,
@@ -312,34 +311,10 @@ def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
     weights = image_weights(len(demo_val), 0)
     ours = evaluate("a", "a.pth", ModelRun(table, demo_val.class_names), demo_val, weights).record
     theirs = evaluate("b", "d.json", read, demo_val, weights).record
-    assert (
-        vars(theirs.primary) == pytest.approx(vars(ours.primary))
-        and theirs.conditions["detections_of_unknown_categories"] == 1
-    )
+    assert vars(theirs.primary) == pytest.approx(vars(ours.primary)) and len(theirs.warnings) == 1
     for name in ("AP", "AP50", "AP_small", "AR100", "class_agnostic_AP50"):
         assert theirs.number("detection", name) == pytest.approx(ours.number("detection", name), abs=1e-6)
     assert theirs.intervals["AP"] == pytest.approx(ours.intervals["AP"], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "no json",
-        '{"a": 1}',
-        "[1, 2]",
-        '[{"image_id": 1}]',
-        '[{"image_id": 99, "bbox": [1, 1, 1, 1], "score": 1, "category_id": 1}]',
-        '[{"image_id": 1, "bbox": [1, 1, 1], "score": 1, "category_id": 1}]',
-        '[{"image_id": 1, "bbox": [1, 1, 1, NaN], "score": 1, "category_id": 1}]',
-    ],
-)
-def test_files_without_detections_are_refused_in_one_line(demo_val, tmp_path, content):
-    (tmp_path / "d.json").write_text(content)
-    with pytest.raises(InputError) as caught:
-        read_detections(str(tmp_path / "d.json"), demo_val)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError):
-        read_detections(str(tmp_path / "none.json"), demo_val)
 
 
 @pytest.mark.real

@@ -59,14 +59,6 @@ def test_written_detections_give_the_same_numbers(settings, tmp_path, capsys):
     assert numbers(again) == numbers(results) and numbers(read_results(settings.output)) == numbers(results)
 
 
-def test_detections_that_are_read_from_their_own_place_stay_complete(settings, tmp_path):
-    comprehensive_validation.main(settings)
-    own = tmp_path / "out" / "r_detections" / "a.json"
-    before = own.read_bytes()
-    results = comprehensive_validation.main(replace(settings, from_detections=(str(own),), val_images=2))
-    assert own.read_bytes() == before and "4 images beyond the 2 evaluated" in results.models[0].warnings[0]
-
-
 def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path):
     (tmp_path / "c.json").write_bytes(bytes(range(256)) * 200)
     (tmp_path / "empty.pt").touch()
