@@ -4,6 +4,7 @@ python -m dev.benchmark_evaluation --annotations instances_val2017.json
 """
 
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,15 +13,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import psutil
-import torch
 
 from common import cli
 from common.cli import flag
 from common.data.memory import DetectionData
 from common.data.readers import Request, read_coco
 from common.evaluate.bootstrap import image_weights, resample
-from common.evaluate.cost import PeakMemory
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose
 from common.evaluate.metrics import (
@@ -73,13 +71,11 @@ def generated_detections(data: DetectionData, seed: int) -> DetectionTable:
 
 
 def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
-    """What `work` returns, and the CPU seconds that it took, which are printed with its peak of memory."""
-    with PeakMemory(torch.device("cpu")) as memory:
-        before = psutil.Process().memory_info().rss / 1e6
-        start = time.process_time()
-        result = work()
-        seconds = time.process_time() - start
-    print(f"{title}: {seconds:.1f} s, {(memory.megabytes or before) - before:.0f} MB", flush=True)
+    """What `work` returns, and the CPU seconds that it took, which are printed with the rise of the peak of memory."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    result, seconds = work(), time.process_time() - start
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{title}: {seconds:.1f} s, {rise / 1e3:.0f} MB", flush=True)
     return result, seconds
 
 

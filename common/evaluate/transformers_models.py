@@ -8,9 +8,9 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from common.console import InputError, first_few, last_line, progress_bar
+from common.console import InputError, first_few, last_line
 from common.data.memory import DetectionData
-from common.evaluate.cost import measure_cost, seconds
+from common.evaluate.detect import detect, measure_cost, time_of
 from common.evaluate.detections import ModelRun, detection_table
 from common.hub import CONFIG
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
@@ -37,52 +37,34 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
     """
     processor, model = _load(folder)
     model.to(device)
-    names = model.config.id2label
-    if sorted(names) != list(range(len(names))):
-        raise InputError(f"{folder}: its outputs are numbered from 0, its id2label has {first_few(sorted(names))}")
-    if getattr(processor, "pad_size", None):
-        raise InputError(
-            f"{folder}: its processor pads images to {dict(processor.pad_size)}, and nothing tells whether boxes are "
-            "fractions of the padded image: give its detections with --from-detections"
-        )
 
-    def inputs_of(indices: range) -> tuple[Any, list[tuple[int, int]]]:
-        images = [data.images[index].open() for index in indices]
-        return processor(images=images, return_tensors="pt").to(device), [image.size[::-1] for image in images]
+    def inputs_of(part: range) -> tuple[range, Any, list[tuple[int, int]]]:
+        images = [data.images[index].open() for index in part]
+        return part, processor(images=images, return_tensors="pt").to(device), [image.size[::-1] for image in images]
 
-    def run(inputs: Any, sizes: list[tuple[int, int]]) -> list[dict]:
-        found = processor.post_process_object_detection(model(**inputs), threshold=MIN_SCORE, target_sizes=sizes)
-        return [{name: values.cpu() for name, values in image.items()} for image in found]
+    def run(inputs: tuple[range, Any, list[tuple[int, int]]]) -> list[Detections]:
+        part, tensors, sizes = inputs
+        found = processor.post_process_object_detection(model(**tensors), threshold=MIN_SCORE, target_sizes=sizes)
+        return [_detections(result, data.images[index].id) for result, index in zip(found, part, strict=True)]
 
-    detections: list[Detections] = []
     try:
-        padded = "pixel_mask" in inputs_of(range(1))[0]  # to a common shape, which changes scores in the second digit
+        padded = "pixel_mask" in inputs_of(range(1))[1]  # to a common shape, which changes scores in the second digit
         at_once = 1 if padded else batch_size
-        with progress_bar(len(data), Path(folder).name) as bar:
-            for first in range(0, len(data), at_once):
-                indices = range(first, min(first + at_once, len(data)))
-                for found, index in zip(run(*inputs_of(indices)), indices, strict=True):
-                    detections.append(_detections(found, data.images[index].id))
-                bar.update(len(indices))
+        parts = (range(n, min(n + at_once, len(data))) for n in range(0, len(data), at_once))
+        detections = detect(map(inputs_of, parts), run, len(data), Path(folder).name)
         several = range(min(len(data), batch_size))
-        singles, together = [inputs_of(range(i, i + 1)) for i in several], inputs_of(several)
-        cost = measure_cost(
-            lambda number: seconds(run, *singles[number % len(singles)]),
-            lambda: seconds(run, *together),
-            len(several),
-            device,
-            "fp32",
-            sum(p.numel() for p in model.parameters()),
-        )
+        singles, parameters = [inputs_of(range(n, n + 1)) for n in several], sum(p.numel() for p in model.parameters())
+        cost = measure_cost(time_of(run), singles, inputs_of(several), device, "fp32", parameters)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
         raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
-    conditions = {"model_type": model.config.model_type, "transformers": transformers.__version__}
-    return ModelRun(
-        detection_table(detections, data), tuple(str(names[label]) for label in sorted(names)), cost, conditions
-    )
+    names, conditions = model.config.id2label, {"model_type": model.config.model_type}
+    conditions["transformers"] = transformers.__version__
+    class_names = tuple(str(names[label]) for label in sorted(names))
+    return ModelRun(detection_table(detections, data), class_names, cost, conditions)
 
 
 def _load(folder: str) -> tuple[Any, Any]:
+    """The processor and the model."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     options = {"local_files_only": True, "trust_remote_code": False}
@@ -93,14 +75,22 @@ def _load(folder: str) -> tuple[Any, Any]:
         )
     except Exception as error:  # damaged files, other models and missing packages raise many types
         raise InputError(f"{folder}: transformers loads no detector from it: {last_line(error):.300}") from error
+    labels = sorted(model.config.id2label)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"{folder} lacks {len(missing)} weights, the first of them {missing[0]}")
+    if labels != list(range(len(labels))):
+        raise InputError(f"{folder}: its outputs are numbered from 0, its id2label has {first_few(labels)}")
+    if getattr(processor, "pad_size", None):
+        raise InputError(
+            f"{folder}: its processor pads images to {dict(processor.pad_size)}, and nothing tells whether boxes are "
+            "fractions of the padded image: give its detections with --from-detections"
+        )
     return processor, model.eval()
 
 
 def _detections(found: dict, image_id: int) -> Detections:
     """The best detections of one image, by falling score."""
     order = found["scores"].argsort(descending=True, stable=True)[:MAX_DETECTIONS]
-    boxes, scores, labels = (found[name][order] for name in ("boxes", "scores", "labels"))
+    boxes, scores, labels = (found[name][order].cpu() for name in ("boxes", "scores", "labels"))
     return Detections(image_id, boxes.float(), scores.float(), labels)
