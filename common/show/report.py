@@ -118,10 +118,10 @@ def _extremes(name: str, table: DetectionTable, data: DetectionData) -> Iterator
 
 def _f1_of_images(table: DetectionTable, data: DetectionData) -> tuple[np.ndarray, np.ndarray]:
     """(P,) float64 F1 at IoU 0.5 of each image, and (P,) int64 its number of objects."""
-    m = match_detections(table, data).by_class
+    m = match_detections(table, data)
     objects, detected, correct = (
         np.bincount(images, minlength=len(data))
-        for images in (m.object_image, m.image[~m.ignored[0]], m.image[m.hit[0]])
+        for images in (data.image_of_box()[m.objects], m.table.image[~m.ignored[0]], m.table.image[m.hit[0]])
     )
     return 2 * correct / np.maximum(objects + detected, 1), objects
 
