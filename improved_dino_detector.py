@@ -48,6 +48,7 @@ from common.train.optim import Ema, Schedule, parameter_groups
 from common.train.run import Run, RunFlags
 
 WEIGHT_DECAY = 0.05
+LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 NO_WORKERS = 0  # reading a memory map is faster than receiving it from another process
 STAGES = ("frozen", "unfrozen")
@@ -75,11 +76,6 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(5.0, "learning rate of the head in stage 2, in multiples of --lr-unfrozen", at_least=0)
-    layer_decay: float = flag(
-        0.8,
-        "learning rate of each block in stage 2, in multiples of the following one's",
-        at_least=0,
-    )
     unfreeze_blocks: int = flag(0, "stage 2 trains the last N blocks of the backbone; 0 = all", at_least=0, fixed=True)
     feature_cache: float = flag(
         100.0,
@@ -179,7 +175,7 @@ def detector_stage(
     """Stage 2: backbone and head on crops, each block slower than the one behind it."""
     detector.backbone.set_trainable(settings, settings.unfreeze_blocks)
     rates = settings.lr_unfrozen * settings.head_lr_factor, settings.lr_unfrozen
-    groups = parameter_groups(detector, *rates, WEIGHT_DECAY, settings.layer_decay)
+    groups = parameter_groups(detector, *rates, WEIGHT_DECAY, LAYER_DECAY)
     loaders = crop_loaders(detector, train_data, val_data, settings, accelerator)
     return Stage("unfrozen", settings.epochs_unfrozen, settings.cycles, detector, detector, groups, *loaders)
 

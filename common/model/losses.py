@@ -25,6 +25,7 @@ POSITIVE_IOU = 0.5  # of a box that the second look names and places, with its o
 QUALITY_AN_OBJECT = 2.4
 POSITIVE_AN_OBJECT = {"task-aligned": 25.0, "center": 15.0}
 POSITIVE_AN_IMAGE = 65.0
+LOGIT_ADJUSTMENT = 0.5  # power of the frequency of a class that the second look need not learn (arXiv 2007.07314)
 MIN_POSITIVE = 1 / 8  # positive locations of an image in a divisor: fewer would let images without objects dominate
 SMOOTH_L1_BETA = 0.1  # in units of the box
 MIN_BOX_UNIT = 8.0  # input pixels: without it the loss of one tiny box would exceed that of hundreds of others
@@ -47,9 +48,6 @@ class LossConfig:
     )
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
-    logit_adjustment: float = flag(
-        0.5, "power of the frequency of a class that the second look need not learn (arXiv 2007.07314)", at_least=0
-    )
 
 
 class Matched(NamedTuple):
@@ -79,7 +77,7 @@ class DetectionLoss(nn.Module):
     def __init__(self, config: LossConfig, class_shares: Tensor | None = None):
         super().__init__()
         self.config = config
-        prior = None if class_shares is None else config.logit_adjustment * class_shares.clamp(min=1e-6).log()
+        prior = None if class_shares is None else LOGIT_ADJUSTMENT * class_shares.clamp(min=1e-6).log()
         self.register_buffer("class_prior", prior, persistent=False)
 
     def forward(self, out: RawOutput, targets: Targets, counts: Tensor | None = None) -> dict[str, Tensor]:

@@ -47,7 +47,6 @@ class RunFlags(RuntimeFlags):
     """Training run."""
 
     accumulate: int = flag(1, "batches a step, one after another: N need the memory of one", at_least=1)
-    patience: int = flag(0, "end a stage after N epochs without a better mAP@0.5; 0 = never", at_least=0)
     log_with: tuple[str, ...] = flag((), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower")
     resume: bool = flag(False, "go on after the last epoch of the stopped run in --run-dir; start one if there is none")
@@ -171,11 +170,6 @@ class Run:
             print(f"resuming stage {stage} after {first} of {count} epochs", flush=True)
         self.saved = {}  # it holds the weights once more
         for epoch in range(first, count):
-            scores = [_score(line["val"]) for line in self.log if line["stage"] == stage]
-            patience = self.settings.patience
-            if 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience]):
-                print(f"stage {stage} ends after {patience} epochs without a better mAP@0.5", flush=True)
-                return
             yield epoch
             self._save(epoch + 1, parts)
 

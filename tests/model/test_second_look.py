@@ -161,15 +161,15 @@ def test_the_loss_teaches_names_boxes_and_scores(looking):
     ).float().mean() > 0.9
 
 
-def test_with_logit_adjustment_frequency_alone_teaches_no_preference(looking):
+def test_with_logit_adjustment_frequency_alone_teaches_no_preference(looking, monkeypatch):
     """Where the features tell nothing, the gradient pulls towards frequent classes unless their shares are given."""
     target = target_of([[10, 10, 60, 60]], labels=[3])
     shares = torch.full((10,), 0.1 / 9).index_fill(0, torch.tensor(3), 0.9)
     targets = Targets.pad([target])
     out = looking(pixels_of(1, 3, 112, 112), targets)
     out.second.class_logits.data.zero_()
-    config = LossConfig(logit_adjustment=1.0)
-    plain, adjusted = (loss_of(out, targets, config, given)["second class"].item() for given in (None, shares))
+    monkeypatch.setattr("common.model.losses.LOGIT_ADJUSTMENT", 1.0)
+    plain, adjusted = (loss_of(out, targets, shares=given)["second class"].item() for given in (None, shares))
     assert plain / adjusted == pytest.approx(math.log(10) / -math.log(0.9), rel=1e-3)
 
 
