@@ -151,7 +151,7 @@ def head_stage(
     detector: Detector, train_data: DetectionData, val_data: DetectionData, settings: Settings, accelerator: Accelerator
 ) -> Stage:
     """Stage 1: the head alone, on features that each image, and its mirror image, gives once."""
-    detector.to(accelerator.device).backbone.freeze()
+    detector.to(accelerator.device).backbone.requires_grad_(False)
     groups = parameter_groups(detector, settings.lr_frozen, 0.0, WEIGHT_DECAY)
     views = 1 if settings.no_mirror else 2
     size = feature_gigabytes(detector, len(train_data), views) + feature_gigabytes(detector, len(val_data), 1)
@@ -206,7 +206,7 @@ def train_stage(
     prepared = accelerator.prepare(stage.model, optimizer, stage.loader, stage.val_loader)
     model, optimizer, loader, val_loader = prepared
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
-    average = Ema(stage.trained, settings.ema, plan=(schedule.cycles, schedule.steps))
+    average = Ema(stage.trained, settings.ema)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):

@@ -167,7 +167,7 @@ def cache_folder(*parts: str) -> Path:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise InputError("this user has no home folder for the cache: set DETECTION_CACHE to a folder") from error
-    return base.joinpath("dinov2-detection", *parts)
+    return base.joinpath(PROGRAM, *parts)
 
 
 def ensure_home() -> None:

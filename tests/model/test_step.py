@@ -8,6 +8,7 @@ import torch
 from helpers import SIMPLE_LOSS, random_targets
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.model.backbone import BackboneFlags
 from common.model.detector import Detector, new_detector
 from common.model.losses import DetectionLoss, LossConfig
 from common.model.postprocess import fuse_predictions, select_detections
@@ -47,7 +48,7 @@ def training(request, tiny_backbone):
     torch.manual_seed(0)
     options, config = DETECTORS[request.param]
     detector = new_detector(tiny_backbone, blocks=(2, 4), image_size=SIZE, num_classes=10, **options).train()
-    detector.backbone.unfreeze()
+    detector.backbone.set_trainable(BackboneFlags())
     return detector, DetectionLoss(config, torch.full((10,), 0.1))
 
 
