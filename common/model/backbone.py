@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -124,7 +124,7 @@ class Backbone(nn.Module):
         return 0 if ".embeddings." in name else self.depth
 
 
-def build_vit(config: dict, blocks: Sequence[int]) -> PreTrainedModel:
+def build_vit(config: dict, blocks: Sequence[int]) -> Any:
     """The backbone of a plain `config` that ends with the last of `blocks` and returns these, weights random."""
     ends = {"num_hidden_layers": blocks[-1], "out_features": [f"stage{block}" for block in blocks]}
     return AutoBackbone.from_config(vit_config(config | ends))
@@ -196,10 +196,10 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
         )
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the skipped blocks
-    with torch.device("meta"):
-        empty = build_vit(config, blocks)
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
+        with torch.device("meta"):
+            empty = build_vit(config, blocks)
         vit, report = type(empty).from_pretrained(folder, config=empty.config, dtype=torch.float32, **options)
     except Exception as error:  # transformers documents few of the errors that damaged and foreign files raise
         raise InputError(f"cannot load the backbone in {folder}: {last_line(error)}") from error
