@@ -270,7 +270,7 @@ def main(settings: Settings) -> dict:
         check_object_sizes(train_data, start.image_size, start.detector.backbone.patch_size)
         quick_data = val_subset(val_data)
         for name, make_stage in zip(STAGES, (head_stage, detector_stage), strict=True):
-            if name not in settings.stages or run.is_past(name, getattr(settings, f"epochs_{name}")):
+            if name not in settings.stages or run.is_past(name):
                 continue
             stage = make_stage(start.detector, train_data, quick_data, settings, accelerator)
             train_stage(stage, start, train_data, quick_data, settings, run)

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from common.cli import flag
 from common.console import InputError
 from common.images import FILL, letterboxed
-from common.types import Target, letterbox, mirror_boxes
+from common.types import Target, letterbox
 
 COLOR_JITTER = 0.3  # change of brightness, contrast and saturation; a sixth of it of the hue
 SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
@@ -63,7 +63,9 @@ def letterbox_target(target: Target, side: int) -> Target:
 
 def mirror_target(target: Target, size: int) -> Target:
     """The target of the input mirrored left to right, with its padding."""
-    return replace(target, boxes=mirror_boxes(target.boxes, size), meta=target.meta._replace(scale=None))
+    x1, y1, x2, y2 = target.boxes.unbind(-1)
+    boxes = torch.stack([size - x2, y1, size - x1, y2], dim=-1)
+    return replace(target, boxes=boxes, meta=target.meta._replace(scale=None))
 
 
 def mirror_drawn() -> bool:

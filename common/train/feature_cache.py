@@ -46,11 +46,7 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
 
 
 def shard_paths(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Path]:
-    """The files for `views` of the images of `data`; they need not exist yet.
-
-    A name is a digest of the backbone's architecture and weights, the blocks, the input size, the `precision` of the
-    forward pass, the views, and the path, length and time of change of each image in the shard.
-    """
+    """The files for `views` of the images of `data`; they need not exist yet."""
     config = detector.config
     settings = FORMAT_VERSION, sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
     common = hashlib.sha256(repr(settings).encode())
@@ -126,15 +122,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class CachedDataset(SampleDataset):
-    """`DetectionDataset` with the features of an image in place of its pixels.
-
-    Args:
-        data: the images and boxes.
-        features: of the images, as `cached_features` returns them.
-        image_size: side of the square input, pixels.
-        mirror: draw mirrored views, for training; else the letterboxed images alone.
-        seed: of the draw.
-    """
+    """`DetectionDataset` with `cached_features` in place of pixels; for training it draws which images to mirror."""
 
     def __init__(
         self, data: DetectionData, features: list[Tensor], image_size: int, *, mirror: bool = False, seed: int = 0

@@ -48,14 +48,8 @@ def parameter_groups(
 class Schedule:
     """Linear warm-up over the first `WARM_UP_SHARE` of the steps, then half a cosine to 0, `cycles` times.
 
-    A function of the position alone: nothing of it is saved, so a resumed run may have other rates, another number of
-    epochs, or other batches.
-
-    Args:
-        optimizer: the learning rates of its groups are the highest ones.
-        epochs: of the stage.
-        epoch_steps: steps in an epoch.
-        cycles: times that the rates fall.
+    The highest rates are those of the optimizer's groups. A function of the position alone: nothing of it is saved, so
+    a resumed run may have other rates, another number of epochs, or other batches.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, epoch_steps: int, cycles: int = 1):

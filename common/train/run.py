@@ -26,7 +26,7 @@ from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.evaluate.detect import validate
 from common.evaluate.primary import format_headline
-from common.files import PROGRAM, atomic_write, check_outputs, check_writable, link_or_copy, remove_leftovers
+from common.files import PROGRAM, atomic_write, check_outputs, link_or_copy, remove_leftovers
 from common.model.checkpoint import Checkpoint, load_checkpoint, read_archive, save_detector
 from common.model.detector import merge_lora
 from common.runtime import Purpose, RuntimeFlags, seed_of
@@ -55,14 +55,9 @@ class RunFlags(RuntimeFlags):
 class Run:
     """The files of a run, and what is the same in every step and after every epoch.
 
-    In its folder are `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each stage
-    but the last as STAGE.pth, and `state.pth`. A new run replaces the files of a finished one. The main process writes
-    them, all read them. It locks the folder while it lives: processes of a killed launcher may still be training.
-
-    Args:
-        settings: of the run.
-        accelerator: likewise.
-        stages: the names of the script's stages, in order.
+    In its folder are `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each of its
+    `stages` but the last as STAGE.pth, and `state.pth`. A new run replaces the files of a finished one. The main
+    process writes them, and locks the folder while it lives: processes of a killed launcher may still be training.
 
     Raises:
         InputError: another process trains in the folder, an output cannot be written or is an input, a run in the
@@ -94,12 +89,7 @@ class Run:
             error.add_note(f"the state after epoch {self.resumable} is in {self.path}: go on with --resume")
 
     def begin(self, train_data: DetectionData, val_data: DetectionData, stages: tuple[str, ...] = ("only",)) -> None:
-        """Check that a resumed run fits its state, and start the trackers.
-
-        Args:
-            train_data: images and boxes, likewise `val_data`.
-            val_data: of the validation after each epoch and at the end.
-            stages: those that are requested.
+        """Check that a resumed run fits its state, and start the trackers; `stages` are those that are requested.
 
         Raises:
             InputError: other images or boxes than before, another value of a flag that is `fixed`, a stage that is no
@@ -134,23 +124,18 @@ class Run:
         """The best checkpoint of a resumed run in its stage, whose weights `epochs` replaces by those in training."""
         return load_checkpoint(self.best_of(self.saved["stage"])) if self.saved else None
 
-    def is_past(self, stage: str, count: int) -> bool:
-        """Whether the resumed run has finished a stage of `count` epochs, after which there is another one."""
-        if not self.saved or self.saved["stage"] == stage:
-            return bool(self.saved) and self.saved["epoch"] >= count and stage != self.stages[-1]
-        return self.stages.index(stage) < self.stages.index(self.saved["stage"])
+    def is_past(self, stage: str) -> bool:
+        """Whether the resumed run has begun a later stage."""
+        return bool(self.saved) and self.stages.index(stage) < self.stages.index(self.saved["stage"])
 
     def best_of(self, stage: str) -> Path:
         """The checkpoint of the best epoch up to the end of a stage."""
         return self.path / ("best.pth" if stage == self.stages[-1] else f"{stage}.pth")
 
     def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
-        """The epochs of a stage that remain, from 0; after each the state is saved.
+        """The epochs of a stage that remain, of `count` from 0; after each the state is saved.
 
-        Args:
-            stage: its name.
-            count: of its epochs.
-            parts: what an epoch changes, by name: objects with `state_dict` and `load_state_dict`.
+        It consists of `parts`, all that an epoch changes: objects with `state_dict` and `load_state_dict`.
         """
         self.stage, first = stage, 0
         if self.accelerator.scaler:
@@ -166,11 +151,7 @@ class Run:
             self._save(epoch + 1, parts)
 
     def epoch_steps(self, loader: DataLoaderShard) -> int:
-        """How many steps an epoch has; batches that make no whole step of `--accumulate` are left out.
-
-        Raises:
-            InputError: not even one step.
-        """
+        """Steps in an epoch; batches that make no whole one are left out. Raises InputError: not even one step."""
         if len(loader) < self.settings.accumulate:
             raise InputError(f"--accumulate {self.settings.accumulate}: an epoch has only {len(loader)} batches")
         return len(loader) // self.settings.accumulate
@@ -201,16 +182,10 @@ class Run:
     def check_finite(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
         """Stop before a step would make the weights inf or NaN: the one place where a step waits for the device.
 
-        Gradients have been averaged over the processes, so all of them raise. In fp16 a step is skipped where the loss
-        scale was too high, which then falls.
-
-        Args:
-            norm: () of all gradients.
-            step: of the epoch.
-            batches: of this process, whose images are named.
+        In fp16 a step is skipped where the loss scale was too high, which then falls.
 
         Raises:
-            InputError: the norm is inf or NaN.
+            InputError: the `norm` () of the gradients, averaged over the processes, is not finite; names the images.
         """
         scaler = self.accelerator.scaler
         if torch.isfinite(norm) or (scaler and scaler.get_scale() > 1):
@@ -222,13 +197,10 @@ class Run:
         )
 
     def finish_epoch(self, checkpoint: Checkpoint) -> None:
-        """Log the epoch, and write `last.pth`, and `best.pth` and STAGE.pth where mAP@0.5 is the highest.
+        """Log an epoch, and write the detector with its numbers as `last.pth`, and where mAP@0.5 is best as `best.pth`.
 
         Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
         always 0 or does not exist, as on images without boxes.
-
-        Args:
-            checkpoint: the detector after the epoch, and its numbers. LoRA's matrices are merged where it is written.
         """
         number = len(self.log) + 1
         if not all(weight.isfinite().all() for weight in checkpoint.detector.parameters()):
@@ -245,17 +217,13 @@ class Run:
         tqdm.write(f"epoch {number}: loss {terms}; {format_headline(checkpoint.metrics)}; {seconds:.0f} s")
         merged = replace(checkpoint, detector=merge_lora(checkpoint.detector), epoch=number)
         save_detector(self.path / "last.pth", merged)
-        *before, last = [_score(line["val"]) for line in self.log]
+        *before, last = [max(0.0, line["val"]["AP50"] or 0.0) for line in self.log]  # NaN is none either
         if last >= max(before, default=0.0):
             for path in {self.path / "best.pth", self.best_of(self.stage)}:
                 link_or_copy(self.path / "last.pth", path)
 
     def finish(self, val_data: DetectionData) -> dict[str, float | None]:
-        """Validate the best checkpoint on all of `val_data`, write it to `--output`, and mark the run as finished.
-
-        Returns:
-            Its headline numbers.
-        """
+        """Validate the best checkpoint on all of `val_data`, write it to `--output`; returns its headline numbers."""
         self.accelerator.wait_for_everyone()
         best, settings = load_checkpoint(self.path / "best.pth"), self.settings
         loader = make_eval_loader(val_data, best.image_size, settings.batch_size, settings.workers)
@@ -280,8 +248,6 @@ class Run:
             raise InputError(f"the run in {self.path} is not finished: {advice}")
         for name in self.settings.log_with:
             check_packages(f"--log-with {name}", name)
-        for path in (self.settings.output, self.path / "state.pth"):
-            check_writable(path)
         check_outputs([Path(self.settings.output), *files], flag_texts(self.settings, "output", "run_dir"))
 
     def _check_resumable(self, stages: tuple[str, ...]) -> None:
@@ -335,25 +301,16 @@ class Run:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of the run in `folder`, empty where there is none yet.
-
-    Raises:
-        InputError: it is damaged, or of another version of this program.
-    """
+    """The state of the run in `folder`, empty where there is none. Raises InputError where it cannot be used."""
     path = folder / "state.pth"
     if not path.is_file():
         print(f"nothing to resume in {folder} yet: starting", flush=True)
         return {}
     try:
         content = read_archive(path)
-        version = content["state_version"]
-    except Exception as error:  # torch documents few of the errors that damaged files raise
-        raise InputError(f"{path} is damaged: delete that folder, or name another --run-dir") from error
-    if version != STATE_VERSION:
-        raise InputError(f"{path} is of another version of this program; start again in another --run-dir")
-    return content
-
-
-def _score(metrics: dict) -> float:
-    """mAP@0.5, 0 also for None and NaN."""
-    return max(0.0, metrics["AP50"] or 0.0)
+        if content["state_version"] == STATE_VERSION:
+            return content
+        fault = "of another version of this program"
+    except Exception:  # torch documents few of the errors that damaged files raise
+        fault = "damaged"
+    raise InputError(f"{path} is {fault}: delete that folder, or name another --run-dir")
