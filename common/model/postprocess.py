@@ -83,7 +83,7 @@ def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, meta: ImageMeta) 
 
 
 def nms_mask(conflict: Tensor) -> Tensor:
-    """Greedy NMS (B, N) from the conflicts (B, N, N) between boxes by falling score: keep all without a kept one before.
+    """Greedy NMS, (B, N) from conflicts (B, N, N) of boxes by falling score: kept are those without a kept one before.
 
     Each round decides the boxes that depend on boxes which the round before decided. After `NMS_ROUNDS` all are decided
     as a loop would, unless a chain of more boxes decide about each other, one by one.
