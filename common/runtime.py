@@ -1,5 +1,6 @@
 """Device, precision, processes and seeds."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -50,10 +51,6 @@ def seed_of(purpose: Purpose, *numbers: int) -> int:
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
     """Device, processes and mixed precision, as detected by `accelerate` or set by its launcher.
 
-    Args:
-        precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
-        deterministic: the same results each time on a GPU too, slower; torch warns of operations that cannot.
-
     Raises:
         InputError: fp16 without a GPU, or a launcher that shards the weights.
     """
@@ -72,6 +69,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         raise InputError(f"{name} shards the weights; launch with --multi_gpu, where each process has all of them")
     if not accelerator.is_main_process:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  only one process prints; all report errors on stderr
+        logging.disable()
     return accelerator
 
 

@@ -232,6 +232,8 @@ class Run:
         self._track(final=numbers)
         if self.accelerator.is_main_process:
             save_detector(settings.output, replace(best, metrics=numbers))
+            if len({line["val"]["AP50"] for line in self.log}) == 1 < len(self.log):
+                print("warning: mAP@0.5 was the same after every epoch: the last one is kept", flush=True)
             headline = format_headline(numbers)
             print(f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}")
             (self.path / FINISHED).touch()
