@@ -1,6 +1,5 @@
 """Device, precision, processes and seeds."""
 
-import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -69,7 +68,6 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         raise InputError(f"{name} shards the weights; launch with --multi_gpu, where each process has all of them")
     if not accelerator.is_main_process:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  only one process prints; all report errors on stderr
-        logging.disable()
     return accelerator
 
 
