@@ -99,7 +99,7 @@ def main(settings: Settings) -> dict:
         detector, size = start.detector, start.image_size
         check_object_sizes(train_data, size, detector.backbone.patch_size)
         if settings.freeze_backbone:
-            detector.backbone.freeze()
+            detector.backbone.requires_grad_(False)
         else:
             detector.backbone.set_trainable(settings)
 

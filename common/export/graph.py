@@ -30,7 +30,7 @@ class WholeDetector(nn.Module):
         self.detector = detector.float().eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.detector.head(self.detector.backbone.features(images))
+        out = self.detector(images)
         boxes, scores, labels = select_detections(*fuse_predictions(out))
         return boxes.clamp(0, self.detector.config.image_size), scores, labels
 

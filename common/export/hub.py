@@ -8,9 +8,9 @@ import yaml
 
 from common.console import InputError
 from common.evaluate.results import ValidationRecord, ValidationResults, read_results
-from common.files import atomic_write, check_writable
+from common.files import PROGRAM, atomic_write, check_writable
 from common.hub import HUB_ID
-from common.model.checkpoint import LIBRARY, Checkpoint, save_folder
+from common.model.checkpoint import Checkpoint, save_folder
 
 CARD = "README.md"
 NUMBERS = {  # of the card: the part of a record and the field
@@ -82,7 +82,7 @@ def model_card(checkpoint: Checkpoint, name: str, numbers: str) -> str:
     """The text of the card, Markdown after the hub's YAML header."""
     conditions = checkpoint.conditions()
     backbone, data = str(conditions.get("backbone", "")), str(conditions.get("data", ""))
-    header: dict[str, object] = {"library_name": LIBRARY, "pipeline_tag": "object-detection"}
+    header: dict[str, object] = {"library_name": PROGRAM, "pipeline_tag": "object-detection"}
     if re.fullmatch(HUB_ID, backbone):
         header |= {"base_model": backbone}
     if re.fullmatch(HUB_ID, data):
@@ -92,7 +92,7 @@ def model_card(checkpoint: Checkpoint, name: str, numbers: str) -> str:
         classes=len(checkpoint.class_names),
         parameters=sum(weight.numel() for weight in checkpoint.detector.parameters()) / 1e6,
         size=checkpoint.image_size,
-        library=LIBRARY,
+        library=PROGRAM,
         numbers=numbers,
         operating_point=checkpoint.min_score,
         training="\n".join(f"| {key} | {conditions[key]} |" for key in CONDITIONS if key in conditions),

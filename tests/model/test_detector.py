@@ -89,7 +89,7 @@ def test_dinov3_as_the_hub_has_it(gated, tmp_path):
     reloaded, square = load_checkpoint(tmp_path / "a.pth").detector, pixels_of(1, 3, 64, 64)
     assert torch.equal(reloaded(square).boxes, detector(square).boxes)
     reloaded.train()
-    reloaded.backbone.unfreeze()
+    reloaded.backbone.set_trainable(BackboneFlags())
     assert torch.equal(reloaded.backbone(square), reloaded.backbone(square))  # positions do not vary in training
     reloaded.backbone(square).sum().backward()
     without = {name for name, weight in reloaded.backbone.named_parameters() if weight.grad is None}
@@ -109,11 +109,11 @@ def test_backbone_with_a_gated_mlp(tmp_path):
 
 def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
     images, target = pixels_of(1, 3, 112, 112), target_of([[10, 10, 60, 60]])
-    detector.backbone.freeze()
+    detector.backbone.requires_grad_(False)
     sum(loss_of(detector(images), [target]).values()).backward()
     assert all(p.grad is None for p in detector.backbone.parameters())
     assert all(p.grad is not None for p in detector.head.parameters())
-    detector.backbone.unfreeze()
+    detector.backbone.set_trainable(BackboneFlags())
     sum(loss_of(detector(images), [target]).values()).backward()
     assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
 
@@ -198,7 +198,8 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
 def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
     """Strides 7 and 14 share the tower; the quarters of a patch must lie within it."""
     torch.manual_seed(0)
-    head = PyramidHead(channels=8, num_classes=3, stride=14, depth=0).eval()
+    head = PyramidHead(channels=8, num_classes=3, stride=14).eval()
+    head.tower = torch.nn.Identity()
     zeros, peak = torch.zeros(1, 6, 6, 8), torch.zeros(1, 6, 6, 8)
     peak[0, 2, 4] = 5.0  # row 2, column 4
     with torch.no_grad():
@@ -214,10 +215,10 @@ def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
 
 def test_last_blocks_can_be_unfrozen_and_learning_rates_decay_by_depth(detector):
     backbone = detector.backbone
-    backbone.unfreeze(2)
+    backbone.set_trainable(BackboneFlags(), 2)
     trained = {backbone.block_of(name) for name, weight in backbone.named_parameters() if weight.requires_grad}
     assert trained == {3, 4}
-    backbone.unfreeze()
+    backbone.set_trainable(BackboneFlags())
     groups = parameter_groups(detector, 1e-2, 1e-3, 0.1, layer_decay=0.5)
     rate = {id(weight): group["lr"] for group in groups for weight in group["params"]}
     for name, weight in backbone.named_parameters():
@@ -237,7 +238,7 @@ def test_last_blocks_can_be_unfrozen_and_learning_rates_decay_by_depth(detector)
 
 
 def test_averaged_weights_are_applied_and_restored(detector):
-    detector.backbone.freeze()
+    detector.backbone.requires_grad_(False)
     ema = Ema(detector, decay=0.9)
     weight = detector.head.dense.locate.bias
     start = weight.detach().clone()

@@ -129,7 +129,7 @@ def test_both_looks_share_the_scores(looking):
     mean = first ** (1 - SECOND_OBJECT_SHARE) * second**SECOND_OBJECT_SHARE
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))
-    logits = out.class_logits_at(torch.zeros_like(best), best)
+    logits = out.class_logits[0, out.class_rows[best]]
     assert torch.equal(fuse_predictions(silent)[0].argmax(2)[0], logits.argmax(1))
     expected = (logits * (1 - SECOND_CLASS_SHARE) / CLASS_TEMPERATURE).softmax(-1)
     assert torch.allclose(fuse_predictions(silent)[0][0] / mean[:, None], expected, atol=1e-5)
@@ -161,15 +161,15 @@ def test_the_loss_teaches_names_boxes_and_scores(looking):
     ).float().mean() > 0.9
 
 
-def test_with_logit_adjustment_frequency_alone_teaches_no_preference(looking):
+def test_with_logit_adjustment_frequency_alone_teaches_no_preference(looking, monkeypatch):
     """Where the features tell nothing, the gradient pulls towards frequent classes unless their shares are given."""
     target = target_of([[10, 10, 60, 60]], labels=[3])
     shares = torch.full((10,), 0.1 / 9).index_fill(0, torch.tensor(3), 0.9)
     targets = Targets.pad([target])
     out = looking(pixels_of(1, 3, 112, 112), targets)
     out.second.class_logits.data.zero_()
-    config = LossConfig(logit_adjustment=1.0)
-    plain, adjusted = (loss_of(out, targets, config, given)["second class"].item() for given in (None, shares))
+    monkeypatch.setattr("common.model.losses.LOGIT_ADJUSTMENT", 1.0)
+    plain, adjusted = (loss_of(out, targets, shares=given)["second class"].item() for given in (None, shares))
     assert plain / adjusted == pytest.approx(math.log(10) / -math.log(0.9), rel=1e-3)
 
 

@@ -216,7 +216,7 @@ def test_the_simple_detector_overfits_four_images(demo, tmp_path, monkeypatch):
 
 def test_the_improved_detector_overfits_four_images(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("improved_dino_detector.TrainTransform", lambda size, *_: LetterboxTransform(size))
-    rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0, "layer_decay": 1.0}
+    rates = {"lr_unfrozen": 1e-3, "head_lr_factor": 2.0}
     numbers = overfit(
         improved_dino_detector, demo, tmp_path, epochs_frozen=0, epochs_unfrozen=100, dropout=0.0, **rates
     )
