@@ -8,11 +8,11 @@ import functools
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
-from matplotlib.font_manager import findSystemFonts, fontManager
+from matplotlib.font_manager import findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
-from PIL import ImageFont
 
 from common.console import first_few, to_one_line
 from common.show.tables import short_names
@@ -20,6 +20,45 @@ from common.show.tables import short_names
 DEJAVU = ("DejaVu Sans", str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")))
 REGULAR = (400, "normal", "regular", "book")  # weights
 REPLACEMENT = "?"
+FAMILIES = (  # a letter is looked for in this order; the first, which matplotlib brings, has no Asian ones
+    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC"),
+    *("WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "Malgun Gothic", "PingFang SC"),
+    *(
+        "Hiragino Sans",
+        "Apple SD Gothic Neo",
+        "Noto Sans Devanagari",
+        "Noto Sans Thai",
+        "Nirmala UI",
+        "Arial Unicode MS",
+    ),
+)
+
+
+class Font(NamedTuple):
+    """A font file and the code points that it has."""
+
+    path: str
+    letters: frozenset[int]
+
+
+@functools.cache
+def installed_fonts() -> dict[str, Font]:
+    """Those of FAMILIES that this machine has, by name."""
+    for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:  # newer than matplotlib's list
+        with suppress(OSError, RuntimeError):  # a damaged font, or one of fixed size
+            fontManager.addfont(path)
+    fonts = {}
+    for family in FAMILIES:
+        with suppress(ValueError):
+            path = findfont(family, fallback_to_default=False)
+            fonts[family] = Font(path, frozenset(FT2Font(path).get_charmap()))
+    return fonts
+
+
+def font_for(text: str) -> str:
+    """The file of the font that has most of the letters of `text`, for Pillow, which draws a text in one font."""
+    fonts = installed_fonts().values()
+    return max(fonts, key=lambda font: sum(ord(letter) in font.letters for letter in text)).path
 
 
 @functools.cache
@@ -56,13 +95,6 @@ def drawable(text: str) -> str:
     """The text with "?" for each letter that neither font has."""
     known = frozenset().union(*(_letters(path) for _, path in fonts_for(text)))
     return "".join(letter if ord(letter) in known else REPLACEMENT for letter in text)
-
-
-def image_text(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """The text and the font, of `size` pixels, in which Pillow can draw most of it; "?" for each other letter."""
-    path = max((path for _, path in fonts_for(text)), key=lambda path: sum(ord(c) in _letters(path) for c in text))
-    text = "".join(letter if ord(letter) in _letters(path) else REPLACEMENT for letter in text)
-    return text, ImageFont.truetype(path, size)
 
 
 def class_labels(names: Sequence[str]) -> list[str]:

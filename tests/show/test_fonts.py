@@ -7,11 +7,9 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from helpers import record_of, results_of
 from matplotlib.font_manager import fontManager
-from PIL import Image, ImageFont
 
 from common.evaluate.results import Calibration, ClassNumbers, Diagnosis, ErrorKind, OperatingPoint
 from common.show import charts, fonts
-from common.show.drawing import LabelledBox, draw_boxes
 
 COVERED = ("dog", "собака", "γάτα", "café", "$5 and $10", "<b>&amp;")
 CAT = "猫"
@@ -67,7 +65,6 @@ ERRORS = dict.fromkeys(("class", "localisation", "both", "duplicate", "backgroun
 
 def test_greek_cyrillic_and_signs_are_drawn_as_written(no_further_fonts, capsys):
     assert fonts.class_labels(COVERED) == list(COVERED)
-    assert fonts.image_text("собака γάτα 0.93", 20)[0] == "собака γάτα 0.93"
     fonts.print_replaced(COVERED)
     assert capsys.readouterr().out == ""
 
@@ -75,7 +72,6 @@ def test_greek_cyrillic_and_signs_are_drawn_as_written(no_further_fonts, capsys)
 def test_letters_that_no_font_has_are_replaced_and_printed(no_further_fonts, capsys):
     names = ("dog", CAT, "자동차", "cat 猫", "\ue000")
     assert fonts.class_labels(names) == ["dog", "2: ?", "???", "cat ?", "5: ?"]
-    assert fonts.image_text("猫 0.93", 20)[0] == "? 0.93"
     fonts.print_replaced([*names, CAT])
     (line,) = capsys.readouterr().out.splitlines()
     assert "3 names (猫, 자동차, cat 猫)" in line and "Noto Sans CJK" in line
@@ -84,8 +80,6 @@ def test_letters_that_no_font_has_are_replaced_and_printed(no_further_fonts, cap
 def test_an_installed_font_is_found(cat_font, capsys):
     assert [name for name, _ in fonts.fonts_for(f"dog {CAT}")] == ["DejaVu Sans", "Only Cats"]
     assert fonts.class_labels(("dog", CAT)) == ["dog", CAT]
-    text, font = fonts.image_text(CAT, 20)
-    assert text == CAT and font.path == str(cat_font)
     fonts.print_replaced([CAT])
     assert capsys.readouterr().out == ""
 
@@ -101,12 +95,3 @@ def test_charts_draw_every_letter_or_its_replacement(installed, no_further_fonts
     labels = [label.get_text() for label in charts.per_class(results).axes[0].get_yticklabels()]
     assert sorted(labels) == sorted([*COVERED, CAT if installed else "?"])
     assert bool(capsys.readouterr().out) != installed
-
-
-def test_captions_on_images_use_the_same_font():
-    images = [
-        draw_boxes(Image.new("RGB", (480, 480)), [LabelledBox((100, 100, 300, 300), 0, text)])
-        for text in ("собака", "??????", "кошечк")
-    ]
-    assert len({image.tobytes() for image in images}) == 3  # boxes in place of letters would make two of them equal
-    assert ImageFont.truetype(fonts.DEJAVU[1], 12).getname()[0] == "DejaVu Sans"
