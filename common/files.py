@@ -1,6 +1,5 @@
 """Files that are complete or absent, and the cache folder."""
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -143,14 +142,6 @@ def is_same_file(path: Path, other: Path) -> bool:
         return False
 
 
-def is_file(path: Path) -> bool:
-    """Whether the file exists; False for names that the file system can't hold, for which pathlib raises OSError."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def cache_folder(*parts: str) -> Path:
     """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not created).
 
@@ -164,18 +155,3 @@ def cache_folder(*parts: str) -> Path:
     except RuntimeError as error:
         raise InputError("this user has no home folder for the cache: set DETECTION_CACHE to a folder") from error
     return base.joinpath(PROGRAM, *parts)
-
-
-def ensure_home() -> None:
-    """Make `$DETECTION_CACHE` the home folder of a user who has none, since libraries stop without one."""
-    try:
-        Path.home()
-    except RuntimeError:
-        if root := os.environ.get("DETECTION_CACHE"):
-            os.environ["HOME"] = str(Path(root).absolute())
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

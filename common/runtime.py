@@ -50,10 +50,6 @@ def seed_of(purpose: Purpose, *numbers: int) -> int:
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
     """Device, processes and mixed precision, as detected by `accelerate` or set by its launcher.
 
-    Args:
-        precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
-        deterministic: the same results each time on a GPU too, slower; torch warns of operations that cannot.
-
     Raises:
         InputError: fp16 without a GPU, or a launcher that shards the weights.
     """

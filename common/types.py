@@ -134,10 +134,6 @@ class RawOutput:
         """(B, L, K) in 0..1: sigmoid(object) x softmax(class)."""
         return self.object_logits.sigmoid()[..., None] * self.class_logits.softmax(-1)[:, self.class_rows]
 
-    def class_logits_at(self, images: Tensor, locations: Tensor) -> Tensor:
-        """(M, K) class logits of M locations, given the indices (M,) of their images and of themselves (M,)."""
-        return self.class_logits[images, self.class_rows[locations]]
-
 
 @dataclass(frozen=True)
 class Detections:

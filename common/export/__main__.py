@@ -28,7 +28,8 @@ from common.data.sources import TrainDataFlags, load_split
 from common.export.graph import onnx_graph, write_onnx, write_openvino
 from common.export.hub import write_hub_folder
 from common.export.int8 import quantised
-from common.files import check_outputs, check_writable
+from common.files import check_outputs
+from common.hub import CONFIG
 from common.model import load_detector
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.exported import FORMAT_VERSION, OPENVINO_FOLDER, openvino_file
@@ -103,12 +104,12 @@ def main(settings: Settings) -> Path:
     check_flags(settings)
     check_packages("the export", *PACKAGES[settings.format], *["nncf"] * settings.int8)
     checkpoint, output = load_checkpoint(settings.checkpoint), output_of(settings)
-    file = openvino_file(output) if settings.format == "openvino" else output
+    files = {"onnx": output, "openvino": openvino_file(output), "hub": output / CONFIG}
+    file = files[settings.format]
     check_outputs([file], [settings.checkpoint, settings.results])
     if settings.format == "hub":
         write_hub_folder(checkpoint, output, settings.results)
     else:
-        check_writable(file)
         write_graph(settings, checkpoint, file)
     load_detector(output)
     files = output.iterdir() if output.is_dir() else [output]

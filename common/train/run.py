@@ -7,6 +7,7 @@ learning rates of the step, so that on a CPU the resumed run ends with the same 
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,6 +33,7 @@ from common.model.detector import merge_lora
 from common.runtime import Purpose, RuntimeFlags, seed_of
 from common.types import Batch
 
+log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
 STATE_VERSION = 5
 FILES = ("settings.json", "log.jsonl", "last.pth", "best.pth", "state.pth")
@@ -144,7 +146,7 @@ class Run:
             first = self.saved["epoch"]
             for name, part in parts.items():
                 part.load_state_dict(self.saved["parts"][name])
-            print(f"resuming stage {stage} after {first} of {count} epochs", flush=True)
+            log.info(f"resuming stage {stage} after {first} of {count} epochs")
         self.saved = {}  # it holds the weights once more
         for epoch in range(first, count):
             yield epoch
@@ -232,8 +234,12 @@ class Run:
         self._track(final=numbers)
         if self.accelerator.is_main_process:
             save_detector(settings.output, replace(best, metrics=numbers))
+            if len({line["val"]["AP50"] for line in self.log}) == 1 < len(self.log):
+                log.warning("warning: mAP@0.5 was the same after every epoch: the last one is kept")
             headline = format_headline(numbers)
-            print(f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}")
+            log.info(
+                f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}"
+            )
             (self.path / FINISHED).touch()
         self.accelerator.end_training()
         return numbers
@@ -262,9 +268,9 @@ class Run:
         if fixed := [texts[field.name] for field in changed if field.metadata["fixed"]]:
             raise InputError(f"{run} cannot go on with another {', '.join(fixed)}")
         if changed:
-            print(f"from here on with another {', '.join(texts.values())}", flush=True)
+            log.info(f"from here on with another {', '.join(texts.values())}")
         if self.saved["files"] != self.files:
-            print("warning: image files were written since the run began; it goes on with them", flush=True)
+            log.warning("warning: image files were written since the run began; it goes on with them")
 
     def _save(self, epoch: int, parts: dict[str, Any]) -> None:
         content = {name: getattr(self, name) for name in ("description", "files", "stage", "log")}
@@ -297,14 +303,14 @@ class Run:
         try:
             self.accelerator.log(values, len(self.log))
         except Exception as error:
-            print(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}", flush=True)
+            log.warning(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state of the run in `folder`, empty where there is none. Raises InputError where it cannot be used."""
     path = folder / "state.pth"
     if not path.is_file():
-        print(f"nothing to resume in {folder} yet: starting", flush=True)
+        log.info(f"nothing to resume in {folder} yet: starting")
         return {}
     try:
         content = read_archive(path)

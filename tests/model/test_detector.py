@@ -198,7 +198,8 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
 def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
     """Strides 7 and 14 share the tower; the quarters of a patch must lie within it."""
     torch.manual_seed(0)
-    head = PyramidHead(channels=8, num_classes=3, stride=14, depth=0).eval()
+    head = PyramidHead(channels=8, num_classes=3, stride=14).eval()
+    head.tower = torch.nn.Identity()
     zeros, peak = torch.zeros(1, 6, 6, 8), torch.zeros(1, 6, 6, 8)
     peak[0, 2, 4] = 5.0  # row 2, column 4
     with torch.no_grad():

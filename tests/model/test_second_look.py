@@ -129,7 +129,7 @@ def test_both_looks_share_the_scores(looking):
     mean = first ** (1 - SECOND_OBJECT_SHARE) * second**SECOND_OBJECT_SHARE
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))
-    logits = out.class_logits_at(torch.zeros_like(best), best)
+    logits = out.class_logits[0, out.class_rows[best]]
     assert torch.equal(fuse_predictions(silent)[0].argmax(2)[0], logits.argmax(1))
     expected = (logits * (1 - SECOND_CLASS_SHARE) / CLASS_TEMPERATURE).softmax(-1)
     assert torch.allclose(fuse_predictions(silent)[0][0] / mean[:, None], expected, atol=1e-5)

@@ -300,6 +300,7 @@ def test_best_epoch_has_the_highest_map_and_is_the_last_of_equals(resumed, score
         AcceleratorState._reset_state(reset_partial_state=True)
         run = Run(RunFlags(run_dir="run", resume=resumed), Accelerator(cpu=True), STAGES)
         run.begin(demo_val, demo_val, STAGES)
+        checkpoint = run.describe(checkpoint)
         for done, epoch in enumerate(run.epochs("frozen", len(scores), trained=detector.head)):
             if resumed and done:
                 break  # stopped in the next epoch
