@@ -351,9 +351,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
     monkeypatch.chdir(chain)
     results = read_results("validation_results.json")
-    logs = charts.logs_of(results)
-    assert {charts.drawn_models(results)[position].name for position in logs} == {Path(n).stem for n in CHECKPOINTS}
-    epochs = [
-        len(line.get_xdata()) for line in charts.training(results, logs).axes[1].lines if len(line.get_xdata()) > 2
-    ]
+    drawn = charts.drawn_models(results)
+    assert {record.name for record in drawn if charts.read_log(record)} == {Path(n).stem for n in CHECKPOINTS}
+    epochs = [len(line.get_xdata()) for line in charts.training(results).axes[1].lines if len(line.get_xdata()) > 2]
     assert epochs == [3]
