@@ -132,7 +132,8 @@ def random_detections(data, seed, count=30):
 
 def numbers_of(detections, data, labels=None):
     """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
-    return numbers_of_table(detection_table(detections, data, labels), data)
+    table = detection_table(detections, data)
+    return numbers_of_table(table if labels is None else table.relabelled(labels), data)
 
 
 def numbers_of_table(table, data):

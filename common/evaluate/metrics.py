@@ -43,22 +43,13 @@ class Matched:
         """(T, M) bool: right detections."""
         return self.box >= 0
 
-    def object_counts(self) -> np.ndarray:
-        """(K,) int64 objects of each class."""
-        return np.bincount(self.data.labels[self.objects], minlength=len(self.data.class_names))
-
 
 def match_detections(table: DetectionTable, data: DetectionData) -> Matched:
     """The detections in the order in which COCO takes them, matched with objects of their class."""
     by_id = np.argsort(np.argsort([image.id for image in data.images]))  # COCO orders equal scores by the image's id
     table = table.select(np.lexsort((-table.score, by_id[table.image])))  # stable
-    table = table.select(_rank(table, data) < MAX_DETECTIONS)
+    table = table.select(rank_within(table.image * len(data.class_names) + table.label) < MAX_DETECTIONS)
     return match_by_class(table, find_overlaps(table.image, table.boxes, data), data)
-
-
-def _rank(table: DetectionTable, data: DetectionData) -> np.ndarray:
-    """(M,) int64 position of each detection among those of its image and class."""
-    return rank_within(table.image * len(data.class_names) + table.label)
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
@@ -107,14 +98,11 @@ def _match(matched: Matched, pairs: Overlaps, thresholds: np.ndarray, ignored_al
 
 def match_boxes_alone(matched: Matched) -> Matched:
     """How well objects are localised, with one class for all: of each box its highest-scoring class is taken."""
-    order = np.lexsort((*matched.table.boxes.T, matched.table.image))  # stable
-    table = matched.table.select(order)
-    same = (table.image[1:] == table.image[:-1]) & (table.boxes[1:] == table.boxes[:-1]).all(1)
-    own = np.ones(len(table), bool)
-    own[order[1:][same]] = False  # some detectors give one box several classes
-    alone = match_any_class(matched, own)
-    data, table = replace(matched.data, labels=0 * matched.data.labels), replace(alone.table, label=0 * table.label)
-    return replace(alone, data=data, table=table)
+    table, data = matched.table, matched.data
+    places = np.column_stack([table.image, table.boxes])  # some detectors give one box several classes
+    own = np.isin(np.arange(len(table)), np.unique(places, axis=0, return_index=True)[1])
+    one_class = replace(data, labels=0 * data.labels)
+    return replace(match_any_class(matched, own), data=one_class, table=replace(table, label=0 * table.label))
 
 
 def average_precision(matched: Matched) -> np.ndarray:
@@ -191,9 +179,10 @@ def coco_numbers(matched: Matched) -> dict:
 
     They are fractions, None where a number does not exist (no objects of that size, say).
     """
-    data, rank, precision, recall = matched.data, _rank(matched.table, matched.data), [], []
+    data, table, precision, recall = matched.data, matched.table, [], []
+    rank = rank_within(table.image * len(data.class_names) + table.label)
     for size in SIZES:
-        sized = matched if size == "all" else match_by_class(matched.table, matched.overlaps, data, size)
+        sized = matched if size == "all" else match_by_class(table, matched.overlaps, data, size)
         precision.append(average_precision(sized))
         recall += [_recall(sized, rank < limit) for limit in ((1, 10, 100) if size == "all" else (100,))]
     every, curves = precision[0], precision_at_recalls(matched)
@@ -206,7 +195,7 @@ def coco_numbers(matched: Matched) -> dict:
 
 def _recall(matched: Matched, kept: np.ndarray) -> np.ndarray:
     """(T, K) share of the objects of each class that the detections `kept` hit, NaN without any."""
-    objects = matched.object_counts()
+    objects = np.bincount(matched.data.labels[matched.objects], minlength=len(matched.data.class_names))
     found = [np.bincount(matched.table.label[hit & kept], minlength=len(objects)) for hit in matched.hit]
     return np.where(objects > 0, found / np.maximum(objects, 1), np.nan)
 

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from common.console import InputError, first_few, last_line
 from common.data.memory import DetectionData
-from common.evaluate.detect import detect, measure_cost, time_of
+from common.evaluate.detect import detect, measure_cost, seconds
 from common.evaluate.detections import ModelRun, detection_table
 from common.hub import CONFIG
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
@@ -24,13 +24,8 @@ def is_transformers(path: str) -> bool:
 
 @torch.inference_mode()
 def run_transformers(folder: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
-    """The detections of a model on every image of `data`, in fp32, as its own post-processing returns them.
-
-    Args:
-        folder: with config.json, model.safetensors and preprocessor_config.json.
-        data: the images.
-        batch_size: images at once; where they are padded to a common shape, only their speed is measured together.
-        device: to run on.
+    """The detections of the model in a folder on every image of `data`, in fp32, as its own post-processing returns
+    them. Where `batch_size` images are padded to a common shape, only their speed is measured together.
 
     Raises:
         InputError: the folder is damaged or holds no detector, or a package that it needs is not installed.
@@ -53,8 +48,9 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
         parts = (range(n, min(n + at_once, len(data))) for n in range(0, len(data), at_once))
         detections = detect(map(inputs_of, parts), run, len(data), Path(folder).name)
         several = range(min(len(data), batch_size))
-        singles, parameters = [inputs_of(range(n, n + 1)) for n in several], sum(p.numel() for p in model.parameters())
-        cost = measure_cost(time_of(run), singles, inputs_of(several), device, "fp32", parameters)
+        inputs = [inputs_of(range(n, n + 1)) for n in several], inputs_of(several)
+        parameters = sum(p.numel() for p in model.parameters())
+        cost = measure_cost(lambda part: seconds(run, part), *inputs, device, "fp32", parameters)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
         raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
     names, conditions = model.config.id2label, {"model_type": model.config.model_type}

@@ -25,13 +25,9 @@ DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and
 
 
 def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
-    """The detections of a YOLO on every image of `data`.
+    """The detections of a YOLO on every image of `data`, `batch_size` at once, one where it is exported.
 
-    Args:
-        name: a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
-        data: the images.
-        batch_size: images at once; exported models take one.
-        device: to run on.
+    `name` is a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
 
     Raises:
         InputError: ultralytics is not installed, or the model is missing, damaged or no detector.
@@ -52,7 +48,7 @@ def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.devi
             results = model.predict([_pixels(data, index) for index in part], **options)
             return [_detections(r, data.images[index].id) for r, index in zip(results, part, strict=True)]
 
-        def seconds(images: list[np.ndarray]) -> float:
+        def times(images: list[np.ndarray]) -> float:
             """Of network and post-processing, without resizing, as for the other models."""
             results = model.predict(images, **options)
             return sum(r.speed["inference"] + r.speed["postprocess"] for r in results) / 1000
@@ -61,7 +57,7 @@ def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.devi
         images = [_pixels(data, index) for index in parts[0]]
         parameters = None if exported else sum(p.numel() for p in model.model.parameters())
         precision = "as exported" if exported else "fp32"
-        cost = measure_cost(seconds, [[image] for image in images], images, device, precision, parameters)
+        cost = measure_cost(times, [[image] for image in images], images, device, precision, parameters)
     except Exception as error:  # damaged files, other tasks and missing packages raise many types
         reason = to_one_line(str(error) or type(error).__name__, 200)
         raise InputError(f"{name}: ultralytics cannot run it as a detector: {reason}") from error
