@@ -18,7 +18,6 @@ RECALLS = np.linspace(0, 1, 101)  # AP is the mean of the precision at these
 MAX_DETECTIONS = 100  # of an image and class, COCO's limit
 SIZES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # areas, square px
 COCO_NUMBERS = tuple(field.name for field in fields(DetectionNumbers))[:12]  # pycocotools', in its order
-CURVES = {"0.5": 0, "0.75": 5}  # IoU and its index among COCO's thresholds
 TINY = np.finfo(np.float64).tiny  # in place of the divisor 0
 BLOCK = 1 << 22  # numbers of a block of weights, detections x weightings, 16 MB
 
@@ -108,7 +107,7 @@ def match_boxes_alone(matched: Matched) -> Matched:
 def average_precision(matched: Matched) -> np.ndarray:
     """(T, K) float64: COCO's AP of each class, NaN for a class without objects."""
     ap = np.full((len(matched.box), len(matched.data.class_names)), np.nan)
-    for k, values in weighted_ap(matched, unweighted(matched.data)):
+    for k, values in weighted_ap(matched, np.ones((len(matched.data), 1), np.float32)):
         ap[:, k] = values[:, 0]
     return ap
 
@@ -130,16 +129,11 @@ def weighted_ap(matched: Matched, weights: np.ndarray) -> Iterator[tuple[int, np
 def precision_at_recalls(matched: Matched) -> np.ndarray:
     """(T, 101) float64: the best precision from each of RECALLS on, mean over the classes that have objects."""
     curves, classes = np.zeros((len(matched.box), len(RECALLS))), list(_of_each_class(matched))
+    weights = np.ones((len(matched.data), 1), np.float32)
     for _, rows, objects in classes:
-        every = _precision_steps(matched, rows, objects, unweighted(matched.data))
-        for curve, (precision, steps) in zip(curves, every, strict=True):
-            curve[: steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
+        for t, (precision, steps) in enumerate(_precision_steps(matched, rows, objects, weights)):
+            curves[t, : steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
     return curves / max(1, len(classes))
-
-
-def unweighted(data: DetectionData) -> np.ndarray:
-    """(P, 1) float32: the one weighting in which all images count alike."""
-    return np.ones((len(data), 1), np.float32)
 
 
 def _of_each_class(matched: Matched) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -185,11 +179,11 @@ def coco_numbers(matched: Matched) -> dict:
         sized = matched if size == "all" else match_by_class(table, matched.overlaps, data, size)
         precision.append(average_precision(sized))
         recall += [_recall(sized, rank < limit) for limit in ((1, 10, 100) if size == "all" else (100,))]
-    every, curves = precision[0], precision_at_recalls(matched)
+    every, curves = precision[0], zip(("0.5", "0.75"), precision_at_recalls(matched)[[0, 5]].tolist(), strict=True)
     parts = [every, every[0], every[5], *precision[1:], *recall]
     return dict(zip(COCO_NUMBERS, map(mean, parts), strict=True)) | {
         "per_class": {n: ClassNumbers(mean(every[:, k]), mean(every[0, k])) for k, n in enumerate(data.class_names)},
-        "precision_at_recall": {iou: None if data.crowd.all() else curves[t].tolist() for iou, t in CURVES.items()},
+        "precision_at_recall": {iou: None if data.crowd.all() else curve for iou, curve in curves},
     }
 
 
