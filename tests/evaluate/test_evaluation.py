@@ -202,7 +202,7 @@ def test_yolo_reproduces_its_known_figure(assets):
     if not (find_spec("openvino") and find_spec("ultralytics")):
         pytest.skip("needs openvino and ultralytics")
     from common.data.sources import load_split
-    from common.evaluate.yolo import run_yolo
+    from common.evaluate.others import run_yolo
 
     data, threads = load_split(data_flags(str(assets / "coco-subset")), "val"), torch.get_num_threads()
     found = run_yolo(str(assets / "yolov8n_int8_openvino_model"), data, 8, torch.device("cpu"))

@@ -28,7 +28,7 @@ from transformers import (
 import comprehensive_validation
 from common.console import InputError
 from common.data.memory import DetectionData, ImageFile
-from common.evaluate.transformers_models import is_transformers, run_transformers
+from common.evaluate.others import is_transformers, run_transformers
 from common.hub import hub_name
 
 CPU = torch.device("cpu")
