@@ -29,8 +29,8 @@ from common.evaluate import bootstrap
 from common.evaluate.detect import run_own
 from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
+from common.evaluate.others import is_transformers, run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
-from common.evaluate.transformers_models import is_transformers, run_transformers
 from common.export.runtime import is_exported
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.hub import hub_name, located
@@ -46,15 +46,13 @@ INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 class Settings(RuntimeFlags, DataFlags):
     models: tuple[str, ...] = flag(
         (),
-        "checkpoints (.pth), their exports, folders and hub ids of detectors of transformers, and weight files or "
-        "exported folders that ultralytics runs "
+        "checkpoints (.pth), their exports, folders and hub ids of transformers' detectors, and what ultralytics runs "
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
     strict: bool = flag(
         False,
-        f"exit with {INCOMPLETE} where a model could not be evaluated or its detections look misread, stop where data "
-        "would have to be repaired",
+        f"exit with {INCOMPLETE} where a model has no numbers or was misread, stop where data would be repaired",
     )
     output: str = flag("validation_results.json", "the results to write")
     report: str = flag("", "also write a report with charts and images, one HTML file")
@@ -69,8 +67,6 @@ def run_model(path: str, settings: Settings, data: DetectionData) -> ModelRun:
         return run_own(path, data, settings.batch_size, settings.workers, settings.precision)
     if is_transformers(path):
         return run_transformers(path, data, settings.batch_size, device)
-    from common.evaluate.yolo import run_yolo  # ultralytics is optional
-
     return run_yolo(path, data, settings.batch_size, device)
 
 

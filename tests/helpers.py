@@ -130,9 +130,9 @@ def random_detections(data, seed, count=30):
     return detections
 
 
-def numbers_of(detections, data, labels=None):
-    """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
-    return numbers_of_table(detection_table(detections, data, labels), data)
+def numbers_of(detections, data):
+    """The numbers of the detections of all images."""
+    return numbers_of_table(detection_table(detections, data), data)
 
 
 def numbers_of_table(table, data):

@@ -1,9 +1,8 @@
 """Confidence intervals: Bayesian bootstrap over images (Rubin, 1981), paired for two models.
 
-Each of a thousand resamples gives the images random weights and computes every number from the matches under these
-weights; nothing is detected or matched again. All models get the same weights, so that two models are compared resample
-by resample and the difficulty of an image, which both share, cancels out. The ordinary bootstrap, which draws images
-with replacement, would lose the classes of few images in many resamples, and raise mAP by twice as much.
+Each resample gives the images random weights, the same for all models, so that the difficulty of an image cancels out
+in their difference. The ordinary bootstrap, which draws images with replacement, would lose the classes of few images
+in many resamples, and raise mAP by twice as much.
 
 AP is biased upwards on few images, and a resample has fewer in effect, so that all resamples lie too high by about a
 standard deviation: the intervals are therefore moved to the estimate. And the AP of a rare class hardly varies in them:
@@ -30,8 +29,6 @@ LARGEST_FACTOR = 10.0  # of `rare_class_factor`, where every class is on one ima
 # Images with objects for a verdict. The 95% interval of the mean of random numbers (normal, exponential, 0 or 1)
 # contained it in 75-94% of 3,000 trials with 5 images, 85-90% with 10, and 90-95% with 20.
 MIN_IMAGES_FOR_VERDICT = 20
-TOO_FEW = "too few images"
-WITH_INTERVALS = ("accuracy", "precision", "recall", "f1", "mean_iou", "found", "AP50", "AP", "class_agnostic_AP50")
 
 
 def image_weights(images: int, seed: int) -> np.ndarray:
@@ -45,7 +42,7 @@ def image_weights(images: int, seed: int) -> np.ndarray:
 def resample(
     matched: Matched, boxes_alone: Matched, primary: PrimaryPairs, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Each number of WITH_INTERVALS in each resample, (R,) float64; NaN without any object.
+    """Each number that has an interval in each resample, (R,) float64; NaN without any object.
 
     `boxes_alone` is what `metrics.match_boxes_alone` returns, `weights` (P, R) what `image_weights` does.
     """
@@ -102,24 +99,17 @@ class Sampled:
 
 
 def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> list[Comparison]:
-    """The interval of the difference and the verdict, for every pair of models and every number.
+    """The interval of a - b and the verdict on a, for every pair of models and each of their numbers.
 
-    Args:
-        models: the numbers by the name of the model; models without objects have none.
-        images: the number of images with objects.
-
-    Returns:
-        For each pair and each number the 95% interval of a - b, and the verdict of the 99% interval: better (a's is
-        higher), worse, not distinguishable, where it contains 0, or too few images, where there are less than
-        MIN_IMAGES_FOR_VERDICT.
+    The verdict follows from the 99% interval; `images` is the number of those with objects.
     """
+
+    def compare(difference: Sampled) -> Verdict:
+        low, high = difference.interval(VERDICT_LEVEL)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        return Verdict(difference.interval(), verdict if images >= MIN_IMAGES_FOR_VERDICT else "too few images")
+
     return [
-        Comparison(a, b, {name: _compare(of_a[name] - of_b[name], images) for name in of_a})
+        Comparison(a, b, {name: compare(of_a[name] - of_b[name]) for name in of_a})
         for (a, of_a), (b, of_b) in itertools.combinations(models.items(), 2)
     ]
-
-
-def _compare(difference: Sampled, images: int) -> Verdict:
-    low, high = difference.interval(VERDICT_LEVEL)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-    return Verdict(difference.interval(), TOO_FEW if images < MIN_IMAGES_FOR_VERDICT else verdict)

@@ -46,15 +46,8 @@ def detect(
 def validate(
     model: nn.Module, loader: DataLoader, data: DetectionData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> dict[str, float | None]:
-    """The headline numbers of a model with these classes on the images of `data`, each once in any number of processes.
-
-    Args:
-        model: a `Detector`, prepared by `accelerator`; left in evaluation mode.
-        loader: batches of letterboxed images, or of cached features, prepared by `accelerator`.
-        data: the images of the loader.
-        class_names: of the model.
-        accelerator: of the training.
-    """
+    """The headline numbers of a `Detector` with these classes on the images of `data`, each once in any number of
+    processes. It is left in evaluation mode; it and `loader`, of images or cached features, are the accelerator's."""
     model.eval()
 
     def run(batch: Batch) -> list[Detections]:
@@ -62,14 +55,11 @@ def validate(
         return accelerator.gather_for_metrics(found, use_gather_object=True)
 
     detections = detect(loader, run, len(data), "validating", accelerator.is_main_process)
-    return headline(detection_table(detections, data, label_map(class_names, data)), data)
+    return headline(detection_table(detections, data).relabelled(label_map(class_names, data)), data)
 
 
 def val_subset(val_data: DetectionData) -> DetectionData:
-    """The images of the validation after each epoch: the first `VAL_SUBSET`.
-
-    A warning tells where they have no object, by which the best epoch could be chosen, although later images have.
-    """
+    """The images of the validation after each epoch; a line tells where no epoch can be chosen by them."""
     subset = val_data.first(VAL_SUBSET)
     if subset.crowd.all() and not val_data.crowd.all():
         log.warning(
@@ -90,55 +80,45 @@ def run_detector(
 def detector_cost(detector: TrainedDetector, data: DetectionData, batch_size: int) -> Cost:
     """What the detector costs on the first `batch_size` images."""
     batch = next(iter(make_eval_loader(data.first(batch_size), detector.image_size, batch_size, workers=0)))
-    parts = [slice(number, number + 1) for number in range(len(batch.meta))]
-    run = time_of(lambda part: detections_of(*detector.run(batch.inputs[part]), batch.meta[part]))
-    return measure_cost(run, parts, slice(len(parts)), detector.device, detector.precision, detector.parameters)
+
+    def run(part: slice) -> list[Detections]:
+        return detections_of(*detector.run(batch.inputs[part]), batch.meta[part])
+
+    singles, every = [slice(n, n + 1) for n in range(len(batch.meta))], slice(None)
+    about = detector.device, detector.precision, detector.parameters
+    return measure_cost(lambda part: seconds(run, part), singles, every, *about)
 
 
 def run_own(path: str, data: DetectionData, batch_size: int, workers: int, precision: str) -> ModelRun:
-    """What the checkpoint or the exported detector in `path` detects on the images of `data`, and what it costs.
-
-    Raises:
-        InputError: what `load_detector` raises.
-    """
+    """What the checkpoint or the exported detector in `path` detects on the images of `data`, and what it costs."""
     detector = load_detector(path, precision=precision)
     detections = run_detector(detector, data, batch_size, workers, Path(path).stem)
     cost = detector_cost(detector, data, batch_size)
     return ModelRun(detection_table(detections, data), detector.class_names, cost, detector.conditions())
 
 
-def time_of(run: Callable[[INPUT], object]) -> Callable[[INPUT], float]:
-    """A function of an input that returns how many seconds `run` takes, which leaves its result on the CPU."""
-
-    def seconds(inputs: INPUT) -> float:
-        start = time.perf_counter()
-        run(inputs)
-        return time.perf_counter() - start
-
-    return seconds
+def seconds(run: Callable[[INPUT], object], inputs: INPUT) -> float:
+    """How long `run` takes, which leaves its result on the CPU."""
+    start = time.perf_counter()
+    run(inputs)
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
 def measure_cost(
-    seconds: Callable[[INPUT], float],
+    times: Callable[[INPUT], float],
     singles: Sequence[INPUT],
     batch: INPUT,
     device: torch.device,
     precision: str,
     parameters: int | None,
 ) -> Cost:
-    """Time a detector with its post-processing.
+    """Time a detector with its post-processing; `times` runs it on an input and returns the seconds.
 
-    Args:
-        seconds: the time that an input takes.
-        singles: one image each.
-        batch: all of these images at once.
-        device: that the detector runs on.
-        precision: fp32, bf16, fp16 or int8.
-        parameters: of the detector, where they are known.
+    `singles` are inputs of one image each, `batch` all of these images at once.
     """
-    times = [seconds(singles[number % len(singles)]) for number in range(WARM_UP + TIMED)][WARM_UP:]
-    together = min(seconds(batch) for _ in range(2))
+    alone = [times(singles[number % len(singles)]) for number in range(WARM_UP + TIMED)][WARM_UP:]
+    together = min(times(batch) for _ in range(2))
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
     name, size = device_name(device), len(singles)
-    return Cost(parameters, 1000 * statistics.median(times), size / together, size, memory, name, precision)
+    return Cost(parameters, 1000 * statistics.median(alone), size / together, size, memory, name, precision)

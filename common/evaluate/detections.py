@@ -77,10 +77,8 @@ def _class_key(name: str) -> str:
     return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", name)).casefold()
 
 
-def detection_table(
-    detections: Sequence[Detections], data: DetectionData, labels: np.ndarray | None = None
-) -> DetectionTable:
-    """The detections on images of `data` as one table, `relabelled` with `labels` where they are given."""
+def detection_table(detections: Sequence[Detections], data: DetectionData) -> DetectionTable:
+    """The detections on images of `data` as one table."""
     if not detections:
         return DetectionTable.empty()
     index_of = {image.id: index for index, image in enumerate(data.images)}
@@ -90,8 +88,7 @@ def detection_table(
     )
     corners = corners.astype(np.float64)
     boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
-    table = DetectionTable(image, boxes, score.astype(np.float64), label)
-    return table if labels is None else table.relabelled(labels)
+    return DetectionTable(image, boxes, score.astype(np.float64), label)
 
 
 def coco_detections(table: DetectionTable, data: DetectionData, files: Sequence[str]) -> list[dict]:
@@ -137,10 +134,7 @@ def read_detections(path: str, data: DetectionData) -> ModelRun:
 
     Images are those of `file_name` where every row has one, else of `image_id`; classes those of `category_id`, or of
     `category_name` where no row has an id. Rows on other images and of other categories are left out, with a warning.
-
-    Raises:
-        InputError: no such file, another form, numbers that cannot be meant, ids and names that contradict each other,
-            or a file that is not about the images or categories of `data`.
+    InputError says what is wrong with the file, or that it is not about the images or categories of `data`.
     """
     rows = from_json(list[CocoResult], read_json(path), path)
     boxes, scores = _check_numbers(path, rows)

@@ -11,18 +11,10 @@ import numpy as np
 
 from common.console import InputError, first_few
 from common.data.memory import DetectionData
-from common.evaluate import bootstrap
+from common.evaluate import bootstrap, metrics
 from common.evaluate.bootstrap import Sampled, resample
 from common.evaluate.detections import DetectionTable, ModelRun, label_map
 from common.evaluate.diagnosis import diagnose
-from common.evaluate.metrics import (
-    average_precision,
-    coco_numbers,
-    match_boxes_alone,
-    match_detections,
-    mean,
-    operating_point,
-)
 from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.results import DataDescription, DetectionNumbers, PrimaryNumbers, ValidationRecord
 from common.evaluate.trust import check_agreement
@@ -43,30 +35,24 @@ class Evaluation:
 def evaluate(
     name: str, path: str, run: ModelRun, data: DetectionData, weights: np.ndarray | None = None, strict: bool = False
 ) -> Evaluation:
-    """Measure one model on `data`.
+    """Measure the model of that name, whose file is in `path`, by what it detects on the images of `data`.
 
-    Args:
-        name: of the model, in tables and charts.
-        path: of its file.
-        run: what it detects on these images.
-        data: the ground truth.
-        weights: (P, R) as `bootstrap.image_weights` returns them; None leaves out intervals, diagnosis and `trust`.
-        strict: refuse detections that do not look as if they were read as they are meant.
+    `weights` (P, R) are `bootstrap.image_weights`; without them intervals, diagnosis and `trust` are left out.
 
     Raises:
-        InputError: the model and the data set have no class in common, or what `strict` refuses.
+        InputError: model and data have no class in common; with `strict`, detections do not look as they are meant.
     """
     labels = label_map(run.class_names, data)
     if not (known := int((labels >= 0).sum())):
         raise InputError(f"{path}: none of its classes ({first_few(run.class_names)}) is in {data.source}")
     table = run.table.relabelled(labels)
-    matched = match_detections(table, data)
-    point, boxes_alone = operating_point(matched), match_boxes_alone(matched)
-    primary, agnostic = primary_pairs(matched, point.score), mean(average_precision(boxes_alone))
+    matched = metrics.match_detections(table, data)
+    point, boxes_alone = metrics.operating_point(matched), metrics.match_boxes_alone(matched)
+    primary, agnostic = primary_pairs(matched, point.score), metrics.mean(metrics.average_precision(boxes_alone))
     record = ValidationRecord(
         name,
         path,
-        detection=DetectionNumbers(**coco_numbers(matched), class_agnostic_AP50=agnostic),
+        detection=DetectionNumbers(**metrics.coco_numbers(matched), class_agnostic_AP50=agnostic),
         primary=PrimaryNumbers(**primary_numbers(primary)),
         cost=run.cost,
         conditions=run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)},

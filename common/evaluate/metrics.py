@@ -18,7 +18,6 @@ RECALLS = np.linspace(0, 1, 101)  # AP is the mean of the precision at these
 MAX_DETECTIONS = 100  # of an image and class, COCO's limit
 SIZES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # areas, square px
 COCO_NUMBERS = tuple(field.name for field in fields(DetectionNumbers))[:12]  # pycocotools', in its order
-CURVES = {"0.5": 0, "0.75": 5}  # IoU and its index among COCO's thresholds
 TINY = np.finfo(np.float64).tiny  # in place of the divisor 0
 BLOCK = 1 << 22  # numbers of a block of weights, detections x weightings, 16 MB
 
@@ -43,22 +42,13 @@ class Matched:
         """(T, M) bool: right detections."""
         return self.box >= 0
 
-    def object_counts(self) -> np.ndarray:
-        """(K,) int64 objects of each class."""
-        return np.bincount(self.data.labels[self.objects], minlength=len(self.data.class_names))
-
 
 def match_detections(table: DetectionTable, data: DetectionData) -> Matched:
     """The detections in the order in which COCO takes them, matched with objects of their class."""
     by_id = np.argsort(np.argsort([image.id for image in data.images]))  # COCO orders equal scores by the image's id
     table = table.select(np.lexsort((-table.score, by_id[table.image])))  # stable
-    table = table.select(_rank(table, data) < MAX_DETECTIONS)
+    table = table.select(rank_within(table.image * len(data.class_names) + table.label) < MAX_DETECTIONS)
     return match_by_class(table, find_overlaps(table.image, table.boxes, data), data)
-
-
-def _rank(table: DetectionTable, data: DetectionData) -> np.ndarray:
-    """(M,) int64 position of each detection among those of its image and class."""
-    return rank_within(table.image * len(data.class_names) + table.label)
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
@@ -107,20 +97,17 @@ def _match(matched: Matched, pairs: Overlaps, thresholds: np.ndarray, ignored_al
 
 def match_boxes_alone(matched: Matched) -> Matched:
     """How well objects are localised, with one class for all: of each box its highest-scoring class is taken."""
-    order = np.lexsort((*matched.table.boxes.T, matched.table.image))  # stable
-    table = matched.table.select(order)
-    same = (table.image[1:] == table.image[:-1]) & (table.boxes[1:] == table.boxes[:-1]).all(1)
-    own = np.ones(len(table), bool)
-    own[order[1:][same]] = False  # some detectors give one box several classes
-    alone = match_any_class(matched, own)
-    data, table = replace(matched.data, labels=0 * matched.data.labels), replace(alone.table, label=0 * table.label)
-    return replace(alone, data=data, table=table)
+    table, data = matched.table, matched.data
+    places = np.column_stack([table.image, table.boxes])  # some detectors give one box several classes
+    own = np.isin(np.arange(len(table)), np.unique(places, axis=0, return_index=True)[1])
+    one_class = replace(data, labels=0 * data.labels)
+    return replace(match_any_class(matched, own), data=one_class, table=replace(table, label=0 * table.label))
 
 
 def average_precision(matched: Matched) -> np.ndarray:
     """(T, K) float64: COCO's AP of each class, NaN for a class without objects."""
     ap = np.full((len(matched.box), len(matched.data.class_names)), np.nan)
-    for k, values in weighted_ap(matched, unweighted(matched.data)):
+    for k, values in weighted_ap(matched, np.ones((len(matched.data), 1), np.float32)):
         ap[:, k] = values[:, 0]
     return ap
 
@@ -142,16 +129,11 @@ def weighted_ap(matched: Matched, weights: np.ndarray) -> Iterator[tuple[int, np
 def precision_at_recalls(matched: Matched) -> np.ndarray:
     """(T, 101) float64: the best precision from each of RECALLS on, mean over the classes that have objects."""
     curves, classes = np.zeros((len(matched.box), len(RECALLS))), list(_of_each_class(matched))
+    weights = np.ones((len(matched.data), 1), np.float32)
     for _, rows, objects in classes:
-        every = _precision_steps(matched, rows, objects, unweighted(matched.data))
-        for curve, (precision, steps) in zip(curves, every, strict=True):
-            curve[: steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
+        for t, (precision, steps) in enumerate(_precision_steps(matched, rows, objects, weights)):
+            curves[t, : steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
     return curves / max(1, len(classes))
-
-
-def unweighted(data: DetectionData) -> np.ndarray:
-    """(P, 1) float32: the one weighting in which all images count alike."""
-    return np.ones((len(data), 1), np.float32)
 
 
 def _of_each_class(matched: Matched) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -191,22 +173,23 @@ def coco_numbers(matched: Matched) -> dict:
 
     They are fractions, None where a number does not exist (no objects of that size, say).
     """
-    data, rank, precision, recall = matched.data, _rank(matched.table, matched.data), [], []
+    data, table, precision, recall = matched.data, matched.table, [], []
+    rank = rank_within(table.image * len(data.class_names) + table.label)
     for size in SIZES:
-        sized = matched if size == "all" else match_by_class(matched.table, matched.overlaps, data, size)
+        sized = matched if size == "all" else match_by_class(table, matched.overlaps, data, size)
         precision.append(average_precision(sized))
         recall += [_recall(sized, rank < limit) for limit in ((1, 10, 100) if size == "all" else (100,))]
-    every, curves = precision[0], precision_at_recalls(matched)
+    every, curves = precision[0], zip(("0.5", "0.75"), precision_at_recalls(matched)[[0, 5]].tolist(), strict=True)
     parts = [every, every[0], every[5], *precision[1:], *recall]
     return dict(zip(COCO_NUMBERS, map(mean, parts), strict=True)) | {
         "per_class": {n: ClassNumbers(mean(every[:, k]), mean(every[0, k])) for k, n in enumerate(data.class_names)},
-        "precision_at_recall": {iou: None if data.crowd.all() else curves[t].tolist() for iou, t in CURVES.items()},
+        "precision_at_recall": {iou: None if data.crowd.all() else curve for iou, curve in curves},
     }
 
 
 def _recall(matched: Matched, kept: np.ndarray) -> np.ndarray:
     """(T, K) share of the objects of each class that the detections `kept` hit, NaN without any."""
-    objects = matched.object_counts()
+    objects = np.bincount(matched.data.labels[matched.objects], minlength=len(matched.data.class_names))
     found = [np.bincount(matched.table.label[hit & kept], minlength=len(objects)) for hit in matched.hit]
     return np.where(objects > 0, found / np.maximum(objects, 1), np.nan)
 

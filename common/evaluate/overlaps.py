@@ -50,11 +50,7 @@ def find_overlaps(
 ) -> Overlaps:
     """The pairs of an image with a common area and that IoU or more, by pycocotools' arithmetic, to the last digit.
 
-    Args:
-        image: (M,) int64 index into `data.images` of each detection.
-        boxes: (M, 4) float64 xywh original pixels.
-        data: the ground truth.
-        at_least: the least IoU.
+    `image` and `boxes` are those of a `DetectionTable`.
     """
     counts = np.diff(data.starts)[image]  # pairs of each detection
     (low, high, area), (true_low, true_high, true_area) = _edges(boxes), _edges(data.boxes)
@@ -88,10 +84,8 @@ def assign(overlaps: Overlaps, shared: np.ndarray, detections: int) -> np.ndarra
     first of their list at once, a box keeps the earliest detection, and the others ask for their next (Gale and
     Shapley, 1962). As all boxes prefer the detections in one order, both end in the same pairs.
 
-    Args:
-        overlaps: the pairs that may match, `by_preference`, the detections of an image by falling score.
-        shared: (N,) bool, boxes that any number of detections may get: crowds.
-        detections: M.
+    The pairs are `by_preference`, the detections of an image by falling score; any number of detections may get a box
+    of the mask `shared` (N,), a crowd.
     """
     boxes = np.full(detections, -1)
     choice = np.nonzero(np.diff(overlaps.detection, prepend=-1))[0]  # the pair that each detection asks for

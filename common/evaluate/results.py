@@ -196,11 +196,7 @@ class ValidationResults:
 
 
 def write_results(path: str | Path, results: ValidationResults) -> None:
-    """Write the file with the current time, software and hardware; an existing file is replaced once it is complete.
-
-    Raises:
-        InputError: the file can't be written.
-    """
+    """Write the file with the current time, software and hardware. Raises InputError as `atomic_write` does."""
     stamped = {
         "format_version": FORMAT_VERSION,
         **asdict(results),
@@ -215,20 +211,14 @@ def write_results(path: str | Path, results: ValidationResults) -> None:
 
 
 def read_results(path: str | Path) -> ValidationResults:
-    """Read and check the file.
-
-    Raises:
-        InputError: no such file, not this format, or no models in it.
-    """
+    """Read and check the file. Raises InputError: no such file, not this format, or no models in it."""
     if not Path(path).is_file():
         raise InputError(f"{path} is no file; comprehensive_validation.py writes it")
     content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} is not a file of validation results of format version {FORMAT_VERSION}, but of {version}: run "
-            "comprehensive_validation.py again"
-        )
+        about = f"validation results of format version {FORMAT_VERSION}, but of {version}"
+        raise InputError(f"{path} is not a file of {about}: run comprehensive_validation.py again")
     results = from_json(ValidationResults, content, str(path))
     if not results.models:
         raise InputError(f"{path} holds no models")
@@ -248,8 +238,7 @@ def read_json(path: str | Path) -> typing.Any:
 def from_json(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
     """A value of JSON as `kind`: a dataclass, a list or dictionary of something, a plain type, or one of them or None.
 
-    Raises:
-        InputError: it has another type, or lacks a field; `where` is its place in the message.
+    Raises InputError, with `where` as its place, where it has another type or lacks a field.
     """
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:

@@ -7,10 +7,9 @@ import pytest
 import torch
 from helpers import crowded, data_flags, numbers_of, pycocotools_numbers, random_detections, truth_as_detections
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-from torchvision.ops import box_convert
 
 from common.data.sources import load_split
-from common.evaluate.detections import DetectionTable, detection_table, label_map
+from common.evaluate.detections import DetectionTable, detection_table
 from common.evaluate.metrics import (
     COCO_NUMBERS,
     average_precision,
@@ -23,26 +22,10 @@ from common.evaluate.primary import PrimaryPairs, primary_numbers, primary_pairs
 from common.types import Detections
 
 
-def numbered_from_zero(data):
-    """The same data with image and category ids from 0."""
-    images = tuple(replace(image, id=index) for index, image in enumerate(data.images))
-    return replace(data, images=images, category_ids=tuple(range(len(data.class_names))))
-
-
 def with_boxes(data, count):
     """The same data with the first `count` boxes alone."""
     kept = {k: getattr(data, k)[:count] for k in ("boxes", "labels", "crowd", "areas")}
     return replace(data, starts=np.minimum(data.starts, count), **kept)
-
-
-SITUATIONS = {  # a change of the data, and the number of random boxes among the detections of an image
-    "random": (lambda data: data, 30),
-    "crowds": (crowded, 30),
-    "ids from 0": (numbered_from_zero, 30),
-    "images without objects": (lambda data: with_boxes(data, data.starts[len(data) // 2]), 30),
-    "more than 100 detections": (crowded, 1500),
-    "perfect": (lambda data: data, None),
-}
 
 
 def check_against_pycocotools(table, data):
@@ -52,17 +35,21 @@ def check_against_pycocotools(table, data):
     return numbers
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_the_numbers_equal_pycocotools(demo_val, situation):
-    """Scores are multiples of 1/60, so that many are tied."""
-    change, count = SITUATIONS[situation]
-    data = change(demo_val)
-    found = truth_as_detections(data) if count is None else random_detections(data, 3, count)
-    numbers = check_against_pycocotools(detection_table(found, data), data)
-    assert 0 < numbers["AP"] < 1 or count is None
+def test_the_numbers_equal_pycocotools(demo_val):
+    """Scores are multiples of 1/60, so that many are tied; the second half of the images has no objects."""
+    data = with_boxes(crowded(demo_val), demo_val.starts[3])
+    numbers = check_against_pycocotools(detection_table(random_detections(demo_val, 3, 200), data), data)
     of_classes = [c.AP50 for c in numbers["per_class"].values() if c.AP50 is not None]
-    assert np.mean(of_classes) == pytest.approx(numbers["AP50"])
+    assert 0 < numbers["AP50"] == pytest.approx(np.mean(of_classes)) and len(of_classes) < 10
     assert np.mean(numbers["precision_at_recall"]["0.75"]) == pytest.approx(numbers["AP75"])
+
+
+def test_the_ground_truth_as_detections_has_an_ap_of_one(demo_val):
+    for data in (demo_val, crowded(demo_val)):
+        found = truth_as_detections(data)
+        check_against_pycocotools(detection_table(found, data), data)
+        numbers = numbers_of(found, data)
+        assert numbers["AP"] == numbers["AR100"] == numbers["class_agnostic_AP50"] == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -71,13 +58,6 @@ def test_the_numbers_equal_pycocotools_on_real_annotations(assets):
     data = load_split(data_flags(str(assets / "coco-subset")), "val")
     assert numbers_of(truth_as_detections(data), data)["AP"] == pytest.approx(1)
     check_against_pycocotools(detection_table(random_detections(data, 0), data), data)
-
-
-def test_the_ground_truth_as_detections_has_an_ap_of_one(demo_val):
-    for data in (demo_val, crowded(demo_val)):
-        numbers = numbers_of(truth_as_detections(data), data)
-        assert numbers["AP"] == numbers["AP50"] == numbers["AP75"] == numbers["AR100"] == pytest.approx(1)
-        assert numbers["class_agnostic_AP50"] == pytest.approx(1)
 
 
 def test_precision_by_hand(demo_val):
@@ -98,19 +78,6 @@ def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_ap(demo_val):
     assert [numbers[name] for name in ("accuracy", "precision", "recall", "f1", "mean_iou", "found")] == [0] * 6
     numbers = numbers_of(random_detections(demo_val, 0), with_boxes(demo_val, 0))
     assert numbers["AP"] is None and numbers["accuracy"] is None
-
-
-def test_labels_are_matched_by_name(demo_val):
-    labels = label_map(("cat", *reversed(demo_val.class_names)), demo_val)
-    found = [replace(d, labels=10 - d.labels) for d in truth_as_detections(demo_val)]
-    assert labels[0] == -1 and numbers_of(found, demo_val, labels)["AP"] == pytest.approx(1)
-
-
-def test_wrong_boxes_and_wrong_classes_have_low_scores(demo_val):
-    right = truth_as_detections(demo_val)
-    shifted = [replace(d, labels=(d.labels + 1) % 10) for d in right]
-    misread = [replace(d, boxes=box_convert(d.boxes, "xywh", "xyxy")) for d in right]
-    assert numbers_of(shifted, demo_val)["AP50"] < 0.1 and numbers_of(misread, demo_val)["AP50"] < 0.5
 
 
 def test_operating_point_is_the_best_of_all_thresholds(demo_val):
