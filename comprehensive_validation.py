@@ -31,10 +31,10 @@ from common.evaluate.detections import ModelRun, coco_detections, read_detection
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
 from common.evaluate.others import is_transformers, run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
+from common.export.runtime import is_exported
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.hub import hub_name, located
 from common.model.checkpoint import is_checkpoint
-from common.model.exported import is_exported
 from common.runtime import RuntimeFlags, check_single_process, default_device
 from common.show.tables import format_comparisons, format_table
 

@@ -30,7 +30,7 @@ from common.files import PROGRAM, atomic_write, check_outputs, check_writable
 from common.model import load_detector
 from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
-from common.show.fonts import print_replaced
+from common.show.fonts import print_missing
 from common.show.tables import format_table
 
 SHEET_IMAGES = 16
@@ -94,7 +94,7 @@ def write_images(
     settings: Settings, data: DetectionData, runs: dict[str, ModelRun], scores: dict[str, float], drawn: dict[int, str]
 ) -> Path:
     """Annotated images of each model, from its own score on, and one contact sheet of all; returns the sheet's path."""
-    print_replaced([*runs, *data.class_names, *(name for run in runs.values() for name in run.class_names)])
+    print_missing([*runs, *data.class_names, *(name for run in runs.values() for name in run.class_names)])
     sheet: list[Image.Image] = []
     for index, name in drawn.items():
         image = data.images[index].open()

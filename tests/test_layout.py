@@ -14,6 +14,8 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
     "show": {"", "data", "model", "evaluate"},
     "export": {"", "data", "model", "evaluate"},
 }
+# `load_detector` is the one way in for every form of a detector: it asks the export's runtime for those that it wrote.
+UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 MODULES = 14  # in one folder
 LINES = 60  # of one function
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("dev/*.py")]
@@ -38,7 +40,7 @@ def test_imports_go_one_way(file):
     own = room_of(file.relative_to(ROOT).parts)
     for module in imported(file):
         parts = module.split(".")
-        if parts[0] == "common":
+        if parts[0] == "common" and (str(file.relative_to(ROOT)), ".".join(parts[:3])) not in UPWARD:
             assert room_of(parts) in MAY_IMPORT[own] | {own}, module
 
 

@@ -28,11 +28,11 @@ from common.data.sources import TrainDataFlags, load_split
 from common.export.graph import onnx_graph, write_onnx, write_openvino
 from common.export.hub import write_hub_folder
 from common.export.int8 import quantised
+from common.export.runtime import FORMAT_VERSION, OPENVINO_FOLDER, openvino_file
 from common.files import check_outputs
 from common.hub import CONFIG
 from common.model import load_detector
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.exported import FORMAT_VERSION, OPENVINO_FOLDER, openvino_file
 
 ENDS = {"onnx": ".onnx", "openvino": OPENVINO_FOLDER, "hub": "_hub"}  # of the names that are written
 PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino"), "hub": ()}
@@ -112,8 +112,8 @@ def main(settings: Settings) -> Path:
     else:
         write_graph(settings, checkpoint, file)
     load_detector(output)
-    files = output.iterdir() if output.is_dir() else [output]
-    megabytes = sum(part.stat().st_size for part in files) / 1e6
+    written = output.iterdir() if output.is_dir() else [output]
+    megabytes = sum(part.stat().st_size for part in written) / 1e6
     print(f"{output}: {megabytes:.0f} MB, {len(checkpoint.class_names)} classes")
     return output
 

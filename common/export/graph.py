@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from common.export.runtime import INPUT, METADATA, OUTPUTS
 from common.files import atomic_write
 from common.model.detector import Detector
-from common.model.exported import INPUT, METADATA, OUTPUTS
 from common.model.postprocess import fuse_predictions, select_detections
 
 if TYPE_CHECKING:

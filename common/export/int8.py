@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from common.model.exported import INPUT
+from common.export.runtime import INPUT
 
 if TYPE_CHECKING:
     from onnx import ModelProto

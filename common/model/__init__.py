@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from common.model.exported import is_exported, load_exported
 from common.model.trained import TrainedDetector, load_on_device
 
 
@@ -24,4 +23,6 @@ def load_detector(
     Raises:
         InputError: the file is missing, damaged or no detector of this project, or there is no such device.
     """
+    from common.export.runtime import is_exported, load_exported  # upward: what was exported is a detector as well
+
     return load_exported(path) if is_exported(path) else load_on_device(path, device, precision)

@@ -25,11 +25,11 @@ from common import cli
 from common.console import InputError
 from common.evaluate.results import read_results
 from common.export import __main__ as export
+from common.export.runtime import METADATA, OPENVINO_FOLDER, is_exported, openvino_file
 from common.images import letterboxed, read_pixels
 from common.model import load_detector
 from common.model.checkpoint import Checkpoint, save_detector
 from common.model.detector import new_detector
-from common.model.exported import METADATA, OPENVINO_FOLDER, is_exported, openvino_file
 from common.model.postprocess import fuse_predictions, select_detections
 
 pytestmark = pytest.mark.slow  # an export takes ten seconds

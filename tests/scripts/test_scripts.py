@@ -141,12 +141,6 @@ def test_files_of_a_run_of_two_stages(chain):
     assert final.train_config["precision"] in ("fp32", "bf16")  # the precision that auto selected
 
 
-def test_crops_are_never_larger_than_the_input(chain):
-    detector = load_checkpoint(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
-    for side, expected in ((448, 112), (112, 112), (56, 56)):
-        assert improved_dino_detector.crop_size(improved_dino_detector.Settings(crop_size=side), detector) == expected
-
-
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
 def test_stage_2_starts_from_any_checkpoint(chain, demo, tmp_path, checkpoint):
     """At learning rate 0 the weights stay those that it started from."""
@@ -351,9 +345,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
     monkeypatch.chdir(chain)
     results = read_results("validation_results.json")
-    logs = charts.logs_of(results)
-    assert {charts.drawn_models(results)[position].name for position in logs} == {Path(n).stem for n in CHECKPOINTS}
-    epochs = [
-        len(line.get_xdata()) for line in charts.training(results, logs).axes[1].lines if len(line.get_xdata()) > 2
-    ]
+    drawn = charts.drawn_models(results)
+    assert {record.name for record in drawn if charts.read_log(record)} == {Path(n).stem for n in CHECKPOINTS}
+    epochs = [len(line.get_xdata()) for line in charts.training(results).axes[1].lines if len(line.get_xdata()) > 2]
     assert epochs == [3]
