@@ -93,10 +93,6 @@ class Sampled:
         tail = (100 - level) / 2
         return (np.percentile(self.resamples, [tail, 100 - tail]) - self.resamples.mean() + self.value).tolist()
 
-    def clipped_interval(self) -> list[float]:
-        """The interval of a fraction."""
-        return np.clip(self.interval(), 0, 1).tolist()
-
 
 def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> list[Comparison]:
     """The interval of a - b and the verdict on a, for every pair of models and each of their numbers.

@@ -117,6 +117,8 @@ def measure_cost(
 
     `singles` are inputs of one image each, `batch` all of these images at once.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     alone = [times(singles[number % len(singles)]) for number in range(WARM_UP + TIMED)][WARM_UP:]
     together = min(times(batch) for _ in range(2))
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None

@@ -66,13 +66,10 @@ def evaluate(
     numbers = vars(record.primary) | vars(record.detection)
     resamples = resample(matched, boxes_alone, primary, weights)
     samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
-    record = replace(
-        record,
-        diagnosis=diagnose(matched, point),
-        intervals={key: samples[key].clipped_interval() if key in samples else None for key in resamples},
-        warnings=[*record.warnings, *doubts],
-    )
-    return Evaluation(record, table, samples)
+    intervals: dict[str, list[float] | None] = dict.fromkeys(resamples)
+    intervals |= {key: np.clip(sampled.interval(), 0, 1).tolist() for key, sampled in samples.items()}
+    warnings, diagnosis = [*record.warnings, *doubts], diagnose(matched, point)
+    return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
 
 
 def describe_protocol(seed: int) -> dict:

@@ -212,9 +212,7 @@ def write_results(path: str | Path, results: ValidationResults) -> None:
 
 def read_results(path: str | Path) -> ValidationResults:
     """Read and check the file. Raises InputError: no such file, not this format, or no models in it."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} is no file; comprehensive_validation.py writes it")
-    content = read_json(path)
+    content = read_json(path, "; comprehensive_validation.py writes it")
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         about = f"validation results of format version {FORMAT_VERSION}, but of {version}"
@@ -225,12 +223,12 @@ def read_results(path: str | Path) -> ValidationResults:
     return results
 
 
-def read_json(path: str | Path) -> typing.Any:
-    """The content of a JSON file. Raises InputError: no such file, or another form."""
+def read_json(path: str | Path, advice: str = "") -> typing.Any:
+    """The content of a JSON file. Raises InputError: no such file, with `advice`, or another form."""
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {str(error)[:REASON_LENGTH]}") from error
 
