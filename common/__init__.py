@@ -16,8 +16,8 @@ model/        the detector and what teaches it
 train/        one training run
               optim (learning rates, schedule, EMA), run (folder, log, state, resuming), feature_cache
 evaluate/     detections -> numbers; draws nothing
-              detect | detections (the table), overlaps, metrics, primary, diagnosis, trust, bootstrap |
-              yolo, transformers_models, cost, evaluation, results
+              detect (running and timing), others (transformers, ultralytics) | detections (the table), overlaps,
+              metrics, primary, diagnosis, trust, bootstrap, evaluation (all of them), results (the file)
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report
 export/       a checkpoint -> files that others run: python -m common.export

@@ -70,8 +70,8 @@ def _extremes(name: str, results: ValidationResults, data: DetectionData, table:
     if score is None:
         return
     table = table.select(table.score >= score)
-    matched = match_detections(table, data).by_class
-    places = matched.object_image, matched.image[~matched.ignored[0]], matched.image[matched.hit[0]]
+    m = match_detections(table, data)
+    places = data.image_of_box()[m.objects], m.table.image[~m.ignored[0]], m.table.image[m.hit[0]]
     objects, detected, correct = (np.bincount(images, minlength=len(data)) for images in places)
     f1 = 2 * correct / np.maximum(objects + detected, 1)
     candidates = np.nonzero(objects > 0)[0]

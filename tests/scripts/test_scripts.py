@@ -141,12 +141,6 @@ def test_files_of_a_run_of_two_stages(chain):
     assert final.train_config["precision"] in ("fp32", "bf16")  # the precision that auto selected
 
 
-def test_crops_are_never_larger_than_the_input(chain):
-    detector = load_checkpoint(chain / CHECKPOINTS[0]).detector  # of inputs of 112 pixels
-    for side, expected in ((448, 112), (112, 112), (56, 56)):
-        assert improved_dino_detector.crop_size(improved_dino_detector.Settings(crop_size=side), detector) == expected
-
-
 @pytest.mark.parametrize("checkpoint", ["runs/improved/frozen.pth", "dino2_detector.pth"])
 def test_stage_2_starts_from_any_checkpoint(chain, demo, tmp_path, checkpoint):
     """At learning rate 0 the weights stay those that it started from."""

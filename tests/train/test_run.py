@@ -343,12 +343,12 @@ def test_without_validation_objects_the_last_epoch_is_kept(name, val_with, demo,
     assert epochs_of("out.pth", "run/best.pth", "run/last.pth") == [last] * 3
 
 
-def test_first_validation_images_without_objects_are_reported(val_with, demo, tiny_backbone, monkeypatch, capfd):
+def test_first_validation_images_without_objects_are_reported(val_with, demo, tiny_backbone, monkeypatch, caplog):
     """The images of the validation after each epoch have no box, later images have."""
     monkeypatch.setattr("common.evaluate.detect.VAL_SUBSET", 2)
     flags = val_with(lambda annotation: annotation if annotation["image_id"] > 2 else None)
     numbers = finetune_dino2_simple.main(settings_of("simple", demo, tiny_backbone, **flags, strict=True))
-    assert "no object on the first 2 validation images" in capfd.readouterr().out
+    assert "no object on the first 2 validation images" in caplog.text
     assert [line["val"]["AP50"] for line in log_of()] == [None] * 3 and numbers["AP50"] is not None
 
 
