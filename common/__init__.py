@@ -12,7 +12,7 @@ data/         whatever --data names -> batches
               memory (the data set), dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
               backbone, img_focus, heads, second_look, detector | boxes (geometry), assignment, losses | postprocess |
-              checkpoint, trained (what load_detector returns)
+              checkpoint, trained (what load_detector returns; the hub)
 train/        one training run
               optim (learning rates, schedule, EMA), run (folder, log, state, resuming), feature_cache
 evaluate/     detections -> numbers; draws nothing
@@ -21,7 +21,7 @@ evaluate/     detections -> numbers; draws nothing
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report
 export/       a checkpoint -> files that others run: python -m common.export
-              graph, int8, runtime (runs them), hub (a folder with a model card)
+              graph (also in 8 bits), runtime (what runs the files)
 
 Imports go one way: scripts, export -> train, show -> evaluate -> data, model -> the files at the root. data and model
 do not import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.console import InputError
 from common.files import PROGRAM
+from common.hub import FILES
 from common.images import letterboxed, read_pixels
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_folder
 from common.model.postprocess import detections_of, fuse_predictions, select_detections
@@ -140,8 +141,9 @@ class CheckpointDetector(
     ) -> "CheckpointDetector":
         """`options` are those of `load_detector` and of `snapshot_download`."""
         chosen = {name: options.pop(name) for name in ("device", "precision") if name in options}
-        is_folder = Path(model_id).is_dir()
-        return load_on_device(model_id if is_folder else snapshot_download(model_id, **options), **chosen)
+        if not Path(model_id).is_dir():
+            model_id = snapshot_download(model_id, allow_patterns=FILES, **options)
+        return load_on_device(model_id, **chosen)
 
     def generate_model_card(self) -> ModelCard:
         """The card, with the numbers of the validation in training."""

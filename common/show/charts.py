@@ -30,7 +30,8 @@ from common.files import PROGRAM
 from common.show.fonts import installed_fonts, print_missing
 from common.show.tables import COLUMNS, short_names
 
-# By label the part of a record and the number in it.
+Metrics = Mapping[str, tuple[str, str]]  # by label the part of a record and the number in it
+
 HEADLINE = {column.heading: (column.part, column.keys[0]) for column in COLUMNS[:7]}
 SIZES = {size: ("detection", f"AP_{size.split()[0]}") for size in ("small\n(< 32² px)", "medium", "large\n(> 96² px)")}
 ERRORS = {kind: ("errors", kind) for kind in ("class", "localisation", "both", "duplicate", "background", "missed")}
@@ -56,8 +57,7 @@ def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
     charts += [confusion] if any(record.diagnosis and record.diagnosis.confusion for record in models) else []
     charts += [calibration] if any(record.diagnosis for record in models) else []
     charts += [training] if any(map(read_log, models)) else []
-    style = {"axes.grid": True, "grid.alpha": 0.4, "font.family": list(installed_fonts())}
-    style |= {"text.parse_math": False}  # "$" in a name starts no formula
+    style = {"axes.grid": True, "grid.alpha": 0.4, "font.family": list(installed_fonts()), "text.parse_math": False}
     pages = {}
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a letter that no font has
@@ -95,9 +95,7 @@ def line_style(position: int, points: int = 0) -> dict:
     return {"marker": MARKERS[position], "color": COLOURS[position], "markeredgecolor": "black"} | line
 
 
-def draw_bars(
-    axes: Axes, title: str, models: Sequence[ValidationRecord], metrics: Mapping[str, tuple[str, str]]
-) -> None:
+def draw_bars(axes: Axes, title: str, models: Sequence[ValidationRecord], metrics: Metrics) -> None:
     """Groups of bars, one per number, and in each one bar per model, with its value and, if known, its interval.
 
     `metrics` has, by the label of the group, the part of a record and the number in it; of "errors" the gain is drawn.
@@ -153,14 +151,13 @@ def draw_speed(axes: Axes, models: Sequence[ValidationRecord]) -> None:
 
 def caption(results: ValidationResults, width: int = 150) -> str:
     """What the numbers were measured on, and which models are missing from the charts and why."""
-    data, evaluated = results.dataset, sum(not record.error for record in results.models)
+    data, failed = results.dataset, [record for record in results.models if record.error]
     lines = [f"{data.images} validation images of {to_one_line(data.source, 100)}, {data.boxes} boxes"]
-    if evaluated > MAX_MODELS:
+    if (evaluated := len(results.models) - len(failed)) > MAX_MODELS:
         lines.append(f"the first {MAX_MODELS} of {evaluated} models")
-    for record in results.models:
-        if record.error:
-            text = f"{to_one_line(record.name)} was not evaluated: {to_one_line(record.error, 2 * width)}"
-            lines += textwrap.wrap(text, width)[:2]
+    for record in failed:
+        text = f"{to_one_line(record.name)} was not evaluated: {to_one_line(record.error, 2 * width)}"
+        lines += textwrap.wrap(text, width)[:2]
     return "\n".join(lines)
 
 
@@ -173,9 +170,8 @@ def _finish(figure: Figure, results: ValidationResults, more: str = "", legend: 
     names = [record.name for record in drawn_models(results)]
     keys: list[Any] = [(Patch(**bar_style(n)), Line2D([], [], **line_style(n))) for n in range(len(names))]
     columns = max(1, min(len(names), int(9.2 * figure.get_figwidth()) // (max(map(len, names)) + 12)))
-    pairs = {tuple: HandlerTuple(ndivide=None, pad=0.6)}
-    place: Any = {"loc": "outside upper center", "ncols": columns, "frameon": False}
-    figure.legend(keys, names, handler_map=pairs, handlelength=3.5, **place)
+    look: Any = {"frameon": False, "handlelength": 3.5, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.6)}}
+    figure.legend(keys, names, loc="outside upper center", ncols=columns, **look)
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(names) // columns))
     sns.despine(figure)
     return figure
@@ -187,8 +183,7 @@ def comparison(results: ValidationResults) -> Figure:
     rows = ["aa", "bc", *["dd"] * any(record.diagnosis for record in models)]
     figure = Figure((13, 0.6 + 3.8 * len(rows)), layout="constrained")
     panels = figure.subplot_mosaic("\n".join(rows))
-    with_intervals = ", with 95% intervals" if any(record.intervals for record in models) else ""
-    title = f"Primary object (first six) and detection of all objects (mAP@0.5){with_intervals}"
+    title = "Primary object (first six) and detection of all objects (mAP@0.5), with 95% intervals where they are known"
     draw_bars(panels["a"], title, models, HEADLINE)
     draw_bars(panels["b"], "AP@[.5:.95] by object size", models, SIZES)
     draw_speed(panels["c"], models)
@@ -281,8 +276,7 @@ def training(results: ValidationResults) -> Figure:
         for axes, start in itertools.product((left, right), starts):
             axes.axvline(start - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
     left.set(xlabel="epoch", ylabel="loss", title="Training loss, all terms")
-    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first validation images, at most 100")
-    right.set_ylim(bottom=0)
+    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first validation images, at most 100", ylim=(0, None))
     for axes in figure.axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _finish(figure, results)

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
 
 from matplotlib.font_manager import findfont, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
@@ -24,15 +23,8 @@ FAMILIES = (  # a letter is looked for in this order; the first, which matplotli
 )
 
 
-class Font(NamedTuple):
-    """A font file and the code points that it has."""
-
-    path: str
-    letters: frozenset[int]
-
-
 @functools.cache
-def installed_fonts() -> dict[str, Font]:
+def installed_fonts() -> dict[str, FT2Font]:
     """Those of FAMILIES that this machine has, by name."""
     for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:  # newer than matplotlib's list
         with suppress(OSError, RuntimeError):  # a damaged font, or one of fixed size
@@ -40,21 +32,20 @@ def installed_fonts() -> dict[str, Font]:
     fonts = {}
     for family in FAMILIES:
         with suppress(ValueError):
-            path = findfont(family, fallback_to_default=False)
-            fonts[family] = Font(path, frozenset(FT2Font(path).get_charmap()))
+            fonts[family] = FT2Font(findfont(family, fallback_to_default=False))
     return fonts
 
 
 def font_for(text: str) -> str:
     """The file of the font that has most of the letters of `text`, for Pillow, which draws a text in one font."""
     fonts = installed_fonts().values()
-    return max(fonts, key=lambda font: sum(ord(letter) in font.letters for letter in text)).path
+    return max(fonts, key=lambda font: sum(font.get_char_index(ord(letter)) > 0 for letter in text)).fname  # type: ignore[return-value]
 
 
 def print_missing(names: Iterable[str]) -> None:
     """Print a line on the names with letters that no font has, which are drawn as empty boxes."""
-    known = frozenset().union(*(font.letters for font in installed_fonts().values()))
-    names = [to_one_line(name) for name in dict.fromkeys(names)]
-    if missing := [name for name in names if not known.issuperset(map(ord, name))]:
+    fonts, texts = installed_fonts().values(), [to_one_line(name) for name in dict.fromkeys(names)]
+    letters = {c for c in set("".join(texts)) if not any(font.get_char_index(ord(c)) for font in fonts)}
+    if missing := [text for text in texts if letters & set(text)]:
         advice = "install one that has them, such as Noto Sans CJK"
         print(f"no font has all letters of {len(missing)} names ({first_few(missing)}): {advice}")

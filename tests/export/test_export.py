@@ -211,7 +211,7 @@ def test_it_is_drawn_like_the_checkpoint(folder, demo_val, tmp_path, monkeypatch
     images = (str(demo_val.images[0].path),)
     settings = validate_models.Settings(checkpoints=models, images=images, workers=0, precision="fp32", output="out")
     validate_models.main(settings)
-    ours, exported = (json.loads(Path(f"out/{n}/detections.json").read_text()) for n in ("detector", "detector.onnx"))
+    ours, exported = (json.loads(Path(f"out/{n}/detections.json").read_text()) for n in ("detector", "detector-2"))
     assert len(ours) == len(exported) > 0
     assert np.allclose([d["score"] for d in ours], [d["score"] for d in exported], atol=1e-4)
 
