@@ -31,7 +31,7 @@ from common.evaluate.detections import ModelRun, coco_detections, read_detection
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
 from common.evaluate.others import is_transformers, run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
-from common.export.runtime import is_exported
+from common.export.runtime import exported_file
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.hub import hub_name, located
 from common.model.checkpoint import is_checkpoint
@@ -63,7 +63,7 @@ def run_model(path: str, settings: Settings, data: DetectionData) -> ModelRun:
     if path in settings.from_detections:
         return read_detections(path, data)
     path, device = located(hub_name(path)), default_device()
-    if is_checkpoint(path) or is_exported(path):
+    if is_checkpoint(path) or exported_file(path):
         return run_own(path, data, settings.batch_size, settings.workers, settings.precision)
     if is_transformers(path):
         return run_transformers(path, data, settings.batch_size, device)
