@@ -239,12 +239,12 @@ def main(settings: Settings) -> dict:
         run.begin(train_data, val_data, settings.stages)
         start = run.resumed() or initial_checkpoint(settings, train_data)
         settings = replace(settings, crop_size=min(settings.crop_size, start.image_size))
-        start = run.describe(start, crop_size=settings.crop_size)
         patch, depth = start.detector.backbone.patch_size, start.detector.backbone.depth
         check_side("crop size", settings.crop_size, patch)
         check_object_sizes(train_data, start.image_size, patch)
         if settings.unfreeze_blocks > depth:
             raise InputError(f"--unfreeze-blocks: the detector uses only {depth} blocks of the backbone")
+        start = run.describe(start, crop_size=settings.crop_size)
         quick_data = val_subset(val_data)
         for name, make_stage in zip(STAGES, (head_stage, detector_stage), strict=True):
             if name not in settings.stages or run.is_past(name):

@@ -208,6 +208,10 @@ def pycocotools_numbers(table, data):
     return pycocotools_stats(coco_dict(data), coco_detections(table, data, [""] * len(data)))
 
 
+def pixels_of(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
 def target_of(boxes, labels=None, crowd=None, size=112):
     """The ground truth of one image, by default boxes of the class 0 that are no crowds."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
