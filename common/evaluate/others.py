@@ -6,12 +6,15 @@ statistics and automatic installation of packages are switched off; it only fetc
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -96,6 +99,18 @@ def _load_transformers(folder: str) -> tuple[Any, Any]:
     return processor, model.eval()
 
 
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Restores afterwards what ultralytics replaces for the whole process."""
+    opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        Image.open, torch.save = opened, saved
+        torch.set_num_threads(threads)
+
+
+@_restored()
 def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
     """The detections of a YOLO on every image of `data`, `batch_size` at once, one where it is exported.
 
