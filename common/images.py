@@ -102,9 +102,15 @@ def open_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, uprig
     """
     with _faults_of(path):
         image: Image.Image = Image.open(path)
-        header, is_deep = _header(image), ";16" in str(getattr(image, "tile", ""))
+        stored, turned, orientation, _ = _header(image)
+        as_stored, is_deep = (
+            size == stored and not (upright and stored == turned),
+            ";16" in str(getattr(image, "tile", "")),
+        )
         image.load()
-        if size != header.stored or (upright and header.stored == header.upright):
+        if image.format == "TIFF" and as_stored:  # Pillow has turned it upright: undo that
+            image.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(orientation, orientation)
+        if image.format == "TIFF" or not as_stored:
             image = ImageOps.exif_transpose(image)
         image = _to_rgb(image, is_deep)
     if size is not None and image.size != size:
@@ -131,14 +137,15 @@ def _faults_of(name: object) -> Iterator[None]:
 
 
 def _header(image: Image.Image) -> Header:
-    """Of an image that is not loaded. Pillow itself turns TIFF upright, and would decode a PNG in search of EXIF."""
-    has_exif = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+    """Of an image that is not loaded."""
+    has_exif = image.format != "PNG" or "exif" in image.info  # Pillow would decode the image in search of it
     orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
     orientation = orientation if orientation in range(1, 9) else 1
+    (width, height), is_turned = image.size, orientation >= 5
+    size, swapped = (width, height), (height, width) if is_turned else (width, height)
     has_pages = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photograph and its preview
-    width, height = image.size
-    upright = (height, width) if orientation >= 5 else (width, height)
-    return Header((width, height), upright, orientation, has_pages)
+    stored, upright = (swapped, size) if image.format == "TIFF" else (size, swapped)
+    return Header(stored, upright, orientation, has_pages)
 
 
 def _to_rgb(image: Image.Image, is_deep: bool = False) -> Image.Image:

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
 UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 754,
-    "common/*.py": 1054,
+    "common/*.py": 1061,
     "common/data/*.py": 2076,
     "common/model/*.py": 1582,
     "common/train/*.py": 591,
