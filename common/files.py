@@ -147,14 +147,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def is_file(path: Path) -> bool:
-    """Whether the file exists; False for names that the file system can't hold, for which pathlib raises OSError."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def cache_folder(*parts: str) -> Path:
     """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not created).
 
