@@ -122,7 +122,7 @@ def main(settings: Settings) -> dict[str, dict]:
     check_writable(Path(settings.output, "contact_sheet.jpg"))
     models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
     images = [Path(path) for path in settings.images]
-    data = unlabelled_images(images, (), ()) if images else load_split(settings, "val")
+    data = unlabelled_images(images) if images else load_split(settings, "val")
     drawn = images_to_draw(settings, data)
     check_files(settings, list(models), data, drawn)
 

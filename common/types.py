@@ -1,8 +1,8 @@
 """The types that travel between the rooms, and the conventions, stated once.
 
-- Boxes are xyxy pixels: x to the right, y down, (x1, y1) the upper-left corner. COCO's xywh exists only where COCO
-  files are read and written. Targets and raw predictions live in *input* pixels, those of the letterboxed square that
-  the model sees; only `model/postprocess.py` maps back to *original* pixels, by the scale of each `ImageMeta`.
+- Boxes are pixels, x to the right, y down. Data sets and tables of detections hold COCO's xywh, float64, in *original*
+  pixels; targets and raw predictions are xyxy, float32, in *input* pixels, those of the letterboxed square that the
+  model sees; only `model/postprocess.py` maps back, by the scale of each `ImageMeta`.
 - Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
   the checkpoint and applied once, in `evaluate/detections.py`.
 - Images are RGB, uint8 until the backbone scales and normalises them.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -41,6 +42,11 @@ def letterbox(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[
     scale = side / max(size)
     height, width = (max(1, round(length * scale)) for length in size)
     return (height, width), (width / size[1], height / size[0])
+
+
+def convert_boxes(boxes: np.ndarray, layout: str, to: str) -> np.ndarray:
+    """(N, 4) boxes in one of torchvision's layouts, xywh, xyxy or cxcywh -> the same boxes in another."""
+    return box_convert(torch.from_numpy(boxes), layout, to).numpy()
 
 
 @dataclass(frozen=True)

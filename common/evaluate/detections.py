@@ -14,7 +14,7 @@ import numpy as np
 from common.console import InputError, first_few
 from common.data.memory import DetectionData
 from common.evaluate.results import Cost
-from common.types import Detections
+from common.types import Detections, convert_boxes
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 EXACT_FLOATS = 2**53  # below it, a float that is a whole number is exact
@@ -96,7 +96,7 @@ def detection_table(
     corners = np.concatenate([d.boxes.numpy() for d in detections]).astype(np.float64)
     table = DetectionTable(
         np.repeat(image, [len(d.scores) for d in detections]),
-        np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]),
+        convert_boxes(corners, "xyxy", "xywh"),
         np.concatenate([d.scores.numpy() for d in detections]).astype(np.float64),
         np.concatenate([d.labels.numpy() for d in detections]),
     )

@@ -10,6 +10,7 @@ from common.console import to_one_line
 from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.show.fonts import class_labels, image_text
+from common.types import convert_boxes
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
@@ -34,7 +35,8 @@ class LabelledBox:
 
 def true_boxes(data: DetectionData, index: int) -> list[LabelledBox]:
     """The boxes of image `index` of a data set, crowds with thin lines."""
-    rows = zip(*(column.tolist() for column in data.image_boxes(index)), strict=True)
+    target = data.target(index)
+    rows = zip(target.boxes.tolist(), target.labels.tolist(), target.crowd.tolist(), strict=True)
     names = class_labels(data.class_names)
     return [LabelledBox(tuple(b), k, names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows]
 
@@ -45,7 +47,7 @@ def detected_boxes(
     """The detections on image `index` with at least that score, captioned with class and score, best first."""
     own = table.select((table.image == index) & (table.score >= min_score))
     own, names = own.select(np.argsort(-own.score, kind="stable")), class_labels(class_names)
-    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
+    corners = convert_boxes(own.boxes, "xywh", "xyxy")
     rows = zip(corners.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
     return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows]
 

@@ -130,7 +130,7 @@ def primary_numbers_of(detections, data, score):
 def test_primary_object_compares_the_largest_box_with_the_best_detection(demo_val):
     data, right = demo_val.first(2), []
     for index in range(2):
-        boxes, labels, _ = data.image_boxes(index)
+        boxes, labels = data.target(index).boxes, data.target(index).labels
         largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
         boxes = torch.stack([boxes[largest] + 1000, boxes[largest]])
         tensors = boxes, torch.tensor([0.2, 0.9]), labels[largest].repeat(2)
@@ -148,7 +148,7 @@ def test_the_largest_object_is_found_by_any_detection_from_the_operating_point_o
     def found(box_shift=0.0, label_shift=0, score=0.5):
         detections = []
         for index in reversed(range(4)):
-            boxes, labels, _ = data.image_boxes(index)
+            boxes, labels = data.target(index).boxes, data.target(index).labels
             largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
             side = boxes[largest, 2] - boxes[largest, 0]
             shift = box_shift * side * torch.tensor([1, 0, 1, 0])
