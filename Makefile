@@ -9,7 +9,7 @@ MODELS := $(RUN)/dino2_detector.pth $(RUN)/improved_dino2_detector.pth
 
 .PHONY: demo test test-fast lint format
 
-demo: .venv/installed
+demo: .venv/requirements.installed
 	$(BIN)/python finetune_dino2_simple.py $(DEMO) $(TRAIN) --epochs 2 --backbone-lr 1e-4 \
 	    --run-dir $(RUN)/simple --output $(RUN)/dino2_detector.pth
 	$(BIN)/python improved_dino_detector.py $(DEMO) $(TRAIN) --epochs-unfrozen 2 --cycles 1 --scales 0.75 1.33 \
@@ -19,22 +19,24 @@ demo: .venv/installed
 	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png
 	@echo "annotated images: $(RUN)/predictions/contact_sheet.jpg and the folders beside it"
 
-test: .venv/installed
+test: .venv/requirements-dev.installed
 	$(BIN)/python -m pytest
 
-test-fast: .venv/installed
+test-fast: .venv/requirements-dev.installed
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: .venv/installed
+lint: .venv/requirements-dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/installed
+format: .venv/requirements-dev.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/installed: requirements.txt
+.venv/%.installed: %.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+.venv/requirements-dev.installed: requirements.txt requirements-export.txt

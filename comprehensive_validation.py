@@ -27,19 +27,18 @@ from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
 from common.evaluate.detect import run_own
-from common.evaluate.detections import DetectionTable, ModelRun, coco_detections, read_detections, relative_files
+from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
+from common.evaluate.others import is_transformers, run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
-from common.evaluate.transformers_models import is_transformers, run_transformers
+from common.export.runtime import exported_file
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.hub import hub_name, located
 from common.model.checkpoint import is_checkpoint
-from common.model.exported import is_exported
 from common.runtime import RuntimeFlags, check_single_process, default_device
 from common.show.tables import format_comparisons, format_table
 
 MODELS = ("dino2_detector.pth", "improved_dino2_detector.pth", "yolov8n.pt", "yolov8x.pt")
-ERROR_LENGTH = 400  # characters of the error in a record
 INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 
 
@@ -47,15 +46,13 @@ INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 class Settings(RuntimeFlags, DataFlags):
     models: tuple[str, ...] = flag(
         (),
-        "checkpoints (.pth), their exports, folders and hub ids of detectors of transformers, and weight files or "
-        "exported folders that ultralytics runs "
+        "checkpoints (.pth), their exports, folders and hub ids of transformers' detectors, and what ultralytics runs "
         f"(default: {' '.join(MODELS)}; none with --from-detections)",
     )
     from_detections: tuple[str, ...] = flag((), "files of detections in COCO's results format, each one more model")
     strict: bool = flag(
         False,
-        f"exit with {INCOMPLETE} where a model could not be evaluated or its detections look misread, stop where data "
-        "would have to be repaired",
+        f"exit with {INCOMPLETE} where a model has no numbers or was misread, stop where data would be repaired",
     )
     output: str = flag("validation_results.json", "the results to write")
     report: str = flag("", "also write a report with charts and images, one HTML file")
@@ -66,12 +63,10 @@ def run_model(path: str, settings: Settings, data: DetectionData) -> ModelRun:
     if path in settings.from_detections:
         return read_detections(path, data)
     path, device = located(hub_name(path)), default_device()
-    if is_checkpoint(path) or is_exported(path):
+    if is_checkpoint(path) or exported_file(path):
         return run_own(path, data, settings.batch_size, settings.workers, settings.precision)
     if is_transformers(path):
         return run_transformers(path, data, settings.batch_size, device)
-    from common.evaluate.yolo import run_yolo  # ultralytics is optional
-
     return run_yolo(path, data, settings.batch_size, device)
 
 
@@ -81,63 +76,32 @@ def detections_file(settings: Settings, name: str) -> Path:
     return output.parent / f"{output.stem}_detections" / f"{name}.json"
 
 
-def write_detections(settings: Settings, name: str, path: str, table: DetectionTable, data: DetectionData) -> str:
-    """Write the detections; returns the path of their file relative to the results.
+def evaluate_model(name: str, path: str, settings: Settings, data: DetectionData, weights: np.ndarray) -> Evaluation:
+    """Evaluate one model and write its detections; the record has numbers, or an error.
 
-    A file that is itself read with --from-detections is left as it is: it may hold more images than were evaluated.
+    A file of detections that is read from its own place stays: it may hold more images than were evaluated.
     """
     file = detections_file(settings, name)
-    if not is_same_file(file, Path(path)):
-        with atomic_write(file, "w") as stream:
-            json.dump(coco_detections(table, data, relative_files(data)), stream)
-    return str(file.relative_to(Path(settings.output).parent))
-
-
-def evaluate_model(name: str, path: str, settings: Settings, data: DetectionData, weights: np.ndarray) -> Evaluation:
-    """Evaluate one model and write its detections; the record has numbers, or an error."""
     try:
         evaluation = evaluate(name, path, run_model(path, settings, data), data, weights, settings.strict)
+        if not is_same_file(file, Path(path)):
+            with atomic_write(file, "w") as stream:
+                json.dump(coco_detections(evaluation.table, data, relative_files(data)), stream)
     except Exception as error:  # other people's files and models raise any; the other models are still evaluated
         print_traceback()
-        kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
-        return Evaluation(ValidationRecord(name, path, error=f"{kind}{last_line(error)}"[:ERROR_LENGTH]))
+        return Evaluation(ValidationRecord(name, path, error=describe_error(error)))
     finally:
         gc.collect()  # the model, before the next one is loaded
-    warnings, written = evaluation.record.warnings, None
-    try:
-        written = write_detections(settings, name, path, evaluation.table, data)
-    except InputError as error:
-        warnings = [*warnings, f"its detections are not kept: {error}"]
-    for warning in warnings:
+    for warning in evaluation.record.warnings:
         print(f"warning: {name}: {warning}", file=sys.stderr, flush=True)
-    return replace(evaluation, record=replace(evaluation.record, detections=written, warnings=warnings))
+    written = str(file.relative_to(Path(settings.output).parent))
+    return replace(evaluation, record=replace(evaluation.record, detections=written))
 
 
-def named_models(settings: Settings) -> dict[str, str]:
-    """The path of each model, by its short name.
-
-    Raises:
-        InputError: a model is given twice.
-    """
-    models = settings.models or (() if settings.from_detections else MODELS)
-    paths = (*models, *settings.from_detections)
-    if len(set(paths)) < len(paths):
-        raise InputError(f"a model is given twice: {', '.join(paths)}")
-    return dict(zip(unique_names(paths), paths, strict=True))
-
-
-def check_files(settings: Settings, models: dict[str, str], data: DetectionData) -> None:
-    """Check before the work that no output overwrites what is read, or a file of another program.
-
-    Raises:
-        InputError: an output would.
-    """
-    written = {name: detections_file(settings, name) for name in models}
-    outputs = [file for name, file in written.items() if not is_same_file(file, Path(models[name]))]
-    outputs += [Path(path) for path in (settings.output, settings.report) if path]
-    images = (image.path for image in data.images)
-    inputs = [*flag_texts(settings, "output", "report"), *models.values(), data.source, *images]
-    check_outputs(outputs, inputs, only_own=True)
+def describe_error(error: Exception) -> str:
+    """The last line of its message, with its type where the program does not expect it."""
+    kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{last_line(error)}"[:400]
 
 
 def evaluate_all(settings: Settings, models: dict[str, str], data: DetectionData) -> list[Evaluation]:
@@ -148,51 +112,62 @@ def evaluate_all(settings: Settings, models: dict[str, str], data: DetectionData
         for name, path in models.items():
             evaluations.append(evaluate_model(name, path, settings, data, weights))
     except Interrupted as interrupted:
-        written = [str(detections_file(settings, e.record.name)) for e in evaluations if e.record.detections]
-        if written:
+        if written := [str(detections_file(settings, e.record.name)) for e in evaluations if not e.record.error]:
             interrupted.add_note(f"finished models do not have to run again: --from-detections {shlex.join(written)}")
         raise
     return evaluations
 
 
-def report(settings: Settings, results: ValidationResults, data: DetectionData, evaluations: list[Evaluation]) -> None:
-    """Write the report.
+def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
+    """The images, and the path of each model by its short name.
 
     Raises:
-        InputError: for any error, as the results are on disk already.
+        InputError: a model is given twice, or an output cannot be written, is read, or is a file of another program.
     """
-    tables = {e.record.name: e.table for e in evaluations if e.samples}
+    check_single_process()
+    if Path(settings.output).suffix.lower() != ".json":
+        raise InputError(f"--output {settings.output}: results are JSON; give a name that ends in .json")
+    outputs = [Path(path) for path in (settings.output, settings.report) if path]
+    for path in outputs:
+        check_writable(path)
+    paths = (*(settings.models or (() if settings.from_detections else MODELS)), *settings.from_detections)
+    if len(set(paths)) < len(paths):
+        raise InputError(f"a model is given twice: {', '.join(paths)}")
+    data, models = load_split(settings, "val"), dict(zip(unique_names(paths), paths, strict=True))
+    files = {path: detections_file(settings, name) for name, path in models.items()}
+    outputs += [file for path, file in files.items() if not is_same_file(file, Path(path))]
+    inputs: list[str | Path] = [*flag_texts(settings, "output", "report"), *paths, data.source]
+    inputs += [image.path for image in data.images]
+    check_outputs(outputs, inputs, only_own=True)
+    return data, models
+
+
+def report(settings: Settings, results: ValidationResults, data: DetectionData, evaluations: list[Evaluation]) -> None:
+    """Write the report. Raises InputError for any error, as the results are on disk already."""
     try:
         from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
 
-        write_report(Path(settings.report), results, data, tables)
+        write_report(Path(settings.report), results, data, {e.record.name: e.table for e in evaluations if e.samples})
     except Exception as error:
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        message = f"the results are in {settings.output}, but the report failed: {kind}{last_line(error)}"
+        message = f"the results are in {settings.output}, but the report failed: {describe_error(error)}"
         raise InputError(message) from error
     print(f"report written to {settings.report}")
 
 
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
-    check_single_process()
-    if Path(settings.output).suffix.lower() != ".json":
-        raise InputError(f"--output {settings.output}: results are JSON; give a name that ends in .json")
-    for path in filter(None, (settings.output, settings.report)):
-        check_writable(path)
-    data, models = load_split(settings, "val"), named_models(settings)
-    check_files(settings, models, data)
+    data, models = prepare(settings)
     evaluations = evaluate_all(settings, models, data)
     records = [evaluation.record for evaluation in evaluations]
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    images = len(data.with_objects())
-    comparisons = bootstrap.comparisons({e.record.name: e.samples for e in evaluations if e.samples}, images)
+    images, samples = len(data.with_objects()), {e.record.name: e.samples for e in evaluations if e.samples}
+    comparisons = bootstrap.comparisons(samples, images)
     about = describe_data(data, settings.val_json or settings.data)
     results = ValidationResults(describe_protocol(settings.seed), about, records, comparisons)
     write_results(settings.output, results)
-    print(f"{len(data)} validation images of {results.dataset.source}")
-    print(format_table(records), format_comparisons(results), sep="\n")
+    print(f"{len(data)} validation images of {about.source}", format_table(records), sep="\n")
+    print(format_comparisons(results))
     if comparisons and images < bootstrap.MIN_IMAGES_FOR_VERDICT:
         print(f"a verdict needs {bootstrap.MIN_IMAGES_FOR_VERDICT} images with objects, and these are {images}")
     print(f"written to {settings.output}")

@@ -95,11 +95,12 @@ def main(settings: Settings) -> dict:
             train_data, val_data = load_train_and_val(settings)
         run.begin(train_data, val_data)
         class_names = train_data.class_names
-        start = run.describe(run.resumed() or initial_checkpoint(settings, class_names, train_data.category_ids))
+        start = run.resumed() or initial_checkpoint(settings, class_names, train_data.category_ids)
         detector, size = start.detector, start.image_size
         check_object_sizes(train_data, size, detector.backbone.patch_size)
+        start = run.describe(start)
         if settings.freeze_backbone:
-            detector.backbone.freeze()
+            detector.backbone.requires_grad_(False)
         else:
             detector.backbone.set_trainable(settings)
 

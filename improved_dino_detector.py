@@ -17,7 +17,6 @@ best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
 """
 
-import time
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ from common.train.optim import Ema, Schedule, parameter_groups
 from common.train.run import Run, RunFlags
 
 WEIGHT_DECAY = 0.05
+LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 NO_WORKERS = 0  # reading a memory map is faster than receiving it from another process
 STAGES = ("frozen", "unfrozen")
@@ -60,11 +60,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     batch_size: int = with_default(RunFlags, "batch_size", 8)
     head: str = flag("pyramid", "the head; see common/model/heads.py", choices=tuple(HEADS), fixed=True)
     dropout: float = flag(
-        0.1,
-        "share of the head's hidden units dropped in training, three times as many in the second look",
-        at_least=0,
-        at_most=1,
-        fixed=True,
+        0.1, "share of the head's hidden units dropped, thrice in the second look", at_least=0, at_most=1, fixed=True
     )
     second_look: int = flag(100, "boxes an image whose features are looked at again; 0 = none", at_least=0, fixed=True)
     epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
@@ -75,16 +71,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     lr_frozen: float = flag(1e-3, "learning rate of the head in stage 1", at_least=0)
     lr_unfrozen: float = flag(1e-4, "learning rate of the backbone's last block in stage 2", at_least=0)
     head_lr_factor: float = flag(5.0, "learning rate of the head in stage 2, in multiples of --lr-unfrozen", at_least=0)
-    layer_decay: float = flag(
-        0.8,
-        "learning rate of each block in stage 2, in multiples of the following one's",
-        at_least=0,
-    )
     unfreeze_blocks: int = flag(0, "stage 2 trains the last N blocks of the backbone; 0 = all", at_least=0, fixed=True)
     feature_cache: float = flag(
-        100.0,
-        "GB that cached features may take; above it stage 1 runs the backbone at every step, on crops",
-        at_least=0,
+        100.0, "GB of cached features; above it stage 1 runs the backbone at every step, on crops", at_least=0
     )
     crop_size: int = flag(336, "side of the crops, pixels, at most that of the input", at_least=1)
     scales: tuple[float, ...] = with_default(AugmentationFlags, "scales", (0.5, 2.0))
@@ -155,7 +144,7 @@ def head_stage(
     detector: Detector, train_data: DetectionData, val_data: DetectionData, settings: Settings, accelerator: Accelerator
 ) -> Stage:
     """Stage 1: the head alone, on features that each image, and its mirror image, gives once."""
-    detector.to(accelerator.device).backbone.freeze()
+    detector.to(accelerator.device).backbone.requires_grad_(False)
     groups = parameter_groups(detector, settings.lr_frozen, 0.0, WEIGHT_DECAY)
     views = 1 if settings.no_mirror else 2
     size = feature_gigabytes(detector, len(train_data), views) + feature_gigabytes(detector, len(val_data), 1)
@@ -179,7 +168,7 @@ def detector_stage(
     """Stage 2: backbone and head on crops, each block slower than the one behind it."""
     detector.backbone.set_trainable(settings, settings.unfreeze_blocks)
     rates = settings.lr_unfrozen * settings.head_lr_factor, settings.lr_unfrozen
-    groups = parameter_groups(detector, *rates, WEIGHT_DECAY, settings.layer_decay)
+    groups = parameter_groups(detector, *rates, WEIGHT_DECAY, LAYER_DECAY)
     loaders = crop_loaders(detector, train_data, val_data, settings, accelerator)
     return Stage("unfrozen", settings.epochs_unfrozen, settings.cycles, detector, detector, groups, *loaders)
 
@@ -189,28 +178,22 @@ def crop_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Crops of the training images, and whole validation images."""
     size = detector.config.image_size
-    transform = TrainTransform(size, crop_size(settings, detector), settings)
-    train_set = DetectionDataset(train_data, transform, settings.seed)
+    train_set = DetectionDataset(train_data, TrainTransform(size, settings.crop_size, settings), settings.seed)
     loader = make_train_loader(train_set, settings.batch_size, settings.workers, accelerator.num_processes)
     return loader, make_eval_loader(val_data, size, settings.batch_size, settings.workers)
-
-
-def crop_size(settings: Settings, detector: Detector) -> int:
-    """Side of the crops, pixels: no larger than the input."""
-    return min(settings.crop_size, detector.config.image_size)
 
 
 def train_stage(
     stage: Stage, start: Checkpoint, train_data: DetectionData, val_data: DetectionData, settings: Settings, run: Run
 ) -> None:
     """Train a stage from the detector of `start`; the checkpoints of its epochs are in the run's folder."""
-    accelerator, began = run.accelerator, time.perf_counter()
+    accelerator = run.accelerator
     criterion = DetectionLoss(settings, train_data.class_shares()).to(accelerator.device)
     optimizer = torch.optim.AdamW(stage.groups, fused=True)
     prepared = accelerator.prepare(stage.model, optimizer, stage.loader, stage.val_loader)
     model, optimizer, loader, val_loader = prepared
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
-    average = Ema(stage.trained, settings.ema, plan=(schedule.cycles, schedule.steps))
+    average = Ema(stage.trained, settings.ema)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):
@@ -218,7 +201,6 @@ def train_stage(
         with average.applied():
             numbers = validate(model, val_loader, val_data, start.class_names, accelerator)
             run.finish_epoch(replace(start, metrics=numbers))
-    accelerator.print(f"stage {stage.name} took {time.perf_counter() - began:.0f} s", flush=True)
     accelerator.free_memory()
 
 
@@ -227,9 +209,6 @@ def initial_checkpoint(settings: Settings, data: DetectionData) -> Checkpoint:
 
     Where the classes of the data are others than those of `--start-from`, all but the class layers are kept, and in
     them the weights of classes with the same name.
-
-    Raises:
-        InputError: no such checkpoint or backbone.
     """
     if not settings.start_from:
         name, folder = fetch_backbone(settings.backbone)
@@ -244,19 +223,9 @@ def initial_checkpoint(settings: Settings, data: DetectionData) -> Checkpoint:
         old_label = {new: old for old, new in enumerate(label_map(start.class_names, data)) if new >= 0}
         detector = replace_classes(detector, [old_label.get(label) for label in range(len(data.class_names))])
         new = [name for label, name in enumerate(data.class_names) if label not in old_label]
-        print(
-            f"all but the class layers of {settings.start_from} are kept, and in them {len(old_label)} of "
-            f"{len(data.class_names)} classes; new: {first_few(new) if new else 'none'}",
-            flush=True,
-        )
+        kept = f"{len(old_label)} of {len(data.class_names)} classes; new: {first_few(new) if new else 'none'}"
+        print(f"all but the class layers of {settings.start_from} are kept, and in them {kept}", flush=True)
     return Checkpoint(detector, data.class_names, data.category_ids, origin)
-
-
-def check_fits(settings: Settings, detector: Detector) -> None:
-    """Raises InputError for more blocks than the backbone has, or crops that are no multiple of its patch size."""
-    if settings.unfreeze_blocks > detector.backbone.depth:
-        raise InputError(f"--unfreeze-blocks: the detector uses only {detector.backbone.depth} blocks of the backbone")
-    check_side("crop size", crop_size(settings, detector), detector.backbone.patch_size)
 
 
 def main(settings: Settings) -> dict:
@@ -269,12 +238,16 @@ def main(settings: Settings) -> dict:
             train_data, val_data = load_train_and_val(settings)
         run.begin(train_data, val_data, settings.stages)
         start = run.resumed() or initial_checkpoint(settings, train_data)
-        check_fits(settings, start.detector)
-        start = run.describe(start, crop_size=crop_size(settings, start.detector))
-        check_object_sizes(train_data, start.image_size, start.detector.backbone.patch_size)
+        settings = replace(settings, crop_size=min(settings.crop_size, start.image_size))
+        patch, depth = start.detector.backbone.patch_size, start.detector.backbone.depth
+        check_side("crop size", settings.crop_size, patch)
+        check_object_sizes(train_data, start.image_size, patch)
+        if settings.unfreeze_blocks > depth:
+            raise InputError(f"--unfreeze-blocks: the detector uses only {depth} blocks of the backbone")
+        start = run.describe(start, crop_size=settings.crop_size)
         quick_data = val_subset(val_data)
         for name, make_stage in zip(STAGES, (head_stage, detector_stage), strict=True):
-            if name not in settings.stages or run.is_past(name, getattr(settings, f"epochs_{name}")):
+            if name not in settings.stages or run.is_past(name):
                 continue
             stage = make_stage(start.detector, train_data, quick_data, settings, accelerator)
             train_stage(stage, start, train_data, quick_data, settings, run)

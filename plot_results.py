@@ -1,9 +1,8 @@
 """Draw the comparison from validation_results.json; needs neither torch nor any image.
 
-OUTPUT holds the study's six metrics with their intervals, AP by object size, accuracy against speed, and the cost of
-each kind of error. Beside it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and
-training, the last from the log.jsonl of the runs that still exist. Works with one model or many; a model that could not
-be evaluated is named below the charts with its reason.
+OUTPUT holds the study's metrics with their intervals, AP by object size, accuracy against speed, and the cost of each
+kind of error. Beside it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and
+training, of the runs whose folder still exists. A model that could not be evaluated is named below with its reason.
 
   python plot_results.py                    validation_results.json -> model_comparison_charts.png and the others
   python plot_results.py --results a.json --output a.png
@@ -12,16 +11,12 @@ be evaluated is named below the charts with its reason.
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from common import cli
 from common.cli import flag
 from common.console import InputError
 from common.evaluate.results import read_results
 from common.files import atomic_write, check_outputs
 from common.show import charts
-
-DPI = 130
 
 
 @dataclass(frozen=True)
@@ -37,15 +32,13 @@ def main(settings: Settings) -> Path:
         raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")
     paths = {name: output.with_stem(f"{output.stem}_{name}") for name in charts.CHARTS} | {"comparison": output}
     check_outputs(paths.values(), [settings.results], only_own=True)
-    pages = charts.render(read_results(settings.results), DPI)
-    for name, path in paths.items():
-        if name not in pages:
-            path.unlink(missing_ok=True)  # of an earlier run
-            continue
-        with atomic_write(path) as file:
-            file.write(pages[name])
-        with Image.open(path) as image:
-            print(f"{path}: {image.width} x {image.height} pixels")
+    pages = charts.render(read_results(settings.results), dpi=130)
+    for name in paths.keys() - pages.keys():
+        paths[name].unlink(missing_ok=True)  # of an earlier run
+    for name, page in pages.items():
+        with atomic_write(paths[name]) as file:
+            file.write(page)
+        print(f"written to {paths[name]}")
     return output
 
 

@@ -13,7 +13,6 @@ detections.json (COCO results format, with file_name and category_name beside th
 
 import gc
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from common.files import PROGRAM, atomic_write, check_outputs, check_writable
 from common.model import load_detector
 from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
-from common.show.fonts import print_replaced
+from common.show.fonts import print_missing
 from common.show.tables import format_table
 
 SHEET_IMAGES = 16
@@ -51,39 +50,55 @@ class Settings(RuntimeFlags, DataFlags):
     output: str = flag("predictions", "folder for the images and detections")
 
 
-def images_to_draw(settings: Settings, data: DetectionData) -> dict[int, str]:
-    """The names of the annotated images, without suffix, by the index of the image in `data`."""
-    chosen = np.arange(len(data))
-    if settings.draw and not settings.images and settings.draw < len(data):
-        chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
-    return dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
-
-
-def check_files(settings: Settings, models: Sequence[str], data: DetectionData, drawn: dict[int, str]) -> None:
-    """Refuse to overwrite what is read, or an image that this script did not write.
+def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int, str]]:
+    """The images, the path of each detector by its short name, and the names of the images that are drawn, without
+    suffix, by their index.
 
     Raises:
-        InputError: an output is an input file, or an image of somebody else.
+        InputError: an output cannot be written, is an input, or is a file of another program.
     """
-    folder = Path(settings.output)
-    images = [folder / "contact_sheet.jpg", *(folder / m / f"{name}.jpg" for m in models for name in drawn.values())]
-    outputs = images + [folder / model / "detections.json" for model in models if settings.images]
-    inputs = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
+    check_single_process()
+    models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
+    for name in (".", *models):
+        check_writable(Path(settings.output, name, "contact_sheet.jpg"))
+    images = [Path(path) for path in settings.images]
+    data = unlabelled_images(images) if images else load_split(settings, "val")
+    chosen = np.arange(len(data))
+    if settings.draw and not images and settings.draw < len(data):
+        chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
+    drawn = dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
+    files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(images)
+    outputs = [Path(settings.output, "contact_sheet.jpg")]
+    outputs += [Path(settings.output, model, file) for model in models for file in files]
+    inputs: list[str | Path] = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
     check_outputs(outputs, inputs, only_own=True)
-    for model in models:
-        check_writable(folder / model / "detections.json")
+    return data, models, drawn
+
+
+def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tuple[ModelRun, float]:
+    """What one model detects, and its operating point; with --images the detections are written, too."""
+    detector = load_detector(path, precision=settings.precision)
+    detections = run_detector(detector, data, settings.batch_size, settings.workers, name)
+    run = ModelRun(detection_table(detections, data), detector.class_names)
+    if not settings.images:
+        return replace(run, cost=detector_cost(detector, data, settings.batch_size)), detector.min_score
+    named = replace(data, class_names=detector.class_names, category_ids=detector.category_ids)
+    file = Path(settings.output, name, "detections.json")
+    with atomic_write(file, "w") as stream:
+        json.dump(coco_detections(run.table, named, [str(image.path) for image in data.images]), stream)
+    print(f"{name}: {len(run.table)} detections in {file}")
+    return run, detector.min_score
 
 
 def write_images(
     settings: Settings, data: DetectionData, runs: dict[str, ModelRun], scores: dict[str, float], drawn: dict[int, str]
 ) -> Path:
     """Annotated images of each model, from its own score on, and one contact sheet of all; returns the sheet's path."""
-    truth = bool(len(data.labels))
-    print_replaced([*runs, *data.class_names, *(name for run in runs.values() for name in run.class_names)])
+    print_missing([*runs, *data.class_names, *(name for run in runs.values() for name in run.class_names)])
     sheet: list[Image.Image] = []
     for index, name in drawn.items():
         image = data.images[index].open()
-        left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if truth else []
+        left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if len(data.labels) else []
         panels = []
         for model, run in runs.items():
             panels.append((model, draw_boxes(image, detected_boxes(run.table, index, run.class_names, scores[model]))))
@@ -100,43 +115,21 @@ def save_jpeg(image: Image.Image, path: Path) -> None:
         image.save(file, "JPEG", quality=88, comment=PROGRAM.encode())
 
 
-def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tuple[ModelRun, float]:
-    """What one model detects, and its operating point; with --images the detections are written, too."""
-    detector = load_detector(path, precision=settings.precision)
-    detections = run_detector(detector, data, settings.batch_size, settings.workers, name)
-    run = ModelRun(detection_table(detections, data), detector.class_names)
-    if settings.images:
-        named = replace(data, class_names=detector.class_names, category_ids=detector.category_ids)
-        file = Path(settings.output, name, "detections.json")
-        with atomic_write(file, "w") as stream:
-            json.dump(coco_detections(run.table, named, [str(image.path) for image in data.images]), stream)
-        print(f"{name}: {len(run.table)} detections in {file}")
-    else:
-        run = replace(run, cost=detector_cost(detector, data, settings.batch_size))
-    return run, detector.min_score
-
-
 def main(settings: Settings) -> dict[str, dict]:
     """Returns, by model, the primary-object numbers and mAP@0.5; nothing with --images."""
-    check_single_process()
-    check_writable(Path(settings.output, "contact_sheet.jpg"))
-    models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
-    images = [Path(path) for path in settings.images]
-    data = unlabelled_images(images) if images else load_split(settings, "val")
-    drawn = images_to_draw(settings, data)
-    check_files(settings, list(models), data, drawn)
-
+    data, models, drawn = prepare(settings)
     runs, scores = {}, {}
     for name, path in models.items():
         runs[name], scores[name] = run_one(path, name, settings, data)
         gc.collect()  # the model, before the next one is loaded
-    records = [] if images else [evaluate(name, models[name], run, data).record for name, run in runs.items()]
     if settings.min_score >= 0:
         scores = dict.fromkeys(scores, settings.min_score)
     else:
         points = ", ".join(f"{score:.2f} ({name})" for name, score in scores.items())
         print(f"drawn are detections with at least the score of best F1 in validation, the operating point: {points}")
-    if records:
+    records = []
+    if not settings.images:
+        records = [evaluate(name, models[name], run, data).record for name, run in runs.items()]
         print(format_table(records, COLUMNS))
     sheet = write_images(settings, data, runs, scores, drawn)
     print(f"annotated images in {settings.output}/, contact sheet: {sheet}")

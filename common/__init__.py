@@ -12,16 +12,16 @@ data/         whatever --data names -> batches
               memory (the data set), dataset (samples, order, loaders), transforms
 model/        the detector and what teaches it
               backbone, img_focus, heads, second_look, detector | boxes (geometry), assignment, losses | postprocess |
-              checkpoint, trained (what load_detector returns), exported (detectors in ONNX and OpenVINO)
+              checkpoint, trained (what load_detector returns; the hub)
 train/        one training run
               optim (learning rates, schedule, EMA), run (folder, log, state, resuming), feature_cache
 evaluate/     detections -> numbers; draws nothing
-              detect | detections (the table), overlaps, metrics, primary, diagnosis, trust, bootstrap |
-              yolo, transformers_models, cost, evaluation, results
+              detect (running and timing), others (transformers, ultralytics) | detections (the table), overlaps,
+              metrics, primary, diagnosis, trust, bootstrap, evaluation (all of them), results (the file)
 show/         numbers -> what people look at
               tables, fonts (text that can be drawn), charts, drawing, report
 export/       a checkpoint -> files that others run: python -m common.export
-              graph, int8, hub (a folder with a model card)
+              graph (also in 8 bits), runtime (what runs the files)
 
 Imports go one way: scripts, export -> train, show -> evaluate -> data, model -> the files at the root. data and model
 do not import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.

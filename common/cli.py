@@ -25,7 +25,6 @@ from common.console import (
     show_messages,
     to_one_line,
 )
-from common.files import ensure_home
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -148,7 +147,6 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     likewise. With `DETECTION_DEBUG=1` in the environment the traceback of the error stands above that line.
     """
     raise_on_signals()
-    ensure_home()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
     show_messages()

@@ -68,11 +68,16 @@ def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool 
     )
 
 
+class _Printer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
 def show_messages() -> None:
-    """From now on print what the modules of `common/` log, a line each on stdout."""
+    """From now on print what the modules of `common/` log, a line each."""
     logger = logging.getLogger("common")
     logger.setLevel(logging.INFO)
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.handlers = [_Printer()]
 
 
 SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect

@@ -1,6 +1,5 @@
 """Files that are complete or absent, and the cache folder."""
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -27,7 +26,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     Raises:
         InputError: the folder can't be created or written to, or the disk is full.
     """
-    path, temporary = Path(path), temporary_name(path)
+    path = Path(path)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -46,9 +46,9 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
-def temporary_name(path: str | Path) -> Path:
+def _temporary(path: Path) -> Path:
     """A hidden name beside `path`, of this process; a file system takes 255 bytes, a letter has up to four."""
-    return Path(path).with_name(f".{Path(path).name[:60]}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path, age: float = 0.0) -> None:
@@ -64,7 +64,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
     Both are replaced as a whole, never changed, so that neither follows the other.
     """
-    temporary = temporary_name(path)
+    temporary = _temporary(path)
     try:
         temporary.hardlink_to(source)
     except OSError:
@@ -106,7 +106,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], only_own: bool = False) -> None:
-    """Check before the work that it overwrites no input, also by a link or another spelling of the path.
+    """Check before the work that its outputs can be written, and overwrite no input, by whatever name or link.
 
     Args:
         outputs: the files that will be written.
@@ -114,37 +114,32 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], only_ow
         only_own: also check that existing outputs are results, detections, charts, reports or images of this program.
 
     Raises:
-        InputError: an output is an input file, or two outputs are one file, on some systems because only case differs;
-            or it is a file of another program.
+        InputError: what `check_writable` raises; an output is an input file, or two outputs are one file, on some
+            systems because only case differs; or it is a file of another program.
     """
     places: dict[str, Path] = {}
     for path in outputs:
         if (other := places.setdefault(os.path.realpath(path).casefold(), path)) is not path:
             raise InputError(f"{other} and {path} would be written to one file: give them different names")
-    existing = {identity: path for path in places.values() if (identity := _identity(path))}
+    existing = [path for path in places.values() if path.is_file()]
     for read in inputs if existing else ():
-        identity = _identity(Path(read))
-        if identity in existing:
-            raise InputError(f"the output {existing[identity]} would overwrite the input {read}: name another output")
-    for path in existing.values() if only_own else ():
+        if written := next((path for path in existing if is_same_file(path, Path(read))), None):
+            raise InputError(f"the output {written} would overwrite the input {read}: name another output")
+    for path in existing if only_own else ():
         with path.open("rb") as file:
             start = file.read(SIGNED_BYTES)
         if not any(sign in start for sign in SIGNS):
             raise InputError(f"{path} was not written by this program: delete it, or name another output")
+    for path in places.values():
+        check_writable(path)
 
 
 def is_same_file(path: Path, other: Path) -> bool:
-    """Whether both paths lead to one existing file."""
-    return (identity := _identity(path)) is not None and identity == _identity(other)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and number of an existing file, the same under all its paths; None where there is no such file."""
+    """Whether both paths lead to one existing file; False for names that the file system can't hold."""
     try:
-        status = path.stat()
+        return path.samefile(other)
     except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
+        return False
 
 
 def cache_folder(*parts: str) -> Path:
@@ -159,19 +154,4 @@ def cache_folder(*parts: str) -> Path:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise InputError("this user has no home folder for the cache: set DETECTION_CACHE to a folder") from error
-    return base.joinpath("dinov2-detection", *parts)
-
-
-def ensure_home() -> None:
-    """Make `$DETECTION_CACHE` the home folder of a user who has none, since libraries stop without one."""
-    try:
-        Path.home()
-    except RuntimeError:
-        if root := os.environ.get("DETECTION_CACHE"):
-            os.environ["HOME"] = str(Path(root).absolute())
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return base.joinpath(PROGRAM, *parts)

@@ -1,17 +1,18 @@
 """Models on the hub: their names, and the folder that their files are fetched to."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from common.console import InputError
 
 HUB = "hub:"  # in front of a model's name where it could be a file's
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-OPTIONAL = ("preprocessor_config.json",)  # how a detector of transformers wants its images
+FILES = [CONFIG, WEIGHTS, "preprocessor_config.json"]  # the last is how a detector of transformers wants its images
 
 
 def hub_name(name: str) -> str:
@@ -34,37 +35,30 @@ def located(name: str) -> str:
 
 
 def hub_folder(name: str, kind: str, advice: str) -> Path:
-    """Fetch a model from the hub, once; later calls read the hub library's cache and need no network.
+    """The folder of a model of the hub, fetched once; later calls read the hub library's cache and need no network.
 
     Args:
         name: user/name.
-        kind: of the model, and what to do without it, for the message.
-
-    Returns:
-        The folder of its config.json, model.safetensors, and those of OPTIONAL that it has.
+        kind: of the model, for the message.
+        advice: what to do without it, likewise.
 
     Raises:
-        InputError: it is not in the cache, and the hub cannot be reached or refuses it.
+        InputError: it is not in the cache, and the hub cannot be reached, refuses it or lacks a file.
     """
+    with suppress(LocalEntryNotFoundError):
+        if _is_whole(folder := Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))):
+            return folder
     try:
-        return _files(name, local_files_only=True)
-    except LocalEntryNotFoundError:
-        pass
-    try:  # hf_hub_download retries for 20 s where there is no network, this request does not
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, CONFIG), timeout=5)
-        return _files(name)
+        folder = Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the hub's library raises OSErrors, as documented, and those of its HTTP client
         reason = "the hub can't be reached"
-        if isinstance(error, HfHubHTTPError):
+        if isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError):
             reason = "the hub refuses it (no such model, or one that needs a token)"
         raise InputError(f"{kind} {name} is not in the cache and {reason}: {advice}") from error
+    if not _is_whole(folder):
+        raise InputError(f"{kind} {name} has no {CONFIG} and {WEIGHTS} on the hub: {advice}")
+    return folder
 
 
-def _files(name: str, local_files_only: bool = False) -> Path:
-    folder = [huggingface_hub.hf_hub_download(name, f, local_files_only=local_files_only) for f in (WEIGHTS, CONFIG)]
-    for optional in OPTIONAL:
-        try:
-            huggingface_hub.hf_hub_download(name, optional, local_files_only=local_files_only)
-        except EntryNotFoundError:  # the hub library's LocalEntryNotFoundError is one as well
-            continue
-    return Path(folder[-1]).parent
+def _is_whole(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()

@@ -50,10 +50,6 @@ def seed_of(purpose: Purpose, *numbers: int) -> int:
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
     """Device, processes and mixed precision, as detected by `accelerate` or set by its launcher.
 
-    Args:
-        precision: fp32, bf16, fp16, or auto: bf16 where the hardware computes in it (fp16 on older GPUs), else fp32.
-        deterministic: the same results each time on a GPU too, slower; torch warns of operations that cannot.
-
     Raises:
         InputError: fp16 without a GPU, or a launcher that shards the weights.
     """
@@ -83,25 +79,21 @@ def default_device() -> torch.device:
 
 def choose_precision(precision: str) -> str:
     """fp32, bf16 or fp16; "auto" is the fastest of the default device. Raises InputError: fp16 without a GPU."""
-    if precision == "fp16" and not torch.accelerator.is_available():
+    device = default_device().type
+    if precision == "fp16" and device == "cpu":
         raise InputError("--precision fp16 needs a GPU; take bf16, fp32 or auto")
-    return fastest_precision(default_device()) if precision == "auto" else precision
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    supported = torch.cpu.get_capabilities()  # without these instructions bf16 is five times slower than fp32
+    return "bf16" if device == "cpu" and (supported.get("avx512_bf16") or supported.get("amx_bf16")) else "fp32"
 
 
 def check_single_process() -> None:
-    """Raises InputError where a launcher started several processes."""
+    """Raises InputError where a launcher has started several processes."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise InputError("validation runs in one process: start it with python, or unset WORLD_SIZE")
-
-
-def fastest_precision(device: torch.device) -> str:
-    """fp32, bf16 or fp16: what the device computes in fastest."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type != "cpu":
-        return "fp32"
-    supported = torch.cpu.get_capabilities()  # without these instructions bf16 is five times slower than fp32
-    return "bf16" if supported.get("avx512_bf16") or supported.get("amx_bf16") else "fp32"
 
 
 def precision_name(accelerator: Accelerator) -> str:

@@ -1,8 +1,8 @@
 """The types that travel between the rooms, and the conventions, stated once.
 
-- Boxes are pixels, x to the right, y down. Data sets and tables of detections hold COCO's xywh, float64, in *original*
-  pixels; targets and raw predictions are xyxy, float32, in *input* pixels, those of the letterboxed square that the
-  model sees; only `model/postprocess.py` maps back, by the scale of each `ImageMeta`.
+- Boxes are pixels, x to the right, y down. Data sets and tables of detections have them as COCO's files do, xywh in
+  *original* pixels. Targets and predictions are xyxy in *input* pixels, those of the letterboxed square that the model
+  sees; only `model/postprocess.py` maps back to original pixels, by the scale of each `ImageMeta`.
 - Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
   the checkpoint and applied once, in `evaluate/detections.py`.
 - Images are RGB, uint8 until the backbone scales and normalises them.
@@ -91,30 +91,13 @@ class Targets(NamedTuple):
         """(2,) float32: the objects, and the images that have some."""
         return torch.stack([self.objects.sum(), self.objects.any(1).sum()]).float()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
-        return Targets(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
-    def pin_memory(self) -> "Targets":
-        return Targets(*(tensor.pin_memory() for tensor in self))
+class Batch(NamedTuple):
+    """Inputs, their targets, and what maps detections back to the B images; torch and accelerate move its tensors."""
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Inputs, their targets, and what maps detections back to the B images.
-
-    `inputs` are images (B, 3, S, S) uint8, or the cached features of their patches (B, h, w, C).
-    """
-
-    inputs: Tensor
+    inputs: Tensor  # images (B, 3, S, S) uint8, or the cached features of their patches (B, h, w, C)
     targets: Targets
     meta: list[ImageMeta]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        inputs = self.inputs.to(device, non_blocking=non_blocking)
-        return Batch(inputs, self.targets.to(device, non_blocking), self.meta)
-
-    def pin_memory(self) -> "Batch":
-        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), self.meta)
 
 
 @dataclass(frozen=True)
@@ -137,10 +120,7 @@ class SecondOutput:
 class RawOutput:
     """What a head predicts at each of its L locations, the same in training and in evaluation.
 
-    Several locations may share a row of class logits, which shortens a training step of the head by a fifth; read them
-    by `scores` and `class_logits_at`.
-
-    `second` is what a second look predicts, where the detector has one.
+    Several locations may share a row of class logits, which shortens a training step of the head by a fifth.
 
     Shapes: object_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows (L,)
     int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y)
@@ -159,10 +139,6 @@ class RawOutput:
     def scores(self) -> Tensor:
         """(B, L, K) in 0..1: sigmoid(object) x softmax(class)."""
         return self.object_logits.sigmoid()[..., None] * self.class_logits.softmax(-1)[:, self.class_rows]
-
-    def class_logits_at(self, images: Tensor, locations: Tensor) -> Tensor:
-        """(M, K) class logits of M locations, given the indices (M,) of their images and of themselves (M,)."""
-        return self.class_logits[images, self.class_rows[locations]]
 
 
 @dataclass(frozen=True)
@@ -199,9 +175,3 @@ class Detections:
             {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in rows
         ]
-
-
-def mirror_boxes(boxes: Tensor, width: float) -> Tensor:
-    """(..., 4) xyxy boxes in an image of `width` pixels -> the same boxes in its mirror image."""
-    left, top, right, bottom = boxes.unbind(-1)
-    return torch.stack([width - right, top, width - left, bottom], dim=-1)

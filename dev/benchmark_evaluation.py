@@ -4,6 +4,7 @@ python -m dev.benchmark_evaluation --annotations instances_val2017.json
 """
 
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,23 +13,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import psutil
-import torch
 
 from common import cli
 from common.cli import flag
 from common.data.memory import DetectionData
 from common.data.readers import read_coco
 from common.evaluate.bootstrap import image_weights, resample
-from common.evaluate.cost import PeakMemory
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose
 from common.evaluate.metrics import (
+    average_precision,
     coco_numbers,
     match_boxes_alone,
     match_detections,
     operating_point,
-    precision_at_recalls,
 )
 from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.trust import check_agreement
@@ -73,28 +71,20 @@ def generated_detections(data: DetectionData, seed: int) -> DetectionTable:
 
 
 def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
-    """What `work` returns, and the CPU seconds that it took, which are printed with its peak of memory."""
-    with PeakMemory(torch.device("cpu")) as memory:
-        before = psutil.Process().memory_info().rss / 1e6
-        start = time.process_time()
-        result = work()
-        seconds = time.process_time() - start
-    print(f"{title}: {seconds:.1f} s, {(memory.megabytes or before) - before:.0f} MB", flush=True)
+    """What `work` returns, and the CPU seconds that it took, which are printed with the rise of the peak of memory."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    result, seconds = work(), time.process_time() - start
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{title}: {seconds:.1f} s, {rise / 1e3:.0f} MB", flush=True)
     return result, seconds
 
 
 def all_numbers(table: DetectionTable, data: DetectionData) -> dict:
     """Everything in a record but the intervals."""
     matched = match_detections(table, data)
-    point, agnostic = operating_point(matched.by_class), precision_at_recalls(match_boxes_alone(matched, data), 1)
-    primary = primary_numbers(primary_pairs(matched, data, point.score))
-    warnings = check_agreement(matched, data)
-    return (
-        coco_numbers(matched, data)
-        | primary
-        | vars(diagnose(matched, data, point))
-        | {"": agnostic, "warnings": warnings}
-    )
+    point, agnostic = operating_point(matched), average_precision(match_boxes_alone(matched))
+    primary, warnings = primary_numbers(primary_pairs(matched, point.score)), check_agreement(matched)
+    return coco_numbers(matched) | primary | vars(diagnose(matched, point)) | {"": agnostic, "warnings": warnings}
 
 
 def main(settings: Settings) -> None:
@@ -103,8 +93,8 @@ def main(settings: Settings) -> None:
     print(f"{len(data)} images, {len(data.boxes)} boxes, {len(table)} detections")
     numbers, ours = timed("all numbers", lambda: all_numbers(table, data))
     matched, weights = match_detections(table, data), image_weights(len(data), settings.seed)
-    parts = matched, match_boxes_alone(matched, data), primary_pairs(matched, data, 0.5)
-    timed(f"{weights.shape[1]} resamples", lambda: resample(*parts, data, weights))
+    parts = matched, match_boxes_alone(matched), primary_pairs(matched, 0.5)
+    timed(f"{weights.shape[1]} resamples", lambda: resample(*parts, weights))
     expected, theirs = timed("pycocotools' twelve", lambda: pycocotools_numbers(table, data))
     print(f"ratio {ours / theirs:.3f}; AP {numbers['AP']:.15f} and {expected[0]:.15f}")
 

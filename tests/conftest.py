@@ -27,7 +27,8 @@ def fresh_accelerator():
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """`cli.run` installs signal handlers for the rest of the process."""
+    """`cli.run` shows messages and installs signal handlers for the rest of the process."""
+    console.show_messages()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -27,11 +27,11 @@ from common.data.sources import TrainDataFlags
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.metrics import (
     COCO_NUMBERS,
+    average_precision,
     coco_numbers,
     match_boxes_alone,
     match_detections,
     mean,
-    precision_at_recalls,
 )
 from common.evaluate.primary import headline
 from common.evaluate.results import (
@@ -125,15 +125,15 @@ def random_detections(data, seed, count=30):
     return detections
 
 
-def numbers_of(detections, data, labels=None):
-    """The numbers of the detections of all images; `labels` as `label_map` returns them, by default the identity."""
-    return numbers_of_table(detection_table(detections, data, labels), data)
+def numbers_of(detections, data):
+    """The numbers of the detections of all images."""
+    return numbers_of_table(detection_table(detections, data), data)
 
 
 def numbers_of_table(table, data):
     matched = match_detections(table, data)
-    agnostic = mean(precision_at_recalls(match_boxes_alone(matched, data), 1))
-    return headline(table, data) | coco_numbers(matched, data) | {"class_agnostic_AP50": agnostic}
+    agnostic = mean(average_precision(match_boxes_alone(matched)))
+    return headline(table, data) | coco_numbers(matched) | {"class_agnostic_AP50": agnostic}
 
 
 def record_of(name, primary=None, cost=None, conditions=None, diagnosis=None, intervals=None, **detection):
@@ -201,6 +201,10 @@ def pycocotools_stats(truth, detections):
 
 def pycocotools_numbers(table, data):
     return pycocotools_stats(coco_dict(data), coco_detections(table, data, [""] * len(data)))
+
+
+def pixels_of(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def target_of(boxes, labels=None, crowd=None, size=112):

@@ -16,8 +16,9 @@ from torchvision.transforms import v2
 from common.cli import flag
 from common.console import InputError
 from common.images import FILL, letterboxed
-from common.types import Target, letterbox, mirror_boxes
+from common.types import Target, letterbox
 
+COLOR_JITTER = 0.3  # change of brightness, contrast and saturation; a sixth of it of the hue
 SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
 
 
@@ -29,7 +30,6 @@ class AugmentationFlags:
     scales: tuple[float, ...] = flag(
         (0.75, 1.33), "range of the random scale of crops; 1 1 = all at the scale of the input", at_least=0.01
     )
-    color_jitter: float = flag(0.3, "change of brightness, contrast and saturation; 0 = none", at_least=0, at_most=1)
 
     def check_augmentation(self) -> None:
         """Raises InputError unless the scales are two numbers in rising order."""
@@ -38,13 +38,8 @@ class AugmentationFlags:
 
     def describe(self) -> str:
         """The augmentation of crops in words, for the terminal."""
-        low, high = self.scales
-        parts = [
-            "no mirror images" if self.no_mirror else "mirror images",
-            f"scales {low:g} to {high:g}",
-            f"colour jitter {self.color_jitter:g}" if self.color_jitter else "no colour jitter",
-        ]
-        return ", ".join(parts)
+        mirror = "no mirror images" if self.no_mirror else "mirror images"
+        return f"{mirror}, scales {self.scales[0]:g} to {self.scales[1]:g}"
 
 
 class LetterboxTransform(nn.Module):
@@ -68,7 +63,9 @@ def letterbox_target(target: Target, side: int) -> Target:
 
 def mirror_target(target: Target, size: int) -> Target:
     """The target of the input mirrored left to right, with its padding."""
-    return replace(target, boxes=mirror_boxes(target.boxes, size), meta=target.meta._replace(scale=None))
+    x1, y1, x2, y2 = target.boxes.unbind(-1)
+    boxes = torch.stack([size - x2, y1, size - x1, y2], dim=-1)
+    return replace(target, boxes=boxes, meta=target.meta._replace(scale=None))
 
 
 def mirror_drawn() -> bool:
@@ -92,7 +89,7 @@ class TrainTransform(nn.Module):
 
     def __init__(self, size: int, crop_size: int | None = None, flags: AugmentationFlags = DEFAULT_AUGMENTATION):
         super().__init__()
-        crop_size, strength = crop_size or size, flags.color_jitter
+        crop_size, strength = crop_size or size, COLOR_JITTER
         self.move = v2.Compose(
             [
                 v2.RandomHorizontalFlip(0.0 if flags.no_mirror else 0.5),

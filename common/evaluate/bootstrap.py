@@ -1,9 +1,8 @@
 """Confidence intervals: Bayesian bootstrap over images (Rubin, 1981), paired for two models.
 
-Each of a thousand resamples gives the images random weights and computes every number from the matches under these
-weights; nothing is detected or matched again. All models get the same weights, so that two models are compared resample
-by resample and the difficulty of an image, which both share, cancels out. The ordinary bootstrap, which draws images
-with replacement, would lose the classes of few images in many resamples, and raise mAP by twice as much.
+Each resample gives the images random weights, the same for all models, so that the difficulty of an image cancels out
+in their difference. The ordinary bootstrap, which draws images with replacement, would lose the classes of few images
+in many resamples, and raise mAP by twice as much.
 
 AP is biased upwards on few images, and a resample has fewer in effect, so that all resamples lie too high by about a
 standard deviation: the intervals are therefore moved to the estimate. And the AP of a rare class hardly varies in them:
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.data.memory import DetectionData
-from common.evaluate.metrics import RECALLS, MatchedDetections, Matches
+from common.evaluate.metrics import Matched, weighted_ap
 from common.evaluate.primary import PrimaryPairs, weighted_scores
 from common.evaluate.results import Comparison, Verdict
 
@@ -27,12 +26,9 @@ SHOWN_LEVEL = 95  # per cent
 VERDICT_LEVEL = 99
 WEIGHT_STEPS = 1024  # weights are multiples of its inverse, so that their sums are exact
 LARGEST_FACTOR = 10.0  # of `rare_class_factor`, where every class is on one image
-BLOCK = 1 << 22  # numbers of a block of weights, detections x resamples, 16 MB
 # Images with objects for a verdict. The 95% interval of the mean of random numbers (normal, exponential, 0 or 1)
 # contained it in 75-94% of 3,000 trials with 5 images, 85-90% with 10, and 90-95% with 20.
 MIN_IMAGES_FOR_VERDICT = 20
-TOO_FEW = "too few images"
-WITH_INTERVALS = ("accuracy", "precision", "recall", "f1", "mean_iou", "found", "AP50", "AP", "class_agnostic_AP50")
 
 
 def image_weights(images: int, seed: int) -> np.ndarray:
@@ -44,24 +40,28 @@ def image_weights(images: int, seed: int) -> np.ndarray:
 
 
 def resample(
-    matched: MatchedDetections, boxes_alone: Matches, primary: PrimaryPairs, data: DetectionData, weights: np.ndarray
+    matched: Matched, boxes_alone: Matched, primary: PrimaryPairs, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Each number of WITH_INTERVALS in each resample, (R,) float64; NaN without any object.
+    """Each number that has an interval in each resample, (R,) float64; NaN without any object.
 
-    Args:
-        matched: the detections of one model.
-        boxes_alone: their matches without regard to class, as `metrics.match_boxes_alone` returns them.
-        primary: its largest objects.
-        data: the ground truth.
-        weights: (P, R) as `image_weights` returns them.
+    `boxes_alone` is what `metrics.match_boxes_alone` returns, `weights` (P, R) what `image_weights` does.
     """
-    precision = weighted_map(matched.by_class, len(data.class_names), weights)
-    precision += (rare_class_factor(data) - 1) * (precision - precision.mean(1, keepdims=True))
+    precision = _mean_ap(matched, weights)
+    precision += (rare_class_factor(matched.data) - 1) * (precision - precision.mean(1, keepdims=True))
     return weighted_scores(primary, weights[primary.image]) | {
         "AP50": precision[0],
         "AP": precision.mean(0),
-        "class_agnostic_AP50": weighted_map(boxes_alone, 1, weights)[0],
+        "class_agnostic_AP50": _mean_ap(boxes_alone, weights)[0],
     }
+
+
+def _mean_ap(matched: Matched, weights: np.ndarray) -> np.ndarray:
+    """(T, R): the mean over the classes that have objects, NaN without any."""
+    sums, counts = np.zeros((len(matched.box), weights.shape[1])), np.zeros(weights.shape[1])
+    for _, ap in weighted_ap(matched, weights):
+        sums += np.nan_to_num(ap)
+        counts += ~np.isnan(ap[0])
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def rare_class_factor(data: DetectionData) -> float:
@@ -76,64 +76,6 @@ def rare_class_factor(data: DetectionData) -> float:
     images = np.unique(image_and_class[:, 1], return_counts=True)[1]
     true, resampled = (1 / images).sum(), ((images - 1) / (images * (images + 1))).sum()
     return float(np.sqrt(true / max(resampled, true / LARGEST_FACTOR**2))) if len(images) else 1.0
-
-
-def weighted_map(matches: Matches, classes: int, weights: np.ndarray) -> np.ndarray:
-    """(T, R) float64: COCO's average precision under R weightings of the images, (P, R) float32, mean over the classes.
-
-    NaN without any object. Equal scores rank in the order given.
-    """
-    order = np.lexsort((-matches.score, matches.label))
-    bounds = np.searchsorted(matches.label[order], np.arange(classes + 1))
-    sums, counts = np.zeros((len(matches.box), weights.shape[1])), np.zeros(weights.shape[1], int)
-    for k in np.unique(matches.object_label):
-        rows, objects = order[bounds[k] : bounds[k + 1]], matches.object_image[matches.object_label == k]
-        image, hit, ignored = matches.image[rows], matches.box[:, rows] >= 0, matches.ignored[:, rows]
-        for part in np.array_split(np.arange(weights.shape[1]), len(rows) * weights.shape[1] // BLOCK + 1):
-            block = np.ascontiguousarray(weights[:, part])
-            ap = _ap_of_class(image, hit, ignored, objects, block)
-            sums[:, part] += np.nan_to_num(ap)
-            counts[part] += ~np.isnan(ap[0])
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _ap_of_class(
-    image: np.ndarray, hit: np.ndarray, ignored: np.ndarray, objects: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """(T, W) AP of one class.
-
-    Args:
-        image: (n,) of the detections by falling score; hit and ignored (T, n) bool.
-        objects: (N,) the image of each object.
-        weights: (P, W) float32.
-    """
-    total = weights[objects].sum(0, dtype=np.float64)
-    ap = np.zeros((len(hit), weights.shape[1]))
-    marks = np.nonzero(hit.any(0))[0]  # precision has its maxima at hits, so sums are only needed up to these
-    if len(marks):
-        starts = np.append(0, marks[:-1] + 1)
-        kept = np.add.reduceat(weights[image[: marks[-1] + 1]], starts, axis=0).cumsum(0, dtype=np.float64)
-        for t, (at, crowd) in enumerate(zip(map(np.flatnonzero, hit), map(np.flatnonzero, ignored), strict=True)):
-            right = weights[image[at]].cumsum(0, dtype=np.float64)
-            counted = kept[np.searchsorted(marks, at)]
-            if len(crowd):
-                in_crowds = np.insert(weights[image[crowd]].cumsum(0, dtype=np.float64), 0, 0, axis=0)
-                counted -= in_crowds[np.searchsorted(crowd, at)]
-            ap[t] = _mean_precision(right, counted, total)
-    return np.where(total > 0, ap, np.nan)
-
-
-def _mean_precision(right: np.ndarray, counted: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """(h, W) true positives and all detections up to each hit, (W,) objects -> (W,) precision, mean over RECALLS."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(right / counted)
-        steps = np.nan_to_num(right / total)
-    precision = np.maximum.accumulate(precision[::-1], 0)[::-1]
-    steps = (
-        np.floor(steps * (len(RECALLS) - 1) + 1e-9) + 1
-    )  # recalls reached by then; searchsorted takes ten times as long
-    steps[1:] -= steps[:-1].copy()
-    return np.einsum("hw,hw->w", precision, steps) / len(RECALLS)
 
 
 @dataclass(frozen=True)
@@ -151,30 +93,19 @@ class Sampled:
         tail = (100 - level) / 2
         return (np.percentile(self.resamples, [tail, 100 - tail]) - self.resamples.mean() + self.value).tolist()
 
-    def clipped_interval(self) -> list[float]:
-        """The interval of a fraction."""
-        return np.clip(self.interval(), 0, 1).tolist()
-
 
 def comparisons(models: Mapping[str, Mapping[str, Sampled]], images: int) -> list[Comparison]:
-    """The interval of the difference and the verdict, for every pair of models and every number.
+    """The interval of a - b and the verdict on a, for every pair of models and each of their numbers.
 
-    Args:
-        models: the numbers by the name of the model; models without objects have none.
-        images: the number of images with objects.
-
-    Returns:
-        For each pair and each number the 95% interval of a - b, and the verdict of the 99% interval: better (a's is
-        higher), worse, not distinguishable, where it contains 0, or too few images, where there are less than
-        MIN_IMAGES_FOR_VERDICT.
+    The verdict follows from the 99% interval; `images` is the number of those with objects.
     """
+
+    def compare(difference: Sampled) -> Verdict:
+        low, high = difference.interval(VERDICT_LEVEL)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        return Verdict(difference.interval(), verdict if images >= MIN_IMAGES_FOR_VERDICT else "too few images")
+
     return [
-        Comparison(a, b, {name: _compare(of_a[name] - of_b[name], images) for name in of_a})
+        Comparison(a, b, {name: compare(of_a[name] - of_b[name]) for name in of_a})
         for (a, of_a), (b, of_b) in itertools.combinations(models.items(), 2)
     ]
-
-
-def _compare(difference: Sampled, images: int) -> Verdict:
-    low, high = difference.interval(VERDICT_LEVEL)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-    return Verdict(difference.interval(), TOO_FEW if images < MIN_IMAGES_FOR_VERDICT else verdict)

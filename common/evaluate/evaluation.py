@@ -11,18 +11,10 @@ import numpy as np
 
 from common.console import InputError, first_few
 from common.data.memory import DetectionData
-from common.evaluate import bootstrap
+from common.evaluate import bootstrap, metrics
 from common.evaluate.bootstrap import Sampled, resample
 from common.evaluate.detections import DetectionTable, ModelRun, label_map
 from common.evaluate.diagnosis import diagnose
-from common.evaluate.metrics import (
-    coco_numbers,
-    match_boxes_alone,
-    match_detections,
-    mean,
-    operating_point,
-    precision_at_recalls,
-)
 from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.results import DataDescription, DetectionNumbers, PrimaryNumbers, ValidationRecord
 from common.evaluate.trust import check_agreement
@@ -41,60 +33,43 @@ class Evaluation:
 
 
 def evaluate(
-    name: str,
-    path: str,
-    run: ModelRun,
-    data: DetectionData,
-    weights: np.ndarray | None = None,
-    strict: bool = False,
+    name: str, path: str, run: ModelRun, data: DetectionData, weights: np.ndarray | None = None, strict: bool = False
 ) -> Evaluation:
-    """Measure one model on `data`.
+    """Measure the model of that name, whose file is in `path`, by what it detects on the images of `data`.
 
-    Args:
-        name: of the model, in tables and charts.
-        path: of its file.
-        run: what it detects on these images.
-        weights: (P, R) as `bootstrap.image_weights` returns them; None leaves out intervals, diagnosis and `trust`.
-        strict: refuse detections that do not look as if they were read as they are meant.
+    `weights` (P, R) are `bootstrap.image_weights`; without them intervals, diagnosis and `trust` are left out.
 
     Raises:
-        InputError: the model and the data set have no class in common, or what `strict` refuses.
+        InputError: model and data have no class in common; with `strict`, detections do not look as they are meant.
     """
     labels = label_map(run.class_names, data)
-    known = int((labels >= 0).sum())
-    if known == 0:
+    if not (known := int((labels >= 0).sum())):
         raise InputError(f"{path}: none of its classes ({first_few(run.class_names)}) is in {data.source}")
     table = run.table.relabelled(labels)
-    conditions = run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)}
-    matched = match_detections(table, data)
-    point, boxes_alone = operating_point(matched.by_class), match_boxes_alone(matched, data)
-    primary = primary_pairs(matched, data, point.score)
+    matched = metrics.match_detections(table, data)
+    point, boxes_alone = metrics.operating_point(matched), metrics.match_boxes_alone(matched)
+    primary, agnostic = primary_pairs(matched, point.score), metrics.mean(metrics.average_precision(boxes_alone))
     record = ValidationRecord(
         name,
         path,
-        detection=DetectionNumbers(
-            **coco_numbers(matched, data), class_agnostic_AP50=mean(precision_at_recalls(boxes_alone, 1))
-        ),
+        detection=DetectionNumbers(**metrics.coco_numbers(matched), class_agnostic_AP50=agnostic),
         primary=PrimaryNumbers(**primary_numbers(primary)),
         cost=run.cost,
-        conditions=conditions,
+        conditions=run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)},
         warnings=[*run.warnings, *_class_warnings(run.class_names, labels, data)],
     )
     if weights is None:
         return Evaluation(record, table)
-    doubts = check_agreement(matched, data)
+    doubts = check_agreement(matched)
     if doubts and strict:
         raise InputError(f"{path}: {doubts[0]} (refused by --strict)")
     numbers = vars(record.primary) | vars(record.detection)
-    resamples = resample(matched, boxes_alone, primary, data, weights)
+    resamples = resample(matched, boxes_alone, primary, weights)
     samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
-    record = replace(
-        record,
-        diagnosis=diagnose(matched, data, point),
-        intervals={key: samples[key].clipped_interval() if key in samples else None for key in resamples},
-        warnings=[*record.warnings, *doubts],
-    )
-    return Evaluation(record, table, samples)
+    intervals: dict[str, list[float] | None] = dict.fromkeys(resamples)
+    intervals |= {key: np.clip(sampled.interval(), 0, 1).tolist() for key, sampled in samples.items()}
+    warnings, diagnosis = [*record.warnings, *doubts], diagnose(matched, point)
+    return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
 
 
 def describe_protocol(seed: int) -> dict:
@@ -113,40 +88,28 @@ def describe_protocol(seed: int) -> dict:
 
 def describe_data(data: DetectionData, source: str) -> DataDescription:
     """The data set of the results, called as `--data` or `--val-json` names it."""
-    boxes, names = int((~data.crowd).sum()), list(data.class_names)
-    counts = np.bincount(data.labels[~data.crowd], minlength=len(names)).tolist()
-    return DataDescription(source, "val", len(data), boxes, len(names), names, data.fingerprint(), counts)
+    counts, names = data.class_counts().tolist(), list(data.class_names)
+    return DataDescription(source, "val", len(data), sum(counts), len(names), names, data.fingerprint(), counts)
 
 
 def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
     """Which classes were matched although their names differ, and which classes of the data set the model lacks."""
-    matched = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
-    differ = [f"{own} = {name}" for own, name in matched if own != name]
+    pairs = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
+    differ = [f"{own} = {name}" for own, name in pairs if own != name]
     missing = [name for label, name in enumerate(data.class_names) if label not in labels]
-    warnings = []
-    if differ:
-        warnings.append(f"{len(differ)} classes were matched although their names differ ({first_few(differ)})")
-    if missing:
-        warnings.append(
-            f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source} "
-            f"({first_few(missing)}); their objects count as missed"
-        )
-    return warnings
+    renamed = f"{len(differ)} classes were matched although their names differ ({first_few(differ)})"
+    about = f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source}"
+    lacks = f"{about} ({first_few(missing)}); their objects count as missed"
+    return [renamed] * bool(differ) + [lacks] * bool(missing)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """A name for each file, from which other files are named: its stem, with its suffix where another file has the
-    stem, also where case is ignored, and else with a number."""
-    names: list[str] = []
+    """A name for each path, from which files are named: its stem, with a number where another has it, case aside."""
+    names: dict[str, str] = {}
     for path in paths:
-        file = Path(os.path.abspath(path))  # noqa: PTH100 (resolve follows links)
-        short, whole = (os.fsencode(name.strip("./\\"))[-NAME_BYTES:] for name in (file.stem, file.name))
-        stem = short.decode(errors="ignore") or "model"
-        numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        candidates = itertools.chain([stem, whole.decode(errors="ignore") or stem], numbered)
-        names.append(next(name for name in candidates if _folded(name) not in map(_folded, names)))
-    return names
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+        stem = Path(os.path.abspath(path)).stem.strip(".\\")  # noqa: PTH100 (resolve follows links)
+        stem = os.fsencode(stem)[-NAME_BYTES:].decode(errors="ignore") or "model"
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        name = next(name for name in candidates if unicodedata.normalize("NFC", name).casefold() not in names)
+        names[unicodedata.normalize("NFC", name).casefold()] = name
+    return list(names.values())

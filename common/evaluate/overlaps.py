@@ -36,25 +36,37 @@ class Overlaps:
         IoU, of equals the later box, as pycocotools takes them."""
         return self.select(np.lexsort((-self.box, -self.iou, last[self.box], self.detection)))
 
+    def best(self, detections: int) -> tuple[np.ndarray, np.ndarray]:
+        """The highest IoU of each detection (M,), 0 without a pair, and its box (M,), else -1; of equals the first."""
+        order = np.lexsort((self.box, -self.iou, self.detection))
+        best = self.select(order[np.nonzero(np.diff(self.detection[order], prepend=-1))[0]])
+        iou, box = np.zeros(detections), np.full(detections, -1)
+        iou[best.detection], box[best.detection] = best.iou, best.box
+        return iou, box
+
 
 def find_overlaps(
     image: np.ndarray, boxes: np.ndarray, data: DetectionData, at_least: float = BACKGROUND_IOU
 ) -> Overlaps:
-    """The pairs of an image that overlap.
+    """The pairs of an image with a common area and that IoU or more, by pycocotools' arithmetic, to the last digit.
 
-    Args:
-        image: (M,) int64 index into `data.images` of each detection.
-        boxes: (M, 4) float64 xywh original pixels.
-        data: the ground truth.
-        at_least: least IoU; with 0 all that have a common area.
+    `image` and `boxes` are those of a `DetectionTable`.
     """
     counts = np.diff(data.starts)[image]  # pairs of each detection
-    detected, true = _edges(boxes), _edges(data.boxes)
+    (low, high, area), (true_low, true_high, true_area) = _edges(boxes), _edges(data.boxes)
     parts = []
     for rows in np.array_split(np.arange(len(image)), counts.sum() // CHUNK + 1):
         n = counts[rows]
+        detection = np.repeat(rows, n)
         box = np.arange(n.sum()) + np.repeat(data.starts[image[rows]] - (n.cumsum() - n), n)
-        pairs = _intersect(np.repeat(rows, n), box, detected, true, data.crowd)
+        common = np.ones(len(box))
+        for axis in (0, 1):  # most pairs are apart on the first axis and need no second
+            side = np.minimum(high[axis][detection], true_high[axis][box])
+            side -= np.maximum(low[axis][detection], true_low[axis][box])
+            near = np.nonzero(side > 0)[0]
+            detection, box, common = detection[near], box[near], common[near] * side[near]
+        own = area[detection]
+        pairs = Overlaps(detection, box, common / np.where(data.crowd[box], own, own + true_area[box] - common))
         parts.append(pairs.select(pairs.iou >= at_least))
     return Overlaps(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "box", "iou")))
 
@@ -65,19 +77,6 @@ def _edges(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return low, low + sides, sides[0] * sides[1]
 
 
-def _intersect(detection: np.ndarray, box: np.ndarray, detected: tuple, true: tuple, crowd: np.ndarray) -> Overlaps:
-    """The pairs among these with a common area; the arithmetic is that of pycocotools, to the last digit."""
-    common = np.ones(len(box))
-    for axis in (0, 1):  # most pairs are apart on the first axis and need no second
-        (low, high, _), (true_low, true_high, _) = detected, true
-        side = np.minimum(high[axis][detection], true_high[axis][box])
-        side -= np.maximum(low[axis][detection], true_low[axis][box])
-        near = np.nonzero(side > 0)[0]
-        detection, box, common = detection[near], box[near], common[near] * side[near]
-    own = detected[2][detection]
-    return Overlaps(detection, box, common / np.where(crowd[box], own, own + true[2][box] - common))
-
-
 def assign(overlaps: Overlaps, shared: np.ndarray, detections: int) -> np.ndarray:
     """(M,) int64 box of each detection, -1 where it gets none, as COCO's loop over detections and boxes gives them.
 
@@ -85,10 +84,8 @@ def assign(overlaps: Overlaps, shared: np.ndarray, detections: int) -> np.ndarra
     first of their list at once, a box keeps the earliest detection, and the others ask for their next (Gale and
     Shapley, 1962). As all boxes prefer the detections in one order, both end in the same pairs.
 
-    Args:
-        overlaps: the pairs that may match, `by_preference`, the detections of an image by falling score.
-        shared: (N,) bool, boxes that any number of detections may get: crowds.
-        detections: M.
+    The pairs are `by_preference`, the detections of an image by falling score; any number of detections may get a box
+    of the mask `shared` (N,), a crowd.
     """
     boxes = np.full(detections, -1)
     choice = np.nonzero(np.diff(overlaps.detection, prepend=-1))[0]  # the pair that each detection asks for

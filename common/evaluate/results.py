@@ -4,13 +4,14 @@ The dataclasses are the form of the file: `from_json` checks it once, so that re
 fractions, None where a number does not exist.
 """
 
+import functools
 import json
-import math
 import os
 import platform
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +22,9 @@ from common.files import atomic_write
 FORMAT_VERSION = 2
 REASON_LENGTH = 120  # characters of the parser's message
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
-EXACT_FLOATS = 2**53
+LARGEST = 2**53  # of whole numbers that a float holds exactly
 Number = float | None
+fields_of: Callable[[typing.Any], dict[str, typing.Any]] = functools.cache(typing.get_type_hints)
 
 
 @dataclass(frozen=True)
@@ -193,100 +195,65 @@ class ValidationResults:
     hardware: dict = field(default_factory=dict)
 
 
-def describe_software() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def describe_hardware() -> dict[str, str | int | None]:
-    """Machine type, system and number of processor cores; the device of each model is in its cost."""
-    return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
-
-
 def write_results(path: str | Path, results: ValidationResults) -> None:
-    """Write the file with the current time, software and hardware; an existing file is replaced once it is complete.
-
-    Raises:
-        InputError: the file can't be written.
-    """
+    """Write the file with the current time, software and hardware. Raises InputError as `atomic_write` does."""
     stamped = {
         "format_version": FORMAT_VERSION,
         **asdict(results),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "software": describe_software(),
-        "hardware": describe_hardware(),
+        "software": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
     }
+    finite = json.loads(json.dumps(stamped), parse_constant=lambda _: None)  # JSON has neither NaN nor inf
     with atomic_write(path, "w") as file:
-        json.dump(_without_nan(stamped), file, indent=2, allow_nan=False)
+        json.dump(finite, file, indent=2)
         file.write("\n")
 
 
 def read_results(path: str | Path) -> ValidationResults:
-    """Read and check the file.
-
-    Raises:
-        InputError: no such file, not this format, or no models in it.
-    """
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; comprehensive_validation.py writes it") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {str(error)[:REASON_LENGTH]}") from error
+    """Read and check the file. Raises InputError: no such file, not this format, or no models in it."""
+    content = read_json(path, "; comprehensive_validation.py writes it")
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} is not a file of validation results of format version {FORMAT_VERSION}, but of {version}: run "
-            "comprehensive_validation.py again"
-        )
+        about = f"validation results of format version {FORMAT_VERSION}, but of {version}"
+        raise InputError(f"{path} is not a file of {about}: run comprehensive_validation.py again")
     results = from_json(ValidationResults, content, str(path))
     if not results.models:
         raise InputError(f"{path} holds no models")
     return results
 
 
+def read_json(path: str | Path, advice: str = "") -> typing.Any:
+    """The content of a JSON file. Raises InputError: no such file, with `advice`, or another form."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {str(error)[:REASON_LENGTH]}") from error
+
+
 def from_json(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
     """A value of JSON as `kind`: a dataclass, a list or dictionary of something, a plain type, or one of them or None.
 
-    Raises:
-        InputError: it has another type, or lacks a field; `where` is its place in the message.
+    Raises InputError, with `where` as its place, where it has another type or lacks a field.
     """
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
+    if origin is types.UnionType:
         return None if value is None else from_json(inside[0], value, where)
-    if kind is float and type(value) is int and abs(value) < EXACT_FLOATS:
-        value = float(value)
-    if type(value) is not (dict if is_dataclass(kind) else origin or kind) or not _is_finite(value):
+    if type(value) in (int, float) and kind in (int, float) and abs(value) < LARGEST and value == kind(value):
+        return kind(value)
+    hints = fields_of(kind) if is_dataclass(kind) else None
+    if type(value) is not (dict if hints else origin or kind):
         raise InputError(f"{where} must be {getattr(kind, '__name__', kind)}, not {str(value)[:40]}")
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-        if missing := [name for name in needed if name not in value]:
-            raise InputError(f"{where} lacks {missing[0]!r}")
-        known = {name: hint for name, hint in hints.items() if name in value}
-        make: typing.Any = kind
-        return make(**{name: from_json(hint, value[name], f"{where}: {name}") for name, hint in known.items()})
-    if origin is dict:
-        return {key: from_json(inside[1], item, f"{where}: {key}") for key, item in value.items()}
+    if hints:
+        given = {name: hint for name, hint in hints.items() if name in value}
+        try:
+            return kind(**{name: from_json(hint, value[name], f"{where}: {name}") for name, hint in given.items()})
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from error
     if origin is list:
         return [from_json(inside[0], item, f"{where}: {number}") for number, item in enumerate(value)]
+    if origin is dict:
+        return {key: from_json(inside[1], item, f"{where}: {key}") for key, item in value.items()}
     return value
-
-
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _without_nan(value: object) -> object:
-    """The value with null in place of inf and NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value if _is_finite(value) else None

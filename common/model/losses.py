@@ -25,6 +25,7 @@ POSITIVE_IOU = 0.5  # of a box that the second look names and places, with its o
 QUALITY_AN_OBJECT = 2.4
 POSITIVE_AN_OBJECT = {"task-aligned": 25.0, "center": 15.0}
 POSITIVE_AN_IMAGE = 65.0
+LOGIT_ADJUSTMENT = 0.5  # power of the frequency of a class that the second look need not learn (arXiv 2007.07314)
 MIN_POSITIVE = 1 / 8  # positive locations of an image in a divisor: fewer would let images without objects dominate
 SMOOTH_L1_BETA = 0.1  # in units of the box
 MIN_BOX_UNIT = 8.0  # input pixels: without it the loss of one tiny box would exceed that of hundreds of others
@@ -47,9 +48,6 @@ class LossConfig:
     )
     boxes: str = flag("giou", "loss of the boxes", choices=BOX_LOSSES)
     box_weight: float = flag(2.0, "weight of the loss of the boxes", at_least=0)
-    logit_adjustment: float = flag(
-        0.5, "power of the frequency of a class that the second look need not learn (arXiv 2007.07314)", at_least=0
-    )
 
 
 class Matched(NamedTuple):
@@ -67,11 +65,7 @@ class DetectionLoss(nn.Module):
     With `quality` scores the losses of class and box are weighted by the quality of the location. The terms of the
     dense head are divided by the positive locations that so many objects usually have, weighted likewise; those of a
     second look by the positive boxes that so many images with objects usually have. No divisor is less than
-    `MIN_POSITIVE` for each image.
-
-    Args:
-        config: the kinds of losses.
-        class_shares: (K,) of the training objects, for the logit adjustment of a second look.
+    `MIN_POSITIVE` for each image. `class_shares` (K,) of the training objects adjust the logits of a second look.
     """
 
     class_prior: Tensor | None
@@ -79,21 +73,14 @@ class DetectionLoss(nn.Module):
     def __init__(self, config: LossConfig, class_shares: Tensor | None = None):
         super().__init__()
         self.config = config
-        prior = None if class_shares is None else config.logit_adjustment * class_shares.clamp(min=1e-6).log()
+        prior = None if class_shares is None else LOGIT_ADJUSTMENT * class_shares.clamp(min=1e-6).log()
         self.register_buffer("class_prior", prior, persistent=False)
 
     def forward(self, out: RawOutput, targets: Targets, counts: Tensor | None = None) -> dict[str, Tensor]:
-        """The terms of a batch.
+        """The terms of a batch: object, over the locations that are not ignored, class and box, over the positive ones.
 
-        Args:
-            out: of the batch.
-            targets: boxes in input pixels.
-            counts: (2,) the mean of `Targets.counts` over all batches that share the step. The mean of the gradients of
-                these batches is then that of one batch with all of their images. None: this batch alone.
-
-        Returns:
-            Scalars: object, over the locations that are not ignored; class and box, over the positive locations; the
-            same of the second look.
+        `counts` (2,) is the mean of `Targets.counts` over all batches that share the step, by default this one alone.
+        The mean of the gradients of these batches is then that of one batch with all of their images.
         """
         second, count = out.second, out.boxes.shape[1]
         boxes = out.boxes if second is None else torch.cat([out.boxes, second.boxes], dim=1)
@@ -159,15 +146,10 @@ class DetectionLoss(nn.Module):
 
 
 def match_proposals(out: SecondOutput, iou: Tensor, targets: Targets) -> Matched:
-    """What the P boxes of the second look are trained to be.
+    """What the P boxes of the second look are trained to be, given the IoU (B, N, 2 P) of better boxes, then proposals.
 
     Class and box are trained on the proposals that overlap an object enough. The score of each is trained to be the IoU
     that its better box reaches with an object, except of those in a crowd.
-
-    Args:
-        out: of the second look.
-        iou: (B, N, 2 P) of the objects with the better boxes, then with the proposals.
-        targets: of the batch.
     """
     best, index = iou.max(1)
     reached, overlap = best.chunk(2, dim=1)

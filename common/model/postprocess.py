@@ -28,10 +28,9 @@ def fuse_predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
     """
     if out.second is None:
         return out.scores(), out.boxes
-    second, (images, count) = out.second, out.second.locations.shape
-    index = torch.arange(images, device=out.boxes.device)[:, None].expand(images, count)
+    second, rows, count = out.second, out.class_rows[out.second.locations], out.second.locations.shape[1]
     objects = F.logsigmoid(out.object_logits.gather(1, second.locations))
-    classes = out.class_logits_at(index, second.locations).log_softmax(-1)
+    classes = out.class_logits.gather(1, rows[..., None].expand(-1, -1, out.class_logits.shape[2])).log_softmax(-1)
     objects = objects.lerp(F.logsigmoid(second.object_logits[:, -count:]), SECOND_OBJECT_SHARE)
     classes = classes.lerp(second.class_logits[:, -count:].log_softmax(-1), SECOND_CLASS_SHARE)
     return objects.exp()[..., None] * (classes / CLASS_TEMPERATURE).softmax(-1), second.boxes[:, -count:]
@@ -60,21 +59,16 @@ def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def postprocess(scores: Tensor, boxes: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
-    """The best detections of each image of a batch; a box may have several classes.
-
-    Args:
-        scores: (B, M, K) as `fuse_predictions` returns them.
-        boxes: (B, M, 4) input pixels.
-        meta: of the B images, whose scales map boxes back to original pixels.
-
-    Raises:
-        ValueError: an augmented image, which has no scale.
-    """
+    """`fuse_predictions` of a batch -> the best detections of each image; a box may have several classes."""
     return detections_of(*select_detections(scores, boxes), meta)
 
 
 def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
-    """What `select_detections` returns -> `Detections`, without those that are too unsure or outside the image."""
+    """What `select_detections` returns -> `Detections` in original pixels, none too unsure or outside the image.
+
+    Raises:
+        ValueError: an augmented image, which has no scale.
+    """
     columns = zip(boxes.cpu(), scores.cpu(), labels.cpu(), meta, strict=True)
     return [_detections(*column) for column in columns]
 
@@ -88,16 +82,10 @@ def _detections(boxes: Tensor, scores: Tensor, labels: Tensor, meta: ImageMeta) 
 
 
 def nms_mask(conflict: Tensor) -> Tensor:
-    """Greedy NMS: a box is kept unless it conflicts with a kept box before it.
+    """Greedy NMS, (B, N) from conflicts (B, N, N) of boxes by falling score: kept are those without a kept one before.
 
     Each round decides the boxes that depend on boxes which the round before decided. After `NMS_ROUNDS` all are decided
     as a loop would, unless a chain of more boxes decide about each other, one by one.
-
-    Args:
-        conflict: (B, N, N) bool, between the boxes of an image, by falling score.
-
-    Returns:
-        (B, N) bool.
     """
     before = conflict.triu(diagonal=1).float()
     kept = torch.ones_like(before[:, :1])  # (B, 1, N)

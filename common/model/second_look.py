@@ -16,6 +16,7 @@ CANDIDATES, TRAINED_CANDIDATES = 1000, 300  # best locations of an image that en
 PROPOSAL_IOU = 0.7  # of NMS: overlapping boxes of one object are looked at several times
 CLASS_PARTS = 2  # the class is predicted from a grid of 2 x 2 means of the features in a box
 BOX_PARTS = 7  # the better box and its score from a grid of 7 x 7
+WIDTH, HIDDEN = 128, 256  # channels from which the box and its score are predicted, and units of their hidden layer
 FEW_PARTS = 2  # up to so many, one large matrix product is faster than two steps with less arithmetic
 TRAINED_PROPOSALS = 64  # of an image, a step
 NUM_JITTERED = 64  # boxes around the objects of an image that are looked at in training, beside the proposals
@@ -31,22 +32,10 @@ class SecondLook(nn.Module):
         num_classes: K.
         stride: spacing of the patch tokens, input pixels.
         proposals: boxes of the dense head that are looked at, an image.
-        width: channels from which the box and its score are predicted.
-        hidden: units of the hidden layer behind them.
         dropout: share of inputs and hidden units dropped in training.
     """
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        num_classes: int,
-        stride: int,
-        proposals: int,
-        width: int = 128,
-        hidden: int = 256,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, *, channels: int, num_classes: int, stride: int, proposals: int, dropout: float = 0.0):
         super().__init__()
         self.stride, self.proposals = stride, proposals
         self.jitter = JitteredBoxes()
@@ -54,27 +43,19 @@ class SecondLook(nn.Module):
             nn.LayerNorm(channels, elementwise_affine=False), nn.Flatten(2), nn.Dropout(dropout)
         )
         self.classify = nn.Linear(channels * CLASS_PARTS**2, num_classes)
-        self.reduce = nn.Linear(channels, width)
-        self.embed = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Flatten(2),
-            nn.Linear(width * BOX_PARTS**2, hidden),
-            nn.LayerNorm(hidden),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-        )
-        self.predict = nn.Linear(hidden, 5)  # object, then the change of the box
+        self.reduce = nn.Linear(channels, WIDTH)
+        hidden = nn.Linear(WIDTH * BOX_PARTS**2, HIDDEN)
+        layers = (nn.LayerNorm(WIDTH), nn.Flatten(2), hidden, nn.LayerNorm(HIDDEN), nn.SiLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(*layers)
+        self.predict = nn.Linear(HIDDEN, 5)  # object, then the deltas of the box
         for layer in (self.classify, self.predict):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor, out: RawOutput, targets: Targets | None = None) -> SecondOutput:
-        """Predict from the features in the best boxes of the dense head, in training also in boxes around the objects.
+        """(B, h, w, C) features and the dense head's output on them -> predictions for the best of its boxes.
 
-        Args:
-            features: (B, h, w, C).
-            out: of the dense head on them.
-            targets: of the batch, in training.
+        With `targets`, in training, boxes around the objects come first.
         """
         count, candidates = self.proposals, CANDIDATES
         if self.training:
@@ -91,9 +72,7 @@ class SecondLook(nn.Module):
 def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -> Tensor:
     """The (B, N) locations with the highest object scores after NMS, N = `count` or all; then those that it removed.
 
-    Of all locations the `candidates` with the highest scores enter NMS.
-
-    The number is the same for each image, so that a batch is one tensor.
+    Of all locations the `candidates` best enter NMS. N is the same for each image, so that a batch is one tensor.
     """
     logits, boxes = out.object_logits.detach(), out.boxes.detach()
     best, index = logits.topk(min(candidates, logits.shape[1]))  # by falling score

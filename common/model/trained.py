@@ -10,19 +10,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from PIL import Image
 from torch import Tensor
 
 from common.console import InputError
+from common.files import PROGRAM
+from common.hub import FILES
 from common.images import letterboxed, read_pixels
-from common.model.checkpoint import Checkpoint, load_checkpoint
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_folder
 from common.model.postprocess import detections_of, fuse_predictions, select_detections
 from common.runtime import choose_precision, default_device
 from common.types import Detections, ImageMeta
 
+CARD = Path(__file__).with_name("card.md").read_text()  # a template for jinja2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor
@@ -100,14 +105,22 @@ def _read(image: AnyImage, number: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CheckpointDetector(TrainedDetector):
-    """A checkpoint on a device."""
+class CheckpointDetector(
+    TrainedDetector, ModelHubMixin, library_name=PROGRAM, pipeline_tag="object-detection", model_card_template=CARD
+):
+    """A checkpoint on a device. `save_pretrained`, `push_to_hub` and `from_pretrained` are huggingface_hub's."""
 
     checkpoint: Checkpoint
+    path: str  # of its file, by which it is pickled
+
+    _hub_mixin_config = {"library_name": PROGRAM}  # noqa: RUF012  (of the mixin; `save_folder` writes the settings)
 
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.checkpoint.detector.parameters())
+
+    def __reduce__(self) -> tuple:
+        return load_on_device, (self.path, self.device, self.precision)
 
     def conditions(self) -> dict:
         return self.checkpoint.conditions()
@@ -118,6 +131,28 @@ class CheckpointDetector(TrainedDetector):
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             out = self.checkpoint.detector(images.to(self.device))
         return select_detections(*fuse_predictions(out))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_folder(save_directory, self.checkpoint)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, class_names: Any = None, category_ids: Any = None, **options: Any
+    ) -> "CheckpointDetector":
+        """`options` are those of `load_detector` and of `snapshot_download`."""
+        chosen = {name: options.pop(name) for name in ("device", "precision") if name in options}
+        if not Path(model_id).is_dir():
+            model_id = snapshot_download(model_id, allow_patterns=FILES, **options)
+        return load_on_device(model_id, **chosen)
+
+    def generate_model_card(self) -> ModelCard:
+        """The card, with the numbers of the validation in training."""
+        conditions, metrics = self.conditions(), self.checkpoint.metrics
+        numbers = {key: f"{value:.3f}" for key, value in metrics.items() if isinstance(value, float)}
+        card = super().generate_model_card(detector=self, conditions=conditions, numbers=numbers)
+        if (backbone := str(conditions.get("backbone"))).startswith("facebook/"):  # others may be local folders
+            card.data["base_model"] = backbone
+        return card
 
 
 def load_on_device(
@@ -138,4 +173,5 @@ def load_on_device(
         chosen,
         choose_precision(precision),
         checkpoint,
+        str(path),
     )

@@ -1,16 +1,18 @@
-"""Charts of validation results: readable without colour, at half size, and with one model or ten.
+"""Charts of validation results: readable without colour, at half size, and with one model or ten. Imports no torch.
 
-Imports no torch. Each model keeps its colour, hatch, marker and line in every chart. No figure is registered with
-pyplot, so none has to be closed and no window system is needed; the caller's settings of matplotlib stay as they are.
+Each model keeps its colour, hatch, marker and line in every chart. No figure is registered with pyplot, so none has to
+be closed and no window system is needed; the caller's settings of matplotlib stay as they are.
 """
 
 import io
 import itertools
 import json
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,35 +22,19 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from common.console import InputError, to_one_line
 from common.evaluate.results import ValidationRecord, ValidationResults
 from common.files import PROGRAM
-from common.show import fonts
-from common.show.tables import short_names
+from common.show.fonts import installed_fonts, print_missing
+from common.show.tables import COLUMNS, short_names
 
-HEADLINE_METRICS = {
-    "Accuracy": ("primary", "accuracy"),
-    "Precision": ("primary", "precision"),
-    "Recall": ("primary", "recall"),
-    "F1": ("primary", "f1"),
-    "Mean IoU": ("primary", "mean_iou"),
-    "Found": ("primary", "found"),
-    "mAP@0.5": ("detection", "AP50"),
-}
-SIZES = {
-    "small\n(< 32² px)": ("detection", "AP_small"),
-    "medium": ("detection", "AP_medium"),
-    "large\n(> 96² px)": ("detection", "AP_large"),
-}
-ERRORS = {
-    "wrong class": ("errors", "class"),
-    "localisation": ("errors", "localisation"),
-    "both": ("errors", "both"),
-    "duplicate": ("errors", "duplicate"),
-    "background": ("errors", "background"),
-    "missed": ("errors", "missed"),
-}
+Metrics = Mapping[str, tuple[str, str]]  # by label the part of a record and the number in it
+
+HEADLINE = {column.heading: (column.part, column.keys[0]) for column in COLUMNS[:7]}
+SIZES = {size: ("detection", f"AP_{size.split()[0]}") for size in ("small\n(< 32² px)", "medium", "large\n(> 96² px)")}
+ERRORS = {kind: ("errors", kind) for kind in ("class", "localisation", "both", "duplicate", "background", "missed")}
 COLOURS = sns.color_palette("colorblind")  # ten, distinguishable for colour-blind readers too
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++", "||", "**")  # distinguish bars without colour
 MARKERS = "osD^vPX*<>"
@@ -56,58 +42,43 @@ LINES = ("-", "--", "-.", ":")
 CHARTS = ("comparison", "precision_recall", "per_class", "confusion", "calibration", "training")
 MAX_MODELS = len(COLOURS)  # drawn; no two of them look alike
 MAX_CLASSES = 60  # drawn, those with most objects
-CONFUSION_CLASSES = 15  # classes that a confusion matrix shows by name
-
-# In the record they are those of the model, in a run's settings.json those requested.
-RESOLVED = ("backbone", "blocks", "head", "image_size")
-
-Models = Sequence[ValidationRecord]
-
-
-class Epoch(NamedTuple):
-    """One line of a run's log; NaN for a number that does not exist."""
-
-    number: int
-    stage: str
-    loss: float  # the sum of all terms
-    ap50: float
+CONFUSION_CLASSES = 15  # likewise, in a confusion matrix
 
 
 def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
-    """PNG files of every chart for which there are numbers, by name; names that fonts cannot draw are printed.
+    """PNG files of every chart for which there are numbers, by name; names that no font can draw are printed.
 
     Raises:
-        InputError: no model with numbers.
+        InputError: no model has numbers.
     """
-    models, names = drawn_models(results), _names(results)
-    fonts.print_replaced(names)
-    reasons = [f"{record.error} {record.number('cost', 'device')}" for record in results.models]
-    texts = [to_one_line(text, 1000) for text in (*names, *reasons)]
-    family = list(dict.fromkeys(name for text in texts for name, _ in fonts.fonts_for(text)))
+    models, data = drawn_models(results), results.dataset
+    print_missing([data.source, *data.class_names, *(record.name for record in models)])
     charts = [comparison, precision_recall, per_class]
     charts += [confusion] if any(record.diagnosis and record.diagnosis.confusion for record in models) else []
     charts += [calibration] if any(record.diagnosis for record in models) else []
-    logs = logs_of(results)
+    charts += [training] if any(map(read_log, models)) else []
+    style = {"axes.grid": True, "grid.alpha": 0.4, "font.family": list(installed_fonts()), "text.parse_math": False}
     pages = {}
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a letter that no font has
         matplotlib.rcdefaults()  # the user's own settings may ask for LaTeX, or for fonts with few letters
-        no_formulas = {"text.parse_math": False}  # "$" in a name does not start a formula
-        sns.set_theme(style="ticks", font_scale=0.95, rc={"font.family": family} | no_formulas)
-        figures = {chart.__name__: chart(results) for chart in charts}
-        for name, figure in (figures | ({"training": training(results, logs)} if logs else {})).items():
+        sns.set_theme(style="ticks", font_scale=0.95, rc=style)
+        for chart in charts:
             stream = io.BytesIO()
-            figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": PROGRAM})
-            pages[name] = stream.getvalue()
+            chart(results).savefig(stream, format="png", dpi=dpi, metadata={"Software": PROGRAM})
+            pages[chart.__name__] = stream.getvalue()
     return pages
 
 
 def drawn_models(results: ValidationResults) -> list[ValidationRecord]:
-    """The models with numbers, at most MAX_MODELS of them.
+    """The models with numbers, at most MAX_MODELS of them, under short names.
 
     Raises:
         InputError: there are none.
     """
-    models = [record for record in results.models if not record.error]
+    short = short_names([record.name for record in results.models])
+    named = [replace(record, name=name) for record, name in zip(results.models, short, strict=True)]
+    models = [record for record in named if not record.error]
     if not models:
         raise InputError("no model with numbers to draw: every model has an error")
     return models[:MAX_MODELS]
@@ -118,47 +89,39 @@ def bar_style(position: int) -> dict:
     return {"facecolor": COLOURS[position], "hatch": HATCHES[position], "edgecolor": "black"}
 
 
-def marker_style(position: int) -> dict:
-    """The scatter marker of that model."""
-    look = {"marker": MARKERS[position], "color": COLOURS[position]}
-    return look | {"markeredgecolor": "black", "linestyle": "none"}
+def line_style(position: int, points: int = 0) -> dict:
+    """The markers of that model, about ten of the points, joined by its line; without points single markers."""
+    line = {"linestyle": LINES[position % len(LINES)] if points else "none", "markevery": max(1, points // 10)}
+    return {"marker": MARKERS[position], "color": COLOURS[position], "markeredgecolor": "black"} | line
 
 
-def line_style(position: int, points: int) -> dict:
-    """The line of that model, with about ten markers on it."""
-    line = {"linestyle": LINES[position % len(LINES)], "markevery": max(1, points // 10), "markersize": 5}
-    return marker_style(position) | line
+def draw_bars(axes: Axes, title: str, models: Sequence[ValidationRecord], metrics: Metrics) -> None:
+    """Groups of bars, one per number, and in each one bar per model, with its value and, if known, its interval.
 
-
-def draw_bars(axes: Axes, models: Models, metrics: Mapping[str, tuple[str, str]]) -> None:
-    """Groups of bars, one group per number and one bar per model, each with its value and, if known, its interval.
-
-    Args:
-        metrics: by the label of the group, the part of a record and the number in it; of "errors" the gain is drawn.
+    `metrics` has, by the label of the group, the part of a record and the number in it; of "errors" the gain is drawn.
     """
     width = min(0.28, 0.84 / len(models))
-    crowded = len(models) > 4
-    text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-    text |= {"rotation": 90, "fontsize": 7} if crowded else {"rotation": 0, "fontsize": 9}
-    lowest, highest = 0.0, 0.05
+    digits, size, angle = (2, 7, 90) if len(models) > 4 else (3, 9, 0)
     for position, record in enumerate(models):
-        for group, (part, key) in enumerate(metrics.values()):
-            value, interval = _number(record, part, key), record.interval(key)
-            x, top = group + width * (position - (len(models) - 1) / 2), value or 0.0
-            axes.bar(x, top, width * 0.94, linewidth=0.6, **bar_style(position))
-            if value is not None and interval:
-                spread = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
-                axes.errorbar(x, value, spread, color="black", linewidth=1, capsize=min(3, 12 * width))
-                top = max(top, interval[1])
-            label = "–" if value is None else f"{value:.2f}" if crowded else f"{value:.3f}"
-            axes.annotate(label, (x, max(top, 0)), (0, 3), **text)
-            lowest, highest = min(lowest, value or 0.0), max(highest, top)
+        numbers = [_number(record, part, key) for part, key in metrics.values()]
+        heights = np.array([number or 0.0 for number in numbers])
+        ends = [record.interval(key) or (h, h) for (_, key), h in zip(metrics.values(), heights, strict=True)]
+        spread = np.abs(np.array(ends).T - heights)
+        bars = axes.bar(
+            np.arange(len(metrics)) + width * (position - (len(models) - 1) / 2),
+            heights,
+            width * 0.94,
+            yerr=spread if spread.any() else None,
+            error_kw={"elinewidth": 1, "capsize": min(3, 12 * width)},
+            linewidth=0.6,
+            **bar_style(position),
+        )
+        texts = ["–" if number is None else f"{number:.{digits}f}" for number in numbers]
+        axes.bar_label(bars, texts, padding=3, fontsize=size, rotation=angle)
     axes.set_xticks(range(len(metrics)), metrics)
-    axes.set_xlim(-0.5, len(metrics) - 0.5)
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylim(1.1 * lowest, highest * (1.22 if crowded else 1.14))
-    axes.grid(axis="y", alpha=0.4)
-    axes.set_axisbelow(True)
+    low, high = axes.dataLim.intervaly
+    axes.set(title=title, xlim=(-0.5, len(metrics) - 0.5), ylim=(1.4 * min(0, low), max(0.06, 1.18 * high)))
+    axes.grid(visible=False, axis="x")
 
 
 def _number(record: ValidationRecord, part: str, key: str) -> float | None:
@@ -167,259 +130,164 @@ def _number(record: ValidationRecord, part: str, key: str) -> float | None:
     return record.diagnosis.errors[key].gain if record.diagnosis else None
 
 
-def draw_speed(axes: Axes, models: Models) -> None:
+def draw_speed(axes: Axes, models: Sequence[ValidationRecord]) -> None:
     """mAP@0.5 with its interval against images per second, one marker per model, named by the figure's legend."""
-    places = {position: r for position, r in enumerate(models) if r.cost and r.detection}
-    timed = [(place, r, r.cost, r.detection.AP50 or 0.0) for place, r in places.items() if r.cost and r.detection]
+    timed = [(position, r, r.cost) for position, r in enumerate(models) if r.cost]
     if not timed:
         axes.text(0.5, 0.5, "no speeds were measured", ha="center", transform=axes.transAxes, color="0.4")
-        axes.set_axis_off()
-        return
-    tops = [0.05]
-    for position, record, cost, ap in timed:
-        ends = record.interval("AP50") or [ap, ap]
-        axes.plot([cost.images_per_s] * 2, ends, color="0.4", linewidth=1)
-        axes.plot(cost.images_per_s, ap, **marker_style(position), markersize=11)
-        tops += [ap, ends[1]]
-    speeds, devices = [cost.images_per_s for _, _, cost, _ in timed], {cost.device for _, _, cost, _ in timed}
-    axes.set_xscale("log")
-    low, high = min(speeds) / 3, max(speeds) * 3
-    axes.set_xlim(low, high)
-    ticks = [t * 10**e for e in range(-3, 5) for t in (1, 2, 5) if low <= t * 10**e <= high]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        return axes.set_axis_off()
+    for position, record, cost in timed:
+        ap = record.number("detection", "AP50") or 0.0
+        axes.plot([cost.images_per_s] * 2, record.interval("AP50") or [ap, ap], color="0.4", linewidth=1)
+        axes.plot(cost.images_per_s, ap, **line_style(position), markersize=11)
+    speeds, devices = [cost.images_per_s for *_, cost in timed], {cost.device for *_, cost in timed}
+    axes.set(xscale="log", xlim=(min(speeds) / 3, max(speeds) * 3), ylim=(0, max(0.06, 1.1 * axes.get_ylim()[1])))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.set_ylim(0, 1.15 * max(tops))
-    axes.set_xlabel("images per second" + (f"\n{_text(devices.pop(), 60)}" if len(devices) == 1 else ""))
-    axes.set_ylabel("mAP@0.5")
-    axes.grid(alpha=0.4)
+    device = f"\n{to_one_line(devices.pop(), 60)}" if len(devices) == 1 else ""
+    axes.set(title="Accuracy against speed", xlabel=f"images per second{device}", ylabel="mAP@0.5")
 
 
 def caption(results: ValidationResults, width: int = 150) -> str:
     """What the numbers were measured on, and which models are missing from the charts and why."""
-    data, evaluated = results.dataset, sum(not record.error for record in results.models)
-    lines = [f"{data.images} validation images of {_text(data.source, 100)}, {data.boxes} boxes"]
-    if evaluated > MAX_MODELS:
+    data, failed = results.dataset, [record for record in results.models if record.error]
+    lines = [f"{data.images} validation images of {to_one_line(data.source, 100)}, {data.boxes} boxes"]
+    if (evaluated := len(results.models) - len(failed)) > MAX_MODELS:
         lines.append(f"the first {MAX_MODELS} of {evaluated} models")
-    for record in results.models:
-        if record.error:
-            text = f"{_text(record.name)} was not evaluated: {_text(record.error, 2 * width)}"
-            lines += textwrap.wrap(text, width)[:2]
+    for record in failed:
+        text = f"{to_one_line(record.name)} was not evaluated: {to_one_line(record.error, 2 * width)}"
+        lines += textwrap.wrap(text, width)[:2]
     return "\n".join(lines)
 
 
-def _names(results: ValidationResults) -> list[str]:
-    """All names that the charts show: of the data, its classes and the models."""
-    return [results.dataset.source, *results.dataset.class_names, *(record.name for record in results.models)]
-
-
-def _text(text: object, width: int = 40) -> str:
-    """The text as the fonts can draw it, on one line of at most `width` characters."""
-    return fonts.drawable(to_one_line(text, width))
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure; sizes in inches."""
-    return Figure((width, height), layout="constrained")
-
-
-def _add_caption(figure: Figure, results: ValidationResults, more: str = "") -> None:
-    text = caption(results, int(11.5 * figure.get_figwidth()))
-    figure.supxlabel("\n".join(filter(None, (text, more))), fontsize=9, color="0.3")
-
-
-def _finish(figure: Figure, results: ValidationResults, places: Sequence[int] | None = None, more: str = "") -> Figure:
-    """Caption, and a legend of the models at these places (None = all) in as many columns as their names allow."""
-    models = drawn_models(results)
-    short = short_names([record.name for record in models])
-    places = range(len(models)) if places is None else places
-    names = [fonts.drawable(short[place]) for place in places]
-    keys: list[Any] = [(Patch(**bar_style(place)), Line2D([], [], **marker_style(place))) for place in places]
-    characters = int(9.2 * figure.get_figwidth())
+def _finish(figure: Figure, results: ValidationResults, more: str = "", legend: bool = True) -> Figure:
+    """Caption, and a legend of the models in as many columns as their names allow, for which the figure grows."""
+    text = "\n".join(filter(None, (caption(results, int(11.5 * figure.get_figwidth())), more)))
+    figure.supxlabel(text, fontsize=9, color="0.3")
+    if not legend:
+        return figure
+    names = [record.name for record in drawn_models(results)]
+    keys: list[Any] = [(Patch(**bar_style(n)), Line2D([], [], **line_style(n))) for n in range(len(names))]
+    columns = max(1, min(len(names), int(9.2 * figure.get_figwidth()) // (max(map(len, names)) + 12)))
+    look: Any = {"frameon": False, "handlelength": 3.5, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.6)}}
+    figure.legend(keys, names, loc="outside upper center", ncols=columns, **look)
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(names) // columns))
     sns.despine(figure)
-    figure.legend(
-        keys,
-        names,
-        loc="outside upper center",
-        ncols=max(1, min(len(names), characters // (max(map(len, names)) + 12))),
-        frameon=False,
-        handlelength=3.5,
-        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.6)},
-    )
-    _add_caption(figure, results, more)
     return figure
 
 
 def comparison(results: ValidationResults) -> Figure:
     """The study's metrics and `found`, AP by object size, accuracy against speed, and the costs of errors."""
     models = drawn_models(results)
-    diagnosed = any(record.diagnosis for record in models)
-    figure = _figure(13, 12 if diagnosed else 8.6)
-    grid = figure.add_gridspec(2 + diagnosed, 2, height_ratios=(1.1, 1, 1)[: 2 + diagnosed])
-    wide, left, right = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    draw_bars(wide, models, HEADLINE_METRICS)
-    with_intervals = ", with 95% intervals" if any(record.intervals for record in models) else ""
-    wide.set_title(f"Primary object (first six) and detection of all objects (mAP@0.5){with_intervals}")
-    draw_bars(left, models, SIZES)
-    left.set_title("AP@[.5:.95] by object size")
-    draw_speed(right, models)
-    right.set_title("Accuracy against speed")
-    if diagnosed:
-        lower = figure.add_subplot(grid[2, :])
-        draw_bars(lower, models, ERRORS)
-        lower.set_title("Cost of each kind of error: mAP@0.5 gained if this kind alone were corrected")
+    rows = ["aa", "bc", *["dd"] * any(record.diagnosis for record in models)]
+    figure = Figure((13, 0.6 + 3.8 * len(rows)), layout="constrained")
+    panels = figure.subplot_mosaic("\n".join(rows))
+    title = "Primary object (first six) and detection of all objects (mAP@0.5), with 95% intervals where they are known"
+    draw_bars(panels["a"], title, models, HEADLINE)
+    draw_bars(panels["b"], "AP@[.5:.95] by object size", models, SIZES)
+    draw_speed(panels["c"], models)
+    if "d" in panels:
+        title = "Cost of each kind of error: mAP@0.5 gained if this kind alone were corrected"
+        draw_bars(panels["d"], title, models, ERRORS)
     return _finish(figure, results)
 
 
 def precision_recall(results: ValidationResults) -> Figure:
     """Precision at each recall, the mean over the classes, at IoU 0.5 and 0.75."""
-    figure = _figure(12, 5.6)
+    figure = Figure((12, 5.6), layout="constrained")
     for axes, iou in zip(figure.subplots(1, 2, sharey=True), ("0.5", "0.75"), strict=True):
         for position, record in enumerate(drawn_models(results)):
-            curve = record.detection.precision_at_recall[iou] if record.detection else None
-            axes.plot(np.linspace(0, 1, len(curve or ())), curve or (), **line_style(position, len(curve or ())))
+            curve = (record.detection and record.detection.precision_at_recall[iou]) or []
+            axes.plot(np.linspace(0, 1, len(curve)), curve, **line_style(position, len(curve)))
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", title=f"IoU {iou}")
-        axes.grid(alpha=0.4)
     figure.axes[0].set_ylabel("precision, mean over classes")
     return _finish(figure, results)
 
 
 def per_class(results: ValidationResults) -> Figure:
     """AP@0.5 of the classes with most objects, those with the highest on top."""
-    models, names = drawn_models(results), results.dataset.class_names
-    counts = np.array(results.dataset.class_boxes or np.ones(len(names)))
-    values = np.array(
-        [[_class_number(record, name) for record in models] for name in names], np.float64
-    )  # None becomes NaN
-    kept = np.nonzero(~np.isnan(values).all(1))[0]
-    total = len(kept)
-    kept = kept[np.argsort(-counts[kept], kind="stable")][:MAX_CLASSES]
+    data, per_model = results.dataset, [r.detection.per_class if r.detection else {} for r in drawn_models(results)]
+    values = np.array([[c[name].AP50 if name in c else None for c in per_model] for name in data.class_names], float)
+    known = np.nonzero(~np.isnan(values).all(1))[0]  # None became NaN
+    counts = np.array(data.class_boxes or [1] * len(values))
+    kept = known[np.argsort(-counts[known], kind="stable")][:MAX_CLASSES]
     kept = kept[np.argsort(np.nanmean(values[kept], 1), kind="stable")]
-    labels = fonts.class_labels(names)
-    figure = _figure(9, 2.2 + 0.19 * len(kept))
+    figure = Figure((9, 1.6 + 0.19 * len(kept)), layout="constrained")
     axes = figure.subplots()
-    for height, row in enumerate(values[kept]):
-        axes.plot([np.nanmin(row), np.nanmax(row)], [height, height], color="0.75", linewidth=1, zorder=0)
+    axes.hlines(range(len(kept)), np.nanmin(values[kept], 1), np.nanmax(values[kept], 1), color="0.75", linewidth=1)
     for position, column in enumerate(values[kept].T):
-        axes.plot(column, range(len(kept)), **marker_style(position), markersize=6)
-    axes.set_yticks(range(len(kept)), [labels[k] for k in kept], fontsize=8)
+        axes.plot(column, range(len(kept)), **line_style(position), markersize=6)
+    names = short_names(data.class_names)
+    axes.set_yticks(range(len(kept)), [names[k] for k in kept], fontsize=8)
     axes.set(ylim=(-0.7, len(kept) - 0.3), xlim=(-0.02, 1.02), xlabel="AP@0.5")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", alpha=0.4)
-    more = f"the {MAX_CLASSES} of {total} classes with most objects" if total > MAX_CLASSES else ""
-    return _finish(figure, results, more=more)
-
-
-def _class_number(record: ValidationRecord, name: str) -> float | None:
-    found = record.detection.per_class.get(name) if record.detection else None
-    return found.AP50 if found else None
+    more = f"the {MAX_CLASSES} of {len(known)} classes with most objects" if len(known) > MAX_CLASSES else ""
+    return _finish(figure, results, more)
 
 
 def confusion(results: ValidationResults) -> Figure:
     """The class that objects of the most frequent classes are detected as, for each model at its best-F1 score."""
     models = [(r.name, r.diagnosis) for r in drawn_models(results) if r.diagnosis and r.diagnosis.confusion]
-    titles = short_names([name for name, _ in models], 36)
-    names = fonts.class_labels(results.dataset.class_names)
-    columns = min(len(models), 3)
+    names, columns = short_names(results.dataset.class_names, 20), min(len(models), 3)
     rows = -(-len(models) // columns)
-    figure = _figure(5.4 * columns + 0.8, 5.6 * rows)
+    figure = Figure((5.4 * columns + 0.8, 5.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (_, diagnosis), title in zip(panels, models, titles, strict=False):
-        counts, labels = _most_frequent(np.array(diagnosis.confusion, np.float64), names)
-        fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        fractions[-1] = np.nan  # background has no objects, so no fraction of them
-        image = axes.imshow(fractions, cmap="cividis", vmin=0, vmax=1)
-        axes.set_xticks(range(len(labels)), [*labels[:-1], "missed"], rotation=90, fontsize=8)
-        axes.set_yticks(range(len(labels) - 1), labels[:-1], fontsize=8)
-        axes.set_ylim(len(labels) - 1.5, -0.5)
-        score = diagnosis.operating_point.score or 0
-        axes.set_title(f"{fonts.drawable(title)}\nscores from {score:.2f}", fontsize=10)
+    for (name, diagnosis), axes in zip(models, panels, strict=False):
+        counts = np.array(diagnosis.confusion)
+        kept = np.argsort(-counts[:-1].sum(1), kind="stable")[:CONFUSION_CLASSES]
+        detected = counts[kept]
+        others = detected[:, :-1].sum(1) - detected[:, kept].sum(1)
+        detected = np.column_stack([detected[:, kept], others, detected[:, -1]])
+        image = axes.imshow(detected / np.maximum(detected.sum(1, keepdims=True), 1), cmap="cividis", vmin=0, vmax=1)
+        labels = [names[k] for k in kept]
+        axes.set_xticks(range(len(kept) + 2), [*labels, "others", "missed"], rotation=90, fontsize=8)
+        axes.set_yticks(range(len(kept)), labels, fontsize=8)
+        axes.set_title(f"{name}\nscores from {diagnosis.operating_point.score or 0:.2f}", fontsize=10)
         axes.set(xlabel="detected as", ylabel="object")
-    for axes in figure.axes[len(models) :]:
+        axes.grid(visible=False)
+    for axes in panels:
         axes.set_visible(False)
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
-    _add_caption(figure, results)
-    return figure
-
-
-def _most_frequent(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """The rows and columns of the classes with most objects, the others added up, background last."""
-    kept = np.argsort(-counts[:-1].sum(1), kind="stable")[:CONFUSION_CLASSES]
-    place = np.full(len(counts), len(kept))  # the others
-    place[kept] = np.arange(len(kept))
-    place[-1] = len(kept) + 1
-    merged = np.zeros((len(kept) + 2,) * 2)
-    np.add.at(merged, (place[:, None], place[None, :]), counts)
-    labels = [names[k] for k in kept]
-    if len(counts) - 1 > len(kept):
-        return merged, [*labels, "others", "background"]
-    chosen = np.array([*range(len(kept)), len(kept) + 1])
-    return merged[np.ix_(chosen, chosen)], [*labels, "background"]
+    return _finish(figure, results, legend=False)
 
 
 def calibration(results: ValidationResults) -> Figure:
     """Precision of detections by their score; on the diagonal the two are equal."""
-    figure = _figure(7.5, 7)
+    figure = Figure((7.5, 7), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     for position, record in enumerate(drawn_models(results)):
         bins = record.diagnosis.calibration.bins if record.diagnosis else []
-        line = line_style(position, len(bins)) | {"markersize": 7}
-        axes.plot([b.score for b in bins], [b.precision for b in bins], **line)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="precision at IoU 0.5")
-    axes.set_aspect("equal")
-    axes.grid(alpha=0.4)
+        axes.plot([b.score for b in bins], [b.precision for b in bins], **line_style(position, len(bins)))
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="precision at IoU 0.5", aspect="equal")
     return _finish(figure, results)
 
 
-def training(results: ValidationResults, logs: dict[int, list[Epoch]]) -> Figure:
-    """Loss and mAP@0.5 after each epoch of the models that have a log, as `logs_of` returns them; at least one."""
-    figure = _figure(12, 5.2)
+def training(results: ValidationResults) -> Figure:
+    """Loss and mAP@0.5 after each epoch of the models whose log still exists; the stages are parted by dotted lines."""
+    figure = Figure((12, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for position, log in logs.items():
-        numbers, line = [epoch.number for epoch in log], line_style(position, len(log))
-        left.plot(numbers, [epoch.loss for epoch in log], **line)
-        right.plot(numbers, [epoch.ap50 for epoch in log], **line)
-        starts = [b.number for a, b in itertools.pairwise(log) if a.stage != b.stage]
+    for position, record in enumerate(drawn_models(results)):
+        log = read_log(record)
+        numbers, line = [epoch["epoch"] for epoch in log], line_style(position, len(log))
+        left.plot(numbers, [sum(epoch["loss"].values()) for epoch in log], **line)
+        right.plot(numbers, [np.nan if (ap := epoch["val"]["AP50"]) is None else ap for epoch in log], **line)
+        starts = [b["epoch"] for a, b in itertools.pairwise(log) if a["stage"] != b["stage"]]
         for axes, start in itertools.product((left, right), starts):
             axes.axvline(start - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
     left.set(xlabel="epoch", ylabel="loss", title="Training loss, all terms")
-    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first validation images, at most 100")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.grid(alpha=0.4)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, results, list(logs))
+    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first validation images, at most 100", ylim=(0, None))
+    for axes in figure.axes:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finish(figure, results)
 
 
-def logs_of(results: ValidationResults) -> dict[int, list[Epoch]]:
-    """The training log of each model, by its place among those drawn.
-
-    The run folder that a record names may have been deleted, or used again by a later run: the log is taken only where
-    the settings beside it are those of the record. If they are not, or the log cannot be read, a line says so.
-    """
-    logs = {}
-    for position, record in enumerate(drawn_models(results)):
-        folder = Path(str(record.conditions.get("run_dir")))
-        trained = json.loads(json.dumps(record.conditions, default=str))  # tuples become lists
-        try:
-            settings = json.loads((folder / "settings.json").read_bytes())
-            changed = [k for k, v in settings.items() if k not in RESOLVED and trained.get(k, v) != v]
-            if changed:
-                raise ValueError(f"the settings in {folder} are not those of its training: {', '.join(changed)}")
-            lines = (folder / "log.jsonl").read_bytes().splitlines()
-            logs[position] = [_epoch(json.loads(line)) for line in lines if line.strip()]
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"{to_one_line(record.name)}: no training curve: {to_one_line(error, 200)}")
-    return logs
-
-
-def _epoch(line: dict) -> Epoch:
-    ap50 = line["val"].get("AP50")
-    return Epoch(
-        int(line["epoch"]),
-        str(line.get("stage")),
-        float(sum(line["loss"].values())),
-        np.nan if ap50 is None else float(ap50),
-    )
+def read_log(record: ValidationRecord) -> list[dict]:
+    """The lines of the log of a model's training; none where its run folder is gone, or was used for another run."""
+    folder, trained = Path(str(record.conditions.get("run_dir"))), json.loads(json.dumps(record.conditions))
+    try:
+        settings = json.loads((folder / "settings.json").read_bytes())
+        lines = (folder / "log.jsonl").read_bytes().splitlines()
+        return [json.loads(line) for line in lines] if settings.items() <= trained.items() else []
+    except (OSError, ValueError):
+        return []

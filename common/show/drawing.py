@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.console import to_one_line
 from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
-from common.show.fonts import class_labels, image_text
+from common.show.fonts import font_for
+from common.show.tables import short_names
 from common.types import convert_boxes
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
@@ -20,75 +21,61 @@ PALETTE = (  # Okabe and Ito's, distinguishable for colour-blind readers too; us
 )
 GAP, BACKGROUND, TEXT_COLOR = 8, (245, 245, 245), (20, 20, 20)
 
-Corners = tuple[float, float, float, float]  # xyxy, pixels
-
 
 @dataclass(frozen=True)
-class LabelledBox:
-    """One box to draw."""
+class LabelledBoxes:
+    """N boxes to draw: (N, 4) float xyxy pixels of the image, (N,) labels, which select colours, and captions."""
 
-    box: Corners  # of the image
-    label: int  # selects the colour
-    text: str  # the caption
-    crowd: bool = False  # drawn with a thin line
+    boxes: np.ndarray
+    labels: np.ndarray
+    captions: list[str]
 
 
-def true_boxes(data: DetectionData, index: int) -> list[LabelledBox]:
-    """The boxes of image `index` of a data set, crowds with thin lines."""
+def true_boxes(data: DetectionData, index: int) -> LabelledBoxes:
+    """The boxes of image `index` of a data set, captioned with their class."""
     target = data.target(index)
-    rows = zip(target.boxes.tolist(), target.labels.tolist(), target.crowd.tolist(), strict=True)
-    names = class_labels(data.class_names)
-    return [LabelledBox(tuple(b), k, names[k] + (" (crowd)" if crowd else ""), crowd) for b, k, crowd in rows]
+    labels, crowd = target.labels.numpy(), target.crowd.tolist()
+    names = short_names(data.class_names)
+    return LabelledBoxes(
+        target.boxes.numpy(), labels, [names[k] + " (crowd)" * int(c) for k, c in zip(labels, crowd, strict=True)]
+    )
 
 
 def detected_boxes(
     table: DetectionTable, index: int, class_names: Sequence[str], min_score: float = 0.0
-) -> list[LabelledBox]:
+) -> LabelledBoxes:
     """The detections on image `index` with at least that score, captioned with class and score, best first."""
     own = table.select((table.image == index) & (table.score >= min_score))
-    own, names = own.select(np.argsort(-own.score, kind="stable")), class_labels(class_names)
+    own, names = own.select(np.argsort(-own.score, kind="stable")), short_names(class_names)
     corners = convert_boxes(own.boxes, "xywh", "xyxy")
-    rows = zip(corners.tolist(), own.score.tolist(), own.label.tolist(), strict=True)
-    return [LabelledBox(tuple(b), k, f"{names[k]} {s:.2f}") for b, s, k in rows]
+    captions = [f"{names[k]} {score:.2f}" for k, score in zip(own.label, own.score, strict=True)]
+    return LabelledBoxes(corners, own.label, captions)
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
+def draw_boxes(image: Image.Image, boxes: LabelledBoxes) -> Image.Image:
     """A copy with the boxes on it, the first in front, captions above them, or inside where there is no room.
 
     Boxes of negative size, and those outside the image, are left out.
     """
     factor = min(max(1.0, SMALLEST_SIDE / min(image.size)), LARGEST_SIDE / max(image.size))
-    size = [max(1, round(side * factor)) for side in image.size]
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     canvas = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    draw, unit = ImageDraw.Draw(canvas), max(canvas.size) / 320  # line width
-    visible = [(corners, b) for b in boxes if (corners := _clipped([s * factor for s in b.box], canvas.size))]
-    for corners, b in reversed(visible):
-        draw.rectangle(corners, outline=PALETTE[b.label % len(PALETTE)], width=1 if b.crowd else max(2, round(unit)))
-    for corners, b in reversed(visible):
-        _caption(draw, corners, b, max(12, round(7 * unit)), canvas.size)
+    draw, unit, texts = ImageDraw.Draw(canvas), max(size) / 320, [to_one_line(text) for text in boxes.captions]
+    font = ImageFont.truetype(font_for("".join(texts)), max(12, round(7 * unit)))
+    low, high = boxes.boxes[:, :2] * factor, boxes.boxes[:, 2:] * factor
+    visible = np.nonzero(((low <= high) & (high >= 0) & (low <= size)).all(1))[0][::-1]
+    corners = np.hstack([np.maximum(low, 0), np.minimum(high, size)])
+    colours = [PALETTE[label % len(PALETTE)] for label in boxes.labels]
+    for place in visible:
+        draw.rectangle(corners[place].tolist(), outline=colours[place], width=max(2, round(unit)))
+    line = 1.4 * font.size
+    for place in visible:
+        length = draw.textlength(texts[place], font) + 6
+        x, y = max(0, min(corners[place, 0], size[0] - length)), max(corners[place, 1], line)
+        draw.rectangle((x, y - line, x + length, y), fill=colours[place])
+        dark = np.dot(colours[place], (0.299, 0.587, 0.114)) < 120  # luminance
+        draw.text((x + 3, y - line / 2), texts[place], "white" if dark else "black", font, anchor="lm")
     return canvas
-
-
-def _clipped(corners: Sequence[float], size: tuple[int, int]) -> Corners | None:
-    """The part of a box (xyxy, pixels) inside an image of (width, height) `size`; None where there is none."""
-    x1, y1, x2, y2 = corners
-    if not (x1 <= x2 and y1 <= y2 and x1 <= size[0] and y1 <= size[1] and x2 >= 0 and y2 >= 0):
-        return None
-    return max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
-
-
-def _caption(
-    draw: ImageDraw.ImageDraw, corners: Corners, b: LabelledBox, font_size: int, size: tuple[int, int]
-) -> None:
-    text, font = image_text(b.text, font_size)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    width, height = right - left + 6, bottom - top + 6
-    x = min(max(0, corners[0]), max(0, size[0] - width))
-    y = corners[1] - height if corners[1] >= height else min(corners[1], size[1] - height)
-    color = PALETTE[b.label % len(PALETTE)]
-    luminance = np.dot(color, (0.299, 0.587, 0.114))
-    draw.rectangle((x, y, x + width, y + height), fill=color)
-    draw.text((x + 3 - left, y + 3 - top), text, font=font, fill=(0, 0, 0) if luminance > 120 else (255, 255, 255))
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -100,7 +87,7 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     strip = Image.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), height + header), BACKGROUND)
     draw, x = ImageDraw.Draw(strip), 0
     for (title, _), image in zip(panels, images, strict=True):
-        text, font = image_text(to_one_line(title, 100), size)
+        font, text = ImageFont.truetype(font_for(title), size), to_one_line(title, 100)
         while len(text) > 1 and draw.textlength(text, font=font) > image.width - 8:
             text = to_one_line(text, len(text) - 1)
         draw.text((x + 4, header // 6), text, font=font, fill=TEXT_COLOR)

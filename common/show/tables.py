@@ -1,6 +1,6 @@
 """Results as text tables for the terminal, and names short enough for tables and charts. Imports no torch."""
 
-import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,34 +30,15 @@ COLUMNS = (
     Column("images/s", "cost", ("images_per_s",), "{:.1f}"),
     Column("ms", "cost", ("ms_per_image",), "{:.0f}"),
 )
-NAMES = {  # of the numbers that have intervals
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "mean_iou": "mean IoU",
-    "found": "found",
-    "AP50": "mAP@0.5",
-    "AP": "AP",
-    "class_agnostic_AP50": "class-agnostic mAP@0.5",
-}
+# Of the numbers that have intervals.
+NAMES = {column.keys[0]: column.heading for column in COLUMNS[:8]} | {"class_agnostic_AP50": "class-agnostic mAP@0.5"}
 
 
 def short_names(names: Sequence[str], width: int = 40) -> list[str]:
-    """The names on one line of at most `width` characters, different where the names are.
-
-    Long names lose their middle; where that makes some of them equal, these begin where they begin to differ, and if
-    that does not help either, with a number.
-    """
+    """The names on one line of at most `width` characters; those that would be equal begin with their number."""
     short = [to_one_line(name, width) for name in names]
-    alike = [place for place, text in enumerate(short) if short.count(text) > 1]
-    common = os.path.commonprefix([names[place] for place in alike])  # noqa: RUF071 (of letters, not of folders)
-    start = common.rfind("_") + 1
-    cut = {place: to_one_line(f"{common[: width // 4]}…{names[place][start:]}", 10 * width)[:width] for place in alike}
-    for number, place in enumerate(alike, 1):
-        is_unique = list(cut.values()).count(cut[place]) == 1
-        short[place] = cut[place] if is_unique else f"{number}: {short[place]}"[:width]
-    return short
+    count = Counter(short)
+    return [to_one_line(f"{n}: {s}", width) if count[s] > 1 else s for n, s in enumerate(short, 1)]
 
 
 def format_cell(record: ValidationRecord, column: Column) -> str:
@@ -72,18 +53,15 @@ def format_table(records: Sequence[ValidationRecord], headings: Sequence[str] = 
     names = short_names([record.name for record in records])
     rows = [["model", *(column.heading for column in columns)]]
     rows += [[name, *(format_cell(r, column) for column in columns)] for name, r in zip(names, records, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_aligned(row, widths) for row in rows]
-    for position, record in enumerate(records, 1):
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(first), *(text.rjust(width) for text, width in zip(row[1:], others, strict=True))])
+        for row in rows
+    ]
+    for place, record in enumerate(records, 1):
         if record.error:
-            lines[position] = f"{rows[position][0].ljust(widths[0])}  not evaluated: {to_one_line(record.error, 300)}"
+            lines[place] = f"{names[place - 1].ljust(first)}  not evaluated: {to_one_line(record.error, 300)}"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _aligned(row: list[str], widths: list[int]) -> str:
-    """The first cell flush left, the others flush right."""
-    others = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *others])
 
 
 def format_comparisons(results: ValidationResults, numbers: Sequence[str] = ("AP50", "AP", "accuracy")) -> str:
@@ -91,7 +69,7 @@ def format_comparisons(results: ValidationResults, numbers: Sequence[str] = ("AP
     names = [record.name for record in results.models]
     short, lines = dict(zip(names, short_names(names), strict=True)), []
     for pair in results.comparisons:
-        verdicts = {NAMES[key]: pair.numbers[key] for key in numbers if key in pair.numbers}
-        parts = [f"{name} [{v.interval[0]:+.3f}, {v.interval[1]:+.3f}] {v.verdict}" for name, v in verdicts.items()]
+        verdicts = [(NAMES[key], pair.numbers[key]) for key in numbers if key in pair.numbers]
+        parts = [f"{name} [{v.interval[0]:+.3f}, {v.interval[1]:+.3f}] {v.verdict}" for name, v in verdicts]
         lines.append(f"{short.get(pair.a, pair.a)} against {short.get(pair.b, pair.b)}: {'; '.join(parts)}")
     return "\n".join(lines)

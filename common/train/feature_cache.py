@@ -1,16 +1,16 @@
 """Features of a frozen backbone on disk: each image passes it once, later epochs read memory maps.
 
-The images are split into shards of `SHARD`. The file of a shard holds (images, views, rows, columns, channels) features
-of 16 bits, bfloat16 where the run computes in it, so that nothing is lost, else float16: view 0 is the letterboxed
-image, view 1 the same mirrored. Its name is a digest of all that the features depend on, and it appears when it is
+The images are split into shards of `SHARD`, each a file of (images, views, rows, columns, channels) features of 16
+bits: bfloat16 where the run computes in it, so that nothing is lost, else float16. View 0 is the letterboxed image,
+view 1 the same mirrored. The name of a file is a digest of all that its features depend on, and it appears when it is
 complete: an interrupted build continues, several processes divide the shards among them, and a run on more images
 reuses those of an earlier one.
 """
 
 import hashlib
+import logging
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from common.model.detector import Detector
 from common.runtime import precision_name
 from common.types import Target
 
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 4
 SHARD = 64  # images: what an interruption can cost
 ITEM_BYTES = 2  # of float16 and bfloat16
@@ -35,63 +36,34 @@ ABANDONED_S = 3600.0  # after which an incomplete file is one of a killed proces
 CPU_BATCH = 4  # images at once while building on a CPU: a tenth faster than 16
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The file for the features of some consecutive images; it need not exist yet."""
-
-    path: Path
-    images: range  # their indices
-    shape: tuple[int, ...]  # images, views, rows, columns, channels
-    dtype: torch.dtype
-
-    @property
-    def size(self) -> int:
-        """Bytes of the complete file."""
-        return math.prod(self.shape) * ITEM_BYTES
-
-    def open(self) -> Tensor:
-        """A memory map of `shape`; what is written to it never reaches the file.
-
-        Raises:
-            InputError: the file is missing or has another size.
-        """
-        if not self.path.is_file() or self.path.stat().st_size != self.size:
-            raise InputError(f"the feature cache {self.path} is missing or damaged; delete it and start again")
-        return torch.from_file(str(self.path), False, math.prod(self.shape), dtype=self.dtype).view(self.shape)
-
-
-def feature_shape(detector: Detector, views: int) -> tuple[int, ...]:
-    """(views, rows, columns, channels) of the features of one image, those of all blocks together."""
+def feature_shape(detector: Detector, images: int, views: int) -> tuple[int, ...]:
+    """(images, views, rows, columns, channels) of features, those of all blocks together."""
     side = detector.config.image_size // detector.backbone.patch_size
-    return views, side, side, len(detector.config.blocks) * detector.backbone.channels
+    return images, views, side, side, len(detector.config.blocks) * detector.backbone.channels
 
 
 def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
     """The size of the cache of so many images."""
-    return images * math.prod(feature_shape(detector, views)) * ITEM_BYTES / 1e9
+    return math.prod(feature_shape(detector, images, views)) * ITEM_BYTES / 1e9
 
 
-def feature_shards(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Shard]:
-    """The files for `views` of the images of `data`, 1 the image, 2 also its mirror image.
-
-    A name is a digest of the backbone's architecture and weights, the blocks, the input size, the `precision` of the
-    forward pass, the views, and the path, length and time of change of each image in the shard.
-    """
-    config, dtype = detector.config, torch.bfloat16 if precision == "bf16" else torch.float16
+def shard_paths(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Path]:
+    """The files for `views` of the images of `data`; they need not exist yet."""
+    config = detector.config
     settings = FORMAT_VERSION, sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
     common = hashlib.sha256(repr(settings).encode())
     for name, weight in detector.backbone.state_dict().items():
         common.update(name.encode())
         common.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    shards = []
+    paths = []
     for first in range(0, len(data), SHARD):
-        images, digest = range(first, min(first + SHARD, len(data))), common.copy()
-        digest.update(repr([data.images[index].state() for index in images]).encode())
-        path = cache_folder("features", f"{digest.hexdigest()[:24]}.features")
-        shards.append(Shard(path, images, (len(images), *feature_shape(detector, views)), dtype))
-    return shards
+        digest = common.copy()
+        digest.update(repr([image.state() for image in data.images[first : first + SHARD]]).encode())
+        paths.append(cache_folder("features", f"{digest.hexdigest()[:24]}.features"))
+    return paths
 
 
+@torch.no_grad()
 def cached_features(
     detector: Detector, data: DetectionData, *, views: int, batch_size: int, workers: int, accelerator: Accelerator
 ) -> list[Tensor]:
@@ -105,71 +77,54 @@ def cached_features(
         workers: processes that decode images while building.
 
     Raises:
-        InputError: the disk has no room for them, or can't be written to.
+        InputError: the disk has no room for them, or a file is damaged.
     """
-    shards = feature_shards(detector, data, views, precision_name(accelerator))
-    missing = [shard for shard in shards if not shard.path.is_file()]
+    precision, backbone = precision_name(accelerator), detector.backbone.eval()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    shards = [
+        (path, data.select(np.arange(number * SHARD, min((number + 1) * SHARD, len(data)))))
+        for number, path in enumerate(shard_paths(detector, data, views, precision))
+    ]
+    missing = [(path, images) for path, images in shards if not path.is_file()]
     accelerator.wait_for_everyone()  # all have listed the missing shards before the first process writes one
+    total = sum(len(images) for _, images in missing)
     if missing and accelerator.is_main_process:
-        _prepare_folder(shards, missing)
+        _prepare_folder(missing[0][0].parent, feature_gigabytes(detector, total, views))
     batch_size = min(batch_size, CPU_BATCH) if accelerator.device.type == "cpu" else batch_size
-    share = missing[accelerator.process_index :: accelerator.num_processes]
-    with (
-        torch.random.fork_rng(),  # training draws the same random numbers whether the cache existed or not
-        progress_bar(
-            sum(len(s.images) for s in share), "caching", shown=bool(share) and accelerator.is_main_process
-        ) as bar,
-    ):
-        for shard in share:
-            part = data.select(np.array(shard.images))
-            loader = make_eval_loader(part, detector.config.image_size, batch_size, workers)
-            with atomic_write(shard.path) as file:
-                for batch in loader:
-                    features = _features(detector, batch.inputs.to(accelerator.device), views, accelerator)
-                    file.write(features.to(shard.dtype).cpu().view(torch.int16).numpy())
-                    bar.update(len(features))
+    with progress_bar(total, "caching", shown=bool(missing) and accelerator.is_main_process) as bar:
+        for path, images in missing[accelerator.process_index :: accelerator.num_processes]:
+            with atomic_write(path) as file, accelerator.autocast():
+                for batch in make_eval_loader(images, detector.config.image_size, batch_size, workers):
+                    pixels = batch.inputs.to(accelerator.device)
+                    maps = torch.stack([backbone(view) for view in (pixels, pixels.flip(-1))[:views]], dim=1)
+                    file.write(maps.to(dtype).cpu().view(torch.int16).numpy())
+                    bar.update(len(maps) * accelerator.num_processes)
     accelerator.wait_for_everyone()
-    return [shard.open() for shard in shards]
+    return [_open(path, feature_shape(detector, len(images), views), dtype) for path, images in shards]
 
 
-@torch.inference_mode()
-def _features(detector: Detector, pixels: Tensor, views: int, accelerator: Accelerator) -> Tensor:
-    """(B, 3, S, S) uint8 -> (B, views, rows, columns, channels)."""
-    backbone = detector.backbone.eval()
-    with accelerator.autocast():
-        return torch.stack([backbone(view) for view in (pixels, pixels.flip(-1))[:views]], dim=1)
-
-
-def _prepare_folder(shards: list[Shard], missing: list[Shard]) -> None:
-    """Remove abandoned files, check the free space, and print the size of the cache."""
-    folder = missing[0].path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the feature cache {folder}: {error.strerror}") from error
+def _prepare_folder(folder: Path, gigabytes: float) -> None:
+    """Remove abandoned files, and check the free space."""
+    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, ABANDONED_S)
-    free, needed = shutil.disk_usage(folder).free, sum(shard.size for shard in missing) + SPARE_BYTES
-    if needed > free:
+    free = (shutil.disk_usage(folder).free - SPARE_BYTES) / 1e9
+    if gigabytes > free:
         raise InputError(
-            f"the feature cache needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
+            f"the feature cache needs {gigabytes:.1f} GB in {folder}, where {max(0.0, free):.1f} GB are free: "
             "make room, move it with DETECTION_CACHE, or train with --feature-cache 0"
         )
-    images, size = sum(len(shard.images) for shard in shards), sum(shard.size for shard in shards)
-    existing = images - sum(len(shard.images) for shard in missing)
-    reused = f", those of {existing} exist already" if existing else ""
-    print(f"features of {images} images: {size / 1e9:.1f} GB in {folder}{reused}", flush=True)
+    log.info(f"caching features: {gigabytes:.2g} GB in {folder}")
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A memory map of a shard; what is written to it never reaches the file."""
+    if not path.is_file() or path.stat().st_size != math.prod(shape) * ITEM_BYTES:
+        raise InputError(f"the feature cache {path} is missing or damaged; delete it and start again")
+    return torch.from_file(str(path), False, math.prod(shape), dtype=dtype).view(shape)
 
 
 class CachedDataset(SampleDataset):
-    """`DetectionDataset` with the features of an image in place of its pixels.
-
-    Args:
-        data: the images and boxes.
-        features: of the images, as `cached_features` returns them.
-        image_size: side of the square input, pixels.
-        mirror: draw mirrored views, for training; else the letterboxed images alone.
-        seed: of the draw.
-    """
+    """`DetectionDataset` with `cached_features` in place of pixels; for training it draws which images to mirror."""
 
     def __init__(
         self, data: DetectionData, features: list[Tensor], image_size: int, *, mirror: bool = False, seed: int = 0

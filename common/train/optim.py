@@ -16,12 +16,10 @@ WARM_UP_SHARE = 0.05  # of all steps
 def parameter_groups(
     detector: Detector, lr: float, backbone_lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """The trained weights, grouped by block and weight decay.
+    """The trained weights, grouped by block and weight decay, whatever their rates, which a resumed run may change.
 
     Only matrices have weight decay: no biases, norms, scales, and no class token, register tokens or position
     embeddings, as in timm and DINOv2.
-
-    The groups do not depend on the learning rates, so that a resumed run may have others.
 
     Args:
         detector: its weights that require a gradient are trained.
@@ -50,14 +48,8 @@ def parameter_groups(
 class Schedule:
     """Linear warm-up over the first `WARM_UP_SHARE` of the steps, then half a cosine to 0, `cycles` times.
 
-    A function of the position alone: nothing of it is saved, so a resumed run may have other rates, another number of
-    epochs, or other batches.
-
-    Args:
-        optimizer: the learning rates of its groups are the highest ones.
-        epochs: of the stage.
-        epoch_steps: steps in an epoch.
-        cycles: times that the rates fall.
+    The highest rates are those of the optimizer's groups. A function of the position alone: nothing of it is saved, so
+    a resumed run may have other rates, another number of epochs, or other batches.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, epoch_steps: int, cycles: int = 1):
@@ -91,31 +83,30 @@ class Ema:
         module: its weights that require a gradient are averaged.
         decay: of the average at each step; lower in the first steps, which reduces the share of the initial weights.
             0: the average is the weights.
-        plan: what the ends of the cycles depend on. A resumed run with another plan averages the ends that it reaches.
     """
 
-    def __init__(self, module: nn.Module, decay: float, plan: tuple[int, ...] = ()):
+    def __init__(self, module: nn.Module, decay: float):
         self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.trained]
-        self.ends: list[list[Tensor]] = []  # the averages at the ends of the cycles so far
-        self.decay, self.plan, self.steps = decay, plan, 0
-        self.cycle: int | None = None  # of the last step
+        self.averages = {0: [p.detach().clone() for p in self.trained]}  # at the end of each cycle, or now
+        self.decay, self.steps = decay, 0
 
     @torch.no_grad()
     def update(self, cycle: int = 0) -> None:
-        """Average in the weights after a step of a cycle; a new cycle keeps the average at the end of the former."""
-        if self.decay and self.cycle not in (None, cycle):
-            self.ends.append([value.clone() for value in self.average])
-        self.cycle = cycle
+        """Average in the weights after a step of a cycle, which begins with the average of the former."""
+        latest = self.averages[max(self.averages)]
+        if self.decay == 0 or cycle < max(self.averages):  # fewer cycles than before the run was resumed
+            self.averages = {cycle: latest}
+        elif cycle not in self.averages:
+            self.averages[cycle] = [value.clone() for value in latest]
         self.steps += 1
         decay = min(self.decay, self.steps / (10 + self.steps))
-        torch._foreach_lerp_(self.average, self.trained, 1 - decay)
+        torch._foreach_lerp_(self.averages[cycle], self.trained, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the module has the averaged weights; afterwards its own are restored."""
         own = [p.detach().clone() for p in self.trained]
-        self._load([torch.stack(values).mean(0) for values in zip(*self.ends, self.average, strict=True)])
+        self._load([torch.stack(values).mean(0) for values in zip(*self.averages.values(), strict=True)])
         try:
             yield
         finally:
@@ -127,14 +118,11 @@ class Ema:
             weight.copy_(value)
 
     def state_dict(self) -> dict:
-        names = ("average", "ends", "steps", "cycle", "plan")
-        return {name: getattr(self, name) for name in names} | {"decay": self.decay}
+        return {"averages": self.averages, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self.average, *self.ends = [
-            [value.to(own) for value, own in zip(values, self.trained, strict=True)]
-            for values in (state["average"], *state["ends"])
-        ]
-        self.steps, self.cycle = state["steps"], state["cycle"]
-        if (tuple(state["plan"]), bool(state["decay"])) != (self.plan, bool(self.decay)):
-            self.ends, self.cycle = [], None
+        self.steps, devices = state["steps"], [weight.device for weight in self.trained]
+        self.averages = {
+            cycle: [value.to(device) for value, device in zip(values, devices, strict=True)]
+            for cycle, values in state["averages"].items()
+        }

@@ -7,8 +7,8 @@ learning rates of the step, so that on a CPU the resumed run ends with the same 
 import hashlib
 import itertools
 import json
+import logging
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,17 +27,17 @@ from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.evaluate.detect import validate
 from common.evaluate.primary import format_headline
-from common.files import atomic_write, check_outputs, check_writable, link_or_copy, remove_leftovers
-from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
+from common.files import PROGRAM, atomic_write, check_outputs, link_or_copy, remove_leftovers
+from common.model.checkpoint import Checkpoint, load_checkpoint, read_archive, save_detector
 from common.model.detector import merge_lora
 from common.runtime import Purpose, RuntimeFlags, seed_of
 from common.types import Batch
 
+log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
-STATE_VERSION = 4
+STATE_VERSION = 5
 FILES = ("settings.json", "log.jsonl", "last.pth", "best.pth", "state.pth")
 FINISHED = "finished"  # an empty file that marks a run as complete
-FP16_SKIPS = 20  # consecutive steps that fp16 may skip while its loss scale is adjusted
 UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run
 ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where its weights began
 
@@ -47,7 +47,6 @@ class RunFlags(RuntimeFlags):
     """Training run."""
 
     accumulate: int = flag(1, "batches a step, one after another: N need the memory of one", at_least=1)
-    patience: int = flag(0, "end a stage after N epochs without a better mAP@0.5; 0 = never", at_least=0)
     log_with: tuple[str, ...] = flag((), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower")
     resume: bool = flag(False, "go on after the last epoch of the stopped run in --run-dir; start one if there is none")
@@ -58,14 +57,9 @@ class RunFlags(RuntimeFlags):
 class Run:
     """The files of a run, and what is the same in every step and after every epoch.
 
-    In its folder are `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each stage
-    but the last as STAGE.pth, and `state.pth`. A new run replaces the files of a finished one. The main process writes
-    them, all read them. It locks the folder while it lives: processes of a killed launcher may still be training.
-
-    Args:
-        settings: of the run.
-        accelerator: likewise.
-        stages: the names of the script's stages, in order.
+    In its folder are `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each of its
+    `stages` but the last as STAGE.pth, and `state.pth`. A new run replaces the files of a finished one. The main
+    process writes them, and locks the folder while it lives: processes of a killed launcher may still be training.
 
     Raises:
         InputError: another process trains in the folder, an output cannot be written or is an input, a run in the
@@ -74,7 +68,7 @@ class Run:
 
     def __init__(self, settings: RunFlags, accelerator: Accelerator, stages: tuple[str, ...] = ("only",)):
         self.settings, self.accelerator, self.stages = settings, accelerator, stages
-        self.path, self.stage, self.skipped = Path(settings.run_dir), stages[0], 0
+        self.path, self.stage = Path(settings.run_dir), stages[0]
         self._check_outputs()
         if accelerator.is_main_process:
             self.lock = filelock.FileLock(self.path / "lock", is_singleton=True)  # this process may do so again
@@ -85,8 +79,8 @@ class Run:
                 raise InputError(f"another process is training in {self.path}: {advice}") from error
         accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
         self.saved = read_state(self.path) if settings.resume else {}
-        self.resumable = 0  # epochs of this run that its state has
         self.log: list[dict] = self.saved.get("log", [])
+        self.resumable = 0  # epochs after which this run can go on
 
     def __enter__(self) -> "Run":
         return self
@@ -97,12 +91,7 @@ class Run:
             error.add_note(f"the state after epoch {self.resumable} is in {self.path}: go on with --resume")
 
     def begin(self, train_data: DetectionData, val_data: DetectionData, stages: tuple[str, ...] = ("only",)) -> None:
-        """Check that a resumed run fits its state, write the settings, and start the trackers.
-
-        Args:
-            train_data: images and boxes, likewise `val_data`.
-            val_data: of the validation after each epoch and at the end.
-            stages: those that are requested.
+        """Check that a resumed run fits its state, and start the trackers; `stages` are those that are requested.
 
         Raises:
             InputError: other images or boxes than before, another value of a flag that is `fixed`, a stage that is no
@@ -114,52 +103,41 @@ class Run:
             "train_images_used": len(train_data),
             "processes": self.accelerator.num_processes,
         }
-        states = [image.path.stat() for part in (train_data, val_data) for image in part.images]
-        self.files = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in states]).encode()).hexdigest()
+        states = [image.state()[1:3] for part in (train_data, val_data) for image in part.images]  # length and time
+        self.files = hashlib.sha256(repr(states).encode()).hexdigest()
         if self.saved:
             self._check_resumable(stages)
             self.resumable, self.stage = len(self.log), self.saved["stage"]
         self.accelerator.wait_for_everyone()  # all have read the files that the main process now replaces
         if self.accelerator.is_main_process:
             remove_leftovers(self.path)
-            for name in (FINISHED,) if self.saved else (FINISHED, "state.pth"):
+            for name in (FINISHED,) if self.saved else (FINISHED, "state.pth", "log.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
-            self._write_settings(self.description)
-            self._write_log()
-            last = self.path / "last.pth"
-            if self.log and last.is_file() and load_checkpoint(last).epoch == len(self.log):
-                self._link_best()  # in case the run was killed just before
         self._start_trackers()
 
     def describe(self, start: Checkpoint, **used: Any) -> Checkpoint:
         """The checkpoint that training begins with, described as one of this run; `used`: settings as they are used."""
         origin = {name: start.train_config[name] for name in ORIGIN if name in start.train_config}
         used |= {k: v for k, v in asdict(start.detector.config).items() if k in self.description and k not in ORIGIN}
-        if self.accelerator.is_main_process:
-            self._write_settings(self.description | used | origin)
+        self._write("settings.json", json.dumps(self.description | used | origin, indent=2))
         return replace(start, train_config=self.description | used | origin, metrics={}, epoch=0)
 
     def resumed(self) -> Checkpoint | None:
         """The best checkpoint of a resumed run in its stage, whose weights `epochs` replaces by those in training."""
         return load_checkpoint(self.best_of(self.saved["stage"])) if self.saved else None
 
-    def is_past(self, stage: str, count: int) -> bool:
-        """Whether the resumed run has finished a stage of `count` epochs."""
-        if not self.saved or self.saved["stage"] == stage:
-            return bool(self.saved) and self.saved["epoch"] >= count and stage != self.stages[-1]
-        return self.stages.index(stage) < self.stages.index(self.saved["stage"])
+    def is_past(self, stage: str) -> bool:
+        """Whether the resumed run has begun a later stage."""
+        return bool(self.saved) and self.stages.index(stage) < self.stages.index(self.saved["stage"])
 
     def best_of(self, stage: str) -> Path:
         """The checkpoint of the best epoch up to the end of a stage."""
         return self.path / ("best.pth" if stage == self.stages[-1] else f"{stage}.pth")
 
     def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
-        """The epochs of a stage that remain, from 0; after each the state is saved.
+        """The epochs of a stage that remain, of `count` from 0; after each the state is saved.
 
-        Args:
-            stage: its name.
-            count: of its epochs.
-            parts: what an epoch changes, by name: objects with `state_dict` and `load_state_dict`.
+        It consists of `parts`, all that an epoch changes: objects with `state_dict` and `load_state_dict`.
         """
         self.stage, first = stage, 0
         if self.accelerator.scaler:
@@ -168,23 +146,14 @@ class Run:
             first = self.saved["epoch"]
             for name, part in parts.items():
                 part.load_state_dict(self.saved["parts"][name])
-            print(f"resuming stage {stage} after {first} of {count} epochs", flush=True)
+            log.info(f"resuming stage {stage} after {first} of {count} epochs")
         self.saved = {}  # it holds the weights once more
         for epoch in range(first, count):
-            scores = [_score(line["val"]) for line in self.log if line["stage"] == stage]
-            patience = self.settings.patience
-            if 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience]):
-                print(f"stage {stage} ends after {patience} epochs without a better mAP@0.5", flush=True)
-                return
             yield epoch
             self._save(epoch + 1, parts)
 
     def epoch_steps(self, loader: DataLoaderShard) -> int:
-        """How many steps an epoch has; batches that make no whole step of `--accumulate` are left out.
-
-        Raises:
-            InputError: not even one step.
-        """
+        """Steps in an epoch; batches that make no whole one are left out. Raises InputError: not even one step."""
         if len(loader) < self.settings.accumulate:
             raise InputError(f"--accumulate {self.settings.accumulate}: an epoch has only {len(loader)} batches")
         return len(loader) // self.settings.accumulate
@@ -194,9 +163,9 @@ class Run:
         self.began, self.sums, self.batches = time.perf_counter(), dict[str, Tensor](), 0
         loader.set_epoch(len(self.log) + 1)  # passed on to the data set
         torch.manual_seed(seed_of(Purpose.DROPOUT, self.settings.seed, len(self.log), self.accelerator.process_index))
-        batches, title = iter(loader), f"epoch {len(self.log) + 1}"
-        with progress_bar(self.epoch_steps(loader), title, "step", self.accelerator.is_main_process) as bar:
-            for _ in range(self.epoch_steps(loader)):
+        steps, batches = self.epoch_steps(loader), iter(loader)
+        with progress_bar(steps, f"epoch {len(self.log) + 1}", "step", self.accelerator.is_main_process) as bar:
+            for _ in range(steps):
                 raise_if_interrupted()
                 yield list(itertools.islice(batches, self.settings.accumulate))
                 bar.update()
@@ -215,38 +184,32 @@ class Run:
     def check_finite(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
         """Stop before a step would make the weights inf or NaN: the one place where a step waits for the device.
 
-        Gradients have been averaged over the processes, so all of them raise. In fp16 a few consecutive steps may be
-        skipped while the loss scale is adjusted.
-
-        Args:
-            norm: () of all gradients.
-            step: of the epoch.
-            batches: of this process, whose images are named.
+        In fp16 a step is skipped where the loss scale was too high, which then falls.
 
         Raises:
-            InputError: the norm is inf or NaN.
+            InputError: the `norm` () of the gradients, averaged over the processes, is not finite; names the images.
         """
-        self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
-        if self.skipped > (FP16_SKIPS if self.accelerator.scaler else 0):
-            images = ", ".join(str(meta.image_id) for batch in batches for meta in batch.meta)
-            where = f"epoch {len(self.log) + 1}, step {step + 1}, on the images {images}"
-            advice = "lower the learning rate, or use --precision fp32"
-            raise InputError(f"the gradients became {norm.item()} in {where}; {advice}")
+        scaler = self.accelerator.scaler
+        if torch.isfinite(norm) or (scaler and scaler.get_scale() > 1):
+            return
+        images = ", ".join(str(meta.image_id) for batch in batches for meta in batch.meta)
+        where = f"epoch {len(self.log) + 1}, step {step + 1}, on the images {images}"
+        raise InputError(
+            f"the gradients became {norm.item()} in {where}; lower the learning rate, or use --precision fp32"
+        )
 
     def finish_epoch(self, checkpoint: Checkpoint) -> None:
-        """Log the epoch, and write `last.pth`, and `best.pth` and STAGE.pth where mAP@0.5 is the highest.
+        """Log an epoch, and write the detector with its numbers as `last.pth`, and where mAP@0.5 is best as `best.pth`.
 
         Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
         always 0 or does not exist, as on images without boxes.
-
-        Args:
-            checkpoint: the detector after the epoch, and its numbers. LoRA's matrices are merged where it is written.
         """
+        number = len(self.log) + 1
         if not all(weight.isfinite().all() for weight in checkpoint.detector.parameters()):
-            raise InputError(f"the weights are not finite after epoch {len(self.log) + 1}; lower the learning rate")
+            raise InputError(f"the weights are not finite after epoch {number}; lower the learning rate")
         totals = self.accelerator.reduce(self.sums, "mean") if self.sums else {}
         losses = {name: round(float(total) / self.batches, 4) for name, total in totals.items()}
-        seconds, number = round(time.perf_counter() - self.began, 1), len(self.log) + 1
+        seconds = round(time.perf_counter() - self.began, 1)
         line = {"stage": self.stage, "epoch": number, "loss": losses, "val": checkpoint.metrics, "seconds": seconds}
         self.log.append(line)
         self._track(loss=losses, validation=checkpoint.metrics)
@@ -254,15 +217,15 @@ class Run:
             return
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         tqdm.write(f"epoch {number}: loss {terms}; {format_headline(checkpoint.metrics)}; {seconds:.0f} s")
-        merged = merge_lora(checkpoint.detector)
-        save_detector(self.path / "last.pth", replace(checkpoint, detector=merged, epoch=number))
+        merged = replace(checkpoint, detector=merge_lora(checkpoint.detector), epoch=number)
+        save_detector(self.path / "last.pth", merged)
+        *before, last = [max(0.0, line["val"]["AP50"] or 0.0) for line in self.log]  # NaN is none either
+        if last >= max(before, default=0.0):
+            for path in {self.path / "best.pth", self.best_of(self.stage)}:
+                link_or_copy(self.path / "last.pth", path)
 
     def finish(self, val_data: DetectionData) -> dict[str, float | None]:
-        """Validate the best checkpoint on all of `val_data`, write it to `--output`, and mark the run as finished.
-
-        Returns:
-            Its headline numbers.
-        """
+        """Validate the best checkpoint on all of `val_data`, write it to `--output`; returns its headline numbers."""
         self.accelerator.wait_for_everyone()
         best, settings = load_checkpoint(self.path / "best.pth"), self.settings
         loader = make_eval_loader(val_data, best.image_size, settings.batch_size, settings.workers)
@@ -272,9 +235,11 @@ class Run:
         if self.accelerator.is_main_process:
             save_detector(settings.output, replace(best, metrics=numbers))
             if len({line["val"]["AP50"] for line in self.log}) == 1 < len(self.log):
-                print("warning: mAP@0.5 was the same after every epoch: the last one is kept", flush=True)
+                log.warning("warning: mAP@0.5 was the same after every epoch: the last one is kept")
             headline = format_headline(numbers)
-            print(f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}")
+            log.info(
+                f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}"
+            )
             (self.path / FINISHED).touch()
         self.accelerator.end_training()
         return numbers
@@ -289,8 +254,6 @@ class Run:
             raise InputError(f"the run in {self.path} is not finished: {advice}")
         for name in self.settings.log_with:
             check_packages(f"--log-with {name}", name)
-        for path in (self.settings.output, self.path / "state.pth"):
-            check_writable(path)
         check_outputs([Path(self.settings.output), *files], flag_texts(self.settings, "output", "run_dir"))
 
     def _check_resumable(self, stages: tuple[str, ...]) -> None:
@@ -305,9 +268,9 @@ class Run:
         if fixed := [texts[field.name] for field in changed if field.metadata["fixed"]]:
             raise InputError(f"{run} cannot go on with another {', '.join(fixed)}")
         if changed:
-            print(f"from here on with another {', '.join(texts.values())}", flush=True)
+            log.info(f"from here on with another {', '.join(texts.values())}")
         if self.saved["files"] != self.files:
-            print("warning: image files were written since the run began; it goes on with them", flush=True)
+            log.warning("warning: image files were written since the run began; it goes on with them")
 
     def _save(self, epoch: int, parts: dict[str, Any]) -> None:
         content = {name: getattr(self, name) for name in ("description", "files", "stage", "log")}
@@ -316,24 +279,13 @@ class Run:
             states = {name: part.state_dict() for name, part in parts.items()}
             with atomic_write(self.path / "state.pth") as file:
                 torch.save(content | {"state_version": STATE_VERSION, "epoch": epoch, "parts": states}, file)
-            self._link_best()
-            self._write_log()
+        self._write("log.jsonl", "".join(f"{json.dumps(line)}\n" for line in self.log))
         self.resumable = len(self.log)
 
-    def _link_best(self) -> None:
-        """Make `last.pth` the best checkpoint too, and that of its stage, where its epoch is the best of the log."""
-        *before, last = [_score(line["val"]) for line in self.log]
-        if last >= max(before, default=0.0):
-            for path in {self.path / "best.pth", self.best_of(self.stage)}:
-                link_or_copy(self.path / "last.pth", path)
-
-    def _write_settings(self, content: dict[str, Any]) -> None:
-        with atomic_write(self.path / "settings.json", "w") as file:
-            json.dump(content, file, indent=2)
-
-    def _write_log(self) -> None:
-        with atomic_write(self.path / "log.jsonl", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.log)
+    def _write(self, name: str, text: str) -> None:
+        if self.accelerator.is_main_process:
+            with atomic_write(self.path / name, "w") as file:
+                file.write(text)
 
     def _start_trackers(self) -> None:
         self.accelerator.log_with = list(dict.fromkeys(self.settings.log_with))
@@ -341,7 +293,7 @@ class Run:
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in self.description.items()}
         names = {"wandb": {"name": self.path.name, "dir": str(self.path)}, "mlflow": {"run_name": self.path.name}}
         try:
-            self.accelerator.init_trackers("dinov2-detection", plain, names)
+            self.accelerator.init_trackers(PROGRAM, plain, names)
         except Exception as error:  # each tracker has its own
             raise InputError(f"--log-with {' '.join(self.settings.log_with)}: {last_line(error):.300}") from error
 
@@ -351,32 +303,20 @@ class Run:
         try:
             self.accelerator.log(values, len(self.log))
         except Exception as error:
-            print(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}", flush=True)
+            log.warning(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of the run in `folder`, empty where there is none yet.
-
-    Raises:
-        InputError: it is damaged, or of another version of this program.
-    """
+    """The state of the run in `folder`, empty where there is none. Raises InputError where it cannot be used."""
     path = folder / "state.pth"
     if not path.is_file():
-        print(f"nothing to resume in {folder} yet: starting", flush=True)
+        log.info(f"nothing to resume in {folder} yet: starting")
         return {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch does not verify the checksums
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["state_version"]
-    except Exception as error:  # torch documents few of the errors that damaged files raise
-        raise InputError(f"{path} is damaged: delete that folder, or name another --run-dir") from error
-    if version != STATE_VERSION:
-        raise InputError(f"{path} is of another version of this program; start again in another --run-dir")
-    return content
-
-
-def _score(metrics: dict) -> float:
-    """mAP@0.5, 0 also for None and NaN."""
-    return max(0.0, metrics["AP50"] or 0.0)
+        content = read_archive(path)
+        if content["state_version"] == STATE_VERSION:
+            return content
+        fault = "of another version of this program"
+    except Exception:  # torch documents few of the errors that damaged files raise
+        fault = "damaged"
+    raise InputError(f"{path} is {fault}: delete that folder, or name another --run-dir")

@@ -69,7 +69,7 @@ def test_adversarial_lists_give_the_numbers_of_pycocotools(tmp_path, seed, ids):
     data = load_coco(tmp_path / "truth.json", tmp_path)
     predictions = read_detections(str(tmp_path / "results.json"), data)
     expected = pycocotools_stats(truth, results)
-    numbers = coco_numbers(match_detections(predictions.table, data), data)
+    numbers = coco_numbers(match_detections(predictions.table, data))
     for name, value in zip(COCO_NUMBERS, expected, strict=True):
         assert numbers[name] == pytest.approx(value, abs=1e-12), name
     assert 0.1 < expected[0] < 0.9 and all("lowest score" in warning for warning in predictions.warnings)

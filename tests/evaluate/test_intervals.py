@@ -9,7 +9,7 @@ import pytest
 from common.data.memory import DetectionData, ImageFile
 from common.evaluate.bootstrap import Sampled, comparisons, resample
 from common.evaluate.detections import DetectionTable
-from common.evaluate.metrics import match_boxes_alone, match_detections, mean, precision_at_recalls
+from common.evaluate.metrics import average_precision, match_boxes_alone, match_detections, mean
 from common.evaluate.primary import primary_pairs
 
 CLASSES, RESAMPLES = 60, 300
@@ -47,15 +47,10 @@ def generated_detections(data, noise, seed):
     )
 
 
-def ap50(table, data):
-    return mean(precision_at_recalls(match_detections(table, data).by_class, CLASSES)[0])
-
-
 def sampled_ap50(table, data, weights):
     matched = match_detections(table, data)
-    parts = match_boxes_alone(matched, data), primary_pairs(matched, data, 0.5)
-    value = mean(precision_at_recalls(matched.by_class, CLASSES)[0])
-    return Sampled(value, resample(matched, *parts, data, weights)["AP50"])
+    samples = resample(matched, match_boxes_alone(matched), primary_pairs(matched, 0.5), weights)
+    return Sampled(mean(average_precision(matched)[0]), samples["AP50"])
 
 
 def drawn(table, data, images):

@@ -1,7 +1,6 @@
 """Detectors of transformers: their detections are those of transformers' own post-processing, in original pixels."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
-    DFineConfig,
-    DFineForObjectDetection,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -30,23 +27,22 @@ from transformers import (
 import comprehensive_validation
 from common.console import InputError
 from common.data.memory import DetectionData, ImageFile
-from common.evaluate.results import read_results
-from common.evaluate.transformers_models import is_transformers, run_transformers
+from common.evaluate.others import is_transformers, run_transformers
 from common.hub import hub_name
 from common.types import convert_boxes
 
 CPU = torch.device("cpu")
 SIZE = {"height": 64, "width": 64}
 SHAPES = ((120, 80), (60, 100), (64, 64), (33, 97))  # width and height
+TINY = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8]}
 
 
 def detr(classes):
-    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"])
+    backbone = ResNetConfig(**TINY, depths=[1, 1, 1, 1], out_features=["stage4"])
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 7}
     config = DetrConfig(use_timm_backbone=False, backbone_config=backbone, **sizes, **heads, **classes)
-    size = {"shortest_edge": 64, "longest_edge": 100}
-    return DetrForObjectDetection(config), DetrImageProcessor(size=size)
+    return DetrForObjectDetection(config), DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 100})
 
 
 def yolos(classes):
@@ -55,41 +51,14 @@ def yolos(classes):
     return YolosForObjectDetection(config), YolosImageProcessor(size=SIZE)
 
 
-def rt_detr_sizes():
-    backbone = RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 8, 8],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    return {
-        "backbone_config": backbone,
-        "encoder_hidden_dim": 16,
-        "encoder_in_channels": [8, 8, 8],
-        "encoder_ffn_dim": 16,
-        "encoder_attention_heads": 2,
-        "d_model": 16,
-        "num_queries": 20,
-        "decoder_in_channels": [16, 16, 16],
-        "decoder_ffn_dim": 16,
-        "decoder_layers": 2,
-        "decoder_attention_heads": 2,
-        "anchor_image_size": None,
-    }
-
-
 def rt_detr(classes):
-    config = RTDetrConfig(**rt_detr_sizes(), **classes)
+    stages = ["stage2", "stage3", "stage4"]
+    backbone = RTDetrResNetConfig(**TINY, depths=[1, 1, 1, 1], layer_type="basic", out_features=stages)
+    encoder = {"encoder_hidden_dim": 16, "encoder_in_channels": [8, 8, 8], "encoder_ffn_dim": 16}
+    decoder = {"decoder_in_channels": [16, 16, 16], "decoder_ffn_dim": 16, "decoder_layers": 2, "num_queries": 20}
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "anchor_image_size": None}
+    config = RTDetrConfig(backbone_config=backbone, **encoder, **decoder, **sizes, **classes)
     return RTDetrForObjectDetection(config), RTDetrImageProcessor(size=SIZE)
-
-
-def d_fine(classes):
-    config = DFineConfig(**rt_detr_sizes(), **classes)
-    return DFineForObjectDetection(config), RTDetrImageProcessor(size=SIZE)
-
-
-BUILDERS = {"DETR": detr, "YOLOS": yolos, "RT-DETR": rt_detr, "D-FINE": d_fine}
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +90,9 @@ def detections_on(run, index):
     return boxes, torch.from_numpy(table.score).float(), torch.from_numpy(table.label)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_detections_are_those_of_its_own_post_processing(name, shapes, tmp_path):
-    folder = saved(BUILDERS[name], tmp_path / name, ("cat", "N/A", "dog"))
+@pytest.mark.parametrize("build", [detr, yolos, rt_detr])
+def test_detections_are_those_of_its_own_post_processing(build, shapes, tmp_path):
+    folder = saved(build, tmp_path / "model", ("cat", "N/A", "dog"))
     assert is_transformers(str(folder)) and not is_transformers(str(tmp_path))
     found = run_transformers(str(folder), shapes, 3, CPU)
     assert found.class_names == ("cat", "N/A", "dog") and found.cost.precision == "fp32"
@@ -142,9 +111,9 @@ def test_detections_are_those_of_its_own_post_processing(name, shapes, tmp_path)
         assert (distance.amin(1) < 0.1).all()
 
 
-@pytest.mark.parametrize("name", ["DETR", "YOLOS"])
-def test_a_known_box_lies_in_the_pixels_of_each_image(name, shapes, tmp_path):
-    folder = saved(BUILDERS[name], tmp_path / name, ("cat", "dog"))
+@pytest.mark.parametrize("build", [detr, yolos])
+def test_a_known_box_lies_in_the_pixels_of_each_image(build, shapes, tmp_path):
+    folder = saved(build, tmp_path / "model", ("cat", "dog"))
     weights = load_file(folder / "model.safetensors")
     for key, weight in weights.items():
         if "bbox_predictor.layers.2" in key or "class_labels_classifier" in key:
@@ -160,28 +129,12 @@ def test_a_known_box_lies_in_the_pixels_of_each_image(name, shapes, tmp_path):
         assert torch.allclose(boxes, middle.expand(7, 4), atol=1e-3)
 
 
-def test_labels_without_a_name_and_fixed_padding_are_refused(shapes, tmp_path):
-    folder = saved(detr, tmp_path / "gap", ("cat", "dog", "cow"))
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"id2label": {"0": "cat", "2": "dog", "3": "cow"}, "label2id": {"cat": 0, "dog": 2, "cow": 3}}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="numbered from 0, its id2label has 0, 2, 3"):
-        run_transformers(str(folder), shapes, 2, CPU)
-    folder = saved(detr, tmp_path / "square", ("cat", "dog"))
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    square = settings | {"pad_size": {"height": 100, "width": 100}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(square))
-    with pytest.raises(InputError, match=r"pads images to .*100.*: give its detections with --from-detections"):
-        run_transformers(str(folder), shapes, 2, CPU)
-
-
 def test_it_is_one_row_of_the_evaluation(demo, demo_val, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(rt_detr, tmp_path / "theirs", demo_val.class_names)
-    settings = comprehensive_validation.Settings(data=str(demo), workers=0, batch_size=4, seed=0)
     models = ("theirs", "somebody/no-such-detector", "hub:somebody/no-such-one")
-    comprehensive_validation.main(replace(settings, models=models))
-    theirs, *missing = read_results("validation_results.json").models
+    settings = comprehensive_validation.Settings(str(demo), models=models, workers=0, batch_size=4)
+    theirs, *missing = comprehensive_validation.main(settings).models
     assert theirs.name == "theirs" and theirs.detection.AP is not None and theirs.cost.ms_per_image > 0
     assert theirs.conditions["model_type"] == "rt_detr"
     assert all("is not in the cache and the hub can't be reached" in record.error for record in missing)
@@ -195,20 +148,36 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
         assert hub_name(name) == name
 
 
-def test_damaged_folders_are_refused_in_one_line(shapes, tmp_path):
-    folder = saved(yolos, tmp_path / "yolos", ("cat", "dog"))
+GAP = {"id2label": {"0": "cat", "2": "dog", "3": "cow"}, "label2id": {"cat": 0, "dog": 2, "cow": 3}}
+EDITS = {  # a file, what is changed in it, and words of the refusal
+    "gaps": ("config.json", GAP, "numbered from 0, its id2label has 0, 2, 3"),
+    "fixed padding": (
+        "preprocessor_config.json",
+        {"pad_size": {"height": 100, "width": 100}},
+        r"pads images to .*100.*: give its detections with --from-detections",
+    ),
+    "no detector": ("config.json", {"model_type": "bert"}, "transformers loads no detector from it"),
+    "an unknown type": ("config.json", {"model_type": "none"}, "transformers loads no detector from it"),
+}
 
-    def refusal():
-        with pytest.raises(InputError) as caught:
-            run_transformers(str(folder), shapes, 1, CPU)
-        return str(caught.value)
 
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    whole, settings = load_file(weights), json.loads(config.read_text())
-    save_file({key: w for key, w in whole.items() if "bbox" not in key}, weights, metadata={"format": "pt"})
-    assert "lacks 6 weights, the first of them bbox_predictor" in refusal()
+@pytest.mark.parametrize("edit", EDITS)
+def test_models_that_cannot_be_read_as_they_are_meant_are_refused(edit, shapes, tmp_path):
+    name, change, words = EDITS[edit]
+    file = saved(detr, tmp_path / "model", ("cat", "dog", "cow")) / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=words) as caught:
+        run_transformers(str(tmp_path / "model"), shapes, 2, CPU)
+    assert str(caught.value).isprintable()
+
+
+def test_damaged_weights_are_refused_in_one_line(shapes, tmp_path):
+    weights = saved(yolos, tmp_path / "model", ("cat", "dog")) / "model.safetensors"
+    kept = {key: weight for key, weight in load_file(weights).items() if "bbox" not in key}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lacks 6 weights, the first of them bbox_predictor"):
+        run_transformers(str(tmp_path / "model"), shapes, 1, CPU)
     weights.write_bytes(weights.read_bytes()[:500])
-    assert refusal().isprintable()
-    for content in ("{", json.dumps(settings | {"model_type": "bert"}), json.dumps(settings | {"model_type": "none"})):
-        config.write_text(content)
-        assert "transformers loads no detector from it" in refusal() and refusal().isprintable()
+    with pytest.raises(InputError, match="transformers loads no detector from it") as caught:
+        run_transformers(str(tmp_path / "model"), shapes, 1, CPU)
+    assert str(caught.value).isprintable()

@@ -8,10 +8,12 @@ import torch
 from helpers import SIMPLE_LOSS, random_targets
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.model.backbone import BackboneFlags
 from common.model.detector import Detector, new_detector
 from common.model.losses import DetectionLoss, LossConfig
 from common.model.postprocess import fuse_predictions, select_detections
 from common.train.optim import Ema, parameter_groups
+from common.types import Targets
 
 SIZE = 112
 WAITS = {"nonzero", "_unique2", "unique_dim", "masked_select", "_local_scalar_dense", "is_nonzero", "bincount", "equal"}
@@ -47,7 +49,7 @@ def training(request, tiny_backbone):
     torch.manual_seed(0)
     options, config = DETECTORS[request.param]
     detector = new_detector(tiny_backbone, blocks=(2, 4), image_size=SIZE, num_classes=10, **options).train()
-    detector.backbone.unfreeze()
+    detector.backbone.set_trainable(BackboneFlags())
     return detector, DetectionLoss(config, torch.full((10,), 0.1))
 
 
@@ -56,7 +58,7 @@ def test_the_whole_step_passes_where_tensors_have_no_values(training):
     detector, criterion = (part.to("meta") for part in training)
     optimizer = torch.optim.AdamW(parameter_groups(detector, 1e-3, 1e-4, 0.05, 0.8), fused=False, foreach=True)
     average = Ema(detector, 0.99)
-    targets = random_targets(3, seed=0, size=SIZE).to("meta")
+    targets = Targets(*(tensor.to("meta") for tensor in random_targets(3, seed=0, size=SIZE)))
     out = detector(torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8, device="meta"), targets)
     sum(criterion(out, targets, targets.counts()).values()).backward()
     torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)

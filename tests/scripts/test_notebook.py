@@ -34,8 +34,6 @@ def test_it_runs_in_a_kernel(demo, tmp_path, monkeypatch):
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
     executed = NotebookClient(notebook, timeout=300, resources=resources).execute()
     outputs = [cell.outputs for cell in executed.cells if cell.cell_type == "code"]
-    texts = ["".join(out.get("text", "") for out in cell) for cell in outputs]
-    assert "stage frozen" in texts[2] and "contact sheet" in texts[3] and "mAP@0.5" in texts[4]
     shown = [out.data for cell in outputs for out in cell if out.output_type == "display_data"]
     assert len([data for data in shown if "image/png" in data or "image/jpeg" in data]) == 2
     assert (tmp_path / "run" / "detector.pth").is_file() and (tmp_path / "run" / "charts.png").is_file()

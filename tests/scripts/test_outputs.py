@@ -1,8 +1,10 @@
-"""No script overwrites what it reads, or images of its user, whatever the paths look like."""
+"""No script overwrites what it reads, or files of its user, whatever the paths look like."""
 
 import json
 import os
+import shlex
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,25 +12,31 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-import comprehensive_validation
 import plot_results
 import validate_models
 from common.cli import flag
-from common.console import InputError
+from common.console import InputError, Interrupted, raise_on_signals
+from common.evaluate.detect import run_detector
 from common.files import check_outputs
 from common.model.checkpoint import Checkpoint, save_detector
 from common.train.run import Run, RunFlags
+from comprehensive_validation import Settings, main
 
 
 @pytest.fixture
-def folder(tmp_path, detector, demo_val, monkeypatch) -> Path:
-    """The working folder, with a checkpoint cats.pth and two images in cats/."""
-    checkpoint = Checkpoint(detector, demo_val.class_names, demo_val.category_ids, {})
-    save_detector(tmp_path / "cats.pth", checkpoint)
-    (tmp_path / "cats").mkdir()
-    for name in ("1.jpg", "2.png"):
-        Image.new("RGB", (200, 150), "red").save(tmp_path / "cats" / name)
+def folder(tmp_path, detector, demo, demo_val, monkeypatch) -> Path:
+    """The working folder: a checkpoint cats.pth, images in cats/, objects in val.json, detections in theirs.json."""
     monkeypatch.chdir(tmp_path)
+    save_detector("cats.pth", Checkpoint(detector, demo_val.class_names, demo_val.category_ids, {}))
+    Path("cats").mkdir()
+    for name in ("1.jpg", "2.png"):
+        Image.new("RGB", (200, 150), "red").save(Path("cats", name))
+    truth = shutil.copy(demo / "annotations" / "instances_val2017.json", "val.json")
+    keys = ("image_id", "category_id", "bbox")
+    entries = [
+        {key: a[key] for key in keys} | {"score": 0.9} for a in json.loads(Path(truth).read_text())["annotations"]
+    ]
+    Path("theirs.json").write_text(json.dumps(entries))
     return tmp_path
 
 
@@ -36,47 +44,51 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def check(images, output, checkpoint="cats.pth"):
-    settings = validate_models.Settings(checkpoints=(checkpoint,), images=images, output=output, workers=0)
-    return validate_models.main(settings)
+def check(images, output):
+    return validate_models.main(
+        validate_models.Settings(checkpoints=("cats.pth",), images=images, output=output, workers=0)
+    )
 
 
 OVERWRITING = {  # --images and --output
-    "folder": (("cats",), "."),
-    "one image": (("cats/1.jpg",), "."),
-    "absolute image": (("{folder}/cats",), "."),
-    "absolute output": (("cats",), "{folder}"),
-    "roundabout": (("cats",), "cats/../../{name}"),
-    "link to the folder": (("link",), "."),
-    "link to the output": (("cats",), "here"),
-    "link to an image": (("linked/a.jpg",), "."),
-    "image among the links": (("cats/1.jpg",), "links"),
+    "folder": ("{folder}/cats", "."),
+    "roundabout": ("cats", "cats/../../{name}"),
+    "link to the folder": ("link", "."),
+    "link to the output": ("cats", "here"),
+    "link to an image": ("linked/a.jpg", "."),
+    "image among the links": ("cats/1.jpg", "links"),
+    "detections": ("out/cats/detections.json", "out"),
+    "contact sheet": ("contact_sheet.jpg", "."),
 }
 
 
-@pytest.mark.parametrize(("images", "output"), OVERWRITING.values(), ids=OVERWRITING)
-def test_the_images_of_the_user_are_never_overwritten(images, output, folder):
-    (folder / "link").symlink_to("cats")
-    (folder / "here").symlink_to(".")
-    (folder / "linked").mkdir()
-    (folder / "linked" / "a.jpg").symlink_to("../cats/1.jpg")
-    (folder / "cats" / "a.jpg").hardlink_to(folder / "cats" / "1.jpg")
-    (folder / "links" / "cats").mkdir(parents=True)
-    (folder / "links" / "cats" / "1.jpg").symlink_to("../../cats/1.jpg")
-    before = content(folder)
-    names = {"folder": folder, "name": folder.name}
+@pytest.mark.parametrize(("image", "output"), OVERWRITING.values(), ids=OVERWRITING)
+def test_the_images_of_the_user_are_never_overwritten(image, output, folder):
+    Path("link").symlink_to("cats")
+    Path("here").symlink_to(".")
+    for name in ("linked", "links/cats", "out/cats"):
+        Path(name).mkdir(parents=True)
+    Path("linked/a.jpg").symlink_to("../cats/1.jpg")
+    Path("cats/a.jpg").hardlink_to("cats/1.jpg")
+    Path("links/cats/1.jpg").symlink_to("../../cats/1.jpg")
+    for name in ("out/cats/detections.json", "contact_sheet.jpg"):  # an image by its content
+        shutil.copy("cats/1.jpg", name)
+    before, names = content(folder), {"folder": folder, "name": folder.name}
     with pytest.raises(InputError, match=r"would overwrite the input .*: name another output"):
-        check(tuple(image.format(**names) for image in images), output.format(**names))
+        check((image.format(**names),), output.format(**names))
     assert content(folder) == before
 
 
-def test_the_images_of_a_data_set_are_not_overwritten(folder, demo):
-    data = shutil.copytree(demo, "data")
+def test_images_of_a_data_set_or_of_somebody_else_are_not_overwritten(folder, demo):
+    shutil.copytree(demo, "data")
+    shutil.copytree("cats", "other")
     shutil.copy("cats.pth", "val2017.pth")
     before = content(folder)
-    settings = validate_models.Settings(data, checkpoints=("val2017.pth",), output=data, workers=0)
+    settings = validate_models.Settings("data", checkpoints=("val2017.pth",), output="data", workers=0)
     with pytest.raises(InputError, match=r"would overwrite the input data/val2017/"):
         validate_models.main(settings)
+    with pytest.raises(InputError, match=r"cats/1.jpg was not written by this program"):
+        check(("other",), ".")
     assert content(folder) == before
 
 
@@ -90,145 +102,51 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(folder, monk
         Path("out/cats").unlink()
 
 
-def test_an_image_that_is_no_input_is_not_overwritten_either(folder):
-    shutil.copytree("cats", "other")
-    before = content(folder)
-    with pytest.raises(InputError, match=r"cats/1.jpg was not written by this program"):
-        check(("other",), ".")
-    assert content(folder) == before
-
-
-def test_contact_sheet_and_detections_do_not_overwrite_inputs(folder):
-    shutil.copy("cats/1.jpg", "contact_sheet.jpg")
-    with pytest.raises(InputError, match=r"contact_sheet.jpg would overwrite the input"):
-        check(("contact_sheet.jpg",), ".")
-    Path("out/cats").mkdir(parents=True)
-    shutil.copy("cats/1.jpg", "out/cats/detections.json")  # an image by its content
-    with pytest.raises(InputError, match=r"detections.json would overwrite the input"):
-        check(("out/cats/detections.json",), "out")
-    assert not list(Path("out").rglob("*.jpg"))
-
-
-def test_own_outputs_are_replaced_by_the_next_run(folder):
+def test_own_outputs_are_replaced_and_images_of_one_name_have_their_own(folder):
+    for suffix in ("png", "webp"):
+        Image.new("RGB", (200, 150), "blue").save(f"cats/1.{suffix}")
     for _ in range(2):
         check(("cats",), "out")
-    assert {path.name for path in Path("out/cats").iterdir()} == {"1.jpg", "2.jpg", "detections.json"}
+    written = [path.name.casefold() for path in Path("out/cats").iterdir()]
+    assert len(set(written)) == len(written) == 4 + 1 and "detections.json" in written
 
 
-def test_images_of_one_name_have_their_own_annotated_images(folder):
-    Image.new("RGB", (200, 150), "blue").save("cats/1.png")
-    Image.new("RGB", (200, 150), "blue").save("cats/1.webp")
-    check(("cats",), "out")
-    written = [path.name.casefold() for path in Path("out/cats").glob("*.jpg")]
-    assert len(set(written)) == len(written) == 4
-
-
-@pytest.fixture
-def detections(folder, demo, demo_val) -> Path:
-    """The ground truth of the demo as a file of detections."""
-    truth = json.loads((demo / "annotations" / "instances_val2017.json").read_text())
-    keys = ("image_id", "category_id", "bbox")
-    entries = [{key: a[key] for key in keys} | {"score": 0.9} for a in truth["annotations"]]
-    path = folder / "theirs.json"
-    path.write_text(json.dumps(entries))
-    return path
-
-
-@pytest.mark.parametrize("report", [False, True])
+@pytest.mark.parametrize("flag", ["report", "output"])
 @pytest.mark.parametrize("read", ["theirs.json", "val.json", "cats.pth"])
-def test_results_and_report_do_not_overwrite_inputs(read, report, detections, demo):
-    shutil.copy(demo / "annotations" / "instances_val2017.json", "val.json")
-    output = {"report": f"./{read}", "output": "new.json"} if report else {"output": f"./{read}"}
-    before = Path(read).read_bytes()
-    settings = comprehensive_validation.Settings(
-        val_json="val.json",
-        val_images_dir=str(demo / "val2017"),
-        models=("cats.pth",),
-        from_detections=("theirs.json",),
-        workers=0,
-        **output,
-    )
+def test_results_and_report_do_not_overwrite_inputs(read, flag, folder, demo):
+    before, output = Path(read).read_bytes(), {"output": "new.json"} | {flag: f"./{read}"}
+    models = {"models": ("cats.pth",), "from_detections": ("theirs.json",), "workers": 0}
     with pytest.raises(InputError, match=r"would overwrite the input|results are JSON"):
-        comprehensive_validation.main(settings)
+        main(Settings(val_json="val.json", val_images_dir=str(demo / "val2017"), **models, **output))
     assert Path(read).read_bytes() == before
 
 
-def test_detections_of_an_earlier_run_can_be_read_where_they_are(detections, demo):
-    """The command that an interrupted validation prints names the files that the new validation writes."""
-    Path("r_detections").mkdir()
-    own = shutil.move(detections, "r_detections/theirs.json")
-    before = Path(own).read_bytes()
-    settings = comprehensive_validation.Settings(str(demo), from_detections=(own,), workers=0, output="r.json")
-    (record,) = comprehensive_validation.main(settings).models
-    assert record.detections == own and Path(own).read_bytes() == before
-    assert pytest.approx(1) == record.detection.AP50
+def results_settings(demo):
+    return Settings(str(demo), from_detections=("theirs.json",), workers=0, output="r.json", report="r.html")
 
 
-def test_a_report_that_fails_leaves_the_results(detections, demo, monkeypatch):
-    def fail(*_):
-        raise ZeroDivisionError("of a chart")
-
-    monkeypatch.setattr("common.show.charts.per_class", fail)
-    settings = comprehensive_validation.Settings(
-        str(demo), from_detections=(str(detections),), workers=0, output="r.json", report="r.html"
-    )
-    with pytest.raises(InputError, match=r"the results are in r.json, but the report failed: ZeroDivisionError: of a"):
-        comprehensive_validation.main(settings)
-    assert json.loads(Path("r.json").read_text())["models"][0]["error"] is None and not Path("r.html").exists()
-
-
-@dataclass(frozen=True)
-class TrainSettings(RunFlags):
-    start_from: str = flag("", "a checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("start", "output"),
-    [("cats.pth", "./cats/../cats.pth"), ("linked.pth", "cats.pth"), ("run/best.pth", "new.pth")],
-)
-def test_training_does_not_overwrite_what_it_reads(start, output, folder):
-    Path("run").mkdir()
-    shutil.copy("cats.pth", "run/best.pth")
-    Path("run/settings.json").touch()
-    Path("linked.pth").symlink_to("cats.pth")
-    with pytest.raises(InputError, match="would overwrite the input"):
-        Run(TrainSettings(run_dir="run", output=output, start_from=start), Accelerator(cpu=True))
-    Run(TrainSettings(run_dir="run", output="new.pth", start_from="cats.pth"), Accelerator(cpu=True))
-
-
-def test_two_outputs_are_two_files(tmp_path):
-    for names in (("a.jpg", "a.jpg"), ("a.jpg", "A.JPG"), ("a.jpg", "b/../a.jpg")):
-        with pytest.raises(InputError, match="to one file"):
-            check_outputs([tmp_path / name for name in names], [])
-    check_outputs([tmp_path / "a.jpg", tmp_path / "b.jpg"], ["no\0name", "x" * 5000, os.devnull, "", "hub/name"])
-
-
-FOREIGN = {
-    "r.json": b'{"mine": 1}',
-    "r.html": b"<html><title>Mine</title></html>",
-    "r_detections/theirs.json": b'[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1, 1], "score": 1}]',
-}
+FOREIGN = {"r.json": b'{"mine": 1}', "r.html": b"<html></html>", "r_detections/theirs.json": b'[{"image_id": 1}]'}
 
 
 @pytest.mark.parametrize("file", FOREIGN)
-def test_a_file_of_another_program_is_not_overwritten_but_an_own_one_is(file, detections, demo):
-    flags = {"from_detections": (str(detections),), "workers": 0, "output": "r.json", "report": "r.html"}
+def test_a_file_of_another_program_is_not_overwritten_but_an_own_one_is(file, folder, demo):
     for _ in range(2):
-        comprehensive_validation.main(comprehensive_validation.Settings(str(demo), **flags))
+        main(results_settings(demo))
     Path(file).write_bytes(FOREIGN[file])
     with pytest.raises(InputError, match=f"{file} was not written by this program"):
-        comprehensive_validation.main(comprehensive_validation.Settings(str(demo), **flags))
+        main(results_settings(demo))
     assert Path(file).read_bytes() == FOREIGN[file]
 
 
-def test_results_are_json(demo):
-    with pytest.raises(InputError, match=r"--output r.txt: results are JSON"):
-        comprehensive_validation.main(comprehensive_validation.Settings(str(demo), output="r.txt"))
+def test_a_report_that_fails_leaves_the_results(folder, demo, monkeypatch):
+    monkeypatch.delattr("common.show.charts.per_class")
+    with pytest.raises(InputError, match=r"the results are in r.json, but the report failed: "):
+        main(results_settings(demo))
+    assert json.loads(Path("r.json").read_text())["models"][0]["error"] is None and not Path("r.html").exists()
 
 
-def test_charts_of_an_earlier_run_go_and_those_of_others_stay(detections, demo):
-    flags = {"from_detections": (str(detections),), "workers": 0, "output": "r.json"}
-    comprehensive_validation.main(comprehensive_validation.Settings(str(demo), **flags))
+def test_charts_of_an_earlier_run_go_and_those_of_others_stay(folder, demo):
+    main(results_settings(demo))
     settings = plot_results.Settings("r.json", "c.png")
     plot_results.main(settings)
     shutil.copy("c.png", "c_training.png")  # an own chart for which there are no numbers any more
@@ -237,3 +155,62 @@ def test_charts_of_an_earlier_run_go_and_those_of_others_stay(detections, demo):
     Image.new("RGB", (9, 9)).save("c_training.png")
     with pytest.raises(InputError, match=r"c_training.png was not written by this program"):
         plot_results.main(settings)
+
+
+def test_an_interrupted_validation_names_the_flags_that_read_what_is_finished(folder, demo, monkeypatch):
+    shutil.copy("cats.pth", "dogs.pth")
+    options = {"workers": 0, "output": "r.json"}
+    whole = main(Settings(str(demo), models=("cats.pth", "dogs.pth"), **options))
+    before, number = Path("r.json").read_bytes(), iter(range(2))
+    raise_on_signals()
+
+    def stopped(*arguments):
+        if next(number) == 1:  # the second model
+            signal.raise_signal(signal.SIGTERM)
+        return run_detector(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        patch.setattr("common.evaluate.detect.run_detector", stopped)
+        main(Settings(str(demo), models=("cats.pth", "dogs.pth"), **options))
+    assert Path("r.json").read_bytes() == before
+    (note,) = caught.value.__notes__
+    files = shlex.split(note.partition("--from-detections ")[2])
+    resumed = main(Settings(str(demo), models=("dogs.pth",), from_detections=tuple(files), **options)).models
+    assert [record.name for record in resumed] == ["dogs", "cats"]
+    for one, other in zip(reversed(resumed), whole.models, strict=True):
+        assert vars(one.primary) == pytest.approx(vars(other.primary))
+        assert pytest.approx(other.detection.AP, abs=1e-6) == one.detection.AP
+
+
+@dataclass(frozen=True)
+class TrainSettings(RunFlags):
+    start_from: str = flag("", "a checkpoint")
+
+
+TRAINED = [("cats.pth", "./cats/../cats.pth"), ("linked.pth", "cats.pth"), ("run/best.pth", "new.pth")]
+TRAINED += [("run/frozen.pth", "new.pth"), ("run/last.pth", "new.pth")]
+
+
+@pytest.mark.parametrize(("start", "output"), TRAINED)
+def test_training_overwrites_neither_what_it_reads_nor_files_of_another_program(start, output, folder):
+    def run(start, output):
+        settings = TrainSettings(run_dir="run", output=output, start_from=start)
+        return Run(settings, Accelerator(cpu=True), ("frozen", "unfrozen"))
+
+    run("cats.pth", "new.pth")
+    for name in ("best", "frozen", "last"):
+        shutil.copy("cats.pth", f"run/{name}.pth")
+    with pytest.raises(InputError, match=r"run has a \w+\.pth of another program: name another --run-dir"):
+        run("cats.pth", "new.pth")
+    Path("run/settings.json").touch()
+    Path("linked.pth").symlink_to("cats.pth")
+    with pytest.raises(InputError, match="would overwrite the input"):
+        run(start, output)
+    run("cats.pth", "new.pth")
+
+
+def test_two_outputs_are_two_files(tmp_path):
+    for names in (("a.jpg", "a.jpg"), ("a.jpg", "A.JPG"), ("a.jpg", "b/../a.jpg")):
+        with pytest.raises(InputError, match="to one file"):
+            check_outputs([tmp_path / name for name in names], [])
+    check_outputs([tmp_path / "a.jpg", tmp_path / "b.jpg"], ["no\0name", "x" * 5000, os.devnull, "", "hub/name"])

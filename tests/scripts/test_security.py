@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import ROOT, TINY, Hostile, data_flags
 from transformers import Dinov2Backbone, Dinov2Config
 
@@ -16,7 +15,6 @@ from common.data.sources import load_split
 from common.evaluate.evaluation import unique_names
 from common.files import atomic_write
 from common.model.backbone import load_backbone
-from common.model.checkpoint import Checkpoint, save_detector
 
 
 def test_torch_load_runs_nothing():
@@ -26,52 +24,43 @@ def test_torch_load_runs_nothing():
 
 
 @pytest.fixture
-def backbone(tmp_path):
+def backbone(tmp_path, monkeypatch):
     """A folder with a DINOv2 whose weights are a pickle, which creates a file when it is executed."""
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "vit"
-    torch.manual_seed(0)
     Dinov2Backbone(Dinov2Config(**TINY, patch_size=14)).save_pretrained(folder)
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
     return folder
 
 
-@pytest.mark.parametrize("listed", [None, "pytorch_model.bin", "other.safetensors"])
-def test_backbones_are_read_only_from_safetensors(backbone, listed, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("listed", ["", "pytorch_model.bin", "other.safetensors"])
+def test_backbones_are_read_only_from_safetensors(backbone, listed):
     if listed:
         index = {"metadata": {}, "weight_map": {"embeddings.cls_token": listed}}
         (backbone / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"no model\.safetensors") as caught:
         load_backbone(backbone, (1,))
-    assert str(caught.value).isprintable() and not (tmp_path / "hacked").exists()
+    assert str(caught.value).isprintable()
     (backbone / "other.safetensors").rename(backbone / "model.safetensors")
-    assert load_backbone(backbone, (1,)).channels == 48 and not (tmp_path / "hacked").exists()
+    assert load_backbone(backbone, (1,)).channels == 48 and not Path("hacked").exists()
 
 
 SETTINGS = {"model_type": ["dinov2"], "hidden_size": 10**9, "patch_size": [14, 14], "hidden_act": "\x1b[2J"}
 SETTINGS |= {"num_hidden_layers": "12", "num_attention_heads": 0, "mlp_ratio": None, "image_size": -1}
+CONFIGS = [json.dumps({key: value}) for key, value in SETTINGS.items()]
+CONFIGS += ["[" * 100_000, "{", "[]", '{"model_type": "bert"}', '{"hidden_size": 50}']
 
 
-@pytest.mark.parametrize("key", SETTINGS)
-def test_invalid_settings_of_a_backbone_are_refused(backbone, key):
+@pytest.mark.parametrize("config", CONFIGS, ids=[f"{config:.40}" for config in CONFIGS])
+def test_invalid_settings_of_a_backbone_are_refused(backbone, config):
     file = backbone / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: SETTINGS[key]}))
+    whole = json.dumps(json.loads(file.read_text()) | json.loads(config)) if config.endswith("}") else config
+    file.write_text(whole)
     (backbone / "other.safetensors").rename(backbone / "model.safetensors")
     with pytest.raises(InputError, match=r"not of a DINOv2|cannot load the backbone|lacks") as caught:
         load_backbone(backbone, (1,))
     assert "\n" not in str(caught.value)
-    file.write_text("[" * 100_000)
-    with pytest.raises(InputError, match="not of a DINOv2"):
-        load_backbone(backbone, (1,))
-
-
-def test_writing_over_a_link_keeps_the_file_that_it_points_to(detector, tmp_path):
-    precious, link = tmp_path / "precious", tmp_path / "a.pth"
-    precious.write_text("content")
-    link.symlink_to(precious)
-    save_detector(link, Checkpoint(detector, tuple("abcdefghij"), tuple(range(10))))
-    assert precious.read_text() == "content" and not link.is_symlink()
 
 
 @pytest.mark.parametrize("path", ["../../etc/a.jpg", "/etc/a.jpg", "a/../../b.jpg", "....jpg", "..", "\\..\\a.jpg"])
@@ -88,7 +77,6 @@ def test_names_made_of_paths_stay_in_their_folder(path, tmp_path):
 ENTITIES = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10 if i else "lol"}">' for i in range(12))
 DOCUMENTS = {
     "billion laughs": f"<!DOCTYPE x [{ENTITIES}]>NAME&a11;",
-    "long laugh": f'<!DOCTYPE x [<!ENTITY a "{"x" * 100_000}">]>NAME{"&a;" * 5000}',
     "another file": '<!DOCTYPE x [<!ENTITY a SYSTEM "FILE">]>NAME&a;',
 }
 

@@ -1,17 +1,24 @@
 """Boxes and labels on images."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from common.show.drawing import LabelledBox, contact_sheet, draw_boxes, side_by_side
+from common.show.drawing import LabelledBoxes, contact_sheet, draw_boxes, side_by_side
 
 
-def test_drawn_labels_stay_inside_small_and_large_images():
-    for size in ((60, 40), (3000, 2000)):
-        boxes = [LabelledBox((0, 0, size[0], size[1]), 0, "hippopotamus 0.99")]
-        drawn = draw_boxes(Image.new("RGB", size), boxes)
-        assert min(drawn.size) >= 480 and max(drawn.size) <= 1600
-        assert len(drawn.getcolors(100000)) > 3
+def boxes_of(*boxes, text="a"):
+    return LabelledBoxes(np.array(boxes, np.float64).reshape(-1, 4), np.arange(len(boxes)), [text] * len(boxes))
+
+
+@pytest.mark.parametrize("size", [(60, 40), (3000, 2000)])
+def test_captions_are_readable_and_inside_small_and_large_images(size):
+    drawn = draw_boxes(Image.new("RGB", size), boxes_of((0, 0, *size), (size[0] - 2, 0, *size), text="zebra 0.99"))
+    assert min(drawn.size) >= 480 and max(drawn.size) <= 1600
+    colours = np.array(drawn)[: drawn.height // 8]
+    assert (colours[:, 0] == (230, 159, 0)).all(1).any()  # at the left edge
+    columns = np.nonzero((colours == (86, 180, 233)).all(2).any(0))[0]
+    assert columns.max() - columns.min() > drawn.width / 10  # the caption of the box at the right edge is whole
 
 
 NAN, INF = float("nan"), float("inf")
@@ -19,30 +26,30 @@ INVISIBLE = [(90, 90, 10, 10), (50, 10, 20, 90), (10, 50, 90, 20), (NAN, 0, 9, 9
 
 
 @pytest.mark.parametrize("box", INVISIBLE)
-@pytest.mark.parametrize("crowd", [False, True])
-def test_boxes_of_negative_size_and_outside_the_image_are_left_out(box, crowd):
-    image = Image.new("RGB", (100, 100))
-    assert draw_boxes(image, [LabelledBox(box, 0, "a", crowd)]).getcolors() == [(480 * 480, (0, 0, 0))]
+def test_boxes_of_negative_size_and_outside_the_image_are_left_out(box):
+    drawn = draw_boxes(Image.new("RGB", (100, 100)), boxes_of(box))
+    assert drawn.getcolors() == [(480 * 480, (0, 0, 0))]
 
 
 @pytest.mark.parametrize(
     "box", [(-INF, 0, INF, 50), (-1e300, -1e300, 1e300, 1e300), (10, 10, 10, 10), (0, 0, 100, 100)]
 )
-@pytest.mark.parametrize("crowd", [False, True])
-def test_boxes_of_any_other_size_are_drawn(box, crowd):
-    drawn = draw_boxes(Image.new("RGB", (100, 100)), [LabelledBox(box, 0, "a", crowd)])
-    assert len(drawn.getcolors(100000)) > 1
+def test_boxes_of_any_other_size_are_drawn(box):
+    assert len(draw_boxes(Image.new("RGB", (100, 100)), boxes_of(box)).getcolors(100000)) > 1
 
 
 @pytest.mark.parametrize("size", [(10, 6000), (20000, 4), (1, 1), (3000, 1), (1, 3000)])
 def test_images_of_extreme_shapes_are_drawn(size):
-    drawn = draw_boxes(Image.new("RGB", size), [LabelledBox((0, 0, *size), 0, "cat 0.99")])
+    drawn = draw_boxes(Image.new("RGB", size), boxes_of((0, 0, *size)))
     strip = side_by_side([("ground truth", drawn), ("a model", drawn)])
-    sheet = contact_sheet([strip, strip])
-    assert max(drawn.size) <= 1600 and sheet.width == 1800
+    assert max(drawn.size) <= 1600 and contact_sheet([strip, strip]).width == 1800
 
 
 @pytest.mark.parametrize("text", ["", "\n", "\0\x1b", "\udcff", "猫", "a" * 1000, "$\\frac$"])
 def test_any_text_can_be_a_caption_or_a_title(text):
-    drawn = draw_boxes(Image.new("RGB", (100, 100)), [LabelledBox((10, 10, 50, 50), 0, text)])
+    drawn = draw_boxes(Image.new("RGB", (100, 100)), boxes_of((10, 10, 50, 50), text=text))
     assert side_by_side([(text, drawn)]).width == 480
+
+
+def test_an_image_without_boxes():
+    assert draw_boxes(Image.new("RGB", (500, 500)), boxes_of()).getcolors() == [(500 * 500, (0, 0, 0))]

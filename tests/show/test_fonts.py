@@ -1,25 +1,33 @@
-"""Names in any writing: drawn as they are if a font has the letters, otherwise replaced, and a line is printed."""
-
-import warnings
+"""Names in any writing: drawn as they are if an installed font has the letters, else a line is printed."""
 
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from helpers import record_of, results_of
 from matplotlib.font_manager import fontManager
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
-from common.console import to_one_line
-from common.evaluate.results import Calibration, ClassNumbers, Diagnosis, ErrorKind, OperatingPoint
+from common.evaluate.results import ClassNumbers
 from common.show import charts, fonts
-from common.show.drawing import LabelledBox, draw_boxes
 
 COVERED = ("dog", "собака", "γάτα", "café", "$5 and $10", "<b>&amp;")
 CAT = "猫"
 
 
 @pytest.fixture
-def cat_font(no_further_fonts, monkeypatch, tmp_path):
+def only_matplotlibs_fonts(monkeypatch):
+    ours = [font for font in fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(fontManager, "ttflist", ours)
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [])
+    fontManager._findfont_cached.cache_clear()
+    fonts.installed_fonts.cache_clear()
+    yield
+    fonts.installed_fonts.cache_clear()
+    fontManager._findfont_cached.cache_clear()
+
+
+@pytest.fixture
+def cat_font(only_matplotlibs_fonts, monkeypatch, tmp_path):
     """A font, installed after matplotlib first ran, that has the letter of CAT and no other."""
     pen = TTGlyphPen(None)
     pen.moveTo((100, 0))
@@ -32,108 +40,32 @@ def cat_font(no_further_fonts, monkeypatch, tmp_path):
     builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
     builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
     builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Only Cats", "styleName": "Regular"})
+    builder.setupNameTable({"familyName": "Noto Sans CJK JP", "styleName": "Regular"})
     builder.setupOS2(usWeightClass=400)
     builder.setupPost()
-    path = tmp_path / "cats.ttf"
+    path, damaged = tmp_path / "cats.ttf", tmp_path / "damaged.ttf"
     builder.save(path)
-    (tmp_path / "damaged.ttf").write_bytes(b"no font")
-    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [str(path), str(tmp_path / "damaged.ttf")])
-    fonts._further_font.cache_clear()
-    yield path
-    fonts._further_font.cache_clear()
+    damaged.write_bytes(b"no font")
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [str(path), str(damaged)])
+    return path
 
 
-@pytest.fixture
-def no_further_fonts(monkeypatch):
-    """Only the fonts of matplotlib are installed."""
-    ours = [font for font in fontManager.ttflist if "mpl-data" in font.fname]
-    monkeypatch.setattr(fontManager, "ttflist", ours)
-    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [])
-    fonts._further_font.cache_clear()
-    yield
-    fonts._further_font.cache_clear()
+def test_greek_cyrillic_and_signs_are_drawn_as_written(only_matplotlibs_fonts, capsys):
+    fonts.print_missing(COVERED)
+    assert capsys.readouterr().out == "" and "DejaVuSans" in fonts.font_for("собака γάτα 0.93")
 
 
-def results_with(names):
-    per_class = {name: ClassNumbers(0.5, 0.5) for name in names}
-    confusion = [[2 * (row == column) for column in range(len(names) + 1)] for row in range(len(names) + 1)]
-    diagnosis = Diagnosis(OperatingPoint(0.5, 0.5, 0.5, 0.5), ERRORS, Calibration(None, []), confusion)
-    record = record_of(names[-1], AP50=0.5, per_class=per_class, diagnosis=diagnosis)
-    return results_of(record, source=names[-1], class_names=names)
-
-
-ERRORS = dict.fromkeys(("class", "localisation", "both", "duplicate", "background", "missed"), ErrorKind(0.1, 1))
-
-
-def test_greek_cyrillic_and_signs_are_drawn_as_written(no_further_fonts, capsys):
-    assert fonts.class_labels(COVERED) == list(COVERED)
-    assert fonts.image_text("собака γάτα 0.93", 20)[0] == "собака γάτα 0.93"
-    fonts.print_replaced(COVERED)
-    assert capsys.readouterr().out == ""
-
-
-def test_letters_that_no_font_has_are_replaced_and_printed(no_further_fonts, capsys):
-    names = ("dog", CAT, "자동차", "cat 猫", "\ue000")
-    assert fonts.class_labels(names) == ["dog", "1: ?", "???", "cat ?", "2: ?"]
-    assert fonts.image_text("猫 0.93", 20)[0] == "? 0.93"
-    fonts.print_replaced([*names, CAT])
+def test_letters_that_no_font_has_are_printed(only_matplotlibs_fonts, capsys, recwarn):
+    names = ("dog", CAT, "cat 猫", "자동차", CAT)
+    record = record_of("m", AP50=0.5, per_class={name: ClassNumbers(0.5, 0.5) for name in names})
+    charts.render(results_of(record, class_names=names), dpi=40)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "3 names (猫, 자동차, cat 猫)" in line and "Noto Sans CJK" in line
+    assert "3 names (猫, cat 猫, 자동차)" in line and "Noto Sans CJK" in line and not recwarn
 
 
 def test_an_installed_font_is_found(cat_font, capsys):
-    assert [name for name, _ in fonts.fonts_for(f"dog {CAT}")] == ["DejaVu Sans", "Only Cats"]
-    assert fonts.class_labels(("dog", CAT)) == ["dog", CAT]
-    text, font = fonts.image_text(CAT, 20)
-    assert text == CAT and font.path == str(cat_font)
-    fonts.print_replaced([CAT])
+    fonts.print_missing([f"dog {CAT}"])
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("installed", [False, True])
-def test_charts_draw_every_letter_or_its_replacement(installed, no_further_fonts, request, capsys):
-    if installed:
-        request.getfixturevalue("cat_font")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns of a letter that its fonts lack
-        results = results_with([*COVERED, CAT])
-        charts.render(results, dpi=40)
-    labels = [label.get_text() for label in charts.per_class(results).axes[0].get_yticklabels()]
-    assert sorted(labels) == sorted([*COVERED, CAT if installed else "?"])
-    assert bool(capsys.readouterr().out) != installed
-
-
-def test_captions_on_images_use_the_same_font():
-    images = [
-        draw_boxes(Image.new("RGB", (480, 480)), [LabelledBox((100, 100, 300, 300), 0, text)])
-        for text in ("собака", "??????", "кошечк")
-    ]
-    assert len({image.tobytes() for image in images}) == 3  # boxes in place of letters would make two of them equal
-    assert ImageFont.truetype(fonts.DEJAVU[1], 12).getname()[0] == "DejaVu Sans"
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("a\nb\t c", "a b c"),
-        ("red\x1b[31m\x00", "red?[31m?"),
-        ("\u202egpj.exe", "gpj.exe"),
-        ("byte \udcff", "byte ?"),
-        ("e\u0301", "é"),
-        ("a" * 250, "a" * 20 + "…" + "a" * 19),
-        ("x" * 100 + "_lr1", "x" * 20 + "…" + "x" * 15 + "_lr1"),
-    ],
-)
-def test_names_become_one_short_line(text, line):
-    assert to_one_line(text) == line
-    assert to_one_line(line) == line
-
-
-def test_shortening_to_any_width():
-    assert [to_one_line("abcdef", width) for width in (1, 2, 3, 5, 6)] == ["…", "a…", "a…f", "ab…ef", "abcdef"]
-
-
-def test_long_names_that_are_equal_once_shortened_have_a_number():
-    labels = fonts.class_labels(["a" * 100 + "b" + "a" * 100, "a" * 250, "short"])
-    assert [label[:3] for label in labels] == ["1: ", "2: ", "sho"] and all(len(label) <= 40 for label in labels)
+    assert list(fonts.installed_fonts()) == ["DejaVu Sans", "Noto Sans CJK JP"]
+    assert fonts.font_for(CAT) == str(cat_font)
+    assert ImageFont.truetype(fonts.font_for(f"dog {CAT}"), 12).getname()[0] == "DejaVu Sans"

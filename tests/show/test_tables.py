@@ -1,7 +1,9 @@
-"""Text tables for the terminal."""
+"""Text tables for the terminal, and the names in them."""
 
+import pytest
 from helpers import record_of, results_of
 
+from common.console import to_one_line
 from common.evaluate.results import Comparison, ValidationRecord, Verdict, read_results
 from common.show.tables import format_comparisons, format_table, short_names
 
@@ -34,20 +36,29 @@ def test_tables_keep_one_line_a_model_whatever_the_names_are():
     assert table[5].endswith("not evaluated: a b") and len(table[4]) < 160
 
 
-def test_names_that_differ_in_the_middle_alone_stay_different():
-    start, end = "improved_dinov2_small_448px_", "_blocks_8_9_10_focal_seed0_final"
-    names = [f"{start}lr1e-3{end}", f"{start}lr1e-4{end}", "short"]
-    assert short_names(names) == [
-        "improved_d…lr1e-3_blocks_8_9_10_focal_se",
-        "improved_d…lr1e-4_blocks_8_9_10_focal_se",
-        "short",
-    ]
-    equal = [f"{'a' * 60}{letter}{'b' * 60}" for letter in "xy"]
-    assert [name[:3] for name in short_names(equal)] == ["1: ", "2: "]
-    assert all(len(name) <= 40 for name in short_names(names))
-    records = [record_of(name) for name in names]
-    pair = Comparison(names[0], names[1], {"AP50": Verdict([0.1, 0.2], "better")})
-    assert format_comparisons(results_of(*records, comparisons=[pair])).startswith(
-        "improved_d…lr1e-3_blocks_8_9_10_focal_se against improved_d…lr1e-4"
-    )
-    assert len({line.split("  ")[0] for line in format_table(records).splitlines()[2:]}) == 3
+def test_names_that_differ_in_the_middle_alone_have_their_number():
+    names = [f"improved_dinov2_small_448px_{lr}_blocks_8_9_10_focal_seed0_final" for lr in ("lr1e-3", "lr1e-4")]
+    short = short_names(["short", *names])
+    assert short[0] == "short" and [name[:12] for name in short[1:]] == ["2: improved_", "3: improved_"]
+    assert all(len(name) <= 40 for name in short)
+    pair = Comparison(*names, {"AP50": Verdict([0.1, 0.2], "better")})
+    results = results_of(*map(record_of, names), comparisons=[pair])
+    first, second = (line.split("  ")[0] for line in format_table(results.models).splitlines()[2:])
+    assert first != second and format_comparisons(results).startswith(f"{first} against {second}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nb\t c", "a b c"),
+        ("red\x1b[31m\x00", "red?[31m?"),
+        ("\u202egpj.exe", "gpj.exe"),
+        ("byte \udcff", "byte ?"),
+        ("e\u0301", "é"),
+        ("x" * 100 + "_lr1", "x" * 20 + "…" + "x" * 15 + "_lr1"),
+    ],
+)
+def test_names_become_one_short_line(text, line):
+    assert to_one_line(text) == line
+    assert to_one_line(line) == line
+    assert [to_one_line("abcdef", width) for width in (1, 2, 3, 5, 6)] == ["…", "a…", "a…f", "ab…ef", "abcdef"]

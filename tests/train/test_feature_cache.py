@@ -13,7 +13,7 @@ from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform, mirror_drawn, mirror_target
 from common.model.detector import new_detector
 from common.train import feature_cache
-from common.train.feature_cache import CachedDataset, cached_features, feature_shards
+from common.train.feature_cache import CachedDataset, cached_features, shard_paths
 
 
 class MirrorTransform(LetterboxTransform):
@@ -25,31 +25,19 @@ class MirrorTransform(LetterboxTransform):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "features"
 
 
-@pytest.fixture
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-def build(detector, data, accelerator, views=2):
+def build(detector, data, views=2, precision="no"):
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
     return cached_features(detector, data, views=views, batch_size=4, workers=0, accelerator=accelerator)
 
 
-def equal(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-def paths_of(detector, data, views=2, precision="fp32"):
-    return [shard.path for shard in feature_shards(detector, data, views, precision)]
-
-
-def test_cached_samples_equal_those_of_the_images(detector, demo_val, accelerator):
+def test_cached_samples_equal_those_of_the_images(detector, demo_val):
     """The same views in the same epochs, the same boxes, and features that agree to float16's precision."""
-    cached = CachedDataset(demo_val, build(detector, demo_val, accelerator), 112, mirror=True, seed=3)
+    cached = CachedDataset(demo_val, build(detector, demo_val), 112, mirror=True, seed=3)
     plain = DetectionDataset(demo_val, MirrorTransform(112), seed=3)
     mirrored = 0
     for epoch in (1, 2):
@@ -68,107 +56,65 @@ def test_cached_samples_equal_those_of_the_images(detector, demo_val, accelerato
 
 def test_bf16_features_are_cached_without_loss(detector, demo_val):
     """The head then sees the same bits with the cache and without."""
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    features = build(detector, demo_val, accelerator, views=1)
+    features = build(detector, demo_val, views=1, precision="bf16")
     images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).inputs
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), Accelerator(cpu=True).autocast():
         plain, cached = detector(images), detector.head(features[0][:4, 0])
-    assert features[0].dtype == torch.bfloat16
-    assert torch.equal(plain.boxes, cached.boxes) and torch.equal(plain.class_logits, cached.class_logits)
+    assert features[0].dtype == torch.bfloat16 and torch.equal(plain.class_logits, cached.class_logits)
 
 
-def test_a_second_call_reads_the_cache_of_the_first(detector, demo_val, accelerator, own_cache, monkeypatch):
-    randomness = torch.get_rng_state()
-    first = build(detector, demo_val, accelerator)
-    assert torch.equal(torch.get_rng_state(), randomness)  # building or not, training draws the same numbers
-    assert first[0].shape == (6, 2, 8, 8, 2 * 48) and [f.suffix for f in own_cache.iterdir()] == [".features"]
-    monkeypatch.setattr(feature_cache, "_features", None)
-    assert equal(build(detector, demo_val, accelerator), first)
-
-
-def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, accelerator, own_cache, monkeypatch):
-    monkeypatch.setattr(feature_cache, "SHARD", 4)
-    whole = build(detector, demo_val, accelerator)
-    assert [shard.shape[0] for shard in whole] == [4, 2]
-    first, second = paths_of(detector, demo_val)
-    content = second.read_bytes()
-    second.unlink()
-    seen = []
-    forward = detector.backbone.forward
-    monkeypatch.setattr(detector.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
-    assert equal(build(detector, demo_val, accelerator), whole) and sum(seen) == 2 * 2
-    assert second.read_bytes() == content and sorted(own_cache.iterdir()) == sorted([first, second])
-
-
-def test_more_images_reuse_the_shards_of_fewer(detector, demo_val, accelerator, monkeypatch):
+def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, folder, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD", 2)
-    build(detector, demo_val.first(4), accelerator)
-    shards = feature_shards(detector, demo_val, 2, "fp32")
-    assert [shard.images for shard in shards if not shard.path.is_file()] == [range(4, 6)]
-
-
-def test_old_temporary_files_of_killed_builds_are_removed(detector, demo_val, accelerator, own_cache):
-    (path,) = paths_of(detector, demo_val)
-    own_cache.mkdir(parents=True)
-    old, young = (own_cache / f".{path.name}.{number}.tmp" for number in (1, 2))
-    for leftover in (old, young):
-        leftover.touch()
+    paths, seen, forward = shard_paths(detector, demo_val, 2, "fp32"), [], detector.backbone.forward
+    monkeypatch.setattr(detector.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
+    build(detector, demo_val.first(4))
+    assert [path.is_file() for path in paths] == [True, True, False] and sum(seen) == 4 * 2
+    whole = build(detector, demo_val)
+    assert [tuple(shard.shape) for shard in whole] == [(2, 2, 8, 8, 2 * 48)] * 3 and sum(seen) == 6 * 2
+    old, young = (folder / f".{paths[1].name}.{number}.tmp" for number in (1, 2))
+    for file in (old, young):
+        file.touch()
     os.utime(old, (0, 0))
-    build(detector, demo_val, accelerator)
-    assert sorted(own_cache.iterdir()) == sorted([path, young])  # another process may be writing the young one
-
-
-def test_a_damaged_file_is_refused(detector, demo_val, accelerator, own_cache):
-    build(detector, demo_val, accelerator)
-    (path,) = own_cache.iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
+    paths[1].unlink()
+    assert all(map(torch.equal, build(detector, demo_val), whole)) and sum(seen) == 8 * 2
+    assert set(folder.iterdir()) == {*paths, young}  # another process may be writing the young one
+    paths[0].write_bytes(paths[0].read_bytes()[:-1])
     with pytest.raises(InputError, match="damaged; delete it"):
-        build(detector, demo_val, accelerator)
+        build(detector, demo_val)
 
 
-def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, tiny_backbone):
-    def name(detector=detector, data=demo_val, views=2, precision="fp32"):
-        return paths_of(detector, data, views, precision)[0].name
+def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, tiny_backbone, coco_file):
+    def names(changed=detector, data=demo_val, views=2, precision="fp32"):
+        return shard_paths(changed, data, views, precision)
 
-    options = {"head": "linear", "num_classes": 10}
-    others = [
-        name(data=demo_val.first(5)),
-        name(views=1),
-        name(precision="bf16"),
-        name(detector=new_detector(tiny_backbone, blocks=(1, 4), image_size=112, **options)),
-        name(detector=new_detector(tiny_backbone, blocks=(2, 4), image_size=126, **options)),
-    ]
+    def with_(blocks=(2, 4), image_size=112):
+        return new_detector(tiny_backbone, head="linear", num_classes=10, blocks=blocks, image_size=image_size)
+
     torch.manual_seed(1)
-    same = new_detector(tiny_backbone, blocks=(2, 4), image_size=112, **options)
-    assert name(detector=same) == name()  # another head, the same backbone
+    assert names(with_()) == names()  # another head, the same backbone
+    tuned, wider = with_(), with_()
     with torch.no_grad():
-        same.backbone.vit.layernorm.bias[0] += 1e-3
-    others.append(name(detector=same))
-    wider = new_detector(tiny_backbone, blocks=(2, 4), image_size=112, **options)
+        tuned.backbone.vit.layernorm.bias[0] += 1e-3
     wider.config.backbone["layer_norm_eps"] = 1e-3  # with which the same weights give other features
-    others.append(name(detector=wider))
-    assert len({name(), *others}) == 1 + len(others)
+    detectors = [tuned, wider, with_(blocks=(1, 4)), with_(image_size=126)]
+    own = load_coco(*coco_file([]))
+    others = [names(), names(data=demo_val.first(5)), names(views=1), names(precision="bf16"), names(data=own)]
+    others += map(names, detectors)
+    file = own.images[0].path
+    file.write_bytes(file.read_bytes() + b" ")
+    others.append(names(data=own))
+    assert len(set(map(tuple, others))) == len(others) == 10
 
 
-def test_a_changed_image_file_changes_the_name(detector, coco_file):
-    path, images = coco_file([])
-    data = load_coco(path, images)
-    before = paths_of(detector, data)
-    (images / "a.png").write_bytes((images / "a.png").read_bytes() + b" ")
-    assert paths_of(detector, data) != before
-
-
-def test_too_little_disk_space_is_an_error_before_the_build(detector, demo_val, accelerator, own_cache, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_build(detector, demo_val, folder, monkeypatch):
     monkeypatch.setattr(feature_cache, "SPARE_BYTES", 1 << 60)
     with pytest.raises(InputError, match=r"needs .* GB .* free: .*--feature-cache 0"):
-        build(detector, demo_val, accelerator)
-    assert list(own_cache.iterdir()) == []
+        build(detector, demo_val)
+    assert list(folder.iterdir()) == []
 
 
-def test_a_cache_above_the_limit_is_not_built(demo, tiny_backbone, tmp_path, own_cache, capsys):
+def test_a_cache_above_the_limit_is_not_built(demo, tiny_backbone, tmp_path, folder, capsys):
     paths = {"output": str(tmp_path / "out.pth"), "run_dir": str(tmp_path / "run")}
     limited = {"epochs_frozen": 1, "stop_after": "frozen", "feature_cache": 1e-5}
-    settings = tiny_settings(improved_dino_detector, demo, tiny_backbone, **paths, **limited)
-    improved_dino_detector.main(settings)
-    assert "stage 1 runs without it, on crops" in capsys.readouterr().out
-    assert not own_cache.exists()
+    improved_dino_detector.main(tiny_settings(improved_dino_detector, demo, tiny_backbone, **paths, **limited))
+    assert "stage 1 runs without it, on crops" in capsys.readouterr().out and not folder.exists()

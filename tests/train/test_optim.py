@@ -1,24 +1,25 @@
-"""Learning rates as functions of the step, and averaged weights over several cycles."""
+"""Learning rates and weight decay of all weights, and averaged weights over several cycles."""
 
 import pytest
 import torch
 from torch import nn
 
-from common.train.optim import Ema, Schedule
+from common.model.backbone import BackboneFlags
+from common.train.optim import Ema, Schedule, parameter_groups
 
 
 def schedule_of(epochs, epoch_steps, cycles=1, lr=1.0):
     return Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr), epochs, epoch_steps, cycles)
 
 
-@pytest.mark.parametrize(("steps", "cycles"), [(100, 1), (100, 2), (101, 3), (8, 2)])
+@pytest.mark.parametrize(("steps", "cycles"), [(100, 1), (101, 3), (8, 2)])
 def test_the_learning_rate_falls_in_each_cycle_and_rises_between_them(steps, cycles):
     schedule = schedule_of(steps, 1, cycles)
     numbers, rates = zip(*map(schedule.at, range(steps)), strict=True)
     warm_up = round(0.05 * steps)
     rises = [step for step in range(warm_up + 1, steps) if rates[step] > rates[step - 1]]
     assert rises == [step for step in range(1, steps) if numbers[step] > numbers[step - 1]] and len(rises) == cycles - 1
-    assert all(rates[step] > 0.9 for step in rises) and max(rates) <= 1
+    assert all(rates[step] > 0.9 for step in rises) and max(rates) <= 1 and min(rates) > 0
     assert sorted(rates[:warm_up]) == list(rates[:warm_up])
 
 
@@ -34,41 +35,42 @@ def test_rates_depend_on_the_position_alone():
     assert 0 < ours < 0.01
 
 
-def test_the_average_is_that_of_the_ends_of_the_cycles():
+AVERAGES = {  # the decay; the weight after each step, its cycle, and the average then
+    "ends of the cycles": (1e-9, [(1.0, 0, 1.0), (2.0, 0, 2.0), (6.0, 1, 4.0), (8.0, 1, 5.0)]),
+    "resumed with fewer cycles": (1e-9, [(1.0, 0, 1.0), (2.0, 1, 1.5), (5.0, 0, 5.0), (7.0, 1, 6.0)]),
+    "no decay": (0.0, [(1.0, 0, 1.0), (0.1, 1, 0.1)]),
+    "young averages follow closely": (0.9, [(11.0, 0, 10.0)]),
+}
+
+
+@pytest.mark.parametrize(("decay", "steps"), AVERAGES.values(), ids=AVERAGES)
+def test_the_average_is_that_of_the_ends_of_the_cycles_also_after_a_resume(decay, steps):
     layer = nn.Linear(1, 1, bias=False)
-    average, applied = Ema(layer, decay=1e-9), []
-    for value, cycle in ((1.0, 0), (2.0, 0), (6.0, 1), (8.0, 1)):
+    nn.init.zeros_(layer.weight)
+    average = Ema(layer, decay)
+    for value, cycle, expected in steps:
         nn.init.constant_(layer.weight, value)
         average.update(cycle)
         with average.applied():
-            applied.append(layer.weight.item())
-        assert layer.weight.item() == value
-        resumed = Ema(layer, decay=1e-9)
+            assert layer.weight.item() == pytest.approx(expected)
+        assert layer.weight.item() == pytest.approx(value)
+        resumed = Ema(layer, decay)
         resumed.load_state_dict(average.state_dict())
         average = resumed
-    assert applied == pytest.approx([1.0, 2.0, 4.0, 5.0])
 
 
-def test_without_decay_the_average_is_the_weights():
-    layer = nn.Linear(1, 1, bias=False)
-    average = Ema(layer, decay=0.0)
-    for value, cycle in ((1.0, 0), (0.1, 1)):
-        nn.init.constant_(layer.weight, value)
-        average.update(cycle)
-        with average.applied():
-            assert torch.equal(layer.weight, torch.full((1, 1), value))
-
-
-def test_ends_of_another_plan_are_not_averaged():
-    """A resumed run with other cycles, or without an average, does not take what the former plan kept."""
-    layer = nn.Linear(1, 1, bias=False)
-    before = Ema(layer, decay=1e-9, plan=(2, 4))
-    for value, cycle in ((1.0, 0), (2.0, 1)):
-        nn.init.constant_(layer.weight, value)
-        before.update(cycle)
-    assert len(before.ends) == 1
-    for decay, plan, ends in ((1e-9, (2, 4), 1), (1e-9, (2, 8), 0), (1e-9, (1, 4), 0), (0.0, (2, 4), 0)):
-        resumed = Ema(layer, decay, plan)
-        resumed.load_state_dict(before.state_dict())
-        resumed.update(1)
-        assert len(resumed.ends) == ends
+def test_rates_decay_by_depth_and_matrices_alone_have_weight_decay(detector):
+    backbone = detector.backbone
+    backbone.set_trainable(BackboneFlags(), 2)
+    assert {backbone.block_of(name) for name, w in backbone.named_parameters() if w.requires_grad} == {3, 4}
+    backbone.set_trainable(BackboneFlags())
+    groups = parameter_groups(detector, 1e-2, 1e-3, 0.1, layer_decay=0.5)
+    of = {id(weight): group for group in groups for weight in group["params"]}
+    for name, weight in backbone.named_parameters():
+        if not name.endswith("mask_token"):
+            assert of[id(weight)]["lr"] == pytest.approx(1e-3 * 0.5 ** (4 - backbone.block_of(name)))
+    assert {of[id(weight)]["lr"] for weight in detector.head.parameters()} == {1e-2}
+    trained = {name: weight for name, weight in detector.named_parameters() if id(weight) in of}
+    undecayed = {name for name, weight in trained.items() if of[id(weight)]["weight_decay"] == 0}
+    embeddings = ("cls_token", "position_embeddings")
+    assert undecayed == {name for name, weight in trained.items() if weight.ndim == 1 or name.endswith(embeddings)}

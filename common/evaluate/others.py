@@ -1,0 +1,186 @@
+"""Detectors of others as `ModelRun`s: those of transformers, and YOLO and other models of ultralytics.
+
+ultralytics (AGPL-3.0) is an optional package, imported only here and only for such a model. Its update checks, usage
+statistics and automatic installation of packages are switched off; it only fetches a published weight file.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from common.console import InputError, check_packages, first_few, last_line, to_one_line
+from common.data.memory import DetectionData
+from common.evaluate.detect import detect, measure_cost, seconds
+from common.evaluate.detections import ModelRun, detection_table
+from common.files import cache_folder
+from common.hub import CONFIG
+from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
+from common.types import Detections
+
+# ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several. With
+# `rect` the input of an image, and so its detections, would depend on the shapes of the others in its batch.
+YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300, "rect": False}
+DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
+
+
+def is_transformers(path: str) -> bool:
+    """Is this a folder with a model of transformers?"""
+    return Path(path, CONFIG).is_file()
+
+
+@torch.inference_mode()
+def run_transformers(folder: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
+    """The detections of the model in a folder on every image of `data`, in fp32, as its own post-processing returns
+    them. Where `batch_size` images are padded to a common shape, only their speed is measured together.
+
+    Raises:
+        InputError: the folder is damaged or holds no detector, or a package that it needs is not installed.
+    """
+    processor, model = _load_transformers(folder)
+    model.to(device)
+
+    def inputs_of(part: range) -> tuple[range, Any, list[tuple[int, int]]]:
+        images = [data.images[index].open() for index in part]
+        return part, processor(images=images, return_tensors="pt").to(device), [image.size[::-1] for image in images]
+
+    def run(inputs: tuple[range, Any, list[tuple[int, int]]]) -> list[Detections]:
+        part, tensors, sizes = inputs
+        found = processor.post_process_object_detection(model(**tensors), threshold=MIN_SCORE, target_sizes=sizes)
+        columns = ([image[name] for name in ("boxes", "scores", "labels")] for image in found)
+        return [_detections(data, i, MAX_DETECTIONS, *c) for i, c in zip(part, columns, strict=True)]
+
+    try:
+        padded = "pixel_mask" in inputs_of(range(1))[1]  # to a common shape, which changes scores in the second digit
+        parts = map(inputs_of, _parts(data, 1 if padded else batch_size))
+        detections, several = detect(parts, run, len(data), Path(folder).name), _parts(data, batch_size)[0]
+        inputs = [inputs_of(range(n, n + 1)) for n in several], inputs_of(several)
+        parameters = sum(p.numel() for p in model.parameters())
+        cost = measure_cost(lambda part: seconds(run, part), *inputs, device, "fp32", parameters)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
+        raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
+    names, conditions = model.config.id2label, {"model_type": model.config.model_type}
+    conditions["transformers"] = transformers.__version__
+    class_names = tuple(str(names[label]) for label in sorted(names))
+    return ModelRun(detection_table(detections, data), class_names, cost, conditions)
+
+
+def _load_transformers(folder: str) -> tuple[Any, Any]:
+    """The processor and the model."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, **options)
+        model, report = AutoModelForObjectDetection.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged files, other models and missing packages raise many types
+        raise InputError(f"{folder}: transformers loads no detector from it: {last_line(error):.300}") from error
+    labels, missing = sorted(model.config.id2label), sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights, the first of them {missing[0]}")
+    if labels != list(range(len(labels))):
+        raise InputError(f"{folder}: its outputs are numbered from 0, its id2label has {first_few(labels)}")
+    if getattr(processor, "pad_size", None):
+        raise InputError(
+            f"{folder}: its processor pads images to {dict(processor.pad_size)}, and nothing tells whether boxes are "
+            "fractions of the padded image: give its detections with --from-detections"
+        )
+    return processor, model.eval()
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Restores afterwards what ultralytics replaces for the whole process."""
+    opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        Image.open, torch.save = opened, saved
+        torch.set_num_threads(threads)
+
+
+@_restored()
+def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
+    """The detections of a YOLO on every image of `data`, `batch_size` at once, one where it is exported.
+
+    `name` is a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
+
+    Raises:
+        InputError: ultralytics is not installed, or the model is missing, damaged or no detector.
+    """
+    options, threads = YOLO_SETTINGS | {"device": str(device), "verbose": False}, torch.get_num_threads()
+    path = _find_yolo(name)
+
+    def pixels(index: int) -> np.ndarray:
+        """(H, W, 3) uint8, blue first, as ultralytics takes images from memory."""
+        return np.ascontiguousarray(np.asarray(data.images[index].open())[..., ::-1])
+
+    def run(part: range) -> list[Detections]:
+        boxes = [result.boxes for result in model.predict([pixels(index) for index in part], **options)]
+        return [_detections(data, i, len(b), b.xyxy, b.conf, b.cls) for i, b in zip(part, boxes, strict=True)]
+
+    def times(images: list[np.ndarray]) -> float:
+        """Of network and post-processing, without resizing, as for the other models."""
+        return sum(r.speed["inference"] + r.speed["postprocess"] for r in model.predict(images, **options)) / 1000
+
+    try:
+        from ultralytics import YOLO
+
+        model: Any = YOLO(path)
+        names = model.predict(pixels(0), **options)[0].names  # an exported model is only loaded now
+        torch.set_num_threads(threads)  # which ultralytics changes
+        exported = not isinstance(model.model, torch.nn.Module)
+        parts = _parts(data, 1 if exported else batch_size)
+        detections, images = detect(parts, run, len(data), path.stem), [pixels(index) for index in parts[0]]
+        parameters = None if exported else sum(p.numel() for p in model.model.parameters())
+        precision = "as exported" if exported else "fp32"
+        cost = measure_cost(times, [[image] for image in images], images, device, precision, parameters)
+    except Exception as error:  # damaged files, other tasks and missing packages raise many types
+        reason = to_one_line(str(error) or type(error).__name__, 200)
+        raise InputError(f"{name}: ultralytics cannot run it as a detector: {reason}") from error
+    conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **YOLO_SETTINGS}
+    return ModelRun(detection_table(detections, data), tuple(names[key] for key in sorted(names)), cost, conditions)
+
+
+def _find_yolo(name: str) -> Path:
+    """The path of a model, in the cache where ultralytics publishes it; sets what ultralytics reads when imported."""
+    path = Path(name)
+    if path.suffix.lower() in DESCRIPTIONS:
+        raise InputError(f"{path} holds no trained model (files of detections are read with --from-detections)")
+    check_packages(name, "ultralytics")
+    os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
+    Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    if path.exists():
+        return path
+    if name not in GITHUB_ASSETS_NAMES:
+        raise InputError(f"no model {name}: neither a file or folder nor a weight file that ultralytics publishes")
+    return cache_folder("ultralytics", name)  # where ultralytics puts it
+
+
+def _parts(data: DetectionData, at_once: int) -> list[range]:
+    """The indices of the images in each batch."""
+    return [range(n, min(n + at_once, len(data))) for n in range(0, len(data), at_once)]
+
+
+def _detections(
+    data: DetectionData, index: int, limit: int, boxes: Tensor, scores: Tensor, labels: Tensor
+) -> Detections:
+    """At most `limit` detections on one image, by falling score."""
+    order = scores.argsort(descending=True, stable=True)[:limit]
+    boxes, scores, labels = (column[order].cpu() for column in (boxes, scores, labels))
+    return Detections(data.images[index].id, boxes.float(), scores.float(), labels.long())

@@ -1,0 +1,119 @@
+"""Detectors that `python -m common.export` wrote, run by ONNX Runtime or OpenVINO on the CPU."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.console import InputError, check_packages, last_line
+from common.evaluate.results import from_json
+from common.files import PROGRAM
+from common.model.trained import TrainedDetector
+
+FORMAT_VERSION = 1
+INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an exported file says of its detector: JSON under the key PROGRAM of its metadata."""
+
+    format_version: int
+    class_names: list[str]
+    category_ids: list[int]
+    image_size: int
+    min_score: float
+    precision: str
+    conditions: dict  # how it was trained
+
+
+@dataclass(frozen=True)
+class ExportedDetector(TrainedDetector):
+    """A detector that its runtime executes. It may be used by several threads at once, and pickled as its path."""
+
+    file: Path
+    about: dict  # how it was trained, and what runs it
+    session: Callable[[np.ndarray], list[np.ndarray]]
+
+    @property
+    def parameters(self) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return load_exported, (self.file,)
+
+    def conditions(self) -> dict:
+        return self.about
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores, labels = (torch.from_numpy(array) for array in self.session((images.float() / 255).numpy()))
+        return boxes, scores, labels.long()
+
+
+def exported_file(path: str | Path) -> Path | None:
+    """The .onnx or .xml of a detector of this project, given it or its folder; None where `path` is something else."""
+    files = sorted(Path(path).glob("*.xml")) if Path(path).is_dir() else [Path(path)]
+    if len(files) != 1 or files[0].suffix.lower() not in (".onnx", ".xml") or not files[0].is_file():
+        return None
+    return files[0] if PROGRAM.encode() in files[0].read_bytes() else None
+
+
+def load_exported(file: Path) -> ExportedDetector:
+    """Read an exported detector, a file as `exported_file` returns it.
+
+    Raises:
+        InputError: a missing package, a damaged file, one of another version, or without a complete description.
+    """
+    is_onnx = file.suffix.lower() == ".onnx"
+    runtime, package = ("ONNX Runtime", "onnxruntime") if is_onnx else ("OpenVINO", "openvino")
+    check_packages(str(file), package)
+    try:
+        text, session = _read_onnx(file) if is_onnx else _read_openvino(file)
+        content = json.loads(text)
+    except Exception as error:  # neither runtime documents what it raises at damaged files
+        raise InputError(f"{runtime} cannot read {file}: {last_line(error):.300}") from error
+    about = from_json(Description, content, f"{file}: its description")
+    if about.format_version != FORMAT_VERSION or len(about.class_names) != len(about.category_ids):
+        raise InputError(f"{file} is not of format_version {FORMAT_VERSION}: export its checkpoint again")
+    names, ids, cpu = tuple(about.class_names), tuple(about.category_ids), torch.device("cpu")
+    shared = names, ids, about.image_size, about.min_score, cpu, about.precision
+    return ExportedDetector(*shared, file, about.conditions | {"runtime": runtime}, session)
+
+
+def _read_onnx(file: Path) -> tuple[str, Callable]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    text = session.get_modelmeta().custom_metadata_map.get(PROGRAM, "")
+    return text, lambda images: session.run(OUTPUTS, {INPUT: images})
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one of this process: of two whose CPU plugins end in the order in which they began, the second restores a
+    stack of signal handlers that is freed already, and the next Ctrl-C is a segmentation fault."""
+    import openvino
+
+    return openvino.Core()
+
+
+def _read_openvino(file: Path) -> tuple[str, Callable]:
+    model = openvino_core().read_model(file)
+    text = model.get_rt_info([PROGRAM]).astype(str)
+    # By default OpenVINO computes in 16 bits where the CPU can, which changes scores in the second digit.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino_core().compile_model(model, "CPU", options)
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        outputs = compiled.create_infer_request().infer({INPUT: images})  # the model's own request is for one thread
+        return [outputs[name] for name in OUTPUTS]
+
+    return text, run
