@@ -218,7 +218,7 @@ def read_yolo(request: Request) -> Table:
 
 def _read_yaml(path: Path) -> tuple[dict, dict[int, str], int]:
     """The settings that are not null, the names of the classes, and the number of columns of keypoints."""
-    with reading(path, "the YAML file of a YOLO data set"):
+    with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
         content = yaml.load(path.read_bytes().decode("utf-8-sig"), _TextLoader)  # noqa: S506 (it is a SafeLoader)
         names = content["names"]
         names = dict(enumerate(names)) if isinstance(names, list) else {int(k): v for k, v in names.items()}
