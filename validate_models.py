@@ -62,7 +62,7 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     for name in (".", *models):
         check_writable(Path(settings.output, name, "contact_sheet.jpg"))
     images = [Path(path) for path in settings.images]
-    data = unlabelled_images(images, (), ()) if images else load_split(settings, "val")
+    data = unlabelled_images(images) if images else load_split(settings, "val")
     chosen = np.arange(len(data))
     if settings.draw and not images and settings.draw < len(data):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))

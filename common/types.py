@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -41,6 +42,11 @@ def letterbox(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[
     scale = side / max(size)
     height, width = (max(1, round(length * scale)) for length in size)
     return (height, width), (width / size[1], height / size[0])
+
+
+def convert_boxes(boxes: np.ndarray, layout: str, to: str) -> np.ndarray:
+    """(N, 4) boxes in one of torchvision's layouts, xywh, xyxy or cxcywh -> the same boxes in another."""
+    return box_convert(torch.from_numpy(boxes), layout, to).numpy()
 
 
 @dataclass(frozen=True)

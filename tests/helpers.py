@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from common.cli import flag_name
 from common.console import Interrupted, raise_if_interrupted, raise_on_signals
 from common.data.memory import DetectionData
-from common.data.readers import Request, read_coco
+from common.data.readers import read_coco
 from common.data.sources import TrainDataFlags
 from common.evaluate.detections import coco_detections, detection_table
 from common.evaluate.metrics import (
@@ -87,9 +87,9 @@ SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)
 TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 70}
 
 
-def load_coco(path, images, layout="") -> DetectionData:
+def load_coco(path, images) -> DetectionData:
     """The data set of an annotation file, its images not decoded."""
-    return read_coco(path, images, Request("", "val", layout=layout)).check()
+    return read_coco(path, images).check()
 
 
 def data_flags(data="", limit=0, **flags) -> TrainDataFlags:
@@ -97,18 +97,13 @@ def data_flags(data="", limit=0, **flags) -> TrainDataFlags:
     return TrainDataFlags(str(data), train_images=limit, val_images=limit, **flags)
 
 
-def corners_of(boxes):
-    """(A, 4) xywh -> xyxy."""
-    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
-
-
 def truth_as_detections(data):
     """Every non-crowd box as a detection of score 1."""
     detections = []
     for index, image in enumerate(data.images):
-        boxes, labels, crowd = data.image_boxes(index)
-        keep = ~crowd
-        detections.append(Detections(image.id, boxes[keep], torch.ones(int(keep.sum())), labels[keep]))
+        target, keep = data.target(index), ~data.target(index).crowd
+        ones = torch.ones(int(keep.sum()))
+        detections.append(Detections(image.id, target.boxes[keep], ones, target.labels[keep]))
     return detections
 
 
@@ -116,7 +111,7 @@ def random_detections(data, seed, count=30):
     """The true boxes with noise and some wrong labels, among random boxes; scores with ties."""
     rng, detections = np.random.default_rng(seed), []
     for index, image in enumerate(data.images):
-        boxes, labels, _ = data.image_boxes(index)
+        boxes, labels = data.target(index).boxes, data.target(index).labels
         noisy = boxes.numpy() + rng.normal(0, 6, boxes.shape)
         noisy[:, 2:] = np.maximum(noisy[:, 2:], noisy[:, :2] + 1)
         corner = rng.uniform(0, 200, (count, 2))
@@ -238,7 +233,7 @@ def write_yolo(data, root, *, polygons=False, train="images/train"):
         (root / folder).mkdir(parents=True)
     for index, image in enumerate(data.images):
         lines = []
-        for box, label in zip(*(column.tolist() for column in data.image_boxes(index)[:2]), strict=True):
+        for box, label in zip(data.target(index).boxes.tolist(), data.target(index).labels.tolist(), strict=True):
             x1, y1, x2, y2 = np.array(box) / ([image.width, image.height] * 2)
             numbers = [x1, y1, x2, y1, x2, y2, x1, y2] if polygons else [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
             lines.append(" ".join(map(str, [label, *numbers])))
@@ -257,7 +252,7 @@ def write_voc(data, annotations, images):
         shutil.copy(image.path, images / image.path.name)
         tree = ElementTree.Element("annotation")
         ElementTree.SubElement(tree, "filename").text = image.path.name
-        for box, label in zip(*(column.tolist() for column in data.image_boxes(index)[:2]), strict=True):
+        for box, label in zip(data.target(index).boxes.tolist(), data.target(index).labels.tolist(), strict=True):
             thing = ElementTree.SubElement(tree, "object")
             ElementTree.SubElement(thing, "name").text = data.class_names[label]
             corners = ElementTree.SubElement(thing, "bndbox")

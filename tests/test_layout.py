@@ -18,14 +18,14 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
 UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 754,
-    "common/*.py": 1061,
-    "common/data/*.py": 2076,
+    "common/*.py": 1067,
+    "common/data/*.py": 1850,
     "common/model/*.py": 1582,
     "common/train/*.py": 591,
     "common/evaluate/*.py": 1612,
-    "common/show/*.py": 618,
+    "common/show/*.py": 622,
     "common/export/*.py": 346,
-    "tests/**/*.py": 7187,
+    "tests/**/*.py": 7186,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -18,6 +18,7 @@ from common.data.table import OPEN_ORIENTATION, Faults
 from common.data.transforms import SMALLEST_SIDE
 from common.files import cache_folder
 from common.images import ImageFault, read_header
+from common.types import convert_boxes
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # images, after which the outcomes are kept; fewer need no progress bar
@@ -33,23 +34,24 @@ class Outcome(NamedTuple):
 
 def usable_images(data: DetectionData, indices: np.ndarray, faults: Faults) -> list[int]:
     """Those of the images at `indices` (N,) that can be used; what is wrong or doubtful is added to the faults."""
-    outcomes = check_images(data.select(indices))
-    for index, outcome in zip(indices.tolist(), outcomes, strict=True):
+    outcomes = dict(zip(indices.tolist(), check_images(data.select(indices)), strict=True))
+    for index, outcome in outcomes.items():
         for sentence in filter(None, (outcome.fault, *outcome.notes)):
             faults.add(sentence, data.images[index].path.name)
-    return [index for index, outcome in zip(indices.tolist(), outcomes, strict=True) if not outcome.fault]
+    return [index for index, outcome in outcomes.items() if not outcome.fault]
 
 
 def check_images(data: DetectionData) -> list[Outcome]:
     """Decode every image of a data set, but those whose outcome the cache has and whose file is the same."""
-    images, path = data.images, _cache_file(data.source)
-    known, states = _read(path), [_state(image) for image in images]
+    place = os.path.realpath(data.source) if os.path.exists(data.source) else data.source  # noqa: PTH110 (of any length)
+    path = cache_folder("checked", f"{sha256(repr((place, PIL.__version__)).encode()).hexdigest()[:24]}.jsonl")
+    known, states = _read(path), [image.state() for image in data.images]
     missing = [index for index, state in enumerate(states) if state not in known]
     bar = progress_bar(len(missing), "checking images", shown=len(missing) > CHUNK)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            found = dict(zip((states[i] for i in part), pool.map(_decode, (images[i] for i in part)), strict=True))
+            found = dict(zip((states[i] for i in part), pool.map(_decode, (data.images[i] for i in part)), strict=True))
             _append(path, {state: outcome for state, (outcome, may_pass) in found.items() if not may_pass})
             known |= {state: outcome for state, (outcome, _) in found.items()}
             bar.update(len(part))
@@ -67,25 +69,13 @@ def _decode(image: ImageFile) -> tuple[Outcome, bool]:
     return Outcome("", [OPEN_ORIENTATION] * (is_open and not image.upright) + [PAGES] * header.has_pages), False
 
 
-def _state(image: ImageFile) -> str:
-    try:
-        return repr(image.state())
-    except OSError:
-        return f"no file {image.path}"
-
-
-def _cache_file(source: str) -> Path:
-    place = os.path.realpath(source) if os.path.exists(source) else source  # noqa: PTH110 (of any length)
-    return cache_folder("checked", f"{sha256(repr((place, PIL.__version__)).encode()).hexdigest()[:24]}.jsonl")
-
-
 def _read(path: Path) -> dict[str, Outcome]:
     known = {}
     with suppress(OSError):
         for line in path.read_text("utf-8").splitlines():
             with suppress(ValueError, TypeError):  # half a line of a killed run
-                state, fault, notes = json.loads(line)
-                known[state] = Outcome(fault, notes)
+                state, *outcome = json.loads(line)
+                known[state] = Outcome(*outcome)
     return known
 
 
@@ -110,18 +100,15 @@ def check_object_sizes(data: DetectionData, image_size: int, patch: int) -> None
     Raises:
         InputError: all of them are.
     """
-    sizes = np.array([(image.width, image.height) for image in data.images])[data.image_of_box()[~data.crowd]]
-    boxes = data.boxes[~data.crowd]
-    sides = np.minimum(boxes[:, :2] + boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
-    needed = SMALLEST_SIDE * sizes.max(1, initial=0) / sides.min(1, initial=np.inf)  # size of the input, pixels
-    lost = int((needed > image_size).sum())
-    if not lost:
-        return
-    half, whole = (int(np.ceil(n / patch)) * patch for n in (np.median(needed[needed > image_size]), needed.max()))
-    message = (
-        f"{data.source}: {lost} of {len(boxes)} training objects are smaller than {SMALLEST_SIDE:.0f} pixels at "
-        f"--image-size {image_size} and cannot be learned: --image-size {whole} would keep them"
-    ) + f", {half} half of them" * (half < whole)
-    if lost == len(boxes):
-        raise InputError(message)
-    log.warning(message)
+    objects = ~data.crowd
+    sizes = np.array([(image.width, image.height) for image in data.images])[data.image_of_box()[objects]]
+    low, high = np.hsplit(convert_boxes(data.boxes[objects], "xywh", "xyxy"), 2)
+    sides = (np.minimum(high, sizes) - np.maximum(low, 0)).min(1, initial=np.inf)
+    needed = SMALLEST_SIDE * sizes.max(1, initial=0) / sides  # size of the input, pixels
+    if lost := int((needed > image_size).sum()):
+        what = f"{lost} of {len(sides)} training objects are smaller than {SMALLEST_SIDE:.0f} pixels"
+        mend = f"--image-size {int(np.ceil(needed.max() / patch)) * patch} would keep them"
+        message = f"{data.source}: {what} at --image-size {image_size} and cannot be learned: {mend}"
+        if lost == len(sides):
+            raise InputError(message)
+        log.warning(message)

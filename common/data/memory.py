@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.images import open_image
-from common.types import ImageMeta, Target
+from common.types import ImageMeta, Target, convert_boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,14 @@ class ImageFile:
         """The decoded image, RGB, in the frame of its boxes. Raises InputError as `open_image` does."""
         return open_image(self.path, (self.width, self.height), self.upright)
 
-    def state(self) -> tuple:
+    def state(self) -> str:
         """What changes where the pixels that `open` returns do: a cache of them is valid while it is the same."""
-        status, frame = self.path.stat(), (self.width, self.height, self.upright)
-        times = status.st_mtime_ns, status.st_ctime_ns
-        return str(self.path.resolve()), status.st_size, *times, status.st_ino, *frame
+        try:
+            status = self.path.stat()
+        except OSError:  # which opening it tells
+            return str(self.path)
+        content = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        return repr((str(self.path.resolve()), *content, self.width, self.height, self.upright))
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,7 @@ class DetectionData:
 
     def target(self, index: int) -> Target:
         """The ground truth of image `index`, boxes in *original* pixels."""
-        return Target(*self.image_boxes(index), self.images[index].meta)
-
-    def image_boxes(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (N, 4) float32 xyxy original pixels, labels (N,) and crowd (N,) of image `index`."""
         part = slice(self.starts[index], self.starts[index + 1])
-        low, sides = self.boxes[part, :2], self.boxes[part, 2:]
-        boxes = torch.from_numpy(np.hstack([low, low + sides])).float()
-        return boxes, torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
+        boxes = torch.from_numpy(convert_boxes(self.boxes[part], "xywh", "xyxy")).float()
+        labels, crowd = torch.from_numpy(self.labels[part]), torch.from_numpy(self.crowd[part])
+        return Target(boxes, labels, crowd, self.images[index].meta)

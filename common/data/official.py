@@ -4,41 +4,36 @@ Everything is kept in the cache folder. A file gets its name only when it is who
 the files that are missing. `COCO_URL` names a mirror.
 """
 
+import io
 import logging
 import os
-import re
-import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
-from common.console import InputError, progress_bar
+from common.console import InputError, last_line, progress_bar, to_one_line
 from common.data.checks import check_images
 from common.data.hub import locked
 from common.data.memory import DetectionData
-from common.data.readers import Request, add_coco
+from common.data.readers import Request, add_coco, read_json
 from common.data.table import Table
-from common.files import atomic_write, cache_folder, remove_leftovers
+from common.files import atomic_folder, atomic_write, cache_folder
 from common.images import ImageFault, open_image
 
 log = logging.getLogger(__name__)
 HOST = "http://images.cocodataset.org"
 ARCHIVE = "annotations/annotations_trainval2017.zip"
 PARTS = ("train2017", "val2017")
-IMAGE_NAME = re.compile(r"(train|val)2017/\w+\.jpg")
-CONNECTIONS = 16  # at the same time
-ATTEMPTS = 4  # requests for a file, and as many for one that arrives damaged
-BACKOFF_S = 0.5  # between two requests, doubled each time
-LONGEST_WAIT_S = 60  # that a server may ask for
-RETRY_STATUSES = (429, 500, 502, 503, 504)
+CONNECTIONS = 10  # at the same time
+ATTEMPTS = 5  # requests for a file that does not arrive whole
+BACKOFF_S = 0.5  # between two of them, doubled each time
+MISSING = (401, 403, 404)  # answers that are final
 TIMEOUT_S = 20  # without a byte
-CHUNK_BYTES = 1 << 20
-LEFTOVER_AGE_S = 3600  # after which the part of an archive is one that a killed run left behind
 
 
 def read_official(request: Request) -> Table:
@@ -48,128 +43,74 @@ def read_official(request: Request) -> Table:
         InputError: COCO can't be reached, or a file is damaged ATTEMPTS times.
     """
     folder = cache_folder("coco-official")
-    with locked(folder):
-        _fetch_annotations(folder)
-    table = Table("coco-official", folder, {}, "xywh", request.layout)
+    if not (folder / "annotations").is_dir():
+        with locked(folder):
+            _fetch_annotations(folder / "annotations")
+    table = Table("coco-official", folder, {}, "xywh")
     for part in sorted(PARTS, key=lambda part: not part.startswith(request.split)):  # its own first
         if not table.images or not {int(key) for key in request.chosen if key.isdecimal()} <= table.places.keys():
-            add_coco(table, folder / "annotations" / f"instances_{part}.json", f"{part}/", local=False)
-    for _, name, _, _ in table.images:
-        if not IMAGE_NAME.fullmatch(name):  # no other may be requested or written
-            raise InputError(f"the annotations name an image {name!r}, and COCO's have other names")
+            path = folder / "annotations" / f"instances_{part}.json"
+            add_coco(table, read_json(path), path, prefix=part)
     return table
 
 
 def fetch_images(data: DetectionData) -> None:
-    """Fetch the images that the cache lacks, or has damaged.
-
-    Raises:
-        InputError: some could not be fetched.
-    """
+    """Fetch the images that the cache lacks, or has damaged. Raises InputError where some could not be fetched."""
     faulty = [image.path for image, found in zip(data.images, check_images(data), strict=True) if found.fault]
     if not faulty:
         return
-    failures: list[str] = []
-
-    def fetch(path: Path) -> None:
-        try:
-            _fetch(session, f"{path.parent.name}/{path.name}", path, _is_image)
-        except InputError as error:
-            failures.append(str(error))
-
     log.info(f"fetching {len(faulty)} images of COCO into {faulty[0].parent.parent}")
-    bar = progress_bar(len(faulty), "fetching images")
-    with bar, _session() as session, ThreadPoolExecutor(CONNECTIONS) as pool:
-        for _ in pool.map(fetch, faulty):
+    failures = list[str]()
+    bar, pool = progress_bar(len(faulty), "fetching images"), ThreadPoolExecutor(CONNECTIONS)
+    with bar, requests.Session() as session, pool:
+        for failure in pool.map(lambda path: _fetch_image(session, path), faulty):
+            failures += [failure] * bool(failure)
             bar.update()
     if failures:
         counted = f"{len(failures)} of {len(faulty)} images could not be fetched"
         raise InputError(f"{counted}; run this again to go on: {failures[0]}")
 
 
+def _fetch_image(session: requests.Session, path: Path) -> str:
+    """What went wrong, if anything."""
+    try:
+        content = _fetch(session, f"{path.parent.name}/{path.name}", open_image)
+        with atomic_write(path) as file:
+            file.write(content)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def _fetch_annotations(folder: Path) -> None:
-    """Both splits' instances files, from the archive, which is fetched first and removed afterwards."""
-    files = [f"annotations/instances_{part}.json" for part in PARTS]
-    if all((folder / name).is_file() for name in files):
+    """Both splits' instances files, from the archive."""
+    if folder.is_dir():  # another process fetched them in the meantime
         return
-    archive = folder / Path(ARCHIVE).name
-    remove_leftovers(archive.parent, LEFTOVER_AGE_S)
-    if not archive.is_file():
-        with _session() as session:
-            _fetch(session, ARCHIVE, archive, zipfile.is_zipfile)
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            for name in files:
-                with packed.open(name) as source, atomic_write(folder / name) as file:
-                    shutil.copyfileobj(source, file, CHUNK_BYTES)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        archive.unlink(missing_ok=True)
-        raise InputError(f"the annotation archive from {_host()} was damaged and is removed: run this again") from error
-    archive.unlink(missing_ok=True)
+    with requests.Session() as session:
+        archive = zipfile.ZipFile(io.BytesIO(_fetch(session, ARCHIVE, zipfile.ZipFile)))
+    with archive, atomic_folder(folder) as made:
+        for part in PARTS:
+            try:
+                (made / f"instances_{part}.json").write_bytes(archive.read(f"annotations/instances_{part}.json"))
+            except (zipfile.BadZipFile, KeyError, EOFError) as error:
+                raise InputError(f"COCO's annotation archive is damaged: {last_line(error)}; run this again") from error
 
 
-def _host() -> str:
-    return os.environ.get("COCO_URL", HOST).rstrip("/")
+def _fetch(session: requests.Session, name: str, check: Callable[[BinaryIO], object]) -> bytes:
+    """The file `name` of the server, requested anew where it does not arrive, or `check` finds it damaged.
 
-
-def _session() -> requests.Session:
-    """A client that repeats requests which get no answer, or one of RETRY_STATUSES."""
-    retry = Retry(
-        total=ATTEMPTS - 1,
-        backoff_factor=BACKOFF_S,
-        status_forcelist=RETRY_STATUSES,
-        raise_on_status=False,
-        retry_after_max=LONGEST_WAIT_S,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=CONNECTIONS))
-    return session
-
-
-class _Damaged(Exception):
-    """A file arrived incomplete, or is not what it should be."""
-
-
-def _fetch(session: requests.Session, name: str, path: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Fetch the file `name` of the server to `path`, anew where it arrives damaged.
-
-    Raises InputError: there is no such file or no answer, or the file is damaged ATTEMPTS times.
+    Raises InputError: there is no such file, or none of ATTEMPTS succeeds.
     """
-    url = f"{_host()}/{name}"
-    reason: object = ""
-    for _ in range(ATTEMPTS):
+    url, reason = f"{os.environ.get('COCO_URL', HOST).rstrip('/')}/{name}", ""
+    for attempt in range(ATTEMPTS):
         try:
-            with session.get(url, stream=True, timeout=TIMEOUT_S) as answer:
-                if not answer.ok:
-                    reason = f"the server says {answer.status_code}"
-                    break
-                save_body(answer, path, is_whole)
-            return
-        except _Damaged as damage:
-            reason = damage
-        except requests.RequestException as error:
-            reason = getattr(error.args[0], "reason", error) if error.args else type(error).__name__
-            break
+            answer = session.get(url, timeout=TIMEOUT_S)  # urllib3 compares the content with its announced length
+            answer.raise_for_status()
+            check(io.BytesIO(answer.content))
+            return answer.content
+        except (requests.RequestException, ImageFault, zipfile.BadZipFile) as error:
+            reason = to_one_line(error, 200)
+            if getattr(getattr(error, "response", None), "status_code", 0) in MISSING:
+                break
+        time.sleep(BACKOFF_S * 2**attempt)
     raise InputError(f"cannot fetch {url}: {reason}")
-
-
-def save_body(answer: requests.Response, path: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Write the answer's content, which urllib3 compares with its announced length. Raises _Damaged."""
-    with atomic_write(path) as file:
-        try:
-            for chunk in answer.iter_content(CHUNK_BYTES):
-                file.write(chunk)
-        except requests.RequestException as error:
-            raise _Damaged("the connection broke off") from error
-        file.flush()
-        if not is_whole(Path(file.name)):
-            raise _Damaged("it arrived damaged")
-
-
-def _is_image(path: Path) -> bool:
-    try:
-        open_image(path)
-    except ImageFault:
-        return False
-    return True

@@ -13,25 +13,14 @@ import numpy as np
 
 from common.cli import flag
 from common.console import InputError, first_few
+from common.data import readers
 from common.data.checks import usable_images
 from common.data.demo import read_demo
 from common.data.hub import is_hub_data, read_hub
 from common.data.memory import DetectionData
 from common.data.official import fetch_images, read_official
-from common.data.readers import (
-    SPLITS,
-    Request,
-    add_file,
-    is_voc_folder,
-    read_coco_folder,
-    read_roboflow,
-    read_text,
-    read_voc,
-    read_yolo,
-    yaml_of,
-)
+from common.data.readers import Request
 from common.data.table import LAYOUTS, Faults, Table
-from common.images import OTHER_FORMAT, find_images
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +33,15 @@ class Reader:
     recognises: Callable[[str], bool]  # given --data
     read: Callable[[Request], Table]
     ranks: bool = True  # False: N images are the first N of its own order
-    fetch: Callable[[DetectionData], None] = lambda data: None  # the images, before they are opened
 
 
 READERS = (
     Reader("demo", lambda data: data == "demo", read_demo),
-    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False, fetch=fetch_images),
-    Reader("COCO", lambda data: any(Path(data).glob("annotations/instances_*.json")), read_coco_folder),
-    Reader("Roboflow's COCO", lambda data: any(Path(data).glob("*/_annotations.coco.json")), read_roboflow),
-    Reader("YOLO", lambda data: yaml_of(data) is not None, read_yolo),
-    Reader("Pascal VOC", lambda data: is_voc_folder(Path(data)), read_voc),
+    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False),
+    Reader("COCO", lambda data: any(Path(data).glob("annotations/instances_*.json")), readers.read_coco_folder),
+    Reader("Roboflow's COCO", lambda data: any(Path(data).glob("*/_annotations.coco.json")), readers.read_roboflow),
+    Reader("YOLO", lambda data: readers.yaml_of(data) is not None, readers.read_yolo),
+    Reader("Pascal VOC", lambda data: readers.is_voc_folder(Path(data)), readers.read_voc),
     Reader("hub data set", is_hub_data, read_hub, ranks=False),
 )
 
@@ -107,7 +95,9 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
         InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
     """
     reader, request = _reader(flags, split)
-    data = _taken(reader.read(request).check(), reader, request, flags.sample_seed)
+    table = reader.read(request)
+    table.given = flags.box_format
+    data = _take(table.check(), reader, request, flags.sample_seed)
     if flags.strict and data.notes:
         raise InputError(f"{data.source}: {'; '.join(data.notes)} (refused by --strict)")
     for note in data.notes:
@@ -120,13 +110,16 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     files, limit = flags.files(split), getattr(flags, f"{split}_images")
     if bool(files[0]) != bool(files[1]):
         raise InputError(f"--{split}-json and --{split}-images-dir go together: give both or neither")
-    found = [r for r in READERS if (r.read is read_coco_folder if files[0] else r.recognises(flags.data))]
+    found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
-        inside = sorted(f.name for f in Path(flags.data).iterdir()) if Path(flags.data).is_dir() else ["no such folder"]
-        raise InputError(
-            f"--data {flags.data} ({first_few(inside) or 'empty'}) is in none of the forms {', '.join(forms)}"
+        inside = (
+            sorted(file.name for file in Path(flags.data).iterdir())
+            if Path(flags.data).is_dir()
+            else ["no such folder"]
         )
+        what = f"--data {flags.data} ({first_few(inside) or 'empty'})"
+        raise InputError(f"{what} is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
         raise InputError(f"--data {flags.data} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
@@ -134,7 +127,7 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     chosen = read_chosen(Path(flags.image_ids), split) if flags.image_ids else ()
     if 0 < limit < len(chosen):
         raise InputError(f"{flags.image_ids} names {len(chosen)} {split} images: give --{split}-images 0 with it")
-    return found[0], Request(flags.data, split, files, limit, chosen, flags.box_format)
+    return found[0], Request(flags.data, split, files, limit, chosen)
 
 
 def read_chosen(path: Path, split: str) -> tuple[str, ...]:
@@ -143,15 +136,15 @@ def read_chosen(path: Path, split: str) -> tuple[str, ...]:
     Raises:
         InputError: no such file, a line of another form, an image named twice, or no image of that split.
     """
-    chosen: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        part, _, name = line.partition("#")[0].strip().partition(" ")
-        if part and (part not in SPLITS or not name):
-            raise InputError(f"{path}, line {number}: expected train or val and an image's id or name, as in: train 9")
-        if part == split and chosen.setdefault(name.strip(), number) != number:
-            raise InputError(f"{path}, line {number}: {name} is in line {chosen[name.strip()]} already")
-    if not chosen:
-        raise InputError(f"{path} names no {split} images")
+    chosen = list[str]()
+    with readers.reading(path, "a list of images"):
+        for line in path.read_text("utf-8-sig").splitlines():
+            part, _, name = line.partition("#")[0].strip().partition(" ")
+            if part and (part not in readers.SPLITS or not name or (part == split and name.strip() in chosen)):
+                raise ValueError(f"the line {line!r} is no train or val with an image's id or name, each once")
+            chosen += [name.strip()] * (part == split)
+        if not chosen:
+            raise ValueError(f"it names no {split} images")
     return tuple(chosen)
 
 
@@ -169,33 +162,36 @@ def _listed(data: DetectionData, chosen: tuple[str, ...]) -> np.ndarray:
     index_of = {str(image.id): index for index, image in enumerate(data.images)} if data.own_ids else {}
     names = Counter(image.path.name for image in data.images)
     index_of |= {image.path.name: index for index, image in enumerate(data.images) if names[image.path.name] == 1}
-    missing = [key for key in chosen if key not in index_of]
-    if missing:
+    if missing := [key for key in chosen if key not in index_of]:
         advice = "" if data.own_ids else f": they have no ids, give names such as {data.images[0].path.name}"
         some = f"{len(missing)} of the {len(chosen)} requested images ({first_few(missing)})"
         raise InputError(f"{data.source} lacks {some}{advice}")
     return np.array([index_of[key] for key in chosen])
 
 
-def _taken(data: DetectionData, reader: Reader, request: Request, seed: int) -> DetectionData:
+def _take(data: DetectionData, reader: Reader, request: Request, seed: int) -> DetectionData:
     """The requested images that can be used, in the order of the data set, or of the list that names them."""
+    count = len(request.chosen) or request.limit or len(data)
     if request.chosen:
-        order, count = _listed(data, request.chosen), len(request.chosen)
+        order = _listed(data, request.chosen)
     else:
-        count = request.limit or len(data)
         order = ranking(data, request.split, seed if reader.ranks and count < len(data) else -1)
     good, faults, tried = list[int](), Faults(), 0
     while tried < len(order) and len(good) < count:
         part = order[tried : tried + count - len(good)]
         tried += len(part)
-        reader.fetch(data.select(part))
+        if reader.read is read_official:
+            fetch_images(data.select(part))
         good += usable_images(data, part, faults)
-    if not good:
-        faults.refuse(data.source)
     if count < len(order):
         log.info(f"{data.source}: {len(good):,} of {len(order):,} images (--{request.split}-images 0 takes all)")
-    taken = data.select(np.array(good if request.chosen else sorted(good)))
-    return replace(taken, notes=(*data.notes, *faults.notes()))
+    return _select(data, good if request.chosen else sorted(good), faults)
+
+
+def _select(data: DetectionData, good: list[int], faults: Faults) -> DetectionData:
+    if not good:
+        faults.refuse(data.source)
+    return replace(data.select(np.array(good)), notes=(*data.notes, *faults.notes()))
 
 
 def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
@@ -205,8 +201,9 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
         InputError: no object to train on, images in both parts, or no class in common; with `strict`, no object to
             validate on.
     """
+    lacks = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
     if train.crowd.all():
-        raise InputError(f"{train.source}: {_without_objects(train)} training images; there is nothing to learn")
+        raise InputError(f"{train.source}: {lacks.format(len(train.crowd))}; there is nothing to learn")
     if both := _paths(train) & _paths(val):
         some = first_few(sorted(both), 200)
         raise InputError(f"{len(both)} of the {len(val)} validation images are training images: give others ({some})")
@@ -214,8 +211,7 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
         names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
         raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
     if val.crowd.all():
-        advice = "check where their labels are, or take more with --val-images"
-        problem = f"{val.source}: {_without_objects(val)} validation images, so that mAP cannot be computed; {advice}"
+        problem = f"{val.source}: {lacks.format(len(val.crowd))}, so that mAP cannot be computed; take more images"
         if strict:
             raise InputError(f"{problem} (refused by --strict)")
         log.warning(f"warning: {problem}. The last epoch will be kept, not the best")
@@ -231,13 +227,8 @@ def _paths(data: DetectionData) -> set[str]:
     return {f"{real(image.path.parent)}/{image.path.name}" for image in data.images}
 
 
-def _without_objects(data: DetectionData) -> str:
-    boxes = f"all {len(data.crowd)} boxes are crowds (iscrowd=1, in VOC difficult)" if len(data.crowd) else "no box"
-    return f"{boxes} on the {len(data)}"
-
-
-def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], category_ids: Sequence[int]) -> DetectionData:
-    """A data set of image files without any ground truth, numbered 1, 2, … in the order given.
+def unlabelled_images(paths: Sequence[Path]) -> DetectionData:
+    """A data set of image files without any classes and ground truth, numbered in the order given.
 
     Images that cannot be read are left out, which is logged.
 
@@ -245,25 +236,16 @@ def unlabelled_images(paths: Sequence[Path], class_names: Sequence[str], categor
         paths: image files, and folders whose images (not those of their subfolders) are taken in name order.
 
     Raises:
-        InputError: no such path, a folder without images, or none of the images can be read.
+        InputError: no such path, or none of the images can be read.
     """
     table = Table(", ".join(map(str, paths)), Path(), {1: "any"}, "xywh", upright=True)
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"no such image: {path}")
-        inside, others = find_images(path) if path.is_dir() else ([path], [])
-        if not inside and not others:
-            raise InputError(f"no images in the folder {path}")
-        for file in inside:
-            add_file(table, len(table.images) + 1, file, str(file))
-        for file in others:
-            table.faults.add(OTHER_FORMAT, file)
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise InputError(f"no such image: {first_few(missing, 200)}")
+    files = [file for path in paths for file in (readers.images_of(table, path) if path.is_dir() else [path])]
+    for number, file in enumerate(files, 1):
+        table.add_image(number, str(file))
     data, faults = table.check(), Faults()
-    good = usable_images(data, np.arange(len(data)), faults)
-    if not good:
-        faults.refuse(data.source)
-    for note in (*data.notes, *faults.notes()):
+    data = _select(data, usable_images(data, np.arange(len(data)), faults), faults)
+    for note in data.notes:
         log.warning(note)
-    data = replace(data, category_ids=tuple(category_ids), class_names=tuple(class_names))
-    data = data.select(np.array(good))
-    return replace(data, images=tuple(replace(image, id=number) for number, image in enumerate(data.images, 1)))
+    return replace(data, category_ids=(), class_names=())

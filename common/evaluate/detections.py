@@ -13,7 +13,7 @@ import numpy as np
 from common.console import InputError, first_few
 from common.data.memory import DetectionData
 from common.evaluate.results import Cost, from_json, read_json
-from common.types import Detections
+from common.types import Detections, convert_boxes
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 CUT_SCORE = 0.2  # tools cut at 0.25 or more for people to look at, at most at 0.05 for an evaluation
@@ -87,7 +87,7 @@ def detection_table(detections: Sequence[Detections], data: DetectionData) -> De
         np.concatenate([getattr(d, name).numpy() for d in detections]) for name in ("boxes", "scores", "labels")
     )
     corners = corners.astype(np.float64)
-    boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
+    boxes = convert_boxes(corners, "xyxy", "xywh")
     return DetectionTable(image, boxes, score.astype(np.float64), label)
 
 

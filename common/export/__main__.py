@@ -74,7 +74,7 @@ def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
     folder = Path(settings.calibration)
     images, _ = find_images(folder)
     step = max(1, len(images) // settings.calibration_images)
-    data = unlabelled_images(images[::step][: settings.calibration_images] or [folder], (), ())
+    data = unlabelled_images(images[::step][: settings.calibration_images] or [folder])
     return make_eval_loader(data, image_size, batch_size=1, workers=0)
 
 

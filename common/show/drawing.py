@@ -11,6 +11,7 @@ from common.data.memory import DetectionData
 from common.evaluate.detections import DetectionTable
 from common.show.fonts import font_for
 from common.show.tables import short_names
+from common.types import convert_boxes
 
 SMALLEST_SIDE = 480  # pixels; smaller images are enlarged before anything is drawn
 LARGEST_SIDE = 1600  # pixels; larger ones are reduced
@@ -32,9 +33,12 @@ class LabelledBoxes:
 
 def true_boxes(data: DetectionData, index: int) -> LabelledBoxes:
     """The boxes of image `index` of a data set, captioned with their class."""
-    boxes, labels, crowd = (column.numpy() for column in data.image_boxes(index))
+    target = data.target(index)
+    labels, crowd = target.labels.numpy(), target.crowd.tolist()
     names = short_names(data.class_names)
-    return LabelledBoxes(boxes, labels, [names[k] + " (crowd)" * int(c) for k, c in zip(labels, crowd, strict=True)])
+    return LabelledBoxes(
+        target.boxes.numpy(), labels, [names[k] + " (crowd)" * int(c) for k, c in zip(labels, crowd, strict=True)]
+    )
 
 
 def detected_boxes(
@@ -43,7 +47,7 @@ def detected_boxes(
     """The detections on image `index` with at least that score, captioned with class and score, best first."""
     own = table.select((table.image == index) & (table.score >= min_score))
     own, names = own.select(np.argsort(-own.score, kind="stable")), short_names(class_names)
-    corners = np.hstack([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]])
+    corners = convert_boxes(own.boxes, "xywh", "xyxy")
     captions = [f"{names[k]} {score:.2f}" for k, score in zip(own.label, own.score, strict=True)]
     return LabelledBoxes(corners, own.label, captions)
 

@@ -103,8 +103,8 @@ class Run:
             "train_images_used": len(train_data),
             "processes": self.accelerator.num_processes,
         }
-        states = [image.state()[1:3] for part in (train_data, val_data) for image in part.images]  # length and time
-        self.files = hashlib.sha256(repr(states).encode()).hexdigest()
+        states = [image.path.stat() for part in (train_data, val_data) for image in part.images]
+        self.files = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in states]).encode()).hexdigest()
         if self.saved:
             self._check_resumable(stages)
             self.resumable, self.stage = len(self.log), self.saved["stage"]

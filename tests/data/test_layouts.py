@@ -9,12 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from helpers import corners_of, data_flags
+from helpers import data_flags
 from PIL import Image
 
 from common.console import InputError
 from common.data.sources import load_split
 from common.data.table import TEST_NOTE
+from common.types import convert_boxes
 
 NAMES = ["cat", "dog", "traffic light"]
 STORED = {  # how the pixels of an upright image are stored, by the EXIF standard
@@ -181,7 +182,7 @@ def check_same(data, scenes):
     for index, (file, scene) in enumerate(zip(data.images, scenes, strict=True)):
         part = slice(data.starts[index], data.starts[index + 1])
         expected = np.array(scene.boxes).reshape(-1, 5)
-        assert np.allclose(corners_of(data.boxes[part]), expected[:, 1:], rtol=0, atol=1e-9)
+        assert np.allclose(convert_boxes(data.boxes[part], "xywh", "xyxy"), expected[:, 1:], rtol=0, atol=1e-9)
         assert data.labels[part].tolist() == expected[:, 0].tolist() and not data.crowd[part].any()
         assert np.allclose(data.areas[part], np.prod(expected[:, 3:] - expected[:, 1:3], axis=1))
         assert (file.width, file.height) == scene.image.size
@@ -225,7 +226,9 @@ def test_validation_split_comes_before_test(tmp_path, write, caplog):
             data = load_split(flags_of(write, root), "val")
             assert data.notes == (TEST_NOTE,) and TEST_NOTE in caplog.text
             caplog.clear()
-            assert np.allclose(corners_of(data.boxes), [box[1:] for scene in scenes["test"] for box in scene.boxes])
+            assert np.allclose(
+                convert_boxes(data.boxes, "xywh", "xyxy"), [box[1:] for scene in scenes["test"] for box in scene.boxes]
+            )
         with pytest.raises(InputError, match="refused by --strict"):
             load_split(flags_of(write, root, strict=True), "val")
 

@@ -20,15 +20,15 @@ def test_categories_with_gaps_become_contiguous_labels(coco_file):
 def test_boxes_stay_with_their_image_in_any_order_of_the_file(coco_file):
     data = load_coco(*coco_file([annotation(image_id=5, bbox=[1, 2, 3, 4]), annotation(), annotation(iscrowd=1)]))
     assert data.boxes.tolist() == [[10, 20, 30, 5], [10, 20, 30, 5], [1, 2, 3, 4]]  # as in the file
-    boxes, _, crowd = data.image_boxes(0)
-    assert boxes.tolist() == [[10, 20, 40, 25]] * 2 and crowd.tolist() == [False, True]
+    target = data.target(0)
+    assert target.boxes.tolist() == [[10, 20, 40, 25]] * 2 and target.crowd.tolist() == [False, True]
     assert data.target(1).boxes.tolist() == [[1, 2, 4, 6]] and data.target(1).meta.size == (80, 40)
 
 
 def test_images_without_boxes_stay(coco_file):
     data = load_coco(*coco_file([annotation(image_id=5)]))
-    assert len(data) == 2 and data.image_boxes(0)[0].shape == (0, 4) and data.with_objects().tolist() == [1]
-    assert load_coco(*coco_file([])).image_boxes(1)[0].shape == (0, 4)
+    assert len(data) == 2 and data.target(0).boxes.shape == (0, 4) and data.with_objects().tolist() == [1]
+    assert load_coco(*coco_file([])).target(1).boxes.shape == (0, 4)
 
 
 def test_a_selection_keeps_its_order_and_its_boxes(coco_file):

@@ -154,9 +154,9 @@ def test_images_are_chosen_by_id_or_name_each_once(demo, yolo, demo_val, tmp_pat
     with pytest.raises(InputError, match="names 2 val images: give --val-images 0 with it"):
         load_split(data_flags(demo, 1, image_ids=str(listed)), "val")
     for content, message in {
-        "val 1\nval 2\nval 1": "line 3: 1 is in line 1 already",
-        "9": "line 1: expected train or val",
-        "test 9": "line 1: expected train or val",
+        "val 1\nval 2\nval 1": "the line 'val 1' is no train or val",
+        "9": "the line '9' is no train or val",
+        "test 9": "the line 'test 9' is no train or val",
         "train 9": "names no val images",
     }.items():
         listed.write_text(content)
@@ -173,11 +173,14 @@ def test_data_of_crowds_alone_are_refused_in_training_and_warned_of_in_validatio
 
     empty("val")
     load_train_and_val(data_flags(yolo))
-    assert "no box on the 6 validation images, so that mAP cannot be computed" in caplog.text
+    assert (
+        "of its 0 boxes none is an object (crowds, in VOC difficult, are not), so that mAP cannot be computed"
+        in caplog.text
+    )
     with pytest.raises(InputError, match=r"cannot be computed.*refused by --strict"):
         load_train_and_val(data_flags(yolo, strict=True))
     empty("train")
-    with pytest.raises(InputError, match="no box on the 6 training images; there is nothing to learn"):
+    with pytest.raises(InputError, match=r"of its 0 boxes none is an object .*; there is nothing to learn"):
         load_train_and_val(data_flags(yolo))
 
 

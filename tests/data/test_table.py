@@ -35,7 +35,7 @@ REFUSED = {
     "no images": ({"images": None}, "NoneType"),
     "no image": ({"images": []}, "no image can be used: none is listed"),
     "no classes": ({"categories": []}, "lists no classes"),
-    "annotation of nothing": ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "an entry lacks 'category_id'"),
+    "annotation of nothing": ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, "it lacks 'category_id'"),
     "an id as text": ({"annotations": [annotation(image_id="11")]}, "'11' is not a whole number"),
     "crowd flag a word": ({"annotations": [annotation(iscrowd="no")]}, "'no'"),
     "classes share an id": ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "share an id"),
@@ -190,7 +190,7 @@ def table_of(boxes, given=""):
     """The table of boxes (A, 4) on one image, before its check."""
     rows = np.column_stack([np.full((len(boxes), 2), (0, 3)), boxes, np.zeros((len(boxes), 2))])
     images, objects = [(11, "a.png", 640, 480)], array("d", rows.ravel())
-    return Table("some.json", Path(), {3: "cat"}, "xywh", given, images=images, objects=objects)
+    return Table("some.json", Path(), {3: "cat"}, "xywh", given=given, images=images, objects=objects)
 
 
 def scattered(count, seed=0):

@@ -124,7 +124,7 @@ def test_the_largest_object_against_the_best_detection_and_any_other(demo_val, s
     """The detection of the highest score is something else, which the study's columns count as wrong."""
     data, detections = demo_val.first(4), []
     for index in reversed(range(4)):
-        boxes, labels, _ = data.image_boxes(index)
+        boxes, labels = data.target(index).boxes, data.target(index).labels
         largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
         moved = boxes[largest] + shift * (boxes[largest, 2] - boxes[largest, 0]) * torch.tensor([1, 0, 1, 0])
         boxes = torch.stack([torch.tensor([0.0, 0, 3, 3]), moved])

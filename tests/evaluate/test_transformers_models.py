@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import corners_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -30,6 +29,7 @@ from common.console import InputError
 from common.data.memory import DetectionData, ImageFile
 from common.evaluate.others import is_transformers, run_transformers
 from common.hub import hub_name
+from common.types import convert_boxes
 
 CPU = torch.device("cpu")
 SIZE = {"height": 64, "width": 64}
@@ -86,7 +86,7 @@ def saved(build, folder: Path, names) -> Path:
 def detections_on(run, index):
     """Boxes as xyxy, scores and labels on one image."""
     table = run.table.select(run.table.image == index)
-    boxes = torch.from_numpy(corners_of(table.boxes)).float()
+    boxes = torch.from_numpy(convert_boxes(table.boxes, "xywh", "xyxy")).float()
     return boxes, torch.from_numpy(table.score).float(), torch.from_numpy(table.label)
 
 

@@ -118,7 +118,7 @@ def test_flags_that_do_not_belong_together_are_refused(folder, demo, tmp_path):
     for options, message in (
         ({"int8": True}, "--int8 and --calibration go together"),
         ({"calibration": str(demo)}, "--int8 and --calibration go together"),
-        ({"int8": True, "calibration": str(tmp_path)}, "no images in the folder"),
+        ({"int8": True, "calibration": str(tmp_path)}, "none is listed"),
         ({"int8": True, "calibration": str(demo), "format": "hub"}, "--int8 is for"),
     ):
         with pytest.raises(InputError, match=message):

@@ -52,7 +52,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
     data = replace(demo_val, images=tuple(images), class_names=names, source=EVIL)
     found = []
     for index, image in enumerate(images):
-        boxes, labels, _ = data.image_boxes(index)
+        boxes, labels = data.target(index).boxes, data.target(index).labels
         found.append(Detections(image.id, boxes, torch.full((len(boxes),), 0.9), labels))
     conditions = {EVIL: EVIL, "list": [EVIL, {EVIL: EVIL}]}
     run = ModelRun(detection_table(found, data), names, conditions=conditions)
