@@ -25,7 +25,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/evaluate/*.py": 1612,
     "common/show/*.py": 622,
     "common/export/*.py": 346,
-    "tests/**/*.py": 7186,
+    "tests/**/*.py": 7182,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
