@@ -106,15 +106,24 @@ def _has_enough(lines: list[dict], limit: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Of several processes one fetches into a folder, while the others wait."""
+    """Of several processes one fetches into a folder, while the others wait; a killed one leaves no lock behind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "lock.file").exists():
-            log.info(f"waiting for another process, which fetches into {folder}")
-        with filelock.SoftFileLock(folder / "lock.file"):  # others need a file system that has locks
+        with _acquire(folder):
             yield
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
+
+
+def _acquire(folder: Path) -> filelock.AcquireReturnProxy:
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        return lock.acquire(blocking=False)
+    except filelock.Timeout:
+        log.info(f"waiting for another process, which fetches into {folder}")
+        return lock.acquire()
+    except OSError:  # a file system without locks
+        return filelock.SoftFileLock(folder / "lock.file").acquire()
 
 
 def _fetch(folder: Path, request: Request, limit: int) -> None:

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from filelock import SoftFileLock
+from filelock import FileLock
 from helpers import data_flags
 from PIL import Image
 
@@ -189,7 +189,7 @@ def test_who_waits_for_another_process_says_so(twelve, cache, caplog):
     caplog.set_level("INFO")
     read(twelve, 3)
     folder = next(cache.glob("twelve-*/train"))
-    with ThreadPoolExecutor(1) as pool, SoftFileLock(folder / "lock.file"):
+    with ThreadPoolExecutor(1) as pool, FileLock(folder / "lock"):
         waiting = pool.submit(read, twelve, 5)
         while "waiting for another process" not in caplog.text:
             assert not waiting.done()
