@@ -27,10 +27,10 @@ from common.console import InputError, progress_bar, to_one_line
 from common.data.readers import Request, add_coco, find_split
 from common.data.table import Table
 from common.files import atomic_write, cache_folder
+from common.hub import HUB_ID
 from common.images import ImageFault, open_image
 
 log = logging.getLogger(__name__)
-HUB_ID = r"\w[\w.-]*/[\w.-]+"
 XYXY = "detection-datasets/"  # whose boxes are xyxy; others' are as --box-format says
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
 COCO = (80, ["person", "bicycle"], ["hair drier", "toothbrush"])  # its classes: their number, the first and the last
@@ -53,10 +53,11 @@ def read_hub(request: Request) -> Table:
             stream that breaks off.
     """
     limit, folder = 0 if request.chosen else request.limit, _cache_of(request.data) / request.split
-    if not _has_enough(_read_journal(folder), limit):
+    lines = _read_journal(folder)
+    if not _has_enough(lines, limit):
         with locked(folder):
-            _fetch(folder, request, limit)
-    header, *rows = _read_journal(folder)
+            lines = _fetch(folder, request, limit)
+    header, *rows = lines
     usable = list(accumulate("image" in row for row in rows))
     rows = rows[: bisect_left(usable, limit) + 1] if limit else rows
     name, layout = f"{request.data}, {request.split}", "xyxy" * request.data.startswith(XYXY)
@@ -126,11 +127,11 @@ def _acquire(folder: Path) -> filelock.AcquireReturnProxy:
         return filelock.SoftFileLock(folder / "lock.file").acquire()
 
 
-def _fetch(folder: Path, request: Request, limit: int) -> None:
-    """Go on behind the last row of the journal: first each row's image is written, then its line."""
+def _fetch(folder: Path, request: Request, limit: int) -> list[dict]:
+    """Go on behind the last row of the journal: first each row's image is written, then its line. Returns the lines."""
     lines = _read_journal(folder)
     if _has_enough(lines, limit):  # another process fetched them in the meantime
-        return
+        return lines
     stream, header = _open(request, lines[0]["revision"] if lines else None)
     usable = sum("image" in line for line in lines)
     log.info(f"fetching {limit or 'all'} images of {request.data} into {folder} ({usable} are there)")
@@ -149,8 +150,9 @@ def _fetch(folder: Path, request: Request, limit: int) -> None:
             usable += "image" in entry
             bar.update(usable - bar.n)
             if 0 < limit == usable:
-                return
+                return lines
         write({})
+    return lines
 
 
 def _open(request: Request, revision: str | None) -> tuple[datasets.IterableDataset, dict]:
