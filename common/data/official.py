@@ -103,6 +103,7 @@ def _fetch(session: requests.Session, name: str, check: Callable[[BinaryIO], obj
     """
     url, reason = f"{os.environ.get('COCO_URL', HOST).rstrip('/')}/{name}", ""
     for attempt in range(ATTEMPTS):
+        time.sleep(BACKOFF_S * 2 ** (attempt - 1) if attempt else 0)
         try:
             answer = session.get(url, timeout=TIMEOUT_S)  # urllib3 compares the content with its announced length
             answer.raise_for_status()
@@ -112,5 +113,4 @@ def _fetch(session: requests.Session, name: str, check: Callable[[BinaryIO], obj
             reason = to_one_line(error, 200)
             if getattr(getattr(error, "response", None), "status_code", 0) in MISSING:
                 break
-        time.sleep(BACKOFF_S * 2**attempt)
     raise InputError(f"cannot fetch {url}: {reason}")

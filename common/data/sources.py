@@ -33,11 +33,12 @@ class Reader:
     recognises: Callable[[str], bool]  # given --data
     read: Callable[[Request], Table]
     ranks: bool = True  # False: N images are the first N of its own order
+    fetch: Callable[[DetectionData], None] = lambda data: None  # the images, before they are opened
 
 
 READERS = (
     Reader("demo", lambda data: data == "demo", read_demo),
-    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False),
+    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False, fetch=fetch_images),
     Reader("COCO", lambda data: any(Path(data).glob("annotations/instances_*.json")), readers.read_coco_folder),
     Reader("Roboflow's COCO", lambda data: any(Path(data).glob("*/_annotations.coco.json")), readers.read_roboflow),
     Reader("YOLO", lambda data: readers.yaml_of(data) is not None, readers.read_yolo),
@@ -180,8 +181,7 @@ def _take(data: DetectionData, reader: Reader, request: Request, seed: int) -> D
     while tried < len(order) and len(good) < count:
         part = order[tried : tried + count - len(good)]
         tried += len(part)
-        if reader.read is read_official:
-            fetch_images(data.select(part))
+        reader.fetch(data.select(part))
         good += usable_images(data, part, faults)
     if count < len(order):
         log.info(f"{data.source}: {len(good):,} of {len(order):,} images (--{request.split}-images 0 takes all)")
