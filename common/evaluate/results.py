@@ -76,7 +76,7 @@ class Cost:
     ms_per_image: float  # batch of one, median
     images_per_s: float  # at `batch_size`
     batch_size: int
-    peak_memory_mb: Number  # see `cost.PeakMemory`
+    peak_memory_mb: Number  # of a GPU
     device: str
     precision: str
 
