@@ -126,6 +126,8 @@ OTHERS = {
     "bare pickle": (lambda path, content: path.write_bytes(pickle.dumps(Hostile())), NOT_OURS),
     "pickle": (lambda path, content: torch.save(Hostile(), path), NOT_OURS),
     "name": (lambda path, content: torch.save(content | {"class_names": [*NAMES[1:], Hostile()]}, path), NOT_OURS),
+    "old format": (lambda path, content: torch.save(Hostile(), path, _use_new_zipfile_serialization=False), NOT_OURS),
+    "weight": (lambda path, c: torch.save(c | {"model": c["model"] | {"x": Hostile()}}, path), NOT_OURS),
     "unused key": (lambda path, content: torch.save(content | {"x": Hostile()}, path), NOT_OURS),
 }
 
@@ -200,8 +202,8 @@ WEIGHTS = {  # its change, or what is said of it
     "half precision": (lambda w: {WEIGHT: w.half()}, "not all finite"),
     "nan": (lambda w: {WEIGHT: w * math.nan}, "not all finite"),
     "one inf": (lambda w: {WEIGHT: w.clone().index_fill_(1, torch.tensor(3), -math.inf)}, "not all finite"),
-    "sparse": (lambda w: {WEIGHT: w.to_sparse()}, ""),
-    "no data": (lambda w: {WEIGHT: w.to("meta")}, ""),
+    "sparse": (lambda w: {WEIGHT: w.to_sparse()}, "damaged, or not a detector's checkpoint"),
+    "no data": (lambda w: {WEIGHT: w.to("meta")}, "damaged, or not a detector's checkpoint"),
 }
 
 

@@ -23,6 +23,7 @@ from common import cli
 from common.data.transforms import LetterboxTransform
 from common.evaluate.results import read_results
 from common.model.checkpoint import load_checkpoint
+from common.show import charts
 
 pytestmark = pytest.mark.slow
 SCRIPTS = finetune_dino2_simple, improved_dino_detector, validate_models, comprehensive_validation, plot_results
@@ -91,7 +92,13 @@ def test_results_have_their_documented_form_and_agree_with_the_training(chain):
         assert vars(record.primary) == pytest.approx({key: trained[key] for key in PRIMARY})
         assert pytest.approx(trained["AP50"]) == record.detection.AP50
     assert simple.conditions["seed"] == 0 and improved.conditions["head"] == "pyramid"
-    assert (chain / "r.html").is_file()
+
+
+def test_the_report_needs_no_other_file(chain):
+    text = (chain / "r.html").read_text()
+    assert text.count("<img") == text.count('src="data:image/') > 10
+    assert "http" not in text and "no&lt;b&gt;model" in text and "<b>" not in text
+    assert "too few images" in text and "95%" in text  # six, of which no model is called the better one
 
 
 def test_images_are_drawn(chain):
@@ -173,47 +180,107 @@ TRAIN = "--data {demo} --backbone {tiny} "
 CHECK = "--checkpoints {chain}/dino2_detector.pth "
 MODEL = "--models {chain}/dino2_detector.pth "
 BAD = [  # a script, its flags, what the line says
-    (SIMPLE, "--data no/such/folder", ""),
-    (IMPROVED, "--data {bad}/empty", ""),
-    (SIMPLE, "--data " + "a" * 5000, ""),
-    (SIMPLE, "--data detection-datasets/coco", ""),
-    (SIMPLE, GOOD_TRAIN + "--val-json {bad}/other.json --val-images-dir {bad}", ""),
-    (IMPROVED, GOOD_TRAIN + "--val-json {bad}/text.json --val-images-dir {bad}", ""),
-    (IMPROVED, GOOD_TRAIN + "--val-json {bad}/animals.json --val-images-dir {demo}/val2017", ""),
-    (SIMPLE, "--train-json {bad}/small.json --train-images-dir {demo}/train2017 --val-json {bad}/small.json "
-     "--val-images-dir {demo}/train2017 --backbone {tiny}", ""),
-    (SIMPLE, "--train-json {bad}/none.json --train-images-dir {demo}/train2017 --val-json {bad}/none.json "
-     "--val-images-dir {demo}/train2017", ""),
-    (SIMPLE, "--colour red", ""),
-    (QUICK_CHECK, "--batch-size many", ""),
-    (IMPROVED, "--batch-size 0", ""),
-    (VALIDATION, "--batch-size -1", ""),
-    (SIMPLE, "--seed 4294967296", ""),
-    (IMPROVED, "--dropout 1.5", ""),
-    (SIMPLE, "--precision fp16 --data {demo}", ""),
-    (IMPROVED, "--image-size 100 " + TRAIN, ""),
-    (SIMPLE, "--backbone {bad}/empty --data {demo}", ""),
-    (IMPROVED, "--backbone facebook/dinov2-small --data {demo}", ""),
-    (IMPROVED, "--stop-after frozen --epochs-frozen 0", ""),
-    (IMPROVED, "--start-from {bad}/none.pth --data {demo}", ""),
-    (IMPROVED, "--start-from {chain}/dino2_detector.pth --data {demo} --unfreeze-blocks 13", ""),
-    (IMPROVED, "--start-from {chain}/dino2_detector.pth --data {demo} --crop-size 100", ""),
-    (SIMPLE, "--run-dir {bad}/other.json " + TRAIN, ""),
-    (IMPROVED, "--output {bad}/other.json/a.pth " + TRAIN, ""),
-    (SIMPLE, "--output {bad} " + TRAIN, ""),
-    (QUICK_CHECK, "--data {demo} --checkpoints {bad}/other.pth", ""),
-    (QUICK_CHECK, CHECK + "--images {bad}/none.jpg", ""),
-    (QUICK_CHECK, CHECK + "--data {demo} --output {bad}/other.json/a", ""),
-    (VALIDATION, MODEL + "--data no/such/folder", ""),
-    (VALIDATION, "--data {demo} --models {bad}/other.pth", ""),
-    (VALIDATION, "--data {demo} --models {bad}/a.pth {bad}/a.pth", ""),
-    (VALIDATION, MODEL + "--data {demo} --output {bad}/other.json/a.json", ""),
-    (VALIDATION, MODEL + "--data {demo} --output r.txt", ""),
-    (PLOT, "--results {bad}/none.json", ""),
-    (PLOT, "--results {bad}/other.json", ""),
-    (PLOT, "--results {chain}/validation_results.json --output {bad}/chart.pdf", ""),
-    (PLOT, "--results {chain}/validation_results.json --output {bad}/other.json/a.png", ""),
-]  # fmt: skip
+    (SIMPLE, "--data no/such/folder", "--data no/such/folder (no such folder) is in none of the forms demo,"),
+    (IMPROVED, "--data {bad}/empty", "empty (empty) is in none of the forms demo,"),
+    (SIMPLE, "--data " + "a" * 5000, "File name too long"),
+    (
+        SIMPLE,
+        "--data detection-datasets/coco",
+        "cannot fetch the hub data set detection-datasets/coco: give a folder or demo",
+    ),
+    (
+        SIMPLE,
+        GOOD_TRAIN + "--val-json {bad}/other.json --val-images-dir {bad}",
+        "other.json as COCO's instances form: it lacks 'categories'",
+    ),
+    (IMPROVED, GOOD_TRAIN + "--val-json {bad}/text.json --val-images-dir {bad}", "text.json as JSON: Expecting value"),
+    (
+        IMPROVED,
+        GOOD_TRAIN + "--val-json {bad}/animals.json --val-images-dir {demo}/val2017",
+        "animals.json have no class in common: disc",
+    ),
+    (
+        SIMPLE,
+        "--train-json {bad}/small.json --train-images-dir {demo}/train2017 --backbone {tiny} --blocks 2 4 "
+        "--val-json {demo}/annotations/instances_val2017.json --val-images-dir {demo}/val2017",
+        "training objects are smaller than 2 pixels at --image-size 448 and cannot be learned",
+    ),
+    (
+        SIMPLE,
+        "--train-json {bad}/none.json --train-images-dir {demo}/train2017 --val-json {bad}/none.json "
+        "--val-images-dir {demo}/train2017",
+        "none.json: of its 0 boxes none is an object",
+    ),
+    (SIMPLE, "--colour red", "unrecognized arguments: --colour red (--help explains every flag)"),
+    (QUICK_CHECK, "--batch-size many", "argument --batch-size: invalid int value: 'many'"),
+    (IMPROVED, "--batch-size 0", "argument --batch-size: 0 is below 1"),
+    (VALIDATION, "--batch-size -1", "argument --batch-size: -1 is below 1"),
+    (SIMPLE, "--seed 4294967296", "argument --seed: 4294967296 is above 4294967295"),
+    (IMPROVED, "--dropout 1.5", "argument --dropout: 1.5 is above 1"),
+    (SIMPLE, "--precision fp16 --data {demo}", "--precision fp16 needs a GPU; take bf16, fp32 or auto"),
+    (IMPROVED, "--image-size 100 " + TRAIN, "image size 100 is not a multiple of 14; take 98 or 112"),
+    (SIMPLE, "--backbone {bad}/empty --data {demo}", "empty is no backbone: it has no readable config.json"),
+    (
+        IMPROVED,
+        "--backbone facebook/dinov2-small --data {demo}",
+        "backbone facebook/dinov2-small is not in the cache and the hub can't be reached",
+    ),
+    (
+        IMPROVED,
+        "--stop-after frozen --epochs-frozen 0",
+        "there is no stage to train: give --epochs-frozen or --epochs-unfrozen",
+    ),
+    (IMPROVED, "--start-from {bad}/absent.pth --data {demo}", "absent.pth: no such checkpoint; train one with"),
+    (
+        IMPROVED,
+        "--start-from {chain}/dino2_detector.pth --data {demo} --unfreeze-blocks 13",
+        "--unfreeze-blocks: the detector uses only 4 blocks of the backbone",
+    ),
+    (
+        IMPROVED,
+        "--start-from {chain}/dino2_detector.pth --data {demo} --crop-size 100",
+        "crop size 100 is not a multiple of 14; take 98 or 112",
+    ),
+    (SIMPLE, "--run-dir {bad}/other.json " + TRAIN, "other.json/settings.json: File exists"),
+    (IMPROVED, "--output {bad}/other.json/a.pth " + TRAIN, "other.json/a.pth: File exists"),
+    (SIMPLE, "--output {bad} " + TRAIN, ": it is a folder"),
+    (QUICK_CHECK, "--data {demo} --checkpoints {bad}/other.pth", "other.pth: damaged, or not a detector's checkpoint"),
+    (QUICK_CHECK, CHECK + "--images {bad}/absent.jpg", "absent.jpg"),
+    (
+        QUICK_CHECK,
+        CHECK + "--data {demo} --output {bad}/other.json/a",
+        "other.json/a/contact_sheet.jpg: Not a directory",
+    ),
+    (
+        VALIDATION,
+        MODEL + "--data no/such/folder",
+        "--data no/such/folder (no such folder) is in none of the forms demo,",
+    ),
+    (VALIDATION, "--data {demo} --models {bad}/other.pth", "no model could be evaluated: "),
+    (VALIDATION, "--data {demo} --models {bad}/a.pth {bad}/a.pth", "a model is given twice: "),
+    (VALIDATION, MODEL + "--data {demo} --output {bad}/other.json/a.json", "other.json/a.json: File exists"),
+    (
+        VALIDATION,
+        MODEL + "--data {demo} --output r.txt",
+        "--output r.txt: results are JSON; give a name that ends in .json",
+    ),
+    (
+        PLOT,
+        "--results {bad}/absent.json",
+        "absent.json: No such file or directory; comprehensive_validation.py writes it",
+    ),
+    (PLOT, "--results {bad}/other.json", "other.json is not a file of validation results of format version 2"),
+    (
+        PLOT,
+        "--results {chain}/validation_results.json --output {bad}/chart.pdf",
+        "chart.pdf: charts are PNG files; give a name that ends in .png",
+    ),
+    (
+        PLOT,
+        "--results {chain}/validation_results.json --output {bad}/other.json/a.png",
+        "other.json/a.png: File exists",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +310,6 @@ def test_bad_input_ends_in_one_line_and_status_2(
     with pytest.raises(SystemExit) as ended:
         cli.run(MODULES[script].main, MODULES[script].Settings, MODULES[script].__doc__)
     *above, line = capfd.readouterr().err.strip().splitlines()
-    print("CASE", flags[:60], "->", line)
     assert ended.value.code == 2 and not above
     assert line.startswith(f"{script}.py: error: ") and message in line
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".json", ".pth")]
@@ -252,3 +318,12 @@ def test_bad_input_ends_in_one_line_and_status_2(
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     result = run(VALIDATION, "--data", "no/such/folder/here", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no/such/folder/here" in result.stderr
+
+
+def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    results = read_results("validation_results.json")
+    drawn = charts.drawn_models(results)
+    assert {record.name for record in drawn if charts.read_log(record)} == {Path(n).stem for n in CHECKPOINTS}
+    epochs = [len(line.get_xdata()) for line in charts.training(results).axes[1].lines if len(line.get_xdata()) > 2]
+    assert epochs == [3]

@@ -265,7 +265,8 @@ def test_best_epoch_has_the_highest_map_and_is_the_last_of_equals(scores, expect
     simple.main(replace(settings, epochs=len(scores), resume=True))
     assert epochs_of("run/best.pth", "run/last.pth", "out.pth") == [expected, len(scores), expected]
     assert Path("run/best.pth").samefile("run/last.pth") == (expected == len(scores))
-    assert "the last one is kept" in capfd.readouterr().out or len(set(scores)) > 1
+    all_equal = any(len(set(part)) == 1 < len(part) for part in (scores[:-1], scores))  # of a run, when it ended
+    assert ("the last one is kept" in capfd.readouterr().out) == all_equal
 
 
 def test_validation_images_without_objects_are_said(demo, settings_of, monkeypatch, capfd):
@@ -365,15 +366,28 @@ def test_seeds_of_different_purposes_and_numbers_differ():
     assert len(set(seeds)) == len(seeds) == 15
 
 
-def test_tensorboard_holds_the_numbers_of_each_epoch(settings_of):
+def test_tensorboard_and_mlflow_hold_the_numbers_of_each_epoch(settings_of, monkeypatch):
+    import mlflow
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    numbers = improved.main(settings_of(improved, log_with=("tensorboard",), run_dir="runs/mine"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file:{Path('mlruns').absolute()}")
+    numbers = improved.main(settings_of(improved, log_with=("tensorboard", "mlflow"), run_dir="runs/mine"))
     events = EventAccumulator("runs/mine/dinov2-detection", {"scalars": 0})
     events.Reload()
     for name in ("loss/object", "validation/AP50"):
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
     assert events.Scalars("final/AP50")[0].value == pytest.approx(numbers["AP50"], abs=1e-6)
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.info.run_name == "mine" and run.info.status == "FINISHED"
+    assert run.data.params["seed"] == "0" and run.data.metrics["final/AP50"] == pytest.approx(numbers["AP50"], abs=1e-6)
+
+
+def test_nothing_of_trackers_or_charts_is_imported_without_the_flag():
+    packages = ("tensorboard", "mlflow", "wandb", "matplotlib")
+    code = f"import sys, finetune_dino2_simple; print([name for name in {packages} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
 
 
 def test_a_tracker_that_cannot_be_reached_is_refused_before_training_and_a_warning_within(
