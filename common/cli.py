@@ -45,19 +45,17 @@ def flag(
     fixed: bool = False,
     positional: bool = False,
 ) -> typing.Any:
-    """A dataclass field that becomes `--name`, or an argument without a name.
+    """A dataclass field that becomes `--name`; a tuple as default makes a flag with several values.
 
     Args:
-        default: of a plain type, or a tuple for a flag with several values.
+        default: the value where the flag is not given, of a plain type.
         help: the unit and the reason; the default is added to it.
-        at_least: the least number allowed, likewise `at_most`.
-        choices: the values allowed.
+        at_least, at_most, choices: the values allowed.
         fixed: a resumed run must have the same value, since the weights or their optimizer would not fit another.
         positional: it is given without its name, and may be left out.
     """
-    limits = {"at_least": at_least, "at_most": at_most}
-    texts = {"help": help, "choices": choices, "fixed": fixed, "positional": positional}
-    return dataclasses.field(default=default, metadata=texts | limits)
+    rules = {"at_least": at_least, "at_most": at_most, "choices": choices, "fixed": fixed, "positional": positional}
+    return dataclasses.field(default=default, metadata=rules | {"help": help})
 
 
 def with_default(flags: type["DataclassInstance"], name: str, default: typing.Any) -> typing.Any:
@@ -141,10 +139,9 @@ def flag_texts(settings: "DataclassInstance", *without: str) -> list[str]:
 
 
 def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], description: str) -> None:
-    """Parse the command line, call `main`, and exit.
+    """Parse the command line, call `main`, and exit: with 2 after bad input, 130 after SIGINT, 143 after SIGTERM.
 
-    Exit status: 0 after success; 2 for bad input, after one line on stderr; 130 and 143 after SIGINT and SIGTERM,
-    likewise. With `DETECTION_DEBUG=1` in the environment the traceback of the error stands above that line.
+    One line on stderr then says what happened. With `DETECTION_DEBUG=1` the traceback stands above it.
     """
     raise_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):

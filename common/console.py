@@ -28,10 +28,7 @@ def check_packages(user: str, *packages: str) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's message, its type where the message is empty.
-
-    A data-loading worker's error carries a traceback, which ends in the message itself.
-    """
+    """The last line of an error's message, in which the traceback of a worker's ends; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
@@ -48,10 +45,9 @@ def print_traceback() -> None:
 
 
 def to_one_line(text: object, width: int = 40) -> str:
-    """The text on one line of at most `width` characters, for messages, tables, charts and images.
+    """The text on one line of at most `width` characters: line ends become spaces, a long text loses its middle.
 
-    Line ends become spaces, what cannot be printed (control characters, invalid text) "?"; invisible marks, such as
-    those that change the direction of writing, are left out; long texts lose their middle.
+    What cannot be printed becomes "?". Invisible marks, such as those of the direction of writing, are left out.
     """
     words = " ".join(unicodedata.normalize("NFC", str(text)).split())
     visible = [c if c.isprintable() else "?" for c in words if unicodedata.category(c) != "Cf"]
@@ -62,10 +58,8 @@ def to_one_line(text: object, width: int = 40) -> str:
 
 def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool = True) -> tqdm:
     """A bar with the remaining time on stderr; in a log file, a line every half minute."""
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=total, desc=what, unit=unit, disable=not shown, mininterval=0.5 if interactive else 30, leave=False
-    )
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=total, desc=what, unit=unit, disable=not shown, mininterval=interval, leave=False)
 
 
 class _Printer(logging.Handler):
@@ -84,10 +78,7 @@ SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that 
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived, whose number it has.
-
-    It does not inherit from Exception, like KeyboardInterrupt, so that `except Exception` does not catch it.
-    """
+    """SIGINT or SIGTERM arrived, whose number it has; no Exception, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -117,8 +108,5 @@ def raise_if_interrupted() -> None:
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Ignore SIGINT in a data-loading worker: a terminal sends it to all processes, and the parent ends its workers.
-
-    They end by SIGTERM, which is therefore not ignored.
-    """
+    """Ignore SIGINT, which a terminal sends to all processes, in a worker, which the parent ends by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

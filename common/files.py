@@ -19,12 +19,9 @@ SIGNED_BYTES = 1000
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside `path`; flush it to disk and rename it over `path` when the block succeeds.
+    """Open a temporary file beside `path`, which replaces it when the block succeeds; else `path` is unchanged.
 
-    When the block fails, `path` is unchanged. Missing parent folders are created.
-
-    Raises:
-        InputError: the folder can't be created or written to, or the disk is full.
+    Missing folders are created. Raises InputError where they can't be written to, or the disk is full.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -60,10 +57,7 @@ def remove_leftovers(folder: Path, age: float = 0.0) -> None:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Make `path` another name of the file `source`; a copy, where the file system has one name for each file.
-
-    Both are replaced as a whole, never changed, so that neither follows the other.
-    """
+    """Make `path` another name of a file that is never changed, only replaced; a copy where there are no links."""
     temporary = _temporary(path)
     try:
         temporary.hardlink_to(source)
@@ -75,10 +69,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder beside `folder` and rename it to `folder` when the block succeeds.
-
-    When another process has created `folder` in the meantime, that one stays and this one is deleted.
-    """
+    """Create a temporary folder that becomes `folder` when the block succeeds, unless another process was faster."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch, "made")
@@ -89,11 +80,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check before hours of work that `path` can be written at their end; creates missing parent folders.
-
-    Raises:
-        InputError: `path` is a folder, or its folder can't be created or written to.
-    """
+    """Raises InputError where `path` could not be written after hours of work; creates missing parent folders."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
@@ -108,14 +95,9 @@ def check_writable(path: str | Path) -> None:
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], only_own: bool = False) -> None:
     """Check before the work that its outputs can be written, and overwrite no input, by whatever name or link.
 
-    Args:
-        outputs: the files that will be written.
-        inputs: the files that are read; names of files that do not exist are ignored.
-        only_own: also check that existing outputs are results, detections, charts, reports or images of this program.
-
     Raises:
-        InputError: what `check_writable` raises; an output is an input file, or two outputs are one file, on some
-            systems because only case differs; or it is a file of another program.
+        InputError: an output can't be written or is one of the `inputs`; two outputs are one file, on some systems
+            because only case differs; or, with `only_own`, an output is a file of another program.
     """
     places: dict[str, Path] = {}
     for path in outputs:
@@ -143,11 +125,7 @@ def is_same_file(path: Path, other: Path) -> bool:
 
 
 def cache_folder(*parts: str) -> Path:
-    """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not created).
-
-    Raises:
-        InputError: the environment names no cache folder and the user has no home folder.
-    """
+    """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not created)."""
     if root := os.environ.get("DETECTION_CACHE"):
         return Path(root, *parts).expanduser()  # files such as .env keep the ~
     try:

@@ -22,11 +22,7 @@ def hub_name(name: str) -> str:
 
 
 def located(name: str) -> str:
-    """The folder of the detector `hub:user/name`, fetched once; any other name as it is.
-
-    Raises:
-        InputError: no such name, or what `hub_folder` raises.
-    """
+    """The folder of the detector `hub:user/name`, see `hub_folder`; any other name as it is."""
     if not name.startswith(HUB):
         return name
     if not re.fullmatch(HUB_ID, name.removeprefix(HUB)):
@@ -35,15 +31,10 @@ def located(name: str) -> str:
 
 
 def hub_folder(name: str, kind: str, advice: str) -> Path:
-    """The folder of a model of the hub, fetched once; later calls read the hub library's cache and need no network.
+    """The folder of the model user/name, fetched once; later calls read the hub library's cache without a network.
 
-    Args:
-        name: user/name.
-        kind: of the model, for the message.
-        advice: what to do without it, likewise.
-
-    Raises:
-        InputError: it is not in the cache, and the hub cannot be reached, refuses it or lacks a file.
+    Raises InputError where it is not in the cache, and the hub cannot be reached, refuses it or lacks a file; `kind`
+    says what was looked for, `advice` what to do without it.
     """
     with suppress(LocalEntryNotFoundError):
         if _is_whole(folder := Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))):

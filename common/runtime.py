@@ -40,18 +40,14 @@ class Purpose(IntEnum):
 
 
 def seed_of(purpose: Purpose, *numbers: int) -> int:
-    """A 64-bit seed, the same on every machine, for a purpose and numbers of at least 0.
-
-    NumPy's SeedSequence fills missing numbers up with 0, so 0 itself is none of those that it is given.
-    """
+    """A 64-bit seed, the same on every machine; numbers count from 0, with which NumPy fills up missing ones."""
     return int(np.random.SeedSequence([purpose, *(number + 1 for number in numbers)]).generate_state(1, np.uint64)[0])
 
 
 def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Accelerator:
     """Device, processes and mixed precision, as detected by `accelerate` or set by its launcher.
 
-    Raises:
-        InputError: fp16 without a GPU, or a launcher that shards the weights.
+    Raises InputError: fp16 without a GPU, or a launcher that shards the weights.
     """
     chosen = choose_precision(precision)
     if deterministic:

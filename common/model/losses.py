@@ -63,8 +63,8 @@ class DetectionLoss(nn.Module):
     """The loss of a batch, term by term, each divided by a number that is known before the forward pass.
 
     With `quality` scores the losses of class and box are weighted by the quality of the location. The terms of the
-    dense head are divided by the positive locations that so many objects usually have, weighted likewise; those of a
-    second look by the positive boxes that so many images with objects usually have. No divisor is less than
+    dense head are divided by the positive locations that so many objects usually have, weighted likewise, those of a
+    second look by the positive boxes that so many images with objects usually have, and none by less than
     `MIN_POSITIVE` for each image. `class_shares` (K,) of the training objects adjust the logits of a second look.
     """
 

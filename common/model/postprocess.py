@@ -64,11 +64,7 @@ def postprocess(scores: Tensor, boxes: Tensor, meta: Sequence[ImageMeta]) -> lis
 
 
 def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, meta: Sequence[ImageMeta]) -> list[Detections]:
-    """What `select_detections` returns -> `Detections` in original pixels, none too unsure or outside the image.
-
-    Raises:
-        ValueError: an augmented image, which has no scale.
-    """
+    """What `select_detections` returns -> `Detections` in original pixels, none too unsure or outside the image."""
     columns = zip(boxes.cpu(), scores.cpu(), labels.cpu(), meta, strict=True)
     return [_detections(*column) for column in columns]
 

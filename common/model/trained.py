@@ -63,13 +63,12 @@ class TrainedDetector(ABC):
     def predict(
         self, images: AnyImage | Sequence[AnyImage], min_score: float | None = None, batch_size: int = 8
     ) -> Detections | list[Detections]:
-        """Detect the objects in one image, or in each of a list of images.
+        """Detect the objects in one image, or in each of a list of images, `batch_size` at once.
 
         Args:
             images: a path, an http(s) URL, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) RGB, uint8 or
                 in 0..1; or a list of them, of any sizes.
             min_score: detections with a lower score are left out; None = `self.min_score`.
-            batch_size: images at once.
 
         Returns:
             `Detections`, boxes in the pixels of the upright image; for a list of images a list, in its order.
@@ -136,9 +135,7 @@ class CheckpointDetector(
         save_folder(save_directory, self.checkpoint)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, class_names: Any = None, category_ids: Any = None, **options: Any
-    ) -> "CheckpointDetector":
+    def _from_pretrained(cls, *, model_id: str, class_names=None, category_ids=None, **options: Any):
         """`options` are those of `load_detector` and of `snapshot_download`."""
         chosen = {name: options.pop(name) for name in ("device", "precision") if name in options}
         if not Path(model_id).is_dir():
@@ -165,13 +162,5 @@ def load_on_device(
         checkpoint.detector.to(chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise InputError(f"no device {device} on this machine: {str(error).splitlines()[0]}") from error
-    return CheckpointDetector(
-        checkpoint.class_names,
-        checkpoint.category_ids,
-        checkpoint.image_size,
-        checkpoint.min_score,
-        chosen,
-        choose_precision(precision),
-        checkpoint,
-        str(path),
-    )
+    classes, settings = (checkpoint.class_names, checkpoint.category_ids), (checkpoint.image_size, checkpoint.min_score)
+    return CheckpointDetector(*classes, *settings, chosen, choose_precision(precision), checkpoint, str(path))

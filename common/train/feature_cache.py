@@ -1,10 +1,9 @@
 """Features of a frozen backbone on disk: each image passes it once, later epochs read memory maps.
 
-The images are split into shards of `SHARD`, each a file of (images, views, rows, columns, channels) features of 16
-bits: bfloat16 where the run computes in it, so that nothing is lost, else float16. View 0 is the letterboxed image,
-view 1 the same mirrored. The name of a file is a digest of all that its features depend on, and it appears when it is
-complete: an interrupted build continues, several processes divide the shards among them, and a run on more images
-reuses those of an earlier one.
+Each `SHARD` images have a file of (images, views, rows, columns, channels) features of 16 bits, in bfloat16 where the
+run computes in it. View 0 is the letterboxed image, view 1 the same mirrored. A file appears when it is complete, and
+its name is a digest of all that its features depend on: an interrupted build continues, several processes share the
+work, and a run on more images reuses the files of an earlier one.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ CPU_BATCH = 4  # images at once while building on a CPU: a tenth faster than 16
 
 
 def feature_shape(detector: Detector, images: int, views: int) -> tuple[int, ...]:
-    """(images, views, rows, columns, channels) of features, those of all blocks together."""
+    """(images, views, rows, columns, channels of all blocks)."""
     side = detector.config.image_size // detector.backbone.patch_size
     return images, views, side, side, len(detector.config.blocks) * detector.backbone.channels
 
@@ -69,15 +68,8 @@ def cached_features(
 ) -> list[Tensor]:
     """The features of the images of `data`, a memory map a shard; all processes together build missing shards.
 
-    Args:
-        detector: on the accelerator's device; its backbone runs in the accelerator's precision.
-        data: the images.
-        views: 1 the image, 2 also its mirror image.
-        batch_size: images at once while building, on a CPU fewer.
-        workers: processes that decode images while building.
-
-    Raises:
-        InputError: the disk has no room for them, or a file is damaged.
+    The detector is on the accelerator's device; of 2 `views` the second is the mirror image. Raises InputError where
+    the disk has no room, or a file is damaged.
     """
     precision, backbone = precision_name(accelerator), detector.backbone.eval()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -109,10 +101,8 @@ def _prepare_folder(folder: Path, gigabytes: float) -> None:
     remove_leftovers(folder, ABANDONED_S)
     free = (shutil.disk_usage(folder).free - SPARE_BYTES) / 1e9
     if gigabytes > free:
-        raise InputError(
-            f"the feature cache needs {gigabytes:.1f} GB in {folder}, where {max(0.0, free):.1f} GB are free: "
-            "make room, move it with DETECTION_CACHE, or train with --feature-cache 0"
-        )
+        needs = f"the feature cache needs {gigabytes:.1f} GB in {folder}, where {max(0.0, free):.1f} GB are free"
+        raise InputError(f"{needs}: make room, move it with DETECTION_CACHE, or train with --feature-cache 0")
     log.info(f"caching features: {gigabytes:.2g} GB in {folder}")
 
 
@@ -127,7 +117,7 @@ class CachedDataset(SampleDataset):
     """`DetectionDataset` with `cached_features` in place of pixels; for training it draws which images to mirror."""
 
     def __init__(
-        self, data: DetectionData, features: list[Tensor], image_size: int, *, mirror: bool = False, seed: int = 0
+        self, data: DetectionData, features: list[Tensor], image_size: int, mirror: bool = False, seed: int = 0
     ):
         super().__init__(data, seed)
         self.features, self.image_size, self.mirror = features, image_size, mirror

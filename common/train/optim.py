@@ -16,17 +16,11 @@ WARM_UP_SHARE = 0.05  # of all steps
 def parameter_groups(
     detector: Detector, lr: float, backbone_lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict]:
-    """The trained weights, grouped by block and weight decay, whatever their rates, which a resumed run may change.
+    """The weights that require a gradient, grouped by block and weight decay, whatever their rates.
 
     Only matrices have weight decay: no biases, norms, scales, and no class token, register tokens or position
-    embeddings, as in timm and DINOv2.
-
-    Args:
-        detector: its weights that require a gradient are trained.
-        lr: learning rate of the head.
-        backbone_lr: learning rate of the backbone's last block and final norm.
-        weight_decay: of the matrices.
-        layer_decay: the rate of each block is that of the following one times this (BEiT, arXiv 2106.08254).
+    embeddings, as in timm and DINOv2. The head learns at `lr`, the backbone's last block and final norm at
+    `backbone_lr`, and each block at the rate of the following one times `layer_decay` (BEiT, arXiv 2106.08254).
     """
     backbone = detector.backbone
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -74,20 +68,16 @@ class Schedule:
 
 
 class Ema:
-    """An exponential moving average of the trained weights of a module, which varies less than the weights themselves.
+    """An exponential moving average of the weights of a module that require a gradient.
 
     Where the learning rate has several cycles, the averages at their ends are averaged with equal weight: the weights
-    found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407).
-
-    Args:
-        module: its weights that require a gradient are averaged.
-        decay: of the average at each step; lower in the first steps, which reduces the share of the initial weights.
-            0: the average is the weights.
+    found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407). In the first
+    steps the `decay` is lower, which reduces the share of the initial weights; with 0 the average is the weights.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-        self.averages = {0: [p.detach().clone() for p in self.trained]}  # at the end of each cycle, or now
+        self.averages = {0: [p.detach().clone() for p in self.trained]}  # of each cycle, at its end or now
         self.decay, self.steps = decay, 0
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where it
 class RunFlags(RuntimeFlags):
     """Training run."""
 
-    accumulate: int = flag(1, "batches a step, one after another: N need the memory of one", at_least=1)
+    accumulate: int = flag(1, "batches a step, in the memory of one; those that make no whole step wait", at_least=1)
     log_with: tuple[str, ...] = flag((), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower")
     resume: bool = flag(False, "go on after the last epoch of the stopped run in --run-dir; start one if there is none")
@@ -57,13 +57,13 @@ class RunFlags(RuntimeFlags):
 class Run:
     """The files of a run, and what is the same in every step and after every epoch.
 
-    In its folder are `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each of its
-    `stages` but the last as STAGE.pth, and `state.pth`. A new run replaces the files of a finished one. The main
-    process writes them, and locks the folder while it lives: processes of a killed launcher may still be training.
+    Its folder has `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each of its
+    `stages` but the last as STAGE.pth, and `state.pth`. The main process writes them, and locks the folder while it
+    lives, since processes of a killed launcher may still be training.
 
     Raises:
-        InputError: another process trains in the folder, an output cannot be written or is an input, a run in the
-            folder is not finished and `resume` is not set, or its state cannot be read.
+        InputError: another process trains in the folder, an output cannot be written or is an input, or the run in the
+            folder is not finished and cannot be resumed, or shall not be.
     """
 
     def __init__(self, settings: RunFlags, accelerator: Accelerator, stages: tuple[str, ...] = ("only",)):
@@ -75,8 +75,7 @@ class Run:
             try:
                 self.lock.acquire(blocking=False)
             except filelock.Timeout as error:
-                advice = "wait for it, stop it, or name another --run-dir"
-                raise InputError(f"another process is training in {self.path}: {advice}") from error
+                raise InputError(f"another process trains in {self.path}: wait, or name another --run-dir") from error
         accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
         self.saved = read_state(self.path) if settings.resume else {}
         self.log: list[dict] = self.saved.get("log", [])
@@ -91,11 +90,11 @@ class Run:
             error.add_note(f"the state after epoch {self.resumable} is in {self.path}: go on with --resume")
 
     def begin(self, train_data: DetectionData, val_data: DetectionData, stages: tuple[str, ...] = ("only",)) -> None:
-        """Check that a resumed run fits its state, and start the trackers; `stages` are those that are requested.
+        """Begin to train the requested `stages`.
 
         Raises:
-            InputError: other images or boxes than before, another value of a flag that is `fixed`, a stage that is no
-                longer requested, or a tracker that cannot be reached.
+            InputError: a tracker cannot be reached, or a resumed run would have other images or boxes than before,
+                another value of a flag that is `fixed`, or not the stage that it is in.
         """
         self.description = {name: value for name, value in asdict(self.settings).items() if name not in UNRECORDED} | {
             "train_fingerprint": train_data.fingerprint(),
@@ -135,9 +134,9 @@ class Run:
         return self.path / ("best.pth" if stage == self.stages[-1] else f"{stage}.pth")
 
     def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
-        """The epochs of a stage that remain, of `count` from 0; after each the state is saved.
+        """The epochs of a stage that remain, of `count` from 0; after each the state of `parts` is saved.
 
-        It consists of `parts`, all that an epoch changes: objects with `state_dict` and `load_state_dict`.
+        These are all that an epoch changes, objects with `state_dict` and `load_state_dict`.
         """
         self.stage, first = stage, 0
         if self.accelerator.scaler:
@@ -153,7 +152,7 @@ class Run:
             self._save(epoch + 1, parts)
 
     def epoch_steps(self, loader: DataLoaderShard) -> int:
-        """Steps in an epoch; batches that make no whole one are left out. Raises InputError: not even one step."""
+        """Steps in an epoch. Raises InputError: not even one."""
         if len(loader) < self.settings.accumulate:
             raise InputError(f"--accumulate {self.settings.accumulate}: an epoch has only {len(loader)} batches")
         return len(loader) // self.settings.accumulate
@@ -182,27 +181,23 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def check_finite(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
-        """Stop before a step would make the weights inf or NaN: the one place where a step waits for the device.
+        """Raises InputError before a step would make the weights inf or NaN, `norm` () being that of the gradients.
 
-        In fp16 a step is skipped where the loss scale was too high, which then falls.
-
-        Raises:
-            InputError: the `norm` () of the gradients, averaged over the processes, is not finite; names the images.
+        This is the one place where a step waits for the device. In fp16 a step is skipped where the loss scale, which
+        then falls, was too high.
         """
         scaler = self.accelerator.scaler
         if torch.isfinite(norm) or (scaler and scaler.get_scale() > 1):
             return
         images = ", ".join(str(meta.image_id) for batch in batches for meta in batch.meta)
         where = f"epoch {len(self.log) + 1}, step {step + 1}, on the images {images}"
-        raise InputError(
-            f"the gradients became {norm.item()} in {where}; lower the learning rate, or use --precision fp32"
-        )
+        advice = "lower the learning rate, or use --precision fp32"
+        raise InputError(f"the gradients became {norm.item()} in {where}; {advice}")
 
     def finish_epoch(self, checkpoint: Checkpoint) -> None:
-        """Log an epoch, and write the detector with its numbers as `last.pth`, and where mAP@0.5 is best as `best.pth`.
+        """Log an epoch, and write the detector with its numbers as `last.pth`, and as `best.pth` where mAP@0.5 is best.
 
-        Of epochs with equal mAP@0.5 the last is the best one, so that `best.pth` equals `last.pth` where mAP@0.5 is
-        always 0 or does not exist, as on images without boxes.
+        Of epochs with equal mAP@0.5 the last is the best, so also where there is none, as on images without boxes.
         """
         number = len(self.log) + 1
         if not all(weight.isfinite().all() for weight in checkpoint.detector.parameters()):
@@ -236,10 +231,8 @@ class Run:
             save_detector(settings.output, replace(best, metrics=numbers))
             if len({line["val"]["AP50"] for line in self.log}) == 1 < len(self.log):
                 log.warning("warning: mAP@0.5 was the same after every epoch: the last one is kept")
-            headline = format_headline(numbers)
-            log.info(
-                f"epoch {best.epoch} on {len(val_data)} validation images: {headline}; written to {settings.output}"
-            )
+            where = f"epoch {best.epoch} on {len(val_data)} validation images"
+            log.info(f"{where}: {format_headline(numbers)}; written to {settings.output}")
             (self.path / FINISHED).touch()
         self.accelerator.end_training()
         return numbers
