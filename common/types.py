@@ -1,8 +1,8 @@
 """The types that travel between the rooms, and the conventions, stated once.
 
-- Boxes are pixels, x to the right, y down. Data sets and tables of detections have them as COCO's files do, xywh in
-  *original* pixels. Targets and predictions are xyxy in *input* pixels, those of the letterboxed square that the model
-  sees; only `model/postprocess.py` maps back to original pixels, by the scale of each `ImageMeta`.
+- Boxes in data sets and tables of detections are xywh in *original* pixels, as in COCO's files. Targets and predictions
+  are xyxy in *input* pixels, those of the letterboxed square that the model sees; only `model/postprocess.py` maps back
+  to original pixels, by the scale of each `ImageMeta`.
 - Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
   the checkpoint and applied once, in `evaluate/detections.py`.
 - Images are RGB, uint8 until the backbone scales and normalises them.
@@ -35,9 +35,7 @@ class ImageMeta(NamedTuple):
 def letterbox(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[float, float]]:
     """How an image of `size` (height, width) fits into the upper-left corner of a square of `side` pixels.
 
-    Returns:
-        The (height, width) that it is resized to, and its (x, y) scales. The two differ, because the resized sides are
-        whole pixels.
+    Returns the (height, width) that it is resized to, and its (x, y) scales, which differ as sides are whole pixels.
     """
     scale = side / max(size)
     height, width = (max(1, round(length * scale)) for length in size)
@@ -118,9 +116,7 @@ class SecondOutput:
 
 @dataclass(frozen=True)
 class RawOutput:
-    """What a head predicts at each of its L locations, the same in training and in evaluation.
-
-    Several locations may share a row of class logits, which shortens a training step of the head by a fifth.
+    """What a head predicts at each of its L locations, of which several may share a row of class logits.
 
     Shapes: object_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows (L,)
     int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y)
@@ -168,9 +164,8 @@ class Detections:
 
     def to_coco(self, image_id: int) -> list[dict]:
         """The objects in COCO's results format: a dictionary each, with the category's id and the box as xywh."""
-        rows = zip(
-            box_convert(self.boxes, "xyxy", "xywh").tolist(), self.scores.tolist(), self.labels.tolist(), strict=True
-        )
+        columns = box_convert(self.boxes, "xyxy", "xywh"), self.scores, self.labels
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         return [
             {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in rows

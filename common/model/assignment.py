@@ -33,17 +33,11 @@ class Assignment(NamedTuple):
 
 @torch.no_grad()
 def assign(out: RawOutput, iou: Tensor, targets: Targets, kind: str) -> Assignment:
-    """Assign the objects to locations.
+    """Assign the objects to the locations of the dense head, given the IoU (B, N, L) with their predicted boxes.
 
     Every object gets at least the location nearest to its centre, at the level of its size, so that every object is
     trained. Where several objects claim a location, `center` gives it to the smallest, `task-aligned` to the one with
     the highest IoU with its prediction. Locations in a crowd box that no object claims are ignored by the loss.
-
-    Args:
-        out: of the dense head.
-        iou: (B, N, L) of the objects with the predicted boxes.
-        targets: boxes in input pixels.
-        kind: one of ASSIGNMENTS.
     """
     x1, y1, x2, y2 = targets.boxes[..., None, :].unbind(-1)  # (B, N, 1) each
     width, height = x2 - x1, y2 - y1

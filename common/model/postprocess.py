@@ -39,11 +39,7 @@ def fuse_predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
 def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The `MAX_DETECTIONS` best pairs of a box and a class in each image, after class-wise NMS, by falling score.
 
-    It consists of tensor operations of fixed shapes alone, so it is part of exported detectors.
-
-    Args:
-        scores: (B, M, K) as `fuse_predictions` returns them.
-        boxes: (B, M, 4) input pixels.
+    Tensor operations of fixed shapes alone, so that it is part of exported detectors.
 
     Returns:
         Boxes (B, D, 4), scores (B, D), 0 where an image has fewer than D, and labels (B, D) int64.

@@ -27,21 +27,16 @@ NO_OBJECT_PX = 112.0  # side of the box that is looked at where an image has no 
 class SecondLook(nn.Module):
     """Pools the features of boxes and predicts their class, a better box, and the IoU that it reaches.
 
-    Args:
-        channels: of a patch's features, all blocks together.
-        num_classes: K.
-        stride: spacing of the patch tokens, input pixels.
-        proposals: boxes of the dense head that are looked at, an image.
-        dropout: share of inputs and hidden units dropped in training.
+    `proposals` boxes of the dense head are looked at in each image; `dropout` is the share of inputs and hidden units
+    that are dropped in training. The others are those of the dense head.
     """
 
     def __init__(self, *, channels: int, num_classes: int, stride: int, proposals: int, dropout: float = 0.0):
         super().__init__()
         self.stride, self.proposals = stride, proposals
         self.jitter = JitteredBoxes()
-        self.normalise = nn.Sequential(
-            nn.LayerNorm(channels, elementwise_affine=False), nn.Flatten(2), nn.Dropout(dropout)
-        )
+        norm = nn.LayerNorm(channels, elementwise_affine=False)
+        self.normalise = nn.Sequential(norm, nn.Flatten(2), nn.Dropout(dropout))
         self.classify = nn.Linear(channels * CLASS_PARTS**2, num_classes)
         self.reduce = nn.Linear(channels, WIDTH)
         hidden = nn.Linear(WIDTH * BOX_PARTS**2, HIDDEN)
@@ -57,10 +52,8 @@ class SecondLook(nn.Module):
 
         With `targets`, in training, boxes around the objects come first.
         """
-        count, candidates = self.proposals, CANDIDATES
-        if self.training:
-            count, candidates = TRAINED_PROPOSALS, TRAINED_CANDIDATES
-        locations = select_proposals(out, count, candidates)
+        limits = (TRAINED_PROPOSALS, TRAINED_CANDIDATES) if self.training else (self.proposals, CANDIDATES)
+        locations = select_proposals(out, *limits)
         boxes = gather_boxes(out.boxes.detach(), locations)
         if targets is not None:
             boxes = torch.cat([self.jitter(targets), boxes], dim=1)
@@ -83,19 +76,10 @@ def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -
 
 
 def roi_pool(features: Tensor, boxes: Tensor, parts: int, stride: int) -> Tensor:
-    """The mean of the features in each of parts x parts equal cells of boxes, the map interpolated linearly.
+    """The mean (B, P, parts^2, C) of the features (B, h, w, C) in each of parts x parts equal cells of boxes (B, P, 4).
 
-    The means are exact (PrRoI pooling, arXiv 1807.11590) and computed as matrix products. What is outside the map does
-    not count.
-
-    Args:
-        features: (B, h, w, C).
-        boxes: (B, P, 4) input pixels.
-        parts: of each side.
-        stride: spacing of the features, input pixels.
-
-    Returns:
-        (B, P, parts^2, C).
+    The map, `stride` input pixels apart, is interpolated linearly. The means are exact (PrRoI pooling, arXiv
+    1807.11590) and computed as matrix products. What is outside the map does not count.
     """
     batch, height, width, channels = features.shape
     columns = _weights(boxes[..., 0::2] / stride, parts, width).to(features.dtype)  # (B, P, parts, w)
@@ -120,7 +104,7 @@ def _weights(sides: Tensor, parts: int, cells: int) -> Tensor:
 class JitteredBoxes(nn.Module):
     """`NUM_JITTERED` boxes around the objects of each image, the first the objects themselves, each equally often.
 
-    They are the same each time: the shifts are a Sobol sequence, which fills their range evenly.
+    The shifts are a Sobol sequence, which fills their range evenly, and the same each time.
     """
 
     rank: Tensor

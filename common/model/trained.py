@@ -82,7 +82,12 @@ class TrainedDetector(ABC):
             return self._detect([read_pixels(images)], 0, min_score)[0]
         detections: list[Detections] = []
         for first in range(0, len(images), batch_size):
-            batch = [_read(image, first + i) for i, image in enumerate(images[first : first + batch_size])]
+            batch = []
+            for number, image in enumerate(images[first : first + batch_size], first):
+                try:
+                    batch.append(read_pixels(image))
+                except InputError as error:
+                    raise InputError(f"image {number} of the list: {error}") from error
             detections += self._detect(batch, first, min_score)
         return detections
 
@@ -94,13 +99,6 @@ class TrainedDetector(ABC):
         found = detections_of(*self.run(torch.stack(inputs)), meta)
         least = self.min_score if min_score is None else min_score
         return [replace(d.at_least(least), class_names=self.class_names, category_ids=self.category_ids) for d in found]
-
-
-def _read(image: AnyImage, number: int) -> Tensor:
-    try:
-        return read_pixels(image)
-    except InputError as error:
-        raise InputError(f"image {number} of the list: {error}") from error
 
 
 @dataclass(frozen=True)
