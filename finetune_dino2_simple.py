@@ -13,6 +13,7 @@ Writes OUTPUT, and in RUN_DIR best.pth, last.pth, settings.json and log.jsonl (o
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import DataLoaderShard
@@ -24,6 +25,7 @@ from common.cli import flag, with_default
 from common.console import InputError
 from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
+from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, load_train_and_val
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import val_subset, validate
@@ -78,11 +80,11 @@ def train_one_epoch(
         optimizer.zero_grad()
 
 
-def initial_checkpoint(settings: Settings, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> Checkpoint:
-    """A pretrained backbone with untrained heads."""
-    name, folder = fetch_backbone(settings.backbone)
-    options = {"blocks": settings.blocks, "image_size": settings.image_size, "num_classes": len(class_names)}
-    return Checkpoint(new_detector(folder, head="linear", **options), class_names, category_ids, {"backbone": name})
+def initial_checkpoint(settings: Settings, name: str, folder: Path, data: DetectionData) -> Checkpoint:
+    """The pretrained backbone of that name in a folder, with untrained heads."""
+    options = {"blocks": settings.blocks, "image_size": settings.image_size, "num_classes": len(data.class_names)}
+    detector = new_detector(folder, head="linear", **options)
+    return Checkpoint(detector, data.class_names, data.category_ids, {"backbone": name})
 
 
 def main(settings: Settings) -> dict:
@@ -92,10 +94,10 @@ def main(settings: Settings) -> dict:
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
     with Run(settings, accelerator) as run:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
+            backbone = None if run.saved else fetch_backbone(settings.backbone)
             train_data, val_data = load_train_and_val(settings)
         run.begin(train_data, val_data)
-        class_names = train_data.class_names
-        start = run.resumed() or initial_checkpoint(settings, class_names, train_data.category_ids)
+        start = initial_checkpoint(settings, *backbone, train_data) if backbone else run.resumed()
         detector, size = start.detector, start.image_size
         check_object_sizes(train_data, size, detector.backbone.patch_size)
         start = run.describe(start)
@@ -118,7 +120,7 @@ def main(settings: Settings) -> dict:
         accelerator.print(f"{begin}; {settings.describe()}")
         for epoch in run.epochs("only", settings.epochs, detector=detector, optimizer=optimizer):
             train_one_epoch(model, criterion, loader, optimizer, schedule, epoch, run)
-            numbers = validate(model, val_loader, quick_data, class_names, accelerator)
+            numbers = validate(model, val_loader, quick_data, start.class_names, accelerator)
             run.finish_epoch(replace(start, metrics=numbers))
         return run.finish(val_data)
 

@@ -18,6 +18,7 @@ Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, s
 """
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -204,18 +205,16 @@ def train_stage(
     accelerator.free_memory()
 
 
-def initial_checkpoint(settings: Settings, data: DetectionData) -> Checkpoint:
-    """The detector to train: that of `--start-from`, or a new head on a pretrained backbone.
+def initial_checkpoint(settings: Settings, name: str, folder: Path, data: DetectionData) -> Checkpoint:
+    """The pretrained backbone of that name in a folder, with an untrained head."""
+    options = {"blocks": settings.blocks, "image_size": settings.image_size, "num_classes": len(data.class_names)}
+    hidden = {"dropout": settings.dropout, "second_look": settings.second_look}
+    detector = new_detector(folder, head=settings.head, **options, **hidden)
+    return Checkpoint(detector, data.class_names, data.category_ids, {"backbone": name})
 
-    Where the classes of the data are others than those of `--start-from`, all but the class layers are kept, and in
-    them the weights of classes with the same name.
-    """
-    if not settings.start_from:
-        name, folder = fetch_backbone(settings.backbone)
-        options = {"blocks": settings.blocks, "image_size": settings.image_size, "num_classes": len(data.class_names)}
-        hidden = {"dropout": settings.dropout, "second_look": settings.second_look}
-        detector = new_detector(folder, head=settings.head, **options, **hidden)
-        return Checkpoint(detector, data.class_names, data.category_ids, {"backbone": name})
+
+def continued_checkpoint(settings: Settings, data: DetectionData) -> Checkpoint:
+    """The detector of `--start-from`; where the data have other classes, only class layers of equal names are kept."""
     start = load_checkpoint(settings.start_from)
     origin = {"backbone": start.train_config.get("backbone"), "started_from": settings.start_from}
     detector = start.detector
@@ -235,9 +234,13 @@ def main(settings: Settings) -> dict:
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
     with Run(settings, accelerator, STAGES) as run:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
+            backbone = None if run.saved or settings.start_from else fetch_backbone(settings.backbone)
             train_data, val_data = load_train_and_val(settings)
         run.begin(train_data, val_data, settings.stages)
-        start = run.resumed() or initial_checkpoint(settings, train_data)
+        if backbone:
+            start = initial_checkpoint(settings, *backbone, train_data)
+        else:
+            start = run.resumed() if run.saved else continued_checkpoint(settings, train_data)
         settings = replace(settings, crop_size=min(settings.crop_size, start.image_size))
         patch, depth = start.detector.backbone.patch_size, start.detector.backbone.depth
         check_side("crop size", settings.crop_size, patch)

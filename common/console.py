@@ -1,17 +1,21 @@
 """How a program talks to its user: errors, progress bars, signals. Imports no torch."""
 
 import importlib.util
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 NAMED = 3  # ids or names in a message
+REFRESH_S, LOG_S = 3, 60  # between two signs of life on a terminal, and in a log
 
 
 class InputError(Exception):
@@ -56,10 +60,39 @@ def to_one_line(text: object, width: int = 40) -> str:
     return "".join(visible if len(visible) <= width else [*visible[:head], "…", *visible[tail:]])
 
 
+class _Bar(tqdm):
+    """It also moves while an item takes long."""
+
+    def __init__(self, seconds: float, **options: Any):
+        self.ended = threading.Event()
+        super().__init__(**options)
+        threading.Thread(target=self._refresh, args=(seconds,), daemon=True).start()
+
+    def _refresh(self, seconds: float) -> None:
+        while not self.ended.wait(seconds):
+            self.refresh()
+
+    def close(self) -> None:
+        self.ended.set()
+        super().close()
+
+
+class _Lines(io.TextIOBase):
+    """Whatever a bar would write over its last state, as lines of stderr."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+        return len(text)
+
+
 def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool = True) -> tqdm:
-    """A bar with the remaining time on stderr; in a log file, a line every half minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, desc=what, unit=unit, disable=not shown, mininterval=interval, leave=False)
+    """A bar with the remaining time on stderr, to be closed; in a log, a line a minute."""
+    options = {"total": total, "desc": what, "unit": unit, "disable": not shown, "leave": False}
+    if sys.stderr.isatty():
+        return _Bar(REFRESH_S, **options)
+    shape = "{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left"
+    return _Bar(LOG_S, mininterval=LOG_S, delay=LOG_S, file=_Lines(), bar_format=shape, **options)
 
 
 class _Printer(logging.Handler):

@@ -1,18 +1,48 @@
-"""Models on the hub: their names, and the folder that their files are fetched to."""
+"""The hub: names of models, the folder that their files are fetched to, and what to do where it does not answer."""
 
+import logging
 import re
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+import httpx2
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from common.console import InputError
+from common.console import InputError, last_line, to_one_line
 
+log = logging.getLogger(__name__)
 HUB = "hub:"  # in front of a model's name where it could be a file's
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FILES = [CONFIG, WEIGHTS, "preprocessor_config.json"]  # the last is how a detector of transformers wants its images
+BUSY = (429, 500, 502, 503, 504)  # status codes after which another try is worth while
+PATIENCE_S = 60  # of waiting for a busy hub, all tries together
+LOG_IN = "log in with `hf auth login` or HF_TOKEN"
+# The first that an error or one of its causes is; {page} and {endpoint} are addresses.
+CAUSES = (
+    (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    (GatedRepoError, f"it is gated: accept its terms at {{page}} and {LOG_IN}"),
+    (RevisionNotFoundError, "the hub no longer has its revision"),
+    (RepositoryNotFoundError, f"the hub has nothing of that name; where it is private, {LOG_IN}"),
+    (HfHubHTTPError, "the hub answers with the status {status}: run the same command later"),
+    (httpx2.ConnectError, "{endpoint} cannot be reached: check the network, the proxy and HF_ENDPOINT"),
+    (httpx2.TimeoutException, "the hub does not answer: run the same command later"),
+    (httpx2.TransportError, "the connection broke off: the same command goes on"),
+    (FileMetadataError, "{endpoint} does not answer as a hub: check HF_ENDPOINT and the proxy"),
+)
+Answer = TypeVar("Answer")
 
 
 def hub_name(name: str) -> str:
@@ -33,19 +63,14 @@ def located(name: str) -> str:
 def hub_folder(name: str, kind: str, advice: str) -> Path:
     """The folder of the model user/name, fetched once; later calls read the hub library's cache without a network.
 
-    Raises InputError where it is not in the cache, and the hub cannot be reached, refuses it or lacks a file; `kind`
-    says what was looked for, `advice` what to do without it.
+    Raises InputError where it is not in the cache and cannot be fetched; `kind` says what was looked for, `advice`
+    what to do without it.
     """
     with suppress(LocalEntryNotFoundError):
         if _is_whole(folder := Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))):
             return folder
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the hub's library raises OSErrors, as documented, and those of its HTTP client
-        reason = "the hub can't be reached"
-        if isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError):
-            reason = "the hub refuses it (no such model, or one that needs a token)"
-        raise InputError(f"{kind} {name} is not in the cache and {reason}: {advice}") from error
+    with hub_errors(f"{kind} {name} is not in the cache", name, advice):
+        folder = Path(ask_hub(lambda: snapshot_download(name, allow_patterns=FILES)))
     if not _is_whole(folder):
         raise InputError(f"{kind} {name} has no {CONFIG} and {WEIGHTS} on the hub: {advice}")
     return folder
@@ -53,3 +78,81 @@ def hub_folder(name: str, kind: str, advice: str) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+@contextmanager
+def hub_errors(what: str, place: str, advice: str) -> Iterator[None]:
+    """Raises InputError for whatever the hub's clients raise: `what`, the cause and its mend, and an `advice`.
+
+    `place` is the path of its page below the hub's address. The clients' own messages while they try again become a
+    line of ours.
+    """
+    relay, clients = _Relay(), [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    before = [(client.handlers, client.propagate) for client in clients]
+    for client in clients:
+        client.handlers, client.propagate = [relay], False
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # they pass on what their HTTP client, file systems and formats raise
+        raise InputError(f"{what}: {_cause_of(error, place)}; {advice}") from error
+    finally:
+        for client, (handlers, propagate) in zip(clients, before, strict=True):
+            client.handlers, client.propagate = handlers, propagate
+
+
+class _Relay(logging.Handler):
+    """Says once what the clients say at each of their tries."""
+
+    has_spoken = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (
+            record.levelno >= logging.WARNING
+            and not self.has_spoken
+            and re.search("(?i)retry|waiting", record.getMessage())
+        ):
+            log.warning("the hub is busy or the connection weak: trying again")
+            self.has_spoken = True
+
+
+def ask_hub(request: Callable[[], Answer]) -> Answer:
+    """What the request returns; where the hub is busy it is repeated after the time that the hub names."""
+    waited = 0.0
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            seconds = _seconds_to_wait(error)
+            if not seconds or waited + seconds > PATIENCE_S:
+                raise
+            log.warning(f"the hub is busy: trying again in {seconds:.0f} s")
+            time.sleep(seconds)
+            waited += seconds
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _seconds_to_wait(error: Exception) -> float:
+    """0 where another try is of no use."""
+    for link in _chain(error):
+        if isinstance(link, httpx2.TimeoutException):
+            return 20.0
+        if isinstance(link, HfHubHTTPError) and link.response is not None and link.response.status_code in BUSY:
+            named = link.response.headers.get("Retry-After", "")
+            return max(1.0, float(named)) if named.isdigit() else 20.0
+    return 0.0
+
+
+def _cause_of(error: Exception, place: str) -> str:
+    chain = list(_chain(error))
+    for kind, sentence in CAUSES:
+        if found := next((link for link in chain if isinstance(link, kind)), None):
+            status = getattr(getattr(found, "response", None), "status_code", "")
+            return sentence.format(page=f"{constants.ENDPOINT}/{place}", endpoint=constants.ENDPOINT, status=status)
+    return to_one_line(last_line(error), 200)

@@ -121,9 +121,9 @@ class Run:
         self._write("settings.json", json.dumps(self.description | used | origin, indent=2))
         return replace(start, train_config=self.description | used | origin, metrics={}, epoch=0)
 
-    def resumed(self) -> Checkpoint | None:
+    def resumed(self) -> Checkpoint:
         """The best checkpoint of a resumed run in its stage, whose weights `epochs` replaces by those in training."""
-        return load_checkpoint(self.best_of(self.saved["stage"])) if self.saved else None
+        return load_checkpoint(self.best_of(self.saved["stage"]))
 
     def is_past(self, stage: str) -> bool:
         """Whether the resumed run has begun a later stage."""
