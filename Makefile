@@ -1,5 +1,6 @@
 # make demo: the whole chain on generated scenes; make test: all tests; make test-fast: those that take seconds;
-# make lint: rules, formatting and types; make format: correct what ruff can. Each sets up .venv first if need be.
+# make lint: rules, formatting and types; make format: correct what ruff can. Each sets up .venv
+# first if need be, with uv where it is there.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
@@ -17,7 +18,10 @@ demo: .venv/requirements.installed
 	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(MODELS) --output $(RUN)/predictions
 	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(MODELS) --output $(RUN)/validation_results.json
 	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png
-	@echo "annotated images: $(RUN)/predictions/contact_sheet.jpg and the folders beside it"
+	@echo "Open these files:"
+	@echo "  $(RUN)/predictions/contact_sheet.jpg   what both detectors find in validation images; all of them beside it"
+	@echo "  $(RUN)/model_comparison_charts.png     their numbers"
+	@echo "  $(RUN)/validation_results.json         the same, and all others"
 
 test: .venv/requirements-dev.installed
 	$(BIN)/python -m pytest
@@ -36,7 +40,8 @@ format: .venv/requirements-dev.installed
 
 .venv/%.installed: %.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	{ command -v uv && uv pip install --python $(BIN)/python -r $<; } || \
+	    $(BIN)/python -m pip install --disable-pip-version-check -r $<
 	touch $@
 
 .venv/requirements-dev.installed: requirements.txt requirements-export.txt
