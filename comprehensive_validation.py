@@ -26,7 +26,7 @@ from common.console import InputError, Interrupted, last_line, print_traceback
 from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
-from common.evaluate.detect import run_own
+from common.evaluate.detect import run_detector
 from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
 from common.evaluate.others import is_transformers, run_transformers, run_yolo
@@ -34,6 +34,7 @@ from common.evaluate.results import ValidationRecord, ValidationResults, write_r
 from common.export.runtime import exported_file
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
 from common.hub import hub_name, located
+from common.model import load_detector
 from common.model.checkpoint import is_checkpoint
 from common.runtime import RuntimeFlags, check_single_process, default_device
 from common.show.tables import format_comparisons, format_table
@@ -64,7 +65,8 @@ def run_model(path: str, settings: Settings, data: DetectionData) -> ModelRun:
         return read_detections(path, data)
     path, device = located(hub_name(path)), default_device()
     if is_checkpoint(path) or exported_file(path):
-        return run_own(path, data, settings.batch_size, settings.workers, settings.precision)
+        detector = load_detector(path, precision=settings.precision)
+        return run_detector(detector, data, settings.batch_size, settings.workers, Path(path).stem)
     if is_transformers(path):
         return run_transformers(path, data, settings.batch_size, device)
     return run_yolo(path, data, settings.batch_size, device)

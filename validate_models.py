@@ -23,8 +23,8 @@ from common import cli
 from common.cli import flag, flag_texts
 from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split, unlabelled_images
-from common.evaluate.detect import detector_cost, run_detector
-from common.evaluate.detections import ModelRun, coco_detections, detection_table
+from common.evaluate.detect import run_detector
+from common.evaluate.detections import ModelRun, coco_detections
 from common.evaluate.evaluation import evaluate, unique_names
 from common.files import PROGRAM, atomic_write, check_outputs, check_writable
 from common.model import load_detector
@@ -78,10 +78,9 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
 def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tuple[ModelRun, float]:
     """What one model detects, and its operating point; with --images the detections are written, too."""
     detector = load_detector(path, precision=settings.precision)
-    detections = run_detector(detector, data, settings.batch_size, settings.workers, name)
-    run = ModelRun(detection_table(detections, data), detector.class_names)
+    run = run_detector(detector, data, settings.batch_size, settings.workers, name, timed=not settings.images)
     if not settings.images:
-        return replace(run, cost=detector_cost(detector, data, settings.batch_size)), detector.min_score
+        return run, detector.min_score
     named = replace(data, class_names=detector.class_names, category_ids=detector.category_ids)
     file = Path(settings.output, name, "detections.json")
     with atomic_write(file, "w") as stream:

@@ -88,13 +88,8 @@ def read_header(path: Path) -> Header:
 def open_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
     """Decode an image file to RGB; transparent pixels become white, of an animation the first frame is taken.
 
-    Cameras store the rotation beside the pixels (EXIF), and annotation tools differ in whether they apply it. The
-    annotated `size` tells which, unless the rotation does not change it.
-
-    Args:
-        path: the file.
-        size: the annotated (width, height). None turns the image upright.
-        upright: turn the image upright where `size` does not tell.
+    Cameras store a rotation beside the pixels (EXIF), and annotation tools differ in whether they apply it. The
+    annotated `size` (width, height) tells which; where it does not, `upright` does. None: the image is turned upright.
 
     Raises:
         ImageFault: no such file, not an image, damaged, too large to decode, of another size than `size`, or of more
@@ -103,10 +98,8 @@ def open_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, uprig
     with _faults_of(path):
         image: Image.Image = Image.open(path)
         stored, turned, orientation, _ = _header(image)
-        as_stored, is_deep = (
-            size == stored and not (upright and stored == turned),
-            ";16" in str(getattr(image, "tile", "")),
-        )
+        as_stored = size == stored and not (upright and stored == turned)
+        is_deep = ";16" in str(getattr(image, "tile", ""))
         image.load()
         if image.format == "TIFF" and as_stored:  # Pillow has turned it upright: undo that
             image.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(orientation, orientation)
@@ -186,12 +179,17 @@ def read_pixels(image: Path | str | bytes | BinaryIO | Image.Image | np.ndarray 
         with _faults_of("given as a PIL image"):  # Pillow decodes when the pixels are used
             return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        image = _fetch(image)
-    if isinstance(image, str | Path):
-        return F.pil_to_tensor(open_image(Path(image)))
-    if not isinstance(image, bytes) and not hasattr(image, "read"):
+        try:
+            response = requests.get(image, timeout=URL_TIMEOUT_S)
+            response.raise_for_status()
+        except requests.RequestException as error:
+            raise InputError(f"cannot fetch the image {image}: {last_line(error):.200}") from error
+        image = response.content
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if not isinstance(image, str | Path) and not hasattr(image, "read"):
         raise InputError(f"an image must be a path, URL, file, PIL image, array or tensor, not {type(image).__name__}")
-    return F.pil_to_tensor(open_image(io.BytesIO(image) if isinstance(image, bytes) else image))
+    return F.pil_to_tensor(open_image(Path(image) if isinstance(image, str) else image))
 
 
 def _tensor_pixels(image: Tensor) -> Tensor:
@@ -207,24 +205,10 @@ def _tensor_pixels(image: Tensor) -> Tensor:
     return (image.cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _fetch(url: str) -> bytes:
-    try:
-        response = requests.get(url, timeout=URL_TIMEOUT_S)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise InputError(f"cannot fetch the image {url}: {last_line(error):.200}") from error
-    return response.content
-
-
 def letterboxed(image: Tensor, side: int) -> tuple[Tensor, tuple[float, float]]:
-    """Scale an image to fit a square, in its upper-left corner, and pad.
+    """Scale an image (3, H, W) uint8 to fit a square of `side` pixels, in its upper-left corner, and pad.
 
-    Args:
-        image: (3, H, W) uint8.
-        side: of the square, pixels.
-
-    Returns:
-        (3, side, side) uint8, and the (x, y) scales.
+    Returns the square (3, side, side) uint8, and the (x, y) scales.
     """
     (height, width), scale = letterbox((image.shape[-2], image.shape[-1]), side)
     canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, side, side)

@@ -3,17 +3,17 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 
 from common.console import InputError, progress_bar
 from common.data.memory import DetectionData, ImageFile
+from common.data.readers import read_json_lines
 from common.data.table import OPEN_ORIENTATION, Faults
 from common.data.transforms import SMALLEST_SIDE
 from common.files import cache_folder
@@ -23,82 +23,68 @@ from common.types import convert_boxes
 log = logging.getLogger(__name__)
 CHUNK = 1000  # images, after which the outcomes are kept; fewer need no progress bar
 PAGES = "used the first page or frame of {} images that have several"
-
-
-class Outcome(NamedTuple):
-    """What decoding an image has shown, in sentences for the notes, with {} for the number of such images."""
-
-    fault: str  # why it cannot be used, "" if it can
-    notes: list[str]
+Outcome = list[str]  # sentences for the notes: why an image cannot be used, "" if it can, and what is doubtful
 
 
 def usable_images(data: DetectionData, indices: np.ndarray, faults: Faults) -> list[int]:
     """Those of the images at `indices` (N,) that can be used; what is wrong or doubtful is added to the faults."""
-    outcomes = dict(zip(indices.tolist(), check_images(data.select(indices)), strict=True))
-    for index, outcome in outcomes.items():
-        for sentence in filter(None, (outcome.fault, *outcome.notes)):
-            faults.add(sentence, data.images[index].path.name)
-    return [index for index, outcome in outcomes.items() if not outcome.fault]
+    good, images = [], [data.images[index] for index in indices]
+    for index, image, (fault, *doubts) in zip(indices.tolist(), images, check_images(images, data.source), strict=True):
+        for sentence in filter(None, (fault, *doubts)):
+            faults.add(sentence, image.path.name)
+        good += [index] * (not fault)
+    return good
 
 
-def check_images(data: DetectionData) -> list[Outcome]:
-    """Decode every image of a data set, but those whose outcome the cache has and whose file is the same."""
-    place = os.path.realpath(data.source) if os.path.exists(data.source) else data.source  # noqa: PTH110 (of any length)
-    path = cache_folder("checked", f"{sha256(repr((place, PIL.__version__)).encode()).hexdigest()[:24]}.jsonl")
-    known, states = _read(path), [image.state() for image in data.images]
+def check_images(images: Sequence[ImageFile], source: str) -> list[Outcome]:
+    """The outcome of decoding each image, once for all runs where it can be used and its file stays the same.
+
+    The others are decoded again: their fault may pass, such as one of a permission or a disk.
+    """
+    place = os.path.realpath(source) if os.path.exists(source) else source  # noqa: PTH110 (of any length)
+    path = cache_folder("decoded", f"{sha256(repr((place, PIL.__version__)).encode()).hexdigest()[:24]}.jsonl")
+    try:
+        known = {state: outcome for state, *outcome in read_json_lines(path)}
+    except OSError:
+        known = {}
+    states = [image.state() for image in images]
     missing = [index for index, state in enumerate(states) if state not in known]
     bar = progress_bar(len(missing), "checking images", shown=len(missing) > CHUNK)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            found = dict(zip((states[i] for i in part), pool.map(_decode, (data.images[i] for i in part)), strict=True))
-            _append(path, {state: outcome for state, (outcome, may_pass) in found.items() if not may_pass})
-            known |= {state: outcome for state, (outcome, _) in found.items()}
+            outcomes = pool.map(_decode, (images[index] for index in part))
+            found = {states[index]: outcome for index, outcome in zip(part, outcomes, strict=True)}
+            _keep(path, found)
+            known |= found
             bar.update(len(part))
     return [known[state] for state in states]
 
 
-def _decode(image: ImageFile) -> tuple[Outcome, bool]:
-    """The outcome, and whether it may pass: no permission, an error of the disk."""
+def _decode(image: ImageFile) -> Outcome:
     try:
         image.open()
         header = read_header(image.path)
     except ImageFault as fault:
-        return Outcome(fault.sentence, []), getattr(fault.__cause__, "errno", None) is not None
+        return [fault.sentence]
     is_open = header.orientation != 1 and header.stored == header.upright == (image.width, image.height)
-    return Outcome("", [OPEN_ORIENTATION] * (is_open and not image.upright) + [PAGES] * header.has_pages), False
+    return ["", *[OPEN_ORIENTATION] * (is_open and not image.upright), *[PAGES] * header.has_pages]
 
 
-def _read(path: Path) -> dict[str, Outcome]:
-    known = {}
-    with suppress(OSError):
-        for line in path.read_text("utf-8").splitlines():
-            with suppress(ValueError, TypeError):  # half a line of a killed run
-                state, *outcome = json.loads(line)
-                known[state] = Outcome(*outcome)
-    return known
-
-
-def _append(path: Path, outcomes: dict[str, Outcome]) -> None:
-    """Keep the outcomes, where the cache can be written."""
+def _keep(path: Path, outcomes: dict[str, Outcome]) -> None:
+    """Add the outcomes without a fault to the cache, where it can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps((state, *outcome))}\n" for state, outcome in outcomes.items())
+            file.writelines(f"\n{json.dumps((state, *o))}" for state, o in outcomes.items() if not o[0])
     except OSError as error:
         log.warning(f"cannot keep the check of the images in {path} ({error.strerror}): they will be checked again")
 
 
 def check_object_sizes(data: DetectionData, image_size: int, patch: int) -> None:
-    """Say how many objects of the training images are too small to be learned at this size of the input.
+    """Say how many objects of the training images are too small to be learned at this size of the input, pixels.
 
-    Args:
-        data: the training images.
-        image_size: side of the square input, pixels.
-        patch: of the backbone, whose multiple a larger size must be.
-
-    Raises:
-        InputError: all of them are.
+    `patch` is the backbone's, whose multiple a larger size must be. Raises InputError where all of them are.
     """
     objects = ~data.crowd
     sizes = np.array([(image.width, image.height) for image in data.images])[data.image_of_box()[objects]]

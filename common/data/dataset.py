@@ -19,8 +19,8 @@ from common.types import Batch, Target, Targets
 class SampleDataset(Dataset):
     """A sample for each image of a `DetectionData`.
 
-    Every sample draws its randomness from (seed, epoch, index) alone, so the augmentation of an image does not depend
-    on the number of workers or processes, or on where a run was resumed. Call `set_epoch` before each epoch.
+    Its randomness depends on (seed, epoch, index) alone, not on the number of workers or processes, or on where a run
+    was resumed. Call `set_epoch` before each epoch.
     """
 
     def __init__(self, data: DetectionData, seed: int):
@@ -41,7 +41,7 @@ class SampleDataset(Dataset):
 
 
 class DetectionDataset(SampleDataset):
-    """Images and targets, decoded and transformed item by item."""
+    """Images (3, S, S) uint8 and targets, decoded and transformed item by item."""
 
     def __init__(
         self, data: DetectionData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0
@@ -50,7 +50,6 @@ class DetectionDataset(SampleDataset):
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """Image (3, S, S) uint8 and its `Target`."""
         image = F.pil_to_tensor(self.data.images[index].open())
         with self.randomness(index):
             return self.transform(image, self.data.target(index))
@@ -86,10 +85,8 @@ def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int, pro
 
     Where there are too few images for one such step, accelerate fills it up with images from the beginning.
     """
-    whole_step = batch_size * processes
-    return make_loader(
-        dataset, batch_size, workers, sampler=EpochSampler(dataset), drop_last=len(dataset) >= whole_step
-    )
+    is_enough = len(dataset) >= batch_size * processes
+    return make_loader(dataset, batch_size, workers, sampler=EpochSampler(dataset), drop_last=is_enough)
 
 
 def make_loader(dataset: SampleDataset, batch_size: int, workers: int, **order: Any) -> DataLoader:

@@ -8,7 +8,7 @@ the category ids have gaps, as COCO's do.
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,22 +23,16 @@ log = logging.getLogger(__name__)
 SEED = 0
 SIZES = ((480, 360), (360, 480), (480, 320), (420, 420))  # width, height, pixels
 OBJECTS = (1, 6)  # per scene
+ATTEMPTS = 20  # to place an object
 SIDES = (36, 210)  # an object's side, pixels
 LEAST_VISIBLE = 0.5  # fraction of an object that occlusion leaves visible at least
 SUPERSAMPLING = 2
 
-Polygons = list[list[tuple[float, float]]]  # in -1..1; the second and later ones are holes
 
-
-def _ring(radius: float, points: int = 48, center: float = 0.0, start: float = 0.0) -> list[tuple[float, float]]:
-    angles = [start + 2 * math.pi * i / points for i in range(points)]
-    return [(center + radius * math.cos(a), radius * math.sin(a)) for a in angles]
-
-
-def _star(points: int, inner: float) -> list[tuple[float, float]]:
-    radii = [1.0 if i % 2 == 0 else inner for i in range(2 * points)]
-    angles = [math.pi * (i / points - 0.5) for i in range(2 * points)]
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+def _polar(radii: Sequence[float] | np.ndarray, start: float = 0.0, x: float = 0.0) -> list[tuple[float, float]]:
+    """Corners at these distances from (x, 0), at equal angles that begin with `start`."""
+    angles = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [(x + r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
 def _heart() -> list[tuple[float, float]]:
@@ -47,20 +41,14 @@ def _heart() -> list[tuple[float, float]]:
     return list(zip(np.sin(t) ** 3, -y / 17, strict=True))
 
 
-def _flower(petals: int) -> list[tuple[float, float]]:
-    angles = np.linspace(0, 2 * math.pi, 90, endpoint=False)
-    radii = 0.72 + 0.28 * np.cos(petals * angles)
-    return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
-
-
-SHAPES: dict[str, Polygons] = {
-    "disc": [_ring(1)],
-    "ring": [_ring(1), _ring(0.55)],
-    "moon": [_ring(1), _ring(0.8, center=0.45)],
-    "square": [_ring(1.2, 4, start=math.pi / 4)],
-    "triangle": [_ring(1.1, 3, start=-math.pi / 2)],
-    "star": [_star(5, 0.42)],
-    "flower": [_flower(6), _ring(0.2)],
+SHAPES = {  # polygons in -1..1, of which the second is a hole
+    "disc": [_polar([1] * 48)],
+    "ring": [_polar([1] * 48), _polar([0.55] * 48)],
+    "moon": [_polar([1] * 48), _polar([0.8] * 48, x=0.45)],
+    "square": [_polar([1.2] * 4, math.pi / 4)],
+    "triangle": [_polar([1.1] * 3, -math.pi / 2)],
+    "star": [_polar([1, 0.42] * 5, -math.pi / 2)],
+    "flower": [_polar(0.72 + 0.28 * np.cos(np.linspace(0, 12 * math.pi, 90, endpoint=False))), _polar([0.2] * 48)],
     "heart": [_heart()],
     "cross": [[(-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33), (0.33, 1), (-0.33, 1),
                (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33)]],
@@ -87,32 +75,32 @@ def read_demo(request: Request) -> Table:
 
 
 def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> None:
-    """Write the demo data set to `folder` in COCO's layout; the same seed gives the same scenes.
+    """Write the demo data set to `folder` in COCO's layout, as a whole or not at all.
 
-    Scene i of a split depends on (seed, split, i) alone. The folder appears whole or not at all.
+    Scene i of a split depends on (seed, split, i) alone.
     """
     with atomic_folder(folder) as made:
+        (made / "annotations").mkdir()
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
-            _write_split(made, split, [np.random.default_rng((seed, number, i)) for i in range(count)])
+            (made / split).mkdir()
+            content = _write_scenes(made / split, [np.random.default_rng((seed, number, i)) for i in range(count)])
+            (made / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def _write_split(folder: Path, split: str, generators: list[np.random.Generator]) -> None:
-    (folder / split).mkdir(parents=True)
-    (folder / "annotations").mkdir(exist_ok=True)
+def _write_scenes(folder: Path, generators: list[np.random.Generator]) -> dict:
+    """Write an image for each generator; returns the annotations."""
     images: list[dict] = []
     annotations: list[dict] = []
     for image_id, rng in enumerate(generators, 1):
-        scene = draw_scene(rng)
+        scene, name = draw_scene(rng), f"{image_id:06d}.jpg"
         height, width = scene.owner.shape
-        name = f"{image_id:06d}.jpg"
-        Image.fromarray(scene.pixels.clip(0, 255).astype(np.uint8)).save(folder / split / name, quality=90)
+        Image.fromarray(scene.pixels.clip(0, 255).astype(np.uint8)).save(folder / name, quality=90)
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for box, area, label in visible_boxes(scene):
             entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": CATEGORY_IDS[label]}
             annotations.append(entry | {"bbox": box, "area": area, "iscrowd": 0})
     categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in zip(CATEGORY_IDS, SHAPES, strict=True)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def draw_scene(rng: np.random.Generator) -> _Scene:
@@ -120,9 +108,7 @@ def draw_scene(rng: np.random.Generator) -> _Scene:
     width, height = SIZES[rng.integers(len(SIZES))]
     scene = _Scene(_background(rng, width, height), np.full((height, width), -1), [], [])
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
-        for _attempt in range(20):
-            if _place(rng, scene):
-                break
+        any(_place(rng, scene) for _ in range(ATTEMPTS))
     return scene
 
 
@@ -132,8 +118,7 @@ def visible_boxes(scene: _Scene) -> list[tuple[list[int], int, int]]:
     for index, label in enumerate(scene.labels):
         rows, columns = np.nonzero(scene.owner == index)
         x, y = int(columns.min()), int(rows.min())
-        box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
-        objects.append((box, len(rows), label))
+        objects.append(([x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y], len(rows), label))
     return objects
 
 
@@ -146,10 +131,12 @@ def _place(rng: np.random.Generator, scene: _Scene) -> bool:
     left, top = np.maximum(center - 0.8 * side, 0).astype(int)
     right, bottom = np.minimum(center + 0.8 * side, (width, height)).astype(int)
     window, size = np.s_[top:bottom, left:right], (int(right - left), int(bottom - top))
-    cover = _coverage(list(SHAPES.values())[label], center - (left, top), side, rng.uniform(-0.4, 0.4), size)
+    cover = _coverage(label, center - (left, top), side, rng.uniform(-0.4, 0.4), size)
     solid = cover > 0.5
-    hidden = np.bincount(scene.owner[window][solid] + 1, minlength=len(scene.labels) + 1)[1:]
-    shown = np.bincount(scene.owner.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
+    hidden, shown = (
+        np.bincount(owners.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
+        for owners in (scene.owner[window][solid], scene.owner)
+    )
     if solid.sum() < 0.2 * side**2 or (shown - hidden < LEAST_VISIBLE * np.array(scene.full_areas)).any():
         return False
     paint = _texture(rng, *size, contrast=rng.uniform(25, 90))
@@ -160,46 +147,38 @@ def _place(rng: np.random.Generator, scene: _Scene) -> bool:
     return True
 
 
-def _coverage(polygons: Polygons, center: np.ndarray, side: float, angle: float, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) fraction of each pixel, 0..1, that the rotated and scaled polygons cover."""
+def _coverage(label: int, center: np.ndarray, side: float, angle: float, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) fraction of each pixel, 0..1, that the rotated and scaled shape covers."""
     mask = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    for number, polygon in enumerate(polygons):
+    for number, polygon in enumerate(list(SHAPES.values())[label]):
         points = (np.array(polygon) @ rotation.T * side / 2 + center) * SUPERSAMPLING
         draw.polygon([tuple(p) for p in points], fill=0 if number else 255)
     return np.asarray(mask.resize(size, Image.Resampling.BOX), np.float32) / 255
 
 
 def _texture(rng: np.random.Generator, width: int, height: int, contrast: float) -> np.ndarray:
-    """(H, W, 3) of two colours `contrast` apart, mixed by a random pattern."""
+    """(H, W, 3) of two colours `contrast` apart, mixed by a random pattern: slope, stripes, squares, dots, clouds."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, math.pi), rng.uniform(8, 40)
     along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    patterns: list[Callable[[], np.ndarray]] = [
-        lambda: along / max(width, height),
-        lambda: np.sin(along * 2 * math.pi / period) > 0,
-        lambda: (np.sin(along * 2 * math.pi / period) > 0) ^ (np.sin(across * 2 * math.pi / period) > 0),
-        lambda: np.sin(along * 2 * math.pi / period) * np.sin(across * 2 * math.pi / period) > 0.4,
-        lambda: _clouds(rng, width, height),
-    ]
-    mix = patterns[rng.integers(len(patterns))]()[..., None]
+    pattern = rng.integers(5)
+    if pattern == 4:
+        cells = rng.integers(4, 14)
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells), np.uint8))
+        mix = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    else:
+        wave, other = (np.sin(places * 2 * math.pi / period) for places in (along, across))
+        mix = (along / max(width, height), wave > 0, (wave > 0) ^ (other > 0), wave * other > 0.4)[pattern]
     color = rng.uniform(30, 225, 3)
-    other = (color + contrast * rng.choice((-1, 1)) * rng.uniform(0.4, 1, 3)).clip(0, 255)
-    return (color * (1 - mix) + other * mix).astype(np.float32)
-
-
-def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W) smooth random values in 0..1."""
-    cells = rng.integers(4, 14)
-    noise = Image.fromarray(rng.integers(0, 256, (cells, cells), np.uint8))
-    return np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    second = (color + contrast * rng.choice((-1, 1)) * rng.uniform(0.4, 1, 3)).clip(0, 255)
+    return (color * (1 - mix[..., None]) + second * mix[..., None]).astype(np.float32)
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) background: a soft texture, a few strokes, which are not objects, and noise."""
-    texture = _texture(rng, width, height, contrast=rng.uniform(10, 50)).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(texture)
+    """(H, W, 3): a soft texture, a few strokes, which are not objects, and noise."""
+    image = Image.fromarray(_texture(rng, width, height, rng.uniform(10, 50)).clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 8)):
         ends = rng.uniform((0, 0, 0, 0), (width, height, width, height))

@@ -4,8 +4,8 @@ A data set needs the columns `image` and `objects`, the latter with `bbox` and a
 dictionaries or a dictionary of lists. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no
 images without objects, so official AP can't be computed from it.
 
-A split's folder in the cache holds the images and a journal: a header with what the rows have in common, then a line
-for each row, written after the row's image, with the state of the stream behind it, and an empty one at the end.
+A split's folder in the cache holds the images and a journal: a line with what the rows have in common, a line for each
+row, written after the row's image, with the state of the stream behind it, and an empty one at the end.
 """
 
 import json
@@ -13,7 +13,7 @@ import logging
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +24,7 @@ import fsspec
 import huggingface_hub
 
 from common.console import InputError, progress_bar, to_one_line
-from common.data.readers import Request, add_coco, find_split
+from common.data.readers import Request, find_split, read_json_lines
 from common.data.table import Table
 from common.files import atomic_write, cache_folder
 from common.hub import HUB_ID
@@ -35,6 +35,7 @@ XYXY = "detection-datasets/"  # whose boxes are xyxy; others' are as --box-forma
 CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
 COCO = (80, ["person", "bicycle"], ["hair drier", "toothbrush"])  # its classes: their number, the first and the last
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+JOURNAL = "journal.jsonl"
 HUB_TIMEOUT_S = 5  # for the hub's first answer
 
 
@@ -46,41 +47,38 @@ def is_hub_data(data: str) -> bool:
 def read_hub(request: Request) -> Table:
     """The first usable rows of a hub data set's split; what the cache has needs no network.
 
-    A run that was interrupted, or wants more images, goes on behind the last row.
+    COCO's classes get COCO's category ids. A run that was interrupted, or wants more images, goes on behind the last
+    row.
 
     Raises:
         InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, or a
             stream that breaks off.
     """
-    limit, folder = 0 if request.chosen else request.limit, _cache_of(request.data) / request.split
-    lines = _read_journal(folder)
+    data, limit = request.data, 0 if request.chosen else request.limit
+    folder = _cache_of(data) / request.split
+    lines = read_json_lines(folder / JOURNAL)
     if not _has_enough(lines, limit):
         with locked(folder):
             lines = _fetch(folder, request, limit)
     header, *rows = lines
     usable = list(accumulate("image" in row for row in rows))
     rows = rows[: bisect_left(usable, limit) + 1] if limit else rows
-    name, layout = f"{request.data}, {request.split}", "xyxy" * request.data.startswith(XYXY)
-    table = Table(name, folder / "images", {}, layout, header["split"], own_ids=header["has_ids"])
+    categories = {thing["category"] for row in rows for thing in row.get("objects", ())} - {None}
+    names = header["names"] or [str(value) for value in sorted(categories)]
+    numbers = COCO_IDS if (len(names), names[:2], names[-2:]) == COCO else range(1, len(names) + 1)
+    ids = dict(zip(range(len(names)) if header["names"] else sorted(categories), numbers, strict=True))
+    classes, layout = dict(zip(numbers, names, strict=True)), "xyxy" * data.startswith(XYXY)
+    source, own_ids = f"{data}, {request.split}", header["has_ids"]
+    table = Table(source, folder / "images", classes, layout, header["split"], own_ids=own_ids)
     for number, row in enumerate(rows, 1):
         if "fault" in row:
             table.faults.add(row["fault"], f"row {number}")
-    add_coco(table, _coco_content(rows, header["names"]), name)
+        elif image := row.get("image"):
+            table.add_image(image["id"], image["file_name"], (image["width"] or 0, image["height"] or 0))
+            for thing in row["objects"]:
+                category, crowd = ids.get(thing["category"], 0), bool(thing["iscrowd"])
+                table.add(image["id"], category, thing["bbox"], crowd, thing["area"] or 0)
     return table
-
-
-def _coco_content(rows: list[dict], names: list[str] | None) -> dict:
-    """The rows in COCO's instances form, with COCO's own category ids where the classes are COCO's."""
-    objects = [thing for row in rows for thing in row.get("objects", ())]
-    values = range(len(names)) if names else sorted({thing["category"] for thing in objects} - {None})
-    names = names or [str(value) for value in values]
-    numbers = COCO_IDS if (len(names), names[:2], names[-2:]) == COCO else range(1, len(names) + 1)
-    ids = dict(zip(values, numbers, strict=True))
-    return {
-        "images": [row["image"] for row in rows if "image" in row],
-        "annotations": [thing | {"category_id": ids.get(thing["category"], 0)} for thing in objects],
-        "categories": [{"id": number, "name": name} for number, name in zip(numbers, names, strict=True)],
-    }
 
 
 def _cache_of(name: str) -> Path:
@@ -92,15 +90,6 @@ def _cache_of(name: str) -> Path:
     return cache_folder("hub", f"{Path(name).resolve().name}-{sha256(repr(states).encode()).hexdigest()[:16]}")
 
 
-def _read_journal(folder: Path) -> list[dict]:
-    lines = []
-    with suppress(FileNotFoundError), (folder / "journal.jsonl").open("rb") as file:
-        for line in file:
-            with suppress(ValueError):  # half a line of a killed run
-                lines.append(json.loads(line))
-    return lines
-
-
 def _has_enough(lines: list[dict], limit: int) -> bool:
     return {} in lines[-1:] or 0 < limit <= sum("image" in line for line in lines)
 
@@ -110,48 +99,57 @@ def locked(folder: Path) -> Iterator[None]:
     """Of several processes one fetches into a folder, while the others wait; a killed one leaves no lock behind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _acquire(folder):
+        lock: filelock.BaseFileLock = filelock.FileLock(folder / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            log.info(f"waiting for another process, which fetches into {folder}")
+            lock.acquire()
+        except OSError:  # a file system without locks
+            lock = filelock.SoftFileLock(folder / "lock.file")
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
-def _acquire(folder: Path) -> filelock.AcquireReturnProxy:
-    lock = filelock.FileLock(folder / "lock")
-    try:
-        return lock.acquire(blocking=False)
-    except filelock.Timeout:
-        log.info(f"waiting for another process, which fetches into {folder}")
-        return lock.acquire()
-    except OSError:  # a file system without locks
-        return filelock.SoftFileLock(folder / "lock.file").acquire()
-
-
 def _fetch(folder: Path, request: Request, limit: int) -> list[dict]:
-    """Go on behind the last row of the journal: first each row's image is written, then its line. Returns the lines."""
-    lines = _read_journal(folder)
+    """Go on behind the last line of the journal. Returns all lines. Raises InputError as `read_hub` does."""
+    lines, name = read_json_lines(folder / JOURNAL), request.data
     if _has_enough(lines, limit):  # another process fetched them in the meantime
         return lines
     stream, header = _open(request, lines[0]["revision"] if lines else None)
     usable = sum("image" in line for line in lines)
-    log.info(f"fetching {limit or 'all'} images of {request.data} into {folder} ({usable} are there)")
-    with (folder / "journal.jsonl").open("a") as file, progress_bar(limit or None, "fetching images") as bar:
+    log.info(f"fetching {limit or 'all'} images of {name} into {folder} ({usable} are there)")
+    with (folder / JOURNAL).open("a") as file, progress_bar(limit or None, "fetching images") as bar:
 
         def write(line: dict) -> None:
             lines.append(line)
             file.write(f"\n{json.dumps(line)}")  # on a line of its own, whatever a killed run has left
             file.flush()
 
-        if not lines:
-            write(header)
-        for row, content in _new_rows(stream, lines[-1].get("state"), request.data):
-            entry = write_row(row, content, folder / "images", len(lines), header)
-            write(entry | {"state": stream.state_dict()})
-            usable += "image" in entry
-            bar.update(usable - bar.n)
-            if 0 < limit == usable:
-                return lines
-        write({})
+        try:
+            if not lines:
+                write(header)
+            elif state := lines[-1].get("state"):
+                stream.load_state_dict(state)
+            for row in stream:
+                content = _image_content(row["image"] or {}, name)
+                line = write_row(row, content, folder / "images", len(lines), header)
+                write(line | {"state": stream.state_dict()})
+                usable += "image" in line
+                bar.update(usable - bar.n)
+                if 0 < limit == usable:
+                    return lines
+            write({})
+        except InputError:
+            raise
+        except Exception as error:  # of a network, an archive, a damaged file: they share no base class
+            advice = "what came before is kept, and running this again goes on behind it"
+            raise InputError(f"the stream of data {name} broke off; {advice} ({to_one_line(error, 200)})") from error
     return lines
 
 
@@ -182,18 +180,6 @@ def _open(request: Request, revision: str | None) -> tuple[datasets.IterableData
     return splits[split].cast_column("image", datasets.Image(decode=False)), header
 
 
-def _new_rows(stream: datasets.IterableDataset, state: dict | None, name: str) -> Iterator[tuple[dict, bytes]]:
-    """The rows of the stream behind this state, with their image files; raises InputError where it breaks off."""
-    try:
-        if state:
-            stream.load_state_dict(state)
-        for row in stream:
-            yield row, _image_content(row["image"] or {}, name)
-    except Exception as error:  # of a network, an archive, a damaged file: they share no base class
-        advice = "what came before is kept, and running this again goes on behind it"
-        raise InputError(f"the stream of data {name} broke off; {advice} ({to_one_line(error, 200)})") from error
-
-
 def _image_content(image: dict, name: str) -> bytes:
     """An image's file, from the row itself or from the path that it names; empty where there is neither.
 
@@ -220,10 +206,12 @@ def write_row(row: dict, content: bytes, folder: Path, number: int, header: dict
             file.write(content)
         width, height = row.get("width"), row.get("height")
         open_image(path, (width, height) if width and height else None)
-        columns = {"bbox": "bbox", "category": header["category"], "area": "area", "iscrowd": "iscrowd"}
-        objects = [{key: thing.get(column) for key, column in columns.items()} for thing in things]
-        image = {"id": number, "file_name": path.name, "width": width, "height": height}
-        return {"image": image, "objects": [{"image_id": number, **thing} for thing in objects]}
+        columns = {"bbox": "bbox", "category": header["category"], "area": "area"}
+        objects = [
+            {key: thing.get(column) for key, column in columns.items()} | {"iscrowd": int(thing.get("iscrowd") or 0)}
+            for thing in things
+        ]
+        return {"image": {"id": number, "file_name": path.name, "width": width, "height": height}, "objects": objects}
     except ImageFault as fault:
         return {"fault": fault.sentence}
     except (TypeError, ValueError):

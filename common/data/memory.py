@@ -46,23 +46,16 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """P images and the A boxes on them, in flat arrays ordered by image.
-
-    Labels are 0..K-1 in the order of the category ids, which may have gaps (COCO: 80 ids of 1..90).
-
-    Shapes: boxes (A, 4) float64 xywh original pixels, as in the file; labels (A,) int64; crowd (A,) bool; areas (A,)
-    float64 square pixels (COCO: of the mask; it defines small, medium and large objects); starts (P + 1,) int64: the
-    boxes of image i are starts[i] up to starts[i + 1].
-    """
+    """P images and the A boxes on them, in flat arrays ordered by image."""
 
     images: tuple[ImageFile, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int, ...]  # K, rising, with gaps in COCO
     class_names: tuple[str, ...]
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    areas: np.ndarray
-    starts: np.ndarray
+    boxes: np.ndarray  # (A, 4) float64 xywh original pixels, as in the file
+    labels: np.ndarray  # (A,) int64 in 0..K-1
+    crowd: np.ndarray  # (A,) bool
+    areas: np.ndarray  # (A,) float64 square pixels, in COCO of the mask: they define small, medium and large objects
+    starts: np.ndarray  # (P + 1,) int64: the boxes of image i are starts[i] up to starts[i + 1]
     source: str
     notes: tuple[str, ...] = ()  # what was left out or is doubtful, a line each
     own_ids: bool = True  # False: the ids of the images are positions, which change where images are added
@@ -71,8 +64,8 @@ class DetectionData:
         return len(self.images)
 
     def first(self, count: int) -> "DetectionData":
-        """The first `count` images; all of them where `count` is 0 or there are no more."""
-        return self if count == 0 or count >= len(self) else self.select(np.arange(count))
+        """The first `count` images; all of them where there are no more."""
+        return self.select(np.arange(len(self))[:count])
 
     def select(self, indices: np.ndarray) -> "DetectionData":
         """The images at `indices` (N,) int64, in that order, with their boxes."""
@@ -96,8 +89,8 @@ class DetectionData:
 
     def class_shares(self) -> Tensor:
         """(K,) float32 shares of the classes in all non-crowd boxes."""
-        counts = self.class_counts()
-        return torch.from_numpy(counts / max(1, counts.sum())).float()
+        counts = torch.from_numpy(self.class_counts())
+        return counts / counts.sum().clamp(min=1)
 
     def fingerprint(self) -> str:
         """Hex digest of file names, ids, boxes, labels and classes: equal where the ground truth is equal."""

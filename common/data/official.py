@@ -1,7 +1,7 @@
 """Official COCO 2017: the annotation archive once, and of the 123,000 images only those that are requested.
 
-Everything is kept in the cache folder. A file gets its name only when it is whole, so an interrupted fetch goes on with
-the files that are missing. `COCO_URL` names a mirror.
+Files get their names in the cache when they are whole, so an interrupted fetch goes on with those that are missing.
+`COCO_URL` names a mirror.
 """
 
 import io
@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ import requests
 from common.console import InputError, last_line, progress_bar, to_one_line
 from common.data.checks import check_images
 from common.data.hub import locked
-from common.data.memory import DetectionData
+from common.data.memory import ImageFile
 from common.data.readers import Request, add_coco, read_json
 from common.data.table import Table
 from common.files import atomic_folder, atomic_write, cache_folder
@@ -37,31 +37,35 @@ TIMEOUT_S = 20  # without a byte
 
 
 def read_official(request: Request) -> Table:
-    """A split of official COCO, and the other where it lacks an image of --image-ids; `fetch_images` gets the images.
+    """A split of official COCO, and the other where it lacks an image of --image-ids. The wanted images are fetched.
 
     Raises:
         InputError: COCO can't be reached, or a file is damaged ATTEMPTS times.
     """
-    folder = cache_folder("coco-official")
+    folder, chosen = cache_folder("coco-official"), set(request.chosen)
     if not (folder / "annotations").is_dir():
         with locked(folder):
             _fetch_annotations(folder / "annotations")
     table = Table("coco-official", folder, {}, "xywh")
     for part in sorted(PARTS, key=lambda part: not part.startswith(request.split)):  # its own first
-        if not table.images or not {int(key) for key in request.chosen if key.isdecimal()} <= table.places.keys():
+        if not table.images or not {int(key) for key in chosen if key.isdecimal()} <= table.places.keys():
             path = folder / "annotations" / f"instances_{part}.json"
             add_coco(table, read_json(path), path, prefix=part)
+    images = [ImageFile(number, folder / name, w, h) for number, name, w, h in table.images]
+    wanted = [image for image in images if not chosen or chosen & {str(image.id), image.path.name}]
+    fetch_images(wanted[: request.limit or None])
     return table
 
 
-def fetch_images(data: DetectionData) -> None:
+def fetch_images(images: Sequence[ImageFile]) -> None:
     """Fetch the images that the cache lacks, or has damaged. Raises InputError where some could not be fetched."""
-    faulty = [image.path for image, found in zip(data.images, check_images(data), strict=True) if found.fault]
+    outcomes = check_images(images, "coco-official")
+    faulty = [image.path for image, (fault, *_) in zip(images, outcomes, strict=True) if fault]
     if not faulty:
         return
     log.info(f"fetching {len(faulty)} images of COCO into {faulty[0].parent.parent}")
-    failures = list[str]()
     bar, pool = progress_bar(len(faulty), "fetching images"), ThreadPoolExecutor(CONNECTIONS)
+    failures = list[str]()
     with bar, requests.Session() as session, pool:
         for failure in pool.map(lambda path: _fetch_image(session, path), faulty):
             failures += [failure] * bool(failure)

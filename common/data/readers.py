@@ -5,41 +5,40 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
 import yaml
 
 from common.console import InputError, to_one_line
-from common.data.table import Table
+from common.data.table import COLUMNS, Table
 from common.images import OTHER_FORMAT, find_images, image_suffixes
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test")}  # in any case, the first there is
+NAMES = {name for names in SPLITS.values() for name in names}
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")  # a path, on some system
-NAMES = {name for names in SPLITS.values() for name in names}
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
 TRIANGLE = 6  # numbers of a polygon of three corners
 OUTSIDE = 2.0  # a fraction of an image's side that no box or polygon reaches
 READING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# (width, height) in a label file, zeros where it has none; and of each object category id, box and crowd.
+Labels = tuple[tuple[int, int], list[tuple[int, list[float], bool]]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A split, "train" or "val", of what `--data` names.
-
-    `files` are the annotation file and the images' folder that flags name; `limit` is the number of images, 0 = all;
-    `chosen` are the ids or names of --image-ids.
-    """
+    """The images that are wanted of what `--data` names."""
 
     data: str
-    split: str
-    files: tuple[str, str] = ("", "")
-    limit: int = 0
-    chosen: tuple[str, ...] = ()
+    split: str  # "train" or "val"
+    files: tuple[str, str] = ("", "")  # annotation file and images' folder, where flags name them
+    limit: int = 0  # number of images; 0 = all
+    chosen: tuple[str, ...] = ()  # ids or names of --image-ids
 
 
 @contextmanager
@@ -68,6 +67,16 @@ def read_lines(path: Path) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
 
 
+def read_json_lines(path: Path) -> list:
+    """The values in the lines of a file that grows, without those that a killed run left unfinished."""
+    values = []
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            with suppress(ValueError):
+                values.append(json.loads(line))
+    return values
+
+
 def read_coco_folder(request: Request) -> Table:
     """annotations/instances_train2017.json with train2017/ or images/train2017/; also 2014, or without a year.
 
@@ -78,13 +87,12 @@ def read_coco_folder(request: Request) -> Table:
         return read_coco(Path(request.files[0]), Path(request.files[1]))
     folder = Path(request.data)
     files = [file.name for file in folder.glob("annotations/instances_*.json")]
-    found = filter(None, (re.fullmatch(r"instances_(\D+)(\d*)\.json", file) for file in files))
-    years = {part[2] for part in found if part[1].casefold() in NAMES}
+    parts = [part.groups() for part in (re.fullmatch(r"instances_(\D+)(\d*)\.json", file) for file in files) if part]
+    years = {year for name, year in parts if name.casefold() in NAMES}
     if len(years) > 1:
         raise InputError(f"{folder}: its parts are of different years, which share images: name both by --train-json …")
-    year = "".join(years)
-    split = find_split(request.split, (file[10:-5].removesuffix(year) for file in files), folder / "annotations")
-    name = f"{split}{year}"
+    split = find_split(request.split, (name for name, _ in parts), folder / "annotations")
+    name = f"{split}{''.join(years)}"
     images = folder / "images" / name if (folder / "images" / name).is_dir() else folder / name
     return read_coco(folder / "annotations" / f"instances_{name}.json", images, split)
 
@@ -112,15 +120,10 @@ def read_coco(path: Path, folder: Path, split: str = "") -> Table:
 
 
 def add_coco(table: Table, content: dict, source: object, prefix: str | None = None) -> None:
-    """Add the images and objects of a content of COCO's instances form.
+    """Add the images and objects of a content of COCO's instances form, which errors call `source`.
 
-    Roboflow's first category is the group of all others, of supercategory "none" and without boxes: it is no class.
-
-    Args:
-        table: what they are added to.
-        content: of an annotation file.
-        source: as errors name it.
-        prefix: the folder of images that may be fetched later; without it, those that do not exist are left out.
+    Images that do not exist are left out, unless `prefix` names the folder to which they may be fetched later.
+    Roboflow's first category groups all others, of supercategory "none" and without boxes: it is no class.
 
     Raises:
         InputError: the content has another form.
@@ -158,10 +161,10 @@ def as_int(value: object) -> int:
 
 def _find_file(folder: Path, name: str) -> str | None:
     """The name of a file as the file system spells it: macOS decomposes accents, other locales know no UTF-8."""
-    if os.path.isfile(f"{folder}/{name}"):  # noqa: PTH113 (a Path for each of 118,287 images takes seconds)
+    if (folder / name).is_file():
         return name
     forms = (unicodedata.normalize(form, name).encode(errors="surrogatepass") for form in ("NFC", "NFD"))
-    return next((spelled for spelled in map(os.fsdecode, forms) if os.path.isfile(f"{folder}/{spelled}")), None)  # noqa: PTH113
+    return next((spelled for spelled in map(os.fsdecode, forms) if (folder / spelled).is_file()), None)
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -178,75 +181,6 @@ def yaml_of(data: str) -> Path | None:
     return next((path / name for name in YAML_NAMES if (path / name).is_file()), None)
 
 
-def read_yolo(request: Request) -> Table:
-    """`path`, `train`, `val` and `names` in a YAML file, and a text file for each image.
-
-    A line holds a class number and then, as fractions of the image's sides, centre, width and height of a box, or the
-    corners of a polygon, whose bounding box is taken. With `kpt_shape` in the YAML file, keypoints follow the box. The
-    text file lies beside the image, the last `images` in its path replaced by `labels`; an image without one has no
-    objects.
-
-    Raises:
-        InputError: not such a file, no images where it points, or a line of another form.
-    """
-    path = yaml_of(request.data) or Path(request.data)
-    settings, names, keypoints = _read_yaml(path)
-    split = find_split(request.split, settings, path)
-    table = Table(str(path), Path(), names, "cxcywh", split, upright=True, own_ids=False)
-    files = _yolo_images(table, settings[split], path, settings.get("path", ""))
-    _note_shared_labels(table, files)
-    labels = [next((place for place in label_places(file) if place.is_file()), None) for file in files]
-    if not any(labels):
-        raise InputError(f"{path}: no image of {split} has a label file, such as {label_places(files[0])[0]}")
-    used, lengths = set[int](), dict[int, Path]()
-    for number, (file, label) in enumerate(zip(files, labels, strict=True), 1):
-        table.add_image(number, str(file))
-        if label is None:
-            table.faults.add("took {} images without a label file for images without objects", file.name)
-        for category, numbers in _read_labels(label, keypoints) if label else ():
-            used.add(category)
-            lengths.setdefault(len(numbers), label or file)
-            size = table.images[-1][2:] if number in table.places else (0, 0)
-            table.add(number, category, [n * side for n, side in zip(_box_of(numbers), size * 2, strict=True)])
-    if max(lengths, default=0) == TRIANGLE:
-        what = "has label lines of 7 columns, which may be predictions, with confidence and track: keep 5"
-        raise InputError(f"{lengths[TRIANGLE]} {what}")
-    if used - names.keys() and 0 in names.keys() - used:
-        raise InputError(f"{path}: the labels have the classes {min(used)} to {max(used)}: they must begin with 0")
-    return table
-
-
-def _read_yaml(path: Path) -> tuple[dict, dict[int, str], int]:
-    """The settings that are not null, the names of the classes, and the number of columns of keypoints."""
-    with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
-        content = yaml.load(path.read_bytes().decode("utf-8-sig"), _TextLoader)  # noqa: S506 (it is a SafeLoader)
-        names = content["names"]
-        names = dict(enumerate(names)) if isinstance(names, list) else {int(k): v for k, v in names.items()}
-        if not all(isinstance(name, str) for name in names.values()):
-            raise ValueError("the names of its classes are no text")
-        points, columns, *_ = map(int, content.get("kpt_shape") or (0, 0))
-        return {k: v for k, v in content.items() if v not in ("", "~", "null", [])}, names, points * columns
-
-
-def _yolo_images(table: Table, places: str | list, path: Path, root: str) -> list[Path]:
-    """The images of folders, of text files with one image a line, or named one by one."""
-    base = path.absolute().parent / Path(root).expanduser()
-    if not base.is_dir():
-        raise InputError(f"{path} has path: {root}, which is no folder here: correct or remove that line")
-    images = list[Path]()
-    for place in places if isinstance(places, list) else [places]:
-        target = _existing(base, str(place), path)
-        if target.is_dir():
-            images += images_of(table, target)
-        elif target.suffix.lower() in image_suffixes():
-            images.append(target)
-        else:
-            images += [_normal(target.parent, line) for line in read_lines(target)]
-    if not images:
-        raise InputError(f"{path} names {places}, where there are no images")
-    return sorted(images)
-
-
 def images_of(table: Table, folder: Path) -> list[Path]:
     images, others = find_images(folder, subfolders=True)
     for file in others:
@@ -254,25 +188,87 @@ def images_of(table: Table, folder: Path) -> list[Path]:
     return images
 
 
-def _note_shared_labels(table: Table, images: list[Path]) -> None:
-    stems = Counter(file.with_suffix("") for file in images)
-    for file in images:
-        if stems[file.with_suffix("")] > 1:
-            table.faults.add("{} images share a label file with another of their name", file.name)
+def add_labelled(
+    table: Table, images: list[Path], places: Callable[[Path], list[Path]], read: Callable[[Path], Labels]
+) -> None:
+    """Add images in this order, and the objects of the first label file that there is in the places of each.
+
+    An image without one has no objects. Raises InputError where all images lack it.
+    """
+    labels = [next((place for place in places(image) if place.is_file()), None) for image in images]
+    if images and not any(labels):
+        such = f"no image of {table.split} has a label file, such as {places(images[0])[0]}"
+        raise InputError(f"{table.source}: {such}")
+    users = Counter(labels)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
+        size, objects = read(label) if label else ((0, 0), [])
+        if label is None:
+            table.faults.add("took {} images without a label file for images without objects", image.name)
+        elif users[label] > 1:
+            table.faults.add("{} images share a label file with another of their name", image.name)
+        table.add_image(number, str(image), size)
+        for category, box, crowd in objects:
+            table.add(number, category, box, crowd)
+
+
+def read_yolo(request: Request) -> Table:
+    """`path`, `train`, `val` and `names` in a YAML file, and a text file for each image.
+
+    A line holds a class number and then, as fractions of the image's sides, centre, width and height of a box, or the
+    corners of a polygon, whose bounding box is taken. With `kpt_shape` in the YAML file, keypoints follow the box.
+
+    Raises:
+        InputError: not such a file, no images where it points, or a line of another form.
+    """
+    path, counts = yaml_of(request.data) or Path(request.data), dict[int, Path]()
+    with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
+        content = yaml.load(path.read_bytes().decode("utf-8-sig"), _TextLoader)  # noqa: S506 (it is a SafeLoader)
+        names = content["names"]
+        names = dict(enumerate(names)) if isinstance(names, list) else {int(k): v for k, v in names.items()}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("the names of its classes are no text")
+        points, columns, *_ = map(int, content.get("kpt_shape") or (0, 0))
+        base = path.absolute().parent / Path(content.get("path", "")).expanduser()
+        split = find_split(request.split, filter(content.get, content), path)
+
+    def read(label: Path) -> Labels:
+        lines = [_read_label(line, points * columns, label) for line in read_lines(label)]
+        counts.update({len(numbers): label for _, numbers in lines})
+        return (0, 0), [(category, _box_of(numbers), False) for category, numbers in lines]
+
+    table = Table(str(path), Path(), names, "cxcywh", split, upright=True, own_ids=False, normalised=True)
+    add_labelled(table, _yolo_images(table, content[split], base), label_places, read)
+    if max(counts, default=0) == TRIANGLE:
+        what = "has label lines of 7 columns, which may be predictions, with confidence and track: keep 5"
+        raise InputError(f"{counts[TRIANGLE]} {what}")
+    used = set(map(int, table.objects[1::COLUMNS]))
+    if used - names.keys() and 0 in names.keys() - used:
+        raise InputError(f"{path}: the labels have the classes {min(used)} to {max(used)}: they must begin with 0")
+    return table
+
+
+def _yolo_images(table: Table, places: str | list, base: Path) -> list[Path]:
+    """The images of folders, of text files with one image a line, or named one by one."""
+    images = list[Path]()
+    for name in map(str, places if isinstance(places, list) else [places]):
+        # Roboflow writes ../train/images, beside the YAML file or beside its folder
+        found = dict.fromkeys(_normal(base, spelled) for spelled in (name.removeprefix("../"), name))
+        existing = [place for place in found if place.exists()]
+        if len(existing) != 1:
+            what = " or ".join(map(str, existing)) or f"nothing in {base}"
+            raise InputError(f"{table.source} names the images {name}, which is {what}: write that path in full")
+        (place,) = existing
+        if place.is_dir():
+            images += images_of(table, place)
+        elif place.suffix.lower() in image_suffixes():
+            images.append(place)
+        else:
+            images += [_normal(place.parent, line) for line in read_lines(place)]
+    return sorted(images)
 
 
 def _normal(folder: Path, name: str) -> Path:
     return Path(os.path.normpath(folder / name.replace("\\", "/")))
-
-
-def _existing(base: Path, name: str, path: Path) -> Path:
-    """The file or folder; Roboflow writes ../train/images, beside the YAML file or beside its folder."""
-    places = dict.fromkeys((_normal(base, name.removeprefix("../")), _normal(base, name)))
-    found = [place for place in places if place.exists()]
-    if len(found) != 1:
-        what = " or ".join(map(str, found)) or f"nothing in {base}"
-        raise InputError(f"{path} names the images {name}, which is {what}: write that path in full")
-    return found[0]
 
 
 def label_places(image: Path) -> list[Path]:
@@ -282,21 +278,18 @@ def label_places(image: Path) -> list[Path]:
     return [Path(*beside.parts[:place], "labels", *beside.parts[place + 1 :]) for place in parts[-1:]] + [beside]
 
 
-def _read_labels(path: Path, keypoints: int) -> Iterator[tuple[int, list[float]]]:
-    """The class and the numbers, of a box (4) or a polygon, in each line. Raises InputError for another line."""
-    for line in read_lines(path):
-        with reading(f"the line {line[:60]!r} of {path}", "a label"):
-            category, *numbers = map(float, line.split())
-            count = len(numbers)
-            if not category.is_integer():
-                raise ValueError("its class is not a whole number")
-            if not all(abs(number) < OUTSIDE for number in numbers):
-                raise ValueError("its numbers are not fractions of the image's sides, 0..1")
-            if count not in (4, 4 + keypoints) if keypoints else count < 4 or count % 2:
-                raise ValueError(
-                    "it has not the columns of a box (5; these may be predictions), a polygon or kpt_shape"
-                )
-        yield int(category), numbers[:4] if keypoints else numbers
+def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]]:
+    """The class and the numbers of a box (4) or a polygon in a line. Raises InputError for another line."""
+    with reading(f"the line {line[:60]!r} of {path}", "a label"):
+        category, *numbers = map(float, line.split())
+        count = len(numbers)
+        if not category.is_integer():
+            raise ValueError("its class is not a whole number")
+        if not all(abs(number) < OUTSIDE for number in numbers):
+            raise ValueError("its numbers are not fractions of the image's sides, 0..1")
+        if count not in (4, 4 + keypoints) if keypoints else count < 4 or count % 2:
+            raise ValueError("it has not the columns of a box (5; these may be predictions), a polygon or kpt_shape")
+    return int(category), numbers[:4] if keypoints else numbers
 
 
 def _box_of(numbers: list[float]) -> list[float]:
@@ -321,37 +314,38 @@ def _voc_parts(folder: Path) -> dict[str, Path]:
 def read_voc(request: Request) -> Table:
     """Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt; or train/ with XML files beside the images.
 
-    An XML file belongs to the image of the same name; an image without one has no objects. Corners count pixels from 1,
-    and belong to the box (Everingham et al., IJCV 2010). Objects marked difficult become crowds, which training and
-    evaluation ignore. Classes are those of all splits, in alphabetical order, numbered from 1.
+    An XML file belongs to the image of the same name. Corners count pixels from 1, and belong to the box (Everingham et
+    al., IJCV 2010). Objects marked difficult become crowds, which training and evaluation ignore. Classes are those of
+    all splits, in alphabetical order, numbered from 1.
 
     Raises:
         InputError: no such split, or an XML file of another form.
     """
-    folder = Path(request.data)
+    folder, read_xml = Path(request.data), cache(_read_xml)
     parts, lists = _voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/*.txt")}
     split = find_split(request.split, lists or parts, folder)
     labels, images = (folder / "Annotations", folder / "JPEGImages") if lists else (parts[split], parts[split])
-    trees = {file: _read_xml(file) for part in ([labels] if lists else parts.values()) for file in part.rglob("*.xml")}
-    classes = dict(enumerate(sorted({name for _, objects in trees.values() for name, *_ in objects} - {""}), 1))
-    numbers = {name: number for number, name in classes.items()}
-    table = Table(str(folder), images, classes, "xyxy", split, upright=True, own_ids=False)
-    found = images_of(table, images)
-    _note_shared_labels(table, found)
-    by_stem = {_stem(file, images): file for file in found}
-    stems = sorted(by_stem.keys() | {_stem(file, labels) for file in trees if file.is_relative_to(labels)})
+    files = [file for part in ([labels] if lists else parts.values()) for file in part.rglob("*.xml")]
+    names = {name for file in files for name, *_ in read_xml(file)[1]} - {""}
+    numbers = {name: number for number, name in enumerate(sorted(names), 1)}
+    classes = {number: name for name, number in numbers.items()}
+    table = Table(str(folder), Path(), classes, "xyxy", split, upright=True, own_ids=False)
+    by_stem = dict[str, list[Path]]()
+    for image in images_of(table, images):
+        by_stem.setdefault(_stem(image, images), []).append(image)
+    stems = sorted({_stem(file, labels) for file in files if file.is_relative_to(labels)} | by_stem.keys())
     if lists:
-        stems = [re.sub(r"\s+-?[01]$", "", line.replace("\\", "/")) for line in read_lines(lists[split])]
-    for number, stem in enumerate(stems, 1):
+        stems = [line.replace("\\", "/") for line in read_lines(lists[split])]
+    for stem in stems:
         if stem not in by_stem:
             table.faults.add("left out {} entries without an image", stem)
-            continue
-        size, objects = trees.get(labels / f"{stem}.xml", ((0, 0), None))
-        if objects is None:
-            table.faults.add("took {} images without an XML file for images without objects", by_stem[stem].name)
-        table.add_image(number, by_stem[stem].relative_to(images).as_posix(), size)
-        for name, box, crowd in objects or ():
-            table.add(number, numbers.get(name, 0), box, crowd)
+
+    def read(label: Path) -> Labels:
+        size, objects = read_xml(label)
+        return size, [(numbers.get(name, 0), box, crowd) for name, box, crowd in objects]
+
+    found = [image for stem in stems for image in by_stem.get(stem, ())]
+    add_labelled(table, found, lambda image: [labels / f"{_stem(image, images)}.xml"], read)
     return table
 
 
@@ -360,7 +354,7 @@ def _stem(file: Path, folder: Path) -> str:
 
 
 def _read_xml(file: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool]]]:
-    """(width, height), zeros where it has none; and name, box xyxy from 0, and crowd, of each box."""
+    """(width, height), zeros where it has none; and name, box xyxy from 0, and crowd, of each object."""
     objects = []
     with reading(file, "XML in UTF-8, or in the encoding that it names"):
         tree = ElementTree.parse(file).getroot()  # noqa: S314 (expat limits entities and opens no other file)

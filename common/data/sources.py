@@ -1,11 +1,9 @@
 """What `--data` names -> `DetectionData`: one reader recognises it, fills a table, and N usable images are taken."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from common.data.checks import usable_images
 from common.data.demo import read_demo
 from common.data.hub import is_hub_data, read_hub
 from common.data.memory import DetectionData
-from common.data.official import fetch_images, read_official
+from common.data.official import read_official
 from common.data.readers import Request
 from common.data.table import LAYOUTS, Faults, Table
 
@@ -27,18 +25,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reader:
-    """One form of data sets: how it is recognised, of which nothing is opened, and read."""
+    """One form of data sets."""
 
     form: str  # as messages and docs name it
-    recognises: Callable[[str], bool]  # given --data
+    recognises: Callable[[str], bool]  # given --data, of which it opens no file
     read: Callable[[Request], Table]
     ranks: bool = True  # False: N images are the first N of its own order
-    fetch: Callable[[DetectionData], None] = lambda data: None  # the images, before they are opened
 
 
 READERS = (
     Reader("demo", lambda data: data == "demo", read_demo),
-    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False, fetch=fetch_images),
+    Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False),
     Reader("COCO", lambda data: any(Path(data).glob("annotations/instances_*.json")), readers.read_coco_folder),
     Reader("Roboflow's COCO", lambda data: any(Path(data).glob("*/_annotations.coco.json")), readers.read_roboflow),
     Reader("YOLO", lambda data: readers.yaml_of(data) is not None, readers.read_yolo),
@@ -49,10 +46,7 @@ READERS = (
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Images and annotations.
-
-    The data of a resumed run are compared by their fingerprint, so that the flags themselves may change.
-    """
+    """Images and annotations."""
 
     data: str = flag("detection-datasets/coco", "folder, hub data set id, coco-official, or demo")
     val_json: str = flag("", "validation annotations, where the folder has no known layout")
@@ -98,31 +92,34 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     reader, request = _reader(flags, split)
     table = reader.read(request)
     table.given = flags.box_format
-    data = _take(table.check(), reader, request, flags.sample_seed)
-    if flags.strict and data.notes:
-        raise InputError(f"{data.source}: {'; '.join(data.notes)} (refused by --strict)")
-    for note in data.notes:
+    data = table.check()
+    count = len(request.chosen) or request.limit or len(data)
+    if request.chosen:
+        order = _listed(data, request.chosen)
+    else:
+        order = ranking(data, split, flags.sample_seed if reader.ranks and count < len(data) else -1)
+    taken = _take(data, order, count, in_order=bool(request.chosen))
+    if count < len(order):
+        log.info(f"{data.source}: {len(taken):,} of {len(data):,} images (--{split}-images 0 takes all)")
+    if flags.strict and taken.notes:
+        raise InputError(f"{data.source}: {'; '.join(taken.notes)} (refused by --strict)")
+    for note in taken.notes:
         log.warning(f"{data.source}: {note}")
-    return data
+    return taken
 
 
 def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     """The only reader that recognises the data, and what it is asked for."""
-    files, limit = flags.files(split), getattr(flags, f"{split}_images")
+    files, limit, place = flags.files(split), getattr(flags, f"{split}_images"), Path(flags.data)
     if bool(files[0]) != bool(files[1]):
         raise InputError(f"--{split}-json and --{split}-images-dir go together: give both or neither")
     found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
-        inside = (
-            sorted(file.name for file in Path(flags.data).iterdir())
-            if Path(flags.data).is_dir()
-            else ["no such folder"]
-        )
-        what = f"--data {flags.data} ({first_few(inside) or 'empty'})"
-        raise InputError(f"{what} is in none of the forms {', '.join(forms)}")
+        inside = first_few(sorted(file.name for file in place.iterdir())) if place.is_dir() else "no such folder"
+        raise InputError(f"--data {place} ({inside or 'empty'}) is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
-        raise InputError(f"--data {flags.data} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
+        raise InputError(f"--data {place} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
         raise InputError(f"--sample-seed has no effect on {forms[0]}, whose images are taken in its own order")
     chosen = read_chosen(Path(flags.image_ids), split) if flags.image_ids else ()
@@ -170,28 +167,17 @@ def _listed(data: DetectionData, chosen: tuple[str, ...]) -> np.ndarray:
     return np.array([index_of[key] for key in chosen])
 
 
-def _take(data: DetectionData, reader: Reader, request: Request, seed: int) -> DetectionData:
-    """The requested images that can be used, in the order of the data set, or of the list that names them."""
-    count = len(request.chosen) or request.limit or len(data)
-    if request.chosen:
-        order = _listed(data, request.chosen)
-    else:
-        order = ranking(data, request.split, seed if reader.ranks and count < len(data) else -1)
+def _take(data: DetectionData, order: np.ndarray, count: int, in_order: bool = True) -> DetectionData:
+    """The first `count` images of an order that can be used: in this order, or in that of the data set."""
     good, faults, tried = list[int](), Faults(), 0
     while tried < len(order) and len(good) < count:
         part = order[tried : tried + count - len(good)]
         tried += len(part)
-        reader.fetch(data.select(part))
         good += usable_images(data, part, faults)
-    if count < len(order):
-        log.info(f"{data.source}: {len(good):,} of {len(order):,} images (--{request.split}-images 0 takes all)")
-    return _select(data, good if request.chosen else sorted(good), faults)
-
-
-def _select(data: DetectionData, good: list[int], faults: Faults) -> DetectionData:
     if not good:
         faults.refuse(data.source)
-    return replace(data.select(np.array(good)), notes=(*data.notes, *faults.notes()))
+    taken = data.select(np.array(good if in_order else sorted(good)))
+    return replace(taken, notes=(*data.notes, *faults.notes()))
 
 
 def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
@@ -204,9 +190,10 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     lacks = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
     if train.crowd.all():
         raise InputError(f"{train.source}: {lacks.format(len(train.crowd))}; there is nothing to learn")
-    if both := _paths(train) & _paths(val):
-        some = first_few(sorted(both), 200)
-        raise InputError(f"{len(both)} of the {len(val)} validation images are training images: give others ({some})")
+    train_files, val_files = ({str(image.path.resolve()) for image in data.images} for data in (train, val))
+    if both := sorted(train_files & val_files):
+        what = f"{len(both)} of the {len(val)} validation images are training images"
+        raise InputError(f"{what}: give others ({first_few(both, 200)})")
     if not set(train.class_names) & set(val.class_names):
         names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
         raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
@@ -222,30 +209,19 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
         log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
 
 
-def _paths(data: DetectionData) -> set[str]:
-    real = cache(os.path.realpath)
-    return {f"{real(image.path.parent)}/{image.path.name}" for image in data.images}
-
-
 def unlabelled_images(paths: Sequence[Path]) -> DetectionData:
-    """A data set of image files without any classes and ground truth, numbered in the order given.
+    """The images of files and folders, numbered in the order given, without any classes and ground truth.
 
-    Images that cannot be read are left out, which is logged.
-
-    Args:
-        paths: image files, and folders whose images (not those of their subfolders) are taken in name order.
-
-    Raises:
-        InputError: no such path, or none of the images can be read.
+    What is left out is logged. Raises InputError: no such path, or none of the images can be read.
     """
-    table = Table(", ".join(map(str, paths)), Path(), {1: "any"}, "xywh", upright=True)
     if missing := [str(path) for path in paths if not path.exists()]:
         raise InputError(f"no such image: {first_few(missing, 200)}")
+    table = Table(", ".join(map(str, paths)), Path(), {1: "any"}, "xywh", upright=True)
     files = [file for path in paths for file in (readers.images_of(table, path) if path.is_dir() else [path])]
     for number, file in enumerate(files, 1):
         table.add_image(number, str(file))
-    data, faults = table.check(), Faults()
-    data = _select(data, usable_images(data, np.arange(len(data)), faults), faults)
+    data = table.check()
+    data = _take(data, np.arange(len(data)), len(data))
     for note in data.notes:
         log.warning(note)
     return replace(data, category_ids=(), class_names=())

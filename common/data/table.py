@@ -1,4 +1,4 @@
-"""What readers find in files, in columns, and its check: `Table` -> `DetectionData`.
+"""What readers find in files, and its check: `Table` -> `DetectionData`.
 
 What makes training meaningless raises InputError. What else is wrong is left out or kept, and counted in the notes of
 the data set; `--strict` refuses it too.
@@ -21,8 +21,8 @@ from common.images import ImageFault, read_header
 from common.types import convert_boxes
 
 LAYOUTS = ("xywh", "xyxy", "cxcywh")  # left, top, width, height; left, top, right, bottom; centre, width, height
-# Of right boxes nearly all lie inside their images, and of 20 some reach far into one; of boxes in another layout or
-# unit not. No 20 boxes of COCO have less than .999 inside or reach less than .759.
+# Of right boxes nearly all lie inside their images, and of 20 some reach far into one: 20 boxes of COCO never less than
+# .759 of it. Boxes in another layout or unit do not.
 INSIDE, REACH, ENOUGH = 0.9, 0.7, 20
 MISFITS = 3  # boxes that must lie outside to say so
 NOTHING_PX = 2.0  # where all boxes end in it, they are no pixels
@@ -31,6 +31,7 @@ NEAR = 1e-3  # of the image's longer side: a box that differs by less from anoth
 NO_BOX = (float("nan"),) * 4
 TEST_NOTE = "used the test split for validation, as there is no other"
 OPEN_ORIENTATION = "used {} images as stored, since their size does not tell whether EXIF's rotation was applied"
+COLUMNS = 8  # of `Table.objects`
 NAME_LENGTH = 200  # characters of a file's name in a note
 
 
@@ -42,11 +43,12 @@ class Faults(dict[str, list[str]]):
 
     def notes(self) -> tuple[str, ...]:
         """A line for each sentence, with the number and the first places."""
-        named = {text: [to_one_line(p, NAME_LENGTH) for p in dict.fromkeys(self[text]) if p] for text in self}
-        return tuple(
-            text.replace("{}", str(len(self[text])), 1) + f" ({first_few(places, NAME_LENGTH)})" * bool(places)
-            for text, places in named.items()
-        )
+        lines = []
+        for sentence, places in self.items():
+            named = [to_one_line(place, NAME_LENGTH) for place in dict.fromkeys(places) if place]
+            some = f" ({first_few(named, NAME_LENGTH)})" if named else ""
+            lines.append(sentence.replace("{}", str(len(places)), 1) + some)
+        return tuple(lines)
 
     def refuse(self, source: str) -> NoReturn:
         """Raise InputError where these faults have left no image."""
@@ -68,6 +70,7 @@ class Table:
     split: str = ""  # as the data set calls it
     upright: bool = False  # see `ImageFile`
     own_ids: bool = True  # see `DetectionData`
+    normalised: bool = False  # boxes are fractions of the images' sides
     given: str = ""  # layout by --box-format, which is trusted
     images: list[tuple[int, str, int, int]] = field(default_factory=list)
     objects: array = field(default_factory=lambda: array("d"))
@@ -100,25 +103,34 @@ class Table:
         """
         if self.split.casefold() == "test":
             self.faults.add(TEST_NOTE)
-        classes, images = self._checked_classes(), self._checked_images()
-        rows, ids = np.array(self.objects).reshape(-1, 8), np.array(list(classes))
+        classes = self._checked_classes()
+        self._refuse_repeated("two classes are called", classes.values())
+        self._refuse_repeated("two images have the id", (image[0] for image in self.images))
+        self._refuse_repeated("an image is listed twice:", (image[1] for image in self.images))
+        if not classes:
+            raise InputError(f"{self.source}: it lists no classes")
+        if not self.images:
+            self.faults.refuse(self.source)
+        images = tuple(ImageFile(i, self.folder / name, w, h, self.upright) for i, name, w, h in self.images)
+        rows, ids = np.array(self.objects).reshape(-1, COLUMNS), np.array(list(classes))
         image, label = rows[:, 0].astype(np.int64), np.searchsorted(ids, rows[:, 1]).clip(max=len(ids) - 1)
         label[ids[label] != rows[:, 1]] = -1
         sizes = np.array([(file.width, file.height) for file in images], np.float64)[image]
         with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are inf or NaN, which are left out
-            boxes = self._as_xywh(rows[:, 2:6], sizes, (image >= 0) & (label >= 0))
-            kept = self._usable(image, label, boxes, sizes)
-        kept = kept[np.argsort(image[kept], kind="stable")]
-        objects = kept[rows[kept, 6] == 0]
-        self._count_repeated(image[objects], label[objects], boxes[objects], sizes[objects])
-        image, boxes, areas = image[kept], boxes[kept], rows[kept, 7]
+            boxes = rows[:, 2:6] * np.tile(sizes, 2) if self.normalised else rows[:, 2:6]
+            boxes = self._as_xywh(boxes, sizes, (image >= 0) & (label >= 0))
+            used = self._usable(image, label, boxes, sizes)
+        order = np.nonzero(used)[0][np.argsort(image[used], kind="stable")]
+        image, label, boxes = image[order], label[order], boxes[order]
+        crowd, areas = rows[order, 6] != 0, rows[order, 7]
+        self._count_repeated(image[~crowd], label[~crowd], boxes[~crowd], sizes[order][~crowd])
         return DetectionData(
             images,
             tuple(classes),
             tuple(classes.values()),
             boxes,
-            label[kept],
-            rows[kept, 6] != 0,
+            label,
+            crowd,
             np.where(areas > 0, areas, boxes[:, 2:].prod(1)),
             np.searchsorted(image, np.arange(len(images) + 1)),
             self.source,
@@ -128,23 +140,11 @@ class Table:
 
     def _checked_classes(self) -> dict[int, str]:
         classes = {key: unicodedata.normalize("NFC", name.strip()) for key, name in sorted(self.classes.items())}
-        self._refuse_repeated("two classes are called", classes.values())
-        if not classes:
-            raise InputError(f"{self.source}: it lists no classes")
-        alike: dict[str, list[str]] = {}
-        for name in classes.values():
-            alike.setdefault(re.sub(r"[\s_-]+", "", name).casefold() if len(name) > 1 else name, []).append(name)
-        for names in filter(lambda names: len(names) > 1, alike.values()):
-            sentence = "{} groups of classes differ in case or spaces alone, as if misspelled"
-            self.faults.add(sentence, " and ".join(names))
+        letters = [re.sub(r"[\s_-]+", "", name).casefold() if len(name) > 1 else name for name in classes.values()]
+        for name, same in zip(classes.values(), letters, strict=True):
+            if letters.count(same) > 1:
+                self.faults.add("{} classes differ from another in case or spaces alone, as if misspelled", name)
         return classes
-
-    def _checked_images(self) -> tuple[ImageFile, ...]:
-        self._refuse_repeated("two images have the id", (image[0] for image in self.images))
-        self._refuse_repeated("an image is listed twice:", (image[1] for image in self.images))
-        if not self.images:
-            self.faults.refuse(self.source)
-        return tuple(ImageFile(i, self.folder / name, w, h, self.upright) for i, name, w, h in self.images)
 
     def _refuse_repeated(self, what: str, values: Iterable[int | str]) -> None:
         for value, count in Counter(values).most_common(1):
@@ -163,24 +163,23 @@ class Table:
         if not layout:
             counts = ", ".join(f"--box-format {name} ({fit[name]} fit their images)" for name in LAYOUTS)
             raise InputError(f"{self.source}: say how its {count} boxes are written, after a look at some: {counts}")
-        advice = f"(--box-format {layout}: right as they are)"
         ends = corners[layout][known, 2:]
         reach, end = (float(np.nanmax(values, initial=0)) for values in (ends / sizes[known], ends))
+        problem, advice = "", f" (--box-format {layout}: right as they are)"
         if not self.given and count - fit[layout] >= max(MISFITS, count * (1 - INSIDE)):
             best = max(fit, key=fit.__getitem__)
             mend = f"--box-format {best} reads {fit[best]}" if fit[best] >= INSIDE * count else "nor as another layout"
-            what = f"{fit[layout]} of {count} boxes lie inside their images, read as {layout}"
-            raise InputError(f"{self.source}: {what}; {mend} {advice}")
-        if count and (end <= NOTHING_PX or (not self.given and reach < REACH and count >= ENOUGH)):
-            what = (
-                f"all {count} boxes end within {reach:.2g} of their images' sides, like fractions, per cent or pixels"
-            )
-            advice = advice if end > NOTHING_PX else ""
-            raise InputError(f"{self.source}: {what} of smaller images; write them in pixels {advice}".rstrip())
+            problem = f"{fit[layout]} of {count} boxes lie inside their images, read as {layout}; {mend}"
+        elif count and (end <= NOTHING_PX or (not self.given and reach < REACH and count >= ENOUGH)):
+            what = f"all {count} boxes end within {reach:.2g} of their images' sides"
+            problem = f"{what}, like fractions, per cent or pixels of smaller images; write them in pixels"
+            advice *= end > NOTHING_PX
+        if problem:
+            raise InputError(f"{self.source}: {problem}{advice}")
         return convert_boxes(boxes, layout, "xywh")
 
     def _usable(self, image: np.ndarray, label: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Rows of the boxes that are used; the others, and those that reach beyond their image, are counted."""
+        """(A,) bool: boxes that are used; the others, and those that reach beyond their image, are counted."""
         low, high = np.hsplit(convert_boxes(boxes, "xywh", "xyxy"), 2)
         used = np.ones(len(boxes), bool)
         for sentence, bad in {
@@ -194,7 +193,7 @@ class Table:
             used &= ~bad
         beyond = np.maximum(-low, high - sizes).max(1, initial=0) > ROUNDING_PX
         self._count("clipped {} boxes at the edge of their image, for training", image[used & beyond])
-        return np.nonzero(used)[0]
+        return used
 
     def _count_repeated(self, image: np.ndarray, label: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> None:
         order = np.lexsort((boxes[:, 0], label, image))

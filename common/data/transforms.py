@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -79,12 +80,8 @@ DEFAULT_AUGMENTATION = AugmentationFlags()
 class TrainTransform(nn.Module):
     """Flip, scale jitter with a fixed-size crop, colour jitter (the large-scale jitter of ViTDet, arXiv 2203.16527).
 
-    A crop smaller than the input of evaluation shows a smaller part of the image at the same scale, in less time.
-
-    Args:
-        size: side of the square input of evaluation, pixels.
-        crop_size: side of the square output, pixels; by default `size`.
-        flags: what is varied; the image's longer side becomes `size` times a factor from `scales`.
+    The image's longer side becomes `size` pixels, as in evaluation, times a factor from the flags' `scales`. The output
+    is a square of `crop_size` pixels, by default `size`; a smaller one shows a part at the same scale, in less time.
     """
 
     def __init__(self, size: int, crop_size: int | None = None, flags: AugmentationFlags = DEFAULT_AUGMENTATION):
@@ -97,7 +94,7 @@ class TrainTransform(nn.Module):
                 v2.RandomCrop((crop_size, crop_size), pad_if_needed=True, fill=FILL),
                 v2.ColorJitter(strength, strength, strength, hue=strength / 6),
                 v2.ClampBoundingBoxes(),
-                v2.SanitizeBoundingBoxes(min_size=SMALLEST_SIDE, labels_getter=_labels_and_crowd),
+                v2.SanitizeBoundingBoxes(min_size=SMALLEST_SIDE, labels_getter=itemgetter("labels", "crowd")),
             ]
         )
 
@@ -110,9 +107,8 @@ class TrainTransform(nn.Module):
             "crowd": target.crowd,
         }
         sample = self.move(sample)
-        boxes = sample["boxes"].as_subclass(Tensor)
-        moved = replace(target, boxes=boxes, labels=sample["labels"], crowd=sample["crowd"])
-        return sample["image"].as_subclass(Tensor), moved
+        image, boxes = (sample[name].as_subclass(Tensor) for name in ("image", "boxes"))
+        return image, replace(target, boxes=boxes, labels=sample["labels"], crowd=sample["crowd"])
 
 
 class _ScaleJitter(v2.ScaleJitter):
@@ -121,7 +117,3 @@ class _ScaleJitter(v2.ScaleJitter):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = super().make_params(flat_inputs)["size"]
         return {"size": (max(1, height), max(1, width))}
-
-
-def _labels_and_crowd(sample: dict) -> tuple[Tensor, Tensor]:
-    return sample["labels"], sample["crowd"]

@@ -4,9 +4,9 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -18,7 +18,7 @@ from common.data.memory import DetectionData
 from common.evaluate.detections import ModelRun, detection_table, label_map
 from common.evaluate.primary import headline
 from common.evaluate.results import Cost
-from common.model import TrainedDetector, load_detector
+from common.model import TrainedDetector
 from common.model.postprocess import detections_of, fuse_predictions, postprocess
 from common.runtime import device_name
 from common.types import Batch, Detections
@@ -70,31 +70,27 @@ def val_subset(val_data: DetectionData) -> DetectionData:
 
 
 def run_detector(
-    detector: TrainedDetector, data: DetectionData, batch_size: int, workers: int, title: str
-) -> list[Detections]:
-    """What a checkpoint or an export, as `load_detector` returns it, detects on every image, in labels of its own."""
-    loader = make_eval_loader(data, detector.image_size, batch_size, workers)
-    return detect(loader, lambda batch: detections_of(*detector.run(batch.inputs), batch.meta), len(data), title)
+    detector: TrainedDetector, data: DetectionData, batch_size: int, workers: int, title: str, timed: bool = True
+) -> ModelRun:
+    """What a checkpoint or an export, as `load_detector` returns it, detects on every image, and what that costs."""
 
+    def run(batch: Batch) -> list[Detections]:
+        return detections_of(*detector.run(batch.inputs), batch.meta)
 
-def detector_cost(detector: TrainedDetector, data: DetectionData, batch_size: int) -> Cost:
-    """What the detector costs on the first `batch_size` images."""
-    batch = next(iter(make_eval_loader(data.first(batch_size), detector.image_size, batch_size, workers=0)))
+    def loader(images: DetectionData, at_once: int, workers: int) -> DataLoader:
+        return make_eval_loader(images, detector.image_size, at_once, workers)
 
-    def run(part: slice) -> list[Detections]:
-        return detections_of(*detector.run(batch.inputs[part]), batch.meta[part])
-
-    singles, every = [slice(n, n + 1) for n in range(len(batch.meta))], slice(None)
-    about = detector.device, detector.precision, detector.parameters
-    return measure_cost(lambda part: seconds(run, part), singles, every, *about)
-
-
-def run_own(path: str, data: DetectionData, batch_size: int, workers: int, precision: str) -> ModelRun:
-    """What the checkpoint or the exported detector in `path` detects on the images of `data`, and what it costs."""
-    detector = load_detector(path, precision=precision)
-    detections = run_detector(detector, data, batch_size, workers, Path(path).stem)
-    cost = detector_cost(detector, data, batch_size)
-    return ModelRun(detection_table(detections, data), detector.class_names, cost, detector.conditions())
+    table, cost = detection_table(detect(loader(data, batch_size, workers), run, len(data), title), data), None
+    if timed:
+        cost = measure_cost(
+            lambda batch: seconds(run, batch),
+            lambda part: next(iter(loader(data.select(part), len(part), 0))),
+            min(batch_size, len(data)),
+            detector.device,
+            detector.precision,
+            detector.parameters,
+        )
+    return ModelRun(table, detector.class_names, cost, detector.conditions())
 
 
 def seconds(run: Callable[[INPUT], object], inputs: INPUT) -> float:
@@ -107,20 +103,20 @@ def seconds(run: Callable[[INPUT], object], inputs: INPUT) -> float:
 @torch.inference_mode()
 def measure_cost(
     times: Callable[[INPUT], float],
-    singles: Sequence[INPUT],
-    batch: INPUT,
+    inputs_of: Callable[[np.ndarray], INPUT],
+    count: int,
     device: torch.device,
     precision: str,
     parameters: int | None,
 ) -> Cost:
-    """Time a detector with its post-processing; `times` runs it on an input and returns the seconds.
+    """The cost of a detector with its post-processing on the first `count` images, alone and together.
 
-    `singles` are inputs of one image each, `batch` all of these images at once.
+    `inputs_of` the images at some indices are what `times` runs the detector on, and returns the seconds.
     """
+    singles, together = [inputs_of(np.array([index])) for index in range(count)], inputs_of(np.arange(count))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    alone = [times(singles[number % len(singles)]) for number in range(WARM_UP + TIMED)][WARM_UP:]
-    together = min(times(batch) for _ in range(2))
+    alone = [times(singles[number % count]) for number in range(WARM_UP + TIMED)][WARM_UP:]
+    rate = count / min(times(together) for _ in range(2))
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
-    name, size = device_name(device), len(singles)
-    return Cost(parameters, 1000 * statistics.median(alone), size / together, size, memory, name, precision)
+    return Cost(parameters, 1000 * statistics.median(alone), rate, count, memory, device_name(device), precision)

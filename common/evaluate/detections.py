@@ -4,37 +4,29 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from common.console import InputError, first_few
 from common.data.memory import DetectionData
-from common.evaluate.results import Cost, from_json, read_json
+from common.evaluate.results import LARGEST, Cost, from_json, read_json
 from common.types import Detections, convert_boxes
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
-CUT_SCORE = 0.2  # tools cut at 0.25 or more for people to look at, at most at 0.05 for an evaluation
+CUT_SCORE = 0.05  # tools cut below it for an evaluation, at 0.25 or more for people to look at
 
 
 @dataclass(frozen=True)
 class DetectionTable:
-    """M detections on the images of a data set, one a row.
+    """M detections on the images of a data set, one a row."""
 
-    Shapes: image (M,) int64, index into the data's images; boxes (M, 4) float64 xywh original pixels; score (M,)
-    float64; label (M,) int64.
-    """
-
-    image: np.ndarray
-    boxes: np.ndarray
-    score: np.ndarray
-    label: np.ndarray
-
-    @classmethod
-    def empty(cls) -> "DetectionTable":
-        return cls(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+    image: np.ndarray  # (M,) int64, index into the data's images
+    boxes: np.ndarray  # (M, 4) float64 xywh original pixels
+    score: np.ndarray  # (M,) float64
+    label: np.ndarray  # (M,) int64
 
     def __len__(self) -> int:
         return len(self.score)
@@ -78,17 +70,12 @@ def _class_key(name: str) -> str:
 
 
 def detection_table(detections: Sequence[Detections], data: DetectionData) -> DetectionTable:
-    """The detections on images of `data` as one table."""
-    if not detections:
-        return DetectionTable.empty()
+    """The detections, of one image at least, on images of `data` as one table."""
     index_of = {image.id: index for index, image in enumerate(data.images)}
     image = np.repeat([index_of[d.image_id] for d in detections], [len(d.scores) for d in detections])
-    corners, score, label = (
-        np.concatenate([getattr(d, name).numpy() for d in detections]) for name in ("boxes", "scores", "labels")
-    )
-    corners = corners.astype(np.float64)
-    boxes = convert_boxes(corners, "xyxy", "xywh")
-    return DetectionTable(image, boxes, score.astype(np.float64), label)
+    corners, score = (np.concatenate([getattr(d, name).double() for d in detections]) for name in ("boxes", "scores"))
+    label = np.concatenate([d.labels for d in detections])
+    return DetectionTable(image, convert_boxes(corners, "xyxy", "xywh"), score, label)
 
 
 def coco_detections(table: DetectionTable, data: DetectionData, files: Sequence[str]) -> list[dict]:
@@ -117,117 +104,114 @@ def relative_files(data: DetectionData) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
-@dataclass(frozen=True)
-class CocoResult:
-    """A row of COCO's results format; the names are those that `coco_detections` adds."""
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # neither inf nor NaN nor true
 
-    bbox: list[float]  # xywh, original pixels
-    score: float
-    image_id: int | None = None
-    category_id: int | None = None
-    file_name: str | None = None
-    category_name: str | None = None
+
+def _is_box(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and all(map(_is_number, value)) and min(value[2:]) >= -ROUNDING
+
+
+def _is_id(value: Any) -> bool:
+    return value is None or type(value) is int or (_is_number(value) and value == int(value))
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row; the names are those that `coco_detections` adds
+    "bbox": (_is_box, "x, y, width, height in pixels (for corners: x1, y1, x2 - x1, y2 - y1)"),
+    "score": (
+        lambda value: _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING,
+        "a probability in 0..1 (divide per cent by 100, take the sigmoid or softmax of logits)",
+    ),
+    "image_id": (_is_id, "a whole number"),
+    "category_id": (_is_id, "a whole number"),
+    "file_name": (lambda value: value is None or type(value) is str, "text"),
+    "category_name": (lambda value: value is None or type(value) is str, "text"),
+}
 
 
 def read_detections(path: str, data: DetectionData) -> ModelRun:
-    """The detections in a COCO results file, a list of `CocoResult`s.
+    """The detections in a COCO results file, a list of rows with FIELDS.
 
-    Images are those of `file_name` where every row has one, else of `image_id`; classes those of `category_id`, or of
-    `category_name` where no row has an id. Rows on other images and of other categories are left out, with a warning.
-    InputError says what is wrong with the file, or that it is not about the images or categories of `data`.
+    Images are those of `file_name` where every row has one, else of `image_id`; classes likewise of `category_name` or
+    `category_id`. Rows on other images and of other categories are left out, with a warning. InputError says what is
+    wrong with the file, or that it is not about the images or categories of `data`.
     """
-    rows = from_json(list[CocoResult], read_json(path), path)
-    boxes, scores = _check_numbers(path, rows)
-    images, image_warnings = _find_images(path, rows, data)
-    labels, label_warnings = _find_labels(path, rows, data)
-    warnings = image_warnings + label_warnings
+    rows = from_json(list[dict], read_json(path), path)
+    columns = {name: [row.get(name) for row in rows] for name in FIELDS}
+    for name, (is_right, meaning) in FIELDS.items():
+        for number, value in enumerate(columns[name]):
+            if not is_right(value):
+                raise InputError(f"{path}: {number}: {name} must be {meaning}, not {str(value)[:40]}")
+    images, warnings = _find_images(path, columns, data)
+    labels, label_warnings = _find_labels(path, columns, data)
+    warnings += label_warnings
+    boxes, scores = np.array(columns["bbox"], np.float64).reshape(-1, 4), np.array(columns["score"], np.float64)
+    boxes[:, 2:] = boxes[:, 2:].clip(0)
     if len(scores) and scores.min() >= CUT_SCORE:
         warnings.append(f"its lowest score is {scores.min():.2f}: AP and AR are those of a list that was cut there")
     kept = np.nonzero((labels >= 0) & (images >= 0))[0]
-    table = DetectionTable(images, boxes, scores, labels).select(kept[np.argsort(-scores[kept], kind="stable")])
+    by_score = kept[np.argsort(-scores[kept], kind="stable")]
+    table = DetectionTable(images, boxes, scores.clip(0, 1), labels).select(by_score)
     return ModelRun(table, data.class_names, warnings=tuple(warnings))
 
 
-def _check_numbers(path: str, rows: list[CocoResult]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (M, 4) xywh original pixels and scores (M,), float64."""
-    for number, row in enumerate(rows):
-        if len(row.bbox) != 4:
-            raise InputError(f"{path}: {number}: bbox must be x, y, width, height, and has {len(row.bbox)} numbers")
-    numbers = np.array([[*row.bbox, row.score] for row in rows]).reshape(-1, 5)
-    sides, scores = numbers[:, 2:4], numbers[:, 4]
-    if not np.isfinite(numbers).all():
-        raise InputError(f"{path}: some numbers are inf or NaN")
-    if negative := int((sides < -ROUNDING).any(1).sum()):
-        raise InputError(
-            f"{path}: {negative} of the {len(rows)} boxes have a negative width or height; bbox must be x, y, width, "
-            "height in pixels (for corners: x1, y1, x2 - x1, y2 - y1)"
-        )
-    if len(scores) and not -ROUNDING <= scores.min() <= scores.max() <= 1 + ROUNDING:
-        raise InputError(
-            f"{path}: the scores range from {scores.min():.6g} to {scores.max():.6g}, and must be probabilities in "
-            "0..1 (divide per cent by 100, take the sigmoid or softmax of logits)"
-        )
-    return np.hstack([numbers[:, :2], np.maximum(sides, 0)]), scores.clip(0, 1)
-
-
-def _find_images(path: str, rows: list[CocoResult], data: DetectionData) -> tuple[np.ndarray, list[str]]:
+def _find_images(path: str, columns: dict[str, list], data: DetectionData) -> tuple[np.ndarray, list[str]]:
     """(M,) int64 index into `data.images` of each row, -1 where there is none, and warnings.
 
     A file name is relative to the images' folder, or any path whose last part one image alone has.
     """
-    names = [image.path.name for image in data.images]
-    count, place_of = Counter(names), {name: n for n, name in enumerate(relative_files(data))}
-    place_of |= {name: n for n, name in enumerate(names) if count[name] == 1}
-    keys: list = [(row.file_name or "").replace("\\", "/") for row in rows]
-    images = np.array([place_of.get(key, place_of.get(PurePosixPath(key).name, -1)) for key in keys], np.int64)
-    if "" in keys or (images < 0).all():
-        by_id = {image.id: n for n, image in enumerate(data.images)}
-        keys, images = _places(path, rows, "image_id", "file_name", by_id)
-    ids = dict(zip(images, (row.image_id for row in rows), strict=True))
-    for image, row in zip(images, rows, strict=True):
-        if image >= 0 and ids[image] != row.image_id:
-            raise InputError(f"{path}: image_ids {row.image_id} and {ids[image]} share the file_name {row.file_name}")
+    last = [image.path.name for image in data.images]
+    count, place_of = Counter(last), {file: n for n, file in enumerate(relative_files(data))}
+    place_of |= {name: n for n, name in enumerate(last) if count[name] == 1}
+    paths = {name: name.replace("\\", "/") for name in set(columns["file_name"]) - {None}}
+    by_name = {name: place_of.get(p, place_of.get(p.rpartition("/")[2], -1)) for name, p in paths.items()}
+    by_id = {image.id: n for n, image in enumerate(data.images)}
+    of = f"images that {data.source} does not have here"
     advice = "give each detection the image_id or file_name of the data, or take all images (--val-images 0)"
-    warnings = _left_out(path, keys, images, f"images that {data.source} does not have here", advice)
+    images, warnings = _find(path, columns, ("file_name", by_name), ("image_id", by_id), of, advice)
+    ids: dict[int, int | None] = {}
+    for image, number, name in zip(images.tolist(), columns["image_id"], columns["file_name"], strict=True):
+        if image >= 0 and ids.setdefault(image, number) != number:
+            raise InputError(f"{path}: image_ids {ids[image]} and {number} share the file_name {name}")
     with_objects = data.with_objects()
     if (empty := len(np.setdiff1d(with_objects, images))) > len(with_objects) / 2:
         warnings.append(f"{empty} of the {len(with_objects)} images with objects have no detections")
     return images, warnings
 
 
-def _find_labels(path: str, rows: list[CocoResult], data: DetectionData) -> tuple[np.ndarray, list[str]]:
+def _find_labels(path: str, columns: dict[str, list], data: DetectionData) -> tuple[np.ndarray, list[str]]:
     """(M,) int64 label of each row, -1 where `data` has no such category, and warnings."""
-    names = sorted({row.category_name for row in rows if row.category_name is not None})
+    names = list(set(columns["category_name"]) - {None})
     by_name = dict(zip(names, label_map(names, data).tolist(), strict=True))
     by_id = {number: label for label, number in enumerate(data.category_ids)}
-    if any(row.category_id is not None or row.category_name is None for row in rows):
-        keys, labels = _places(path, rows, "category_id", "category_name", by_id)
-    else:
-        keys, labels = _places(path, rows, "category_name", "category_id", by_name)
-    for label, row in zip(labels, rows, strict=True):
-        if row.category_name is not None and by_name[row.category_name] != label:
+    for number, name in zip(columns["category_id"], columns["category_name"], strict=True):
+        if None not in (number, name) and by_id.get(number, -1) != by_name[name]:
             raise InputError(
-                f"{path}: a detection has category_id {row.category_id} and category_name {row.category_name[:40]}, "
-                f"which differ in {data.source}: leave out the one that is wrong"
+                f"{path}: a detection has category_id {number} and category_name {name[:40]}, which differ in "
+                f"{data.source}: leave out the one that is wrong"
             )
     known = [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
     counted = "; COCO's ids run to 90, are these counted to 80?" if len(known) == 80 else ""
     of = f"categories that {data.source} does not have; it has {first_few(known)}{counted}"
-    return labels, _left_out(path, keys, labels, of, "give the data's category_id, or category_name alone")
+    advice = "give the data's category_id, or category_name alone"
+    return _find(path, columns, ("category_name", by_name), ("category_id", by_id), of, advice)
 
 
-def _places(path: str, rows: list[CocoResult], key: str, other: str, place_of: dict) -> tuple[list, np.ndarray]:
-    """What each row has under `key`, and its place (M,) int64, -1 where there is none."""
-    keys = [getattr(row, key) for row in rows]
+def _find(
+    path: str, columns: dict[str, list], names: tuple[str, dict], ids: tuple[str, dict], of: str, advice: str
+) -> tuple[np.ndarray, list[str]]:
+    """(M,) int64 place of each row in the data, -1 where it has none, and a warning of those, which are `of` something.
+
+    `names` and `ids` are each a field of the rows and what its values stand for. InputError with `advice` where no row
+    has a place.
+    """
+    (field, place_of), other = (names, ids) if None not in columns[names[0]] else (ids, names)
+    keys = columns[field]
     if None in keys:
-        raise InputError(f"{path}: {keys.index(None)}: {key} is missing; or give every row a {other}")
-    return keys, np.array([place_of.get(key, -1) for key in keys], np.int64)
-
-
-def _left_out(path: str, keys: list, places: np.ndarray, of: str, advice: str) -> list[str]:
-    """The warning of rows without a place. Raises InputError, with advice, where no row has one."""
-    unknown = sorted({key for key, place in zip(keys, places, strict=True) if place < 0})
+        raise InputError(f"{path}: {keys.index(None)}: {field} is missing; or give every row a {other[0]}")
+    places = np.array([place_of.get(key, -1) for key in keys], np.int64)
+    unknown = sorted({key for key, place in zip(keys, places.tolist(), strict=True) if place < 0})
     about = f"{(places < 0).sum()} detections of {len(unknown)} ({first_few(unknown)}) {of}"
     if unknown and (places < 0).all():
         raise InputError(f"{path}: it has only {about}: {advice}")
-    return [f"{about}: they are left out"] if unknown else []
+    return places, [f"{about}: they are left out"] if unknown else []

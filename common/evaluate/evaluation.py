@@ -28,7 +28,7 @@ class Evaluation:
     """A record, with its detections and its numbers in the resamples unless the record has an error."""
 
     record: ValidationRecord
-    table: DetectionTable = field(default_factory=DetectionTable.empty)
+    table: DetectionTable | None = None
     samples: dict[str, Sampled] = field(default_factory=dict)
 
 

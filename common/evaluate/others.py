@@ -6,10 +6,10 @@ statistics and automatic installation of packages are switched off; it only fetc
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +21,18 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from common.console import InputError, check_packages, first_few, last_line, to_one_line
 from common.data.memory import DetectionData
 from common.evaluate.detect import detect, measure_cost, seconds
-from common.evaluate.detections import ModelRun, detection_table
+from common.evaluate.detections import DetectionTable, ModelRun, detection_table
 from common.files import cache_folder
 from common.hub import CONFIG
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
 from common.types import Detections
 
-# ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several. With
-# `rect` the input of an image, and so its detections, would depend on the shapes of the others in its batch.
-YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": 300, "rect": False}
+MAX_YOLO = 300  # detections of an image
+# ultralytics' settings of evaluation, but `predict` gives each box one class and its validation gives it several, and
+# inputs are squares, as those of exported models are.
+YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": MAX_YOLO, "rect": False}
+Columns = tuple[Tensor, Tensor, Tensor]  # of one image: boxes (N, 4) xyxy original pixels, scores (N,), labels (N,)
+INPUT = TypeVar("INPUT")
 DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
 
 
@@ -40,38 +43,29 @@ def is_transformers(path: str) -> bool:
 
 @torch.inference_mode()
 def run_transformers(folder: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
-    """The detections of the model in a folder on every image of `data`, in fp32, as its own post-processing returns
-    them. Where `batch_size` images are padded to a common shape, only their speed is measured together.
+    """What the model in a folder detects on each image alone, in fp32, by its own processor and post-processing.
 
-    Raises:
-        InputError: the folder is damaged or holds no detector, or a package that it needs is not installed.
+    `batch_size` images are only timed together, since padding them to a common shape may change scores. Raises
+    InputError: the folder is damaged or holds no detector, or a package that it needs is not installed.
     """
     processor, model = _load_transformers(folder)
     model.to(device)
 
-    def inputs_of(part: range) -> tuple[range, Any, list[tuple[int, int]]]:
+    def inputs_of(part: np.ndarray) -> tuple[Any, list[tuple[int, int]]]:
         images = [data.images[index].open() for index in part]
-        return part, processor(images=images, return_tensors="pt").to(device), [image.size[::-1] for image in images]
+        return processor(images=images, return_tensors="pt").to(device), [image.size[::-1] for image in images]
 
-    def run(inputs: tuple[range, Any, list[tuple[int, int]]]) -> list[Detections]:
-        part, tensors, sizes = inputs
+    def run(inputs: tuple[Any, list[tuple[int, int]]]) -> list[Columns]:
+        tensors, sizes = inputs
         found = processor.post_process_object_detection(model(**tensors), threshold=MIN_SCORE, target_sizes=sizes)
-        columns = ([image[name] for name in ("boxes", "scores", "labels")] for image in found)
-        return [_detections(data, i, MAX_DETECTIONS, *c) for i, c in zip(part, columns, strict=True)]
+        return [(image["boxes"].cpu(), image["scores"].cpu(), image["labels"].cpu()) for image in found]
 
-    try:
-        padded = "pixel_mask" in inputs_of(range(1))[1]  # to a common shape, which changes scores in the second digit
-        parts = map(inputs_of, _parts(data, 1 if padded else batch_size))
-        detections, several = detect(parts, run, len(data), Path(folder).name), _parts(data, batch_size)[0]
-        inputs = [inputs_of(range(n, n + 1)) for n in several], inputs_of(several)
-        parameters = sum(p.numel() for p in model.parameters())
-        cost = measure_cost(lambda part: seconds(run, part), *inputs, device, "fp32", parameters)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of settings that transformers did not check
-        raise InputError(f"{folder}: transformers cannot run it: {last_line(error):.300}") from error
+    table = _run_each(data, inputs_of, run, MAX_DETECTIONS, Path(folder).name)
+    parameters, count = sum(p.numel() for p in model.parameters()), min(batch_size, len(data))
+    cost = measure_cost(lambda inputs: seconds(run, inputs), inputs_of, count, device, "fp32", parameters)
     names, conditions = model.config.id2label, {"model_type": model.config.model_type}
     conditions["transformers"] = transformers.__version__
-    class_names = tuple(str(names[label]) for label in sorted(names))
-    return ModelRun(detection_table(detections, data), class_names, cost, conditions)
+    return ModelRun(table, tuple(str(names[label]) for label in sorted(names)), cost, conditions)
 
 
 def _load_transformers(folder: str) -> tuple[Any, Any]:
@@ -112,23 +106,21 @@ def _restored() -> Iterator[None]:
 
 @_restored()
 def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
-    """The detections of a YOLO on every image of `data`, `batch_size` at once, one where it is exported.
+    """What a model of ultralytics detects on each image alone; `batch_size` images are only timed together.
 
     `name` is a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
-
-    Raises:
-        InputError: ultralytics is not installed, or the model is missing, damaged or no detector.
+    Raises InputError: ultralytics is not installed, or the model is missing, damaged or no detector.
     """
     options, threads = YOLO_SETTINGS | {"device": str(device), "verbose": False}, torch.get_num_threads()
     path = _find_yolo(name)
 
-    def pixels(index: int) -> np.ndarray:
+    def pixels_of(part: np.ndarray) -> list[np.ndarray]:
         """(H, W, 3) uint8, blue first, as ultralytics takes images from memory."""
-        return np.ascontiguousarray(np.asarray(data.images[index].open())[..., ::-1])
+        return [np.ascontiguousarray(np.asarray(data.images[index].open())[..., ::-1]) for index in part]
 
-    def run(part: range) -> list[Detections]:
-        boxes = [result.boxes for result in model.predict([pixels(index) for index in part], **options)]
-        return [_detections(data, i, len(b), b.xyxy, b.conf, b.cls) for i, b in zip(part, boxes, strict=True)]
+    def run(images: list[np.ndarray]) -> list[Columns]:
+        found = [result.boxes.cpu() for result in model.predict(images, **options)]
+        return [(boxes.xyxy, boxes.conf, boxes.cls) for boxes in found]
 
     def times(images: list[np.ndarray]) -> float:
         """Of network and post-processing, without resizing, as for the other models."""
@@ -138,19 +130,18 @@ def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.devi
         from ultralytics import YOLO
 
         model: Any = YOLO(path)
-        names = model.predict(pixels(0), **options)[0].names  # an exported model is only loaded now
+        names = model.predict(pixels_of(np.arange(1)), **options)[0].names  # an exported model is only loaded now
         torch.set_num_threads(threads)  # which ultralytics changes
+        table = _run_each(data, pixels_of, run, MAX_YOLO, path.stem)
         exported = not isinstance(model.model, torch.nn.Module)
-        parts = _parts(data, 1 if exported else batch_size)
-        detections, images = detect(parts, run, len(data), path.stem), [pixels(index) for index in parts[0]]
+        count, precision = (1, "as exported") if exported else (min(batch_size, len(data)), "fp32")
         parameters = None if exported else sum(p.numel() for p in model.model.parameters())
-        precision = "as exported" if exported else "fp32"
-        cost = measure_cost(times, [[image] for image in images], images, device, precision, parameters)
+        cost = measure_cost(times, pixels_of, count, device, precision, parameters)
     except Exception as error:  # damaged files, other tasks and missing packages raise many types
         reason = to_one_line(str(error) or type(error).__name__, 200)
         raise InputError(f"{name}: ultralytics cannot run it as a detector: {reason}") from error
     conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **YOLO_SETTINGS}
-    return ModelRun(detection_table(detections, data), tuple(names[key] for key in sorted(names)), cost, conditions)
+    return ModelRun(table, tuple(names[key] for key in sorted(names)), cost, conditions)
 
 
 def _find_yolo(name: str) -> Path:
@@ -172,15 +163,18 @@ def _find_yolo(name: str) -> Path:
     return cache_folder("ultralytics", name)  # where ultralytics puts it
 
 
-def _parts(data: DetectionData, at_once: int) -> list[range]:
-    """The indices of the images in each batch."""
-    return [range(n, min(n + at_once, len(data))) for n in range(0, len(data), at_once)]
+def _run_each(
+    data: DetectionData,
+    inputs_of: Callable[[np.ndarray], INPUT],
+    run: Callable[[INPUT], list[Columns]],
+    limit: int,
+    title: str,
+) -> DetectionTable:
+    """At most `limit` detections on each image of `data`, from the inputs of that image alone."""
 
+    def run_one(index: int) -> list[Detections]:
+        ((boxes, scores, labels),) = run(inputs_of(np.array([index])))
+        order = scores.argsort(descending=True, stable=True)[:limit]
+        return [Detections(data.images[index].id, boxes[order].float(), scores[order].float(), labels[order].long())]
 
-def _detections(
-    data: DetectionData, index: int, limit: int, boxes: Tensor, scores: Tensor, labels: Tensor
-) -> Detections:
-    """At most `limit` detections on one image, by falling score."""
-    order = scores.argsort(descending=True, stable=True)[:limit]
-    boxes, scores, labels = (column[order].cpu() for column in (boxes, scores, labels))
-    return Detections(data.images[index].id, boxes.float(), scores.float(), labels.long())
+    return detection_table(detect(range(len(data)), run_one, len(data), title), data)

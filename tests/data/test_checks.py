@@ -20,7 +20,7 @@ def annotation(**parts):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "checked"
+    return tmp_path / "cache" / "decoded"
 
 
 @pytest.fixture
@@ -44,15 +44,15 @@ def decoded(monkeypatch):
 
 def test_an_image_is_decoded_once_until_it_changes(forty, decoded):
     data, images = forty
-    check_images(data)
+    check_images(data.images, "x")
     assert len(decoded) == 40
-    check_images(data.select(np.arange(39)))
-    check_images(data)
+    check_images(data.images[:39], "x")
+    check_images(data.images, "x")
     assert len(decoded) == 40
     status = (images / "7.jpg").stat()
     (images / "7.jpg").write_bytes((images / "7.jpg").read_bytes()[:-300] + bytes(300))
     os.utime(images / "7.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))  # of the same length and time
-    check_images(data)
+    check_images(data.images, "x")
     assert decoded[40:] == ["7.jpg"]
 
 
@@ -62,9 +62,9 @@ def test_damaged_images_are_found_also_by_the_cache(forty, content):
     file = images / "3.jpg"
     file.write_bytes(file.read_bytes()[:400] if content is None else content)
     for _ in range(2):
-        outcomes = check_images(data)
-        assert [i for i, outcome in enumerate(outcomes) if outcome.fault] == [2]
-        assert outcomes[2].fault == "left out {} images that cannot be read"
+        outcomes = check_images(data.images, "x")
+        assert [i for i, outcome in enumerate(outcomes) if outcome[0]] == [2]
+        assert outcomes[2][0] == "left out {} images that cannot be read"
 
 
 def test_a_fault_that_passes_is_not_kept(forty, monkeypatch):
@@ -78,22 +78,22 @@ def test_a_fault_that_passes_is_not_kept(forty, monkeypatch):
 
     opened, locked = Image.open, True
     monkeypatch.setattr(Image, "open", open_locked)
-    assert sum(bool(outcome.fault) for outcome in check_images(data)) == 4  # 5, 15, 25, 35
+    assert sum(bool(outcome[0]) for outcome in check_images(data.images, "x")) == 4  # 5, 15, 25, 35
     locked = False
-    assert not any(outcome.fault for outcome in check_images(data))
+    assert not any(outcome[0] for outcome in check_images(data.images, "x"))
 
 
 def test_half_a_line_and_a_cache_that_cannot_be_written_do_no_harm(forty, decoded, cache, caplog):
     data, _ = forty
-    check_images(data)
+    check_images(data.images, "x")
     (file,) = cache.iterdir()
     file.write_text(file.read_text()[:-30])
     decoded.clear()
-    assert not any(outcome.fault for outcome in check_images(data)) and len(decoded) == 1
+    assert not any(outcome[0] for outcome in check_images(data.images, "x")) and len(decoded) == 1
     file.unlink()
     cache.rmdir()
     cache.write_text("no folder")
-    assert not any(outcome.fault for outcome in check_images(data))
+    assert not any(outcome[0] for outcome in check_images(data.images, "x"))
     assert "they will be checked again" in caplog.text
 
 

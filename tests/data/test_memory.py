@@ -35,7 +35,7 @@ def test_a_selection_keeps_its_order_and_its_boxes(coco_file):
     whole = load_coco(*coco_file([annotation(), annotation(id=2, image_id=5, bbox=[1, 2, 3, 4])]))
     turned = whole.select(np.array([1, 0]))
     assert [image.id for image in turned.images] == [5, 11] and turned.boxes.tolist() == whole.boxes[::-1].tolist()
-    assert whole.first(1).boxes.tolist() == [[10, 20, 30, 5]] and len(whole.first(0)) == 2
+    assert whole.first(1).boxes.tolist() == [[10, 20, 30, 5]] and len(whole.first(9)) == 2
 
 
 def test_the_fingerprint_tells_what_differs(coco_file):

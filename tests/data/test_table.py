@@ -99,8 +99,8 @@ def test_classes_that_differ_in_case_alone_are_noted_and_accents_in_any_form_are
     data = load_coco(*coco_file([], categories=enumerate(names)))
     assert data.class_names[-1] == "caf\u00e9" and len(data.notes) == 1
     assert (
-        data.notes[0].startswith("2 groups of classes")
-        and "(Red and red, traffic light and traffic_light)" in data.notes[0]
+        data.notes[0].startswith("4 classes differ from another in case")
+        and "(Red, red, traffic light, …)" in data.notes[0]
     )
 
 

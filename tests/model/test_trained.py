@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.console import InputError
 from common.evaluate.detect import run_detector
+from common.evaluate.detections import detection_table
 from common.model import load_detector
 from common.model.checkpoint import DEFAULT_MIN_SCORE, Checkpoint, load_checkpoint, save_detector
 from common.model.detector import new_detector
@@ -39,11 +40,13 @@ def same(one, other) -> bool:
 
 
 def test_predictions_on_files_are_those_of_the_evaluation_to_the_bit(file, trained, demo_val):
-    evaluated = run_detector(load_detector(file), demo_val, batch_size=4, workers=0, title="")
+    evaluated = run_detector(load_detector(file), demo_val, 4, workers=0, title="", timed=False).table
     files = [image.path for image in demo_val.images]
     predicted = trained.predict(files, min_score=0.0, batch_size=4)
-    assert len(predicted) == len(evaluated) == 6 and all(map(same, predicted, evaluated))
     assert all(len(d.scores) > 0 for d in predicted)
+    found = [replace(d, image_id=image.id) for d, image in zip(predicted, demo_val.images, strict=True)]
+    for name, column in vars(detection_table(found, demo_val)).items():
+        assert np.array_equal(column, getattr(evaluated, name))
     for together, alone in zip(predicted, (trained.predict(file, 0.0) for file in files), strict=True):
         assert torch.allclose(together.scores, alone.scores, atol=1e-4)
 

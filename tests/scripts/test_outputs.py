@@ -170,7 +170,7 @@ def test_an_interrupted_validation_names_the_flags_that_read_what_is_finished(fo
         return run_detector(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
-        patch.setattr("common.evaluate.detect.run_detector", stopped)
+        patch.setattr("comprehensive_validation.run_detector", stopped)
         main(Settings(str(demo), models=("cats.pth", "dogs.pth"), **options))
     assert Path("r.json").read_bytes() == before
     (note,) = caught.value.__notes__
