@@ -14,7 +14,6 @@ The folder for the hub has weights, settings and a model card; `hf upload` publi
 """
 
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from common.data.sources import unlabelled_images
 from common.export.graph import onnx_graph, quantize, write_graph
 from common.export.runtime import FORMAT_VERSION, Description, load_exported
 from common.files import check_outputs
-from common.hub import CONFIG, HUB
+from common.hub import CONFIG
 from common.images import find_images
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.trained import load_on_device
@@ -43,7 +42,7 @@ LARGEST_GRAPH = 2**31  # bytes that ONNX can hold in one file
 class Settings:
     checkpoint: str = flag("improved_dino2_detector.pth", "the detector to export", positional=True)
     format: str = flag("onnx", "onnx = one file; openvino and hub = a folder", choices=tuple(ENDS))
-    output: str = flag("", "the file or folder to write; by default beside the checkpoint, with its name")
+    output: str = flag("", "the file or folder to write; by default beside a .pth file, with its name")
     int8: bool = flag(False, "compute in 8 bits, see --calibration")
     calibration: str = flag("", "with --int8: a folder of images like those to come, which set the ranges")
     calibration_images: int = flag(100, "at most so many of them, spread over the folder", at_least=1)
@@ -59,22 +58,19 @@ def check_flags(settings: Settings) -> None:
 
 
 def output_of(settings: Settings) -> Path:
-    """The file or folder to write, by default named like the checkpoint, its folder or its repository on the hub."""
-    end, source = ENDS[settings.format], Path(settings.checkpoint)
-    if settings.checkpoint.startswith(HUB):
-        name = source.name
-    else:
-        name = os.path.abspath(source) if source.is_dir() else str(source.with_suffix(""))  # noqa: PTH100
-    name = settings.output.rstrip("/").removesuffix(".xml") or name + "_int8" * settings.int8
+    """The file or folder to write. Raises InputError where it has no name: a folder or a name of the hub gives none."""
+    source, end = Path(settings.checkpoint), ENDS[settings.format]
+    if not settings.output and source.suffix.lower() != ".pth":
+        raise InputError(f"{source} is no .pth file, which would name the export: give its name with --output")
+    name = settings.output.rstrip("/").removesuffix(".xml") or f"{source.with_suffix('')}{'_int8' * settings.int8}"
     return Path(name if name.lower().endswith(end) else name + end)
 
 
 def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
     """Batches of one image each. Raises InputError where there are none."""
-    folder = Path(settings.calibration)
-    images, _ = find_images(folder)
-    step = max(1, len(images) // settings.calibration_images)
-    data = unlabelled_images(images[::step][: settings.calibration_images] or [folder])
+    images, _ = find_images(Path(settings.calibration))
+    chosen = images[:: max(1, len(images) // settings.calibration_images)][: settings.calibration_images]
+    data = unlabelled_images(chosen or [Path(settings.calibration)])
     return make_eval_loader(data, image_size, batch_size=1, workers=0)
 
 
@@ -110,7 +106,8 @@ def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None
 def main(settings: Settings) -> Path:
     """Write the exported detector, check that it loads, and return its path."""
     check_flags(settings)
-    detector, output = load_on_device(settings.checkpoint, "cpu"), output_of(settings)
+    output = output_of(settings)
+    detector = load_on_device(settings.checkpoint, "cpu")
     xml = output / f"{output.name.removesuffix(ENDS['openvino'])}.xml"
     file = {"onnx": output, "openvino": xml, "hub": output / CONFIG}[settings.format]
     check_outputs([file], [settings.checkpoint], only_own=True)

@@ -18,6 +18,7 @@ from common.model.trained import TrainedDetector
 
 FORMAT_VERSION = 1
 INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
+Session = Callable[[np.ndarray], list[np.ndarray]]  # images (B, 3, S, S) float32 in 0..1 -> the three outputs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ExportedDetector(TrainedDetector):
 
     file: Path
     about: dict  # how it was trained, and what runs it
-    session: Callable[[np.ndarray], list[np.ndarray]]
+    session: Session
 
     @property
     def parameters(self) -> None:
@@ -52,14 +53,14 @@ class ExportedDetector(TrainedDetector):
         return self.about
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores, labels = (torch.from_numpy(array) for array in self.session((images.float() / 255).numpy()))
+        boxes, scores, labels = map(torch.from_numpy, self.session((images.float() / 255).numpy()))
         return boxes, scores, labels.long()
 
 
 def exported_file(path: str | Path) -> Path | None:
     """The .onnx or .xml of a detector of this project, given it or its folder; None where `path` is something else."""
     files = sorted(Path(path).glob("*.xml")) if Path(path).is_dir() else [Path(path)]
-    if len(files) != 1 or files[0].suffix.lower() not in (".onnx", ".xml") or not files[0].is_file():
+    if len(files) != 1 or files[0].suffix.lower() not in RUNTIMES or not files[0].is_file():
         return None
     return files[0] if PROGRAM.encode() in files[0].read_bytes() else None
 
@@ -70,23 +71,26 @@ def load_exported(file: Path) -> ExportedDetector:
     Raises:
         InputError: a missing package, a damaged file, one of another version, or without a complete description.
     """
-    is_onnx = file.suffix.lower() == ".onnx"
-    runtime, package = ("ONNX Runtime", "onnxruntime") if is_onnx else ("OpenVINO", "openvino")
+    read, runtime, package = RUNTIMES[file.suffix.lower()]
     check_packages(str(file), package)
     try:
-        text, session = _read_onnx(file) if is_onnx else _read_openvino(file)
+        text, session = read(file)
         content = json.loads(text)
     except Exception as error:  # neither runtime documents what it raises at damaged files
         raise InputError(f"{runtime} cannot read {file}: {last_line(error):.300}") from error
     about = from_json(Description, content, f"{file}: its description")
     if about.format_version != FORMAT_VERSION or len(about.class_names) != len(about.category_ids):
         raise InputError(f"{file} is not of format_version {FORMAT_VERSION}: export its checkpoint again")
-    names, ids, cpu = tuple(about.class_names), tuple(about.category_ids), torch.device("cpu")
-    shared = names, ids, about.image_size, about.min_score, cpu, about.precision
-    return ExportedDetector(*shared, file, about.conditions | {"runtime": runtime}, session)
+    names, ids, conditions = (
+        tuple(about.class_names),
+        tuple(about.category_ids),
+        about.conditions | {"runtime": runtime},
+    )
+    shared = names, ids, about.image_size, about.min_score, torch.device("cpu"), about.precision
+    return ExportedDetector(*shared, file, conditions, session)
 
 
-def _read_onnx(file: Path) -> tuple[str, Callable]:
+def _read_onnx(file: Path) -> tuple[str, Session]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -98,14 +102,14 @@ def _read_onnx(file: Path) -> tuple[str, Callable]:
 
 @functools.cache
 def openvino_core() -> Any:
-    """The one of this process: of two whose CPU plugins end in the order in which they began, the second restores a
-    stack of signal handlers that is freed already, and the next Ctrl-C is a segmentation fault."""
+    """The one of this process: where two end in the order in which they began, the next Ctrl-C is a segmentation fault,
+    because the second restores a stack of signal handlers that is freed already."""
     import openvino
 
     return openvino.Core()
 
 
-def _read_openvino(file: Path) -> tuple[str, Callable]:
+def _read_openvino(file: Path) -> tuple[str, Session]:
     model = openvino_core().read_model(file)
     text = model.get_rt_info([PROGRAM]).astype(str)
     # By default OpenVINO computes in 16 bits where the CPU can, which changes scores in the second digit.
@@ -117,3 +121,6 @@ def _read_openvino(file: Path) -> tuple[str, Callable]:
         return [outputs[name] for name in OUTPUTS]
 
     return text, run
+
+
+RUNTIMES = {".onnx": (_read_onnx, "ONNX Runtime", "onnxruntime"), ".xml": (_read_openvino, "OpenVINO", "openvino")}

@@ -33,23 +33,20 @@ class LabelledBoxes:
 
 def true_boxes(data: DetectionData, index: int) -> LabelledBoxes:
     """The boxes of image `index` of a data set, captioned with their class."""
-    target = data.target(index)
-    labels, crowd = target.labels.numpy(), target.crowd.tolist()
-    names = short_names(data.class_names)
-    return LabelledBoxes(
-        target.boxes.numpy(), labels, [names[k] + " (crowd)" * int(c) for k, c in zip(labels, crowd, strict=True)]
-    )
+    target, names = data.target(index), short_names(data.class_names)
+    labels = target.labels.numpy()
+    captions = [names[k] + " (crowd)" * crowd for k, crowd in zip(labels, target.crowd.tolist(), strict=True)]
+    return LabelledBoxes(target.boxes.numpy(), labels, captions)
 
 
 def detected_boxes(
     table: DetectionTable, index: int, class_names: Sequence[str], min_score: float = 0.0
 ) -> LabelledBoxes:
     """The detections on image `index` with at least that score, captioned with class and score, best first."""
-    own = table.select((table.image == index) & (table.score >= min_score))
-    own, names = own.select(np.argsort(-own.score, kind="stable")), short_names(class_names)
-    corners = convert_boxes(own.boxes, "xywh", "xyxy")
+    rows = np.nonzero((table.image == index) & (table.score >= min_score))[0]
+    own, names = table.select(rows[np.argsort(-table.score[rows], kind="stable")]), short_names(class_names)
     captions = [f"{names[k]} {score:.2f}" for k, score in zip(own.label, own.score, strict=True)]
-    return LabelledBoxes(corners, own.label, captions)
+    return LabelledBoxes(convert_boxes(own.boxes, "xywh", "xyxy"), own.label, captions)
 
 
 def draw_boxes(image: Image.Image, boxes: LabelledBoxes) -> Image.Image:
@@ -88,9 +85,9 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     draw, x = ImageDraw.Draw(strip), 0
     for (title, _), image in zip(panels, images, strict=True):
         font, text = ImageFont.truetype(font_for(title), size), to_one_line(title, 100)
-        while len(text) > 1 and draw.textlength(text, font=font) > image.width - 8:
+        while len(text) > 1 and draw.textlength(text, font) > image.width - 8:
             text = to_one_line(text, len(text) - 1)
-        draw.text((x + 4, header // 6), text, font=font, fill=TEXT_COLOR)
+        draw.text((x + 4, header // 6), text, TEXT_COLOR, font)
         strip.paste(image, (x, header))
         x += image.width + GAP
     return strip

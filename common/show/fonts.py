@@ -9,18 +9,12 @@ from matplotlib.ft2font import FT2Font
 
 from common.console import first_few, to_one_line
 
-FAMILIES = (  # a letter is looked for in this order; the first, which matplotlib brings, has no Asian ones
-    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC"),
-    *("WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "Malgun Gothic", "PingFang SC"),
-    *(
-        "Hiragino Sans",
-        "Apple SD Gothic Neo",
-        "Noto Sans Devanagari",
-        "Noto Sans Thai",
-        "Nirmala UI",
-        "Arial Unicode MS",
-    ),
-)
+# A letter is looked for in this order; the first, which matplotlib brings, has no Asian ones.
+FAMILIES = (
+    "DejaVu Sans,Noto Sans CJK SC,Noto Sans CJK JP,Noto Sans CJK KR,Source Han Sans SC,WenQuanYi Micro Hei,"
+    "Droid Sans Fallback,Microsoft YaHei,Malgun Gothic,PingFang SC,Hiragino Sans,Apple SD Gothic Neo,"
+    "Noto Sans Devanagari,Noto Sans Thai,Nirmala UI,Arial Unicode MS"
+).split(",")
 
 
 @functools.cache

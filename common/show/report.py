@@ -30,13 +30,7 @@ IMAGE_SIDE = 900  # pixels, the longer side of an image and its ground truth tog
 def write_report(
     path: Path, results: ValidationResults, data: DetectionData, tables: dict[str, DetectionTable]
 ) -> None:
-    """Write the report; an existing file is replaced only once the new one is complete.
-
-    Args:
-        path: the HTML file.
-        results: the content of the report.
-        data: the validation images and their ground truth.
-        tables: the detections of each model that has numbers, by name.
+    """Write the report to the HTML file `path`, with the detections of each model that has numbers, by its name.
 
     Raises:
         InputError: no model has numbers, an image can't be read, or the file can't be written.
@@ -66,8 +60,7 @@ def _extremes(name: str, results: ValidationResults, data: DetectionData, table:
     """The images with the best and the worst F1 at IoU 0.5 and at the model's operating point, with its boxes and the
     true ones; of those with equal F1, the ones with more objects first."""
     (diagnosis,) = (record.diagnosis for record in results.models if record.name == name)
-    score = diagnosis.operating_point.score if diagnosis else None
-    if score is None:
+    if diagnosis is None or (score := diagnosis.operating_point.score) is None:
         return
     table = table.select(table.score >= score)
     m = match_detections(table, data)

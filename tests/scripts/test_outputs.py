@@ -139,7 +139,7 @@ def test_a_file_of_another_program_is_not_overwritten_but_an_own_one_is(file, fo
 
 
 def test_a_report_that_fails_leaves_the_results(folder, demo, monkeypatch):
-    monkeypatch.delattr("common.show.charts.per_class")
+    monkeypatch.delattr("common.show.charts.print_missing")
     with pytest.raises(InputError, match=r"the results are in r.json, but the report failed: "):
         main(results_settings(demo))
     assert json.loads(Path("r.json").read_text())["models"][0]["error"] is None and not Path("r.html").exists()

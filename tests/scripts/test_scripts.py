@@ -325,5 +325,6 @@ def test_training_curves_are_drawn_where_the_logs_are(chain, monkeypatch):
     results = read_results("validation_results.json")
     drawn = charts.drawn_models(results)
     assert {record.name for record in drawn if charts.read_log(record)} == {Path(n).stem for n in CHECKPOINTS}
-    epochs = [len(line.get_xdata()) for line in charts.training(results).axes[1].lines if len(line.get_xdata()) > 2]
+    ap50 = charts.training(drawn, results.dataset).axes[1]
+    epochs = [len(line.get_xdata()) for line in ap50.lines if len(line.get_xdata()) > 2]
     assert epochs == [3]

@@ -17,19 +17,20 @@ from common.evaluate.results import ClassNumbers, ValidationRecord, read_results
 from common.show import charts
 
 
-def test_plotting_needs_no_torch():
-    program = "import sys, plot_results\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+def drawn(chart, *records, **data):
+    results = results_of(*records, **data)
+    return chart(charts.drawn_models(results), results.dataset)
 
 
 @pytest.mark.slow
-def test_charts_in_a_notebook_without_a_home_folder(results_file, tmp_path):
+def test_plotting_needs_no_torch_no_window_and_no_home_folder(results_file, tmp_path):
     (tmp_path / "home").touch()  # no folder, so that nothing can be written there
     places = {"HOME": str(tmp_path / "home"), "DETECTION_CACHE": str(tmp_path / "cache")}
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"} | places
-    command = [sys.executable, ROOT / "plot_results.py", "--results", results_file, "--output", tmp_path / "chart.png"]
-    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert (tmp_path / "chart.png").is_file() and result.stderr == ""
+    program = "import sys, plot_results as p; p.main(p.Settings(*sys.argv[1:])); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, results_file, tmp_path / "chart.png"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (tmp_path / "chart.png").is_file() and done.stderr == ""
 
 
 @pytest.mark.parametrize("count", [1, 2, 14])
@@ -47,64 +48,56 @@ def test_charts_of_any_number_of_models_with_gaps(count, results_file, tmp_path)
     assert {p.stem.removeprefix("chart_") for p in tmp_path.glob("chart_*.png")} == others
 
 
-def test_names_that_are_formulas_or_not_valid_text(results_file, tmp_path):
+def test_names_that_are_no_valid_text_or_formula_and_settings_of_matplotlib_that_stay(results_file, tmp_path):
     name = "$\\frac$ \udcff"  # no valid formula, and what Python makes of the byte 0xff in a file name
     text = results_file.read_text().replace("demo", json.dumps(name)[1:-1]).replace("square", json.dumps(name)[1:-1])
     (tmp_path / "r.json").write_text(text.replace('"first"', json.dumps(name)))
     results = read_results(tmp_path / "r.json")
     assert results.models[0].name == name and results.dataset.source == name and name in results.dataset.class_names
-    assert len(charts.render(results, dpi=40)) == 5
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 7}):
+        before = dict(matplotlib.rcParams)
+        assert len(charts.render(results, dpi=40)) == 5
+        assert dict(matplotlib.rcParams) == before
 
 
-def test_ten_models_and_sixty_classes_are_drawn_and_said(results_file):
+def test_ten_models_and_sixty_classes_are_drawn_and_said():
     names = [f"class {n}" for n in range(1500)]
     per_class = {name: ClassNumbers(0.5, n / 1500) for n, name in enumerate(names)}
-    records = [record_of(f"m{n}", AP50=0.5, per_class=per_class) for n in range(14)]
-    results = results_of(*records, class_names=names)
-    results = replace(results, dataset=replace(results.dataset, class_boxes=list(range(1500))))
-    figure = charts.per_class(results)
+    results = results_of(*(record_of(f"m{n}", AP50=0.5, per_class=per_class) for n in range(14)), class_names=names)
+    data = replace(results.dataset, class_boxes=list(range(1500)))
+    figure = charts.per_class(charts.drawn_models(results), data)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == names[-60:]
-    caption = figure.get_supxlabel()
-    assert "the first 10 of 14 models" in caption and "the 60 of 1500 classes with most objects" in caption
-    assert len(figure.legends[0].get_texts()) == 10
-    looks = [repr((charts.line_style(n), charts.bar_style(n))) for n in range(10)]
-    assert len(set(looks)) == 10
+    assert figure.axes[0].get_title() == "the 60 of 1500 classes with most objects"
+    assert "the first 10 of 14 models" in charts.caption(results) and len(figure.legends[0].get_texts()) == 10
+    assert len({repr((charts.line_style(n), charts.bar_style(n))) for n in range(10)}) == 10
 
 
 def test_a_long_legend_leaves_room_for_the_axes():
     names = [f"model {n} with a name as long as a line of a table" for n in range(10)]
     per_class = {"a": ClassNumbers(0.5, 0.5), "b": ClassNumbers(0.5, 0.5)}
-    figure = charts.per_class(results_of(*(record_of(name, AP50=0.5, per_class=per_class) for name in names)))
+    figure = drawn(charts.per_class, *(record_of(name, per_class=per_class) for name in names))
     figure.draw_without_rendering()
-    size = figure.axes[0].get_position().size * figure.get_size_inches()
-    assert size.min() > 0.3
+    assert (figure.axes[0].get_position().size * figure.get_size_inches()).min() > 0.3
 
 
 def test_confusion_shows_the_shares_of_each_class(results_file):
-    results = read_results(results_file)
-    diagnosis = replace(results.models[0].diagnosis, confusion=[[3, 0, 1], [1, 1, 0], [5, 5, 0]])
-    axes = charts.confusion(results_of(record_of("m", diagnosis=diagnosis))).axes[0]
-    assert np.allclose(axes.images[0].get_array(), [[0.75, 0, 0, 0.25], [0.5, 0.5, 0, 0]])
+    counts = [[3, 0, 1], [1, 1, 0], [5, 5, 0]]
+    diagnosis = replace(read_results(results_file).models[0].diagnosis, confusion=counts)
+    axes = drawn(charts.confusion, record_of("m", diagnosis=diagnosis)).axes[0]
+    assert np.allclose(axes.collections[0].get_array(), [[0.75, 0, 0, 0.25], [0.5, 0.5, 0, 0]])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "others", "missed"]
 
 
-def test_settings_of_matplotlib_stay_as_they_are(results_file):
-    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 7}):
-        before = dict(matplotlib.rcParams)
-        charts.render(read_results(results_file), dpi=40)
-        assert dict(matplotlib.rcParams) == before
-
-
-def test_bars_show_the_numbers_of_the_records(results_file):
-    models = charts.drawn_models(read_results(results_file))
-    axes = charts.comparison(read_results(results_file)).axes[0]
-    expected = [r.number(part, key) for r in models for part, key in charts.HEADLINE.values()]
+def test_bars_show_the_numbers_of_the_records_and_the_intervals_that_exist(results_file):
+    results = read_results(results_file)
+    models = charts.drawn_models(results)
+    axes = charts.comparison(models, results.dataset).axes[0]
+    expected = [r.number(column.part, column.keys[0]) for r in models for column in charts.HEADLINE]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected)
-
-
-def test_bars_of_zeros_stand_on_the_axis_and_those_without_an_interval_have_no_line():
-    figure = charts.comparison(results_of(record_of("a", AP_small=0.0, AP50=0.5, intervals={"AP50": None})))
-    assert figure.axes[1].get_ylim()[0] == 0
+    lines = axes.containers[1].errorbar.lines[2][0].get_segments()
+    assert [line[:, 1].tolist() for line in lines][-1] == pytest.approx(models[0].interval("AP50"))
+    figure = drawn(charts.comparison, record_of("a", AP_small=0.0, AP50=0.5, intervals={"AP50": None}))
+    assert figure.axes[1].get_ylim()[0] == 0  # bars of zeros stand on the axis
     assert len(figure.axes[0].patches) == len(charts.HEADLINE) and not figure.axes[0].containers[0].errorbar
 
 
@@ -123,26 +116,22 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def trained(name, folder, **changes):
-    return record_of(name, AP50=0.5, conditions=SETTINGS | {"run_dir": str(folder), "epoch": 2} | changes)
+def trained(folder, **changes):
+    return record_of("m", AP50=0.5, conditions=SETTINGS | {"run_dir": str(folder), "epoch": 2} | changes)
 
 
-def test_training_curves_have_the_numbers_of_the_log(run_dir):
-    loss, ap50 = charts.training(results_of(trained("a", "no/folder"), trained("b", run_dir))).axes
+def test_training_curves_have_the_numbers_of_the_log_of_that_run(run_dir):
+    loss, ap50 = drawn(charts.training, trained("no/folder"), trained(run_dir)).axes
     assert [len(line.get_ydata()) for line in loss.lines] == [0, 2]
     assert list(loss.lines[1].get_ydata()) == [3.5, 1.5] and ap50.lines[1].get_ydata()[1] == 0.25
-
-
-@pytest.mark.parametrize("changes", [{"epochs": 3}, {"output": "b.pth"}, {"train_fingerprint": "other images"}])
-def test_the_log_of_a_later_run_is_not_drawn(changes, run_dir):
-    assert charts.read_log(trained("b", run_dir)) == EPOCHS
-    assert charts.read_log(trained("a", run_dir, **changes)) == []
+    for later in ({"epochs": 3}, {"output": "b.pth"}, {"train_fingerprint": "other images"}):
+        assert charts.read_log(trained(run_dir, **later)) == []
 
 
 @pytest.mark.parametrize("file", ["log.jsonl", "settings.json"])
 def test_a_damaged_log_leaves_the_other_charts(file, run_dir):
     (run_dir / file).write_text('{"epoch": 1, ')
-    assert "training" not in charts.render(results_of(trained("a", run_dir)), dpi=40)
+    assert "training" not in charts.render(results_of(trained(run_dir)), dpi=40)
 
 
 def test_charts_without_any_numbers():
