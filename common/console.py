@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -92,7 +93,7 @@ def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool 
     if sys.stderr.isatty():
         return _Bar(REFRESH_S, **options)
     shape = "{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left"
-    return _Bar(LOG_S, mininterval=LOG_S, delay=LOG_S, file=_Lines(), bar_format=shape, **options)
+    return _Bar(LOG_S, mininterval=math.inf, delay=LOG_S, file=_Lines(), bar_format=shape, **options)
 
 
 class _Printer(logging.Handler):

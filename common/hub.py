@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars
 
 from common.console import InputError, last_line, to_one_line
 
@@ -28,7 +30,8 @@ HUB_ID = r"\w[\w.-]*/[\w.-]+"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FILES = [CONFIG, WEIGHTS, "preprocessor_config.json"]  # the last is how a detector of transformers wants its images
 BUSY = (429, 500, 502, 503, 504)  # status codes after which another try is worth while
-PATIENCE_S = 60  # of waiting for a busy hub, all tries together
+PATIENCE_S = 60  # of waiting for a busy hub or a weak connection, all tries together
+RETRY_S = 15.0  # where the hub names no time
 LOG_IN = "log in with `hf auth login` or HF_TOKEN"
 # The first that an error or one of its causes is; {page} and {endpoint} are addresses.
 CAUSES = (
@@ -69,6 +72,9 @@ def hub_folder(name: str, kind: str, advice: str) -> Path:
     with suppress(LocalEntryNotFoundError):
         if _is_whole(folder := Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))):
             return folder
+    log.info(f"fetching {kind} {name}")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     with hub_errors(f"{kind} {name} is not in the cache", name, advice):
         folder = Path(ask_hub(lambda: snapshot_download(name, allow_patterns=FILES)))
     if not _is_whole(folder):
@@ -127,7 +133,7 @@ def ask_hub(request: Callable[[], Answer]) -> Answer:
             seconds = _seconds_to_wait(error)
             if not seconds or waited + seconds > PATIENCE_S:
                 raise
-            log.warning(f"the hub is busy: trying again in {seconds:.0f} s")
+            log.warning(f"the hub is busy or the connection weak: trying again in {seconds:.0f} s")
             time.sleep(seconds)
             waited += seconds
 
@@ -141,11 +147,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _seconds_to_wait(error: Exception) -> float:
     """0 where another try is of no use."""
     for link in _chain(error):
-        if isinstance(link, httpx2.TimeoutException):
-            return 20.0
+        if isinstance(link, httpx2.TransportError) and not isinstance(link, httpx2.ConnectError):
+            return RETRY_S
         if isinstance(link, HfHubHTTPError) and link.response is not None and link.response.status_code in BUSY:
             named = link.response.headers.get("Retry-After", "")
-            return max(1.0, float(named)) if named.isdigit() else 20.0
+            return max(1.0, float(named)) if named.isdigit() else RETRY_S
     return 0.0
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import datasets
 import filelock
 import fsspec
-import huggingface_hub
+from huggingface_hub import HfApi
 
-from common.console import InputError, progress_bar, to_one_line
+from common.console import InputError, progress_bar
 from common.data.readers import Request, find_split, read_json_lines
 from common.data.table import Table
 from common.files import atomic_write, cache_folder
-from common.hub import HUB_ID
+from common.hub import HUB_ID, ask_hub, hub_errors
 from common.images import ImageFault, open_image
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ CATEGORY_COLUMNS = ("category", "categories", "category_id", "label", "labels")
 COCO = (80, ["person", "bicycle"], ["hair drier", "toothbrush"])  # its classes: their number, the first and the last
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 JOURNAL = "journal.jsonl"
-HUB_TIMEOUT_S = 5  # for the hub's first answer
+HUB_TIMEOUT_S = 10  # for the hub's first answer
+# Of the data library, each with tries of the hub's client, half a minute of them, inside.
+STREAMING = {"STREAMING_OPEN_MAX_RETRIES": 1, "STREAMING_READ_MAX_RETRIES": 1}
 
 
 def is_hub_data(data: str) -> bool:
@@ -68,7 +70,8 @@ def read_hub(request: Request) -> Table:
     numbers = COCO_IDS if (len(names), names[:2], names[-2:]) == COCO else range(1, len(names) + 1)
     ids = dict(zip(range(len(names)) if header["names"] else sorted(categories), numbers, strict=True))
     classes, layout = dict(zip(numbers, names, strict=True)), "xyxy" * data.startswith(XYXY)
-    source, own_ids = f"{data}, {request.split}", header["has_ids"]
+    revision = f"@{header['revision'][:7]}" if header["revision"] else ""
+    source, own_ids = f"{data}{revision}, {request.split}", header["has_ids"]
     table = Table(source, folder / "images", classes, layout, header["split"], own_ids=own_ids)
     for number, row in enumerate(rows, 1):
         if "fault" in row:
@@ -121,7 +124,9 @@ def _fetch(folder: Path, request: Request, limit: int) -> list[dict]:
     lines, name = read_json_lines(folder / JOURNAL), request.data
     if _has_enough(lines, limit):  # another process fetched them in the meantime
         return lines
-    stream, header = _open(request, lines[0]["revision"] if lines else None)
+    journals = [lines, *map(read_json_lines, folder.parent.glob(f"*/{JOURNAL}"))]
+    revision = next((journal[0]["revision"] for journal in journals if journal), None)  # one for all splits
+    stream, header = _open(request, revision, folder.parent)
     usable = sum("image" in line for line in lines)
     log.info(f"fetching {limit or 'all'} images of {name} into {folder} ({usable} are there)")
     with (folder / JOURNAL).open("a") as file, progress_bar(limit or None, "fetching images") as bar:
@@ -131,7 +136,7 @@ def _fetch(folder: Path, request: Request, limit: int) -> list[dict]:
             file.write(f"\n{json.dumps(line)}")  # on a line of its own, whatever a killed run has left
             file.flush()
 
-        try:
+        with hub_errors(f"the stream of data {name} broke off", f"datasets/{name}", "what came before is kept"):
             if not lines:
                 write(header)
             elif state := lines[-1].get("state"):
@@ -145,27 +150,21 @@ def _fetch(folder: Path, request: Request, limit: int) -> list[dict]:
                 if 0 < limit == usable:
                     return lines
             write({})
-        except InputError:
-            raise
-        except Exception as error:  # of a network, an archive, a damaged file: they share no base class
-            advice = "what came before is kept, and running this again goes on behind it"
-            raise InputError(f"the stream of data {name} broke off; {advice} ({to_one_line(error, 200)})") from error
     return lines
 
 
-def _open(request: Request, revision: str | None) -> tuple[datasets.IterableDataset, dict]:
-    """The split's rows, of a hub's data set in this revision, and the journal's header.
+def _open(request: Request, known: str | None, folder: Path) -> tuple[datasets.IterableDataset, dict]:
+    """The split's rows, of a hub's data set in the known revision or its latest, and the journal's header.
 
     Raises InputError as `read_hub` does.
     """
-    name = request.data
-    try:
+    name, revision = request.data, known
+    vars(datasets.config).update(STREAMING)
+    advice = f"give a folder or demo, request no more images than {folder} has, or delete it to begin anew"
+    with hub_errors(f"cannot fetch the hub data set {name}", f"datasets/{name}", advice):
         if not Path(name).is_dir():  # one short request first: the data library would retry for half a minute
-            revision = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha
+            revision = ask_hub(lambda: HfApi().dataset_info(name, revision=known, timeout=HUB_TIMEOUT_S)).sha
         splits = datasets.load_dataset(name, streaming=True, revision=revision)
-    except Exception as error:  # both libraries pass on what their HTTP client, file systems and formats raise
-        advice = "give a folder or demo, or request no more images than the cache has"
-        raise InputError(f"cannot fetch the hub data set {name}: {advice} ({to_one_line(error, 200)})") from error
     split = find_split(request.split, splits, f"data {name}")
     features = splits[split].features or {}
     objects = getattr(features.get("objects"), "feature", features.get("objects"))  # a list's elements

@@ -97,6 +97,7 @@ class Run:
                 another value of a flag that is `fixed`, or not the stage that it is in.
         """
         self.description = {name: value for name, value in asdict(self.settings).items() if name not in UNRECORDED} | {
+            "train_source": train_data.source,  # of a hub's data set with the revision
             "train_fingerprint": train_data.fingerprint(),
             "val_fingerprint": val_data.fingerprint(),
             "train_images_used": len(train_data),

@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
     def route(self, parts, body):
         is_api, hub = parts[0] == "api", self.server
         if parts[0] == "cdn":
-            return self.send_file(next(f for f in hub.root.rglob("*") if f.is_file() and _etag(f) == parts[1]), {})
+            return self.send_file(next(f for f in hub.root.rglob("*") if f.is_file() and etag(f) == parts[1]), {})
         if is_api or parts[0] == "datasets":
             kind, *rest = parts[is_api:]
         else:
@@ -114,13 +114,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         if file.suffix not in LARGE or self.kind == "foreign":
             return self.send_file(file, headers)
-        headers |= {"X-Linked-ETag": f'"{_etag(file)}"', "X-Linked-Size": str(file.stat().st_size)}
+        headers |= {"X-Linked-ETag": f'"{etag(file)}"', "X-Linked-Size": str(file.stat().st_size)}
         address = self.server.address.replace("127.0.0.1", "localhost")
-        self.answer(302, b"", headers | {"Location": f"{address}/cdn/{_etag(file)}"})
+        self.answer(302, b"", headers | {"Location": f"{address}/cdn/{etag(file)}"})
 
     def send_file(self, file, headers):
         body, wanted = file.read_bytes(), self.headers.get("Range", "").removeprefix("bytes=")
-        headers |= {"ETag": f'"{_etag(file)}"', "Accept-Ranges": "bytes"}
+        headers |= {"ETag": f'"{etag(file)}"', "Accept-Ranges": "bytes"}
         if not wanted:
             return self.answer(200, body, headers)
         low, _, high = wanted.partition("-")
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection |= self.kind == "break"
 
 
-def _etag(file):
+def etag(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -147,7 +147,7 @@ def _entry(file, folder):
     entry = {"path": file.relative_to(folder).as_posix(), "oid": "0" * 40, "size": 0, "type": "directory"}
     if file.is_file():
         size = file.stat().st_size
-        lfs = {"lfs": {"oid": _etag(file), "size": size, "pointerSize": 134}} if file.suffix in LARGE else {}
+        lfs = {"lfs": {"oid": etag(file), "size": size, "pointerSize": 134}} if file.suffix in LARGE else {}
         entry |= {"type": "file", "size": size, **lfs}
     return entry
 
