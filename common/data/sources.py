@@ -174,10 +174,10 @@ def _take(data: DetectionData, order: np.ndarray, count: int, in_order: bool = T
         part = order[tried : tried + count - len(good)]
         tried += len(part)
         good += usable_images(data, part, faults)
+    notes = (*data.notes, *faults.notes())
     if not good:
-        faults.refuse(data.source)
-    taken = data.select(np.array(good if in_order else sorted(good)))
-    return replace(taken, notes=(*data.notes, *faults.notes()))
+        raise InputError(f"{data.source}: no image can be used: {'; '.join(notes)}")
+    return replace(data.select(np.array(good if in_order else sorted(good))), notes=notes)
 
 
 def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:

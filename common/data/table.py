@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -49,10 +48,6 @@ class Faults(dict[str, list[str]]):
             some = f" ({first_few(named, NAME_LENGTH)})" if named else ""
             lines.append(sentence.replace("{}", str(len(places)), 1) + some)
         return tuple(lines)
-
-    def refuse(self, source: str) -> NoReturn:
-        """Raise InputError where these faults have left no image."""
-        raise InputError(f"{source}: no image can be used: {'; '.join(self.notes()) or 'none is listed'}")
 
 
 @dataclass
@@ -110,7 +105,8 @@ class Table:
         if not classes:
             raise InputError(f"{self.source}: it lists no classes")
         if not self.images:
-            self.faults.refuse(self.source)
+            reasons = "; ".join(self.faults.notes()) or "none is listed"
+            raise InputError(f"{self.source}: no image can be used: {reasons}")
         images = tuple(ImageFile(i, self.folder / name, w, h, self.upright) for i, name, w, h in self.images)
         rows, ids = np.array(self.objects).reshape(-1, COLUMNS), np.array(list(classes))
         image, label = rows[:, 0].astype(np.int64), np.searchsorted(ids, rows[:, 1]).clip(max=len(ids) - 1)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import data_flags, load_coco, target_of
+from helpers import annotation, data_flags, load_coco, target_of
 
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
@@ -12,8 +12,6 @@ from common.data.sources import load_split
 from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform, letterbox_target
 from common.model.postprocess import detections_of
 from common.types import ImageMeta, Targets, letterbox
-
-ANNOTATION = {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0}
 
 
 @pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
@@ -127,7 +125,7 @@ def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
 
 
 def test_collate_keeps_bytes_and_pads_targets(coco_file):
-    data = load_coco(*coco_file([ANNOTATION]))
+    data = load_coco(*coco_file([annotation()]))
     batch = collate([DetectionDataset(data, LetterboxTransform(28))[i] for i in range(2)])
     assert batch.inputs.shape == (2, 3, 28, 28) and batch.inputs.dtype == torch.uint8
     assert batch.targets.objects.tolist() == [[True], [False]] and batch.targets.crowds.shape == (2, 0, 4)
