@@ -127,7 +127,7 @@ def test_images_are_chosen_by_id_or_name_each_once(demo, demo_val, tmp_path):
     with pytest.raises(InputError, match=r"lacks 1 of the 2 requested images \(5\): they have no ids, give names"):
         load_split(data_flags(root, image_ids=str(listed)), "val")  # ids of YOLO are positions
     for content, message in {
-        "val 1\nval 2\nval 1": "the line 'val 1' is no train or val",
+        "val 1\nval 2\nval  1": "names an image twice: list each once",
         "9": "the line '9' is no train or val",
         "test 9": "the line 'test 9' is no train or val",
         "train 9": "names no val images",
