@@ -60,24 +60,20 @@ def fetch(cache, data, limit, moment=""):
     """What another process does; at a `moment` of the fourth row it dies of SIGKILL."""
     os.environ["DETECTION_CACHE"] = str(cache)
     datasets.disable_progress_bars()
-    write, write_row = hub.atomic_write, hub.write_row
+    write_row = hub.write_row
 
-    def write_until(path, *rest):
-        if path.name == "000000000004.jpg" and moment == "in an image":
-            path.write_bytes(b"half an ima")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(path, *rest)
-
-    def write_row_until(row, content, folder, number, *rest):
-        entry = write_row(row, content, folder, number, *rest)
-        if number == 4 and moment == "in the line":
-            with (folder.parent / "journal.jsonl").open("ab") as file:
-                file.write(b'\n{"image": {"id": 4, "file_name": "0000')
-        if number == 4 and moment in ("before the line", "in the line"):
+    def write_row_until(row, content, folder, number, header):
+        entry = write_row(row, content, folder, number, header)
+        if number == 4 and moment:
+            if moment == "in an image":
+                (folder / "000000000004.jpg").write_bytes(b"half an ima")
+            if moment == "in the line":
+                with (folder.parent / "journal.jsonl").open("ab") as file:
+                    file.write(b'\n{"image": {"id": 4, "file_name": "0000')
             os.kill(os.getpid(), signal.SIGKILL)
         return entry
 
-    hub.atomic_write, hub.write_row = write_until, write_row_until
+    hub.write_row = write_row_until
     hub.read_hub(Request(data, "train", limit=limit))
 
 
@@ -87,8 +83,8 @@ def process():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common.data.hub", "pycocotools.cocoeval"])
 
-    def start(cache, data, *rest):
-        child = context.Process(target=fetch, args=(cache, str(data), *rest))
+    def start(*arguments):
+        child = context.Process(target=fetch, args=arguments)
         child.start()
         return child
 
@@ -152,7 +148,7 @@ def test_going_on_opens_no_earlier_file_and_changed_files_are_read_anew(twelve):
 def test_a_killed_run_goes_on_as_if_never_interrupted(process, twelve, hub_cache, monkeypatch, moment):
     whole = contents(read(twelve, 6))
     shutil.rmtree(hub_cache)
-    child = process(hub_cache.parent, twelve, 6, moment)
+    child = process(hub_cache.parent, str(twelve), 6, moment)
     child.join()
     assert child.exitcode == -signal.SIGKILL
     existing = {path.name: path.stat().st_mtime_ns for path in hub_cache.rglob("*.jpg")}
@@ -166,7 +162,7 @@ def test_a_killed_run_goes_on_as_if_never_interrupted(process, twelve, hub_cache
 
 @pytest.mark.slow
 def test_of_processes_at_the_same_time_one_fetches_and_the_others_wait(process, twelve, hub_cache):
-    children = [process(hub_cache.parent, twelve, limit) for limit in (7, 11, 11)]
+    children = [process(hub_cache.parent, str(twelve), limit) for limit in (7, 11, 11)]
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]

@@ -14,21 +14,6 @@ from common.model.postprocess import detections_of
 from common.types import ImageMeta, Targets, letterbox
 
 
-@pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
-def test_letterbox_round_trip(size):
-    """A box is scaled with the pixels, and `postprocess` scales it back."""
-    height, width = size
-    (new_height, new_width), scale = letterbox(size, 224)
-    assert max(new_height, new_width) == 224
-    boxes = torch.tensor([[0.0, 0.0, width, height], [3.0, 5.0, 20.0, 29.0]])
-    target = target_of(boxes.tolist())
-    moved = letterbox_target(replace(target, meta=ImageMeta(1, None, size)), 224)
-    assert moved.boxes[0].tolist() == pytest.approx([0, 0, new_width, new_height], abs=1e-3)
-    assert moved.meta.scale == scale
-    (found,) = detections_of(moved.boxes[None], torch.ones(1, 2), torch.zeros(1, 2).long(), [moved.meta])
-    assert torch.allclose(found.boxes, boxes, atol=1e-3)
-
-
 def painted(width=300, height=200, box=(60, 40, 180, 120)):
     """A black image with a red rectangle, and its target."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
@@ -43,10 +28,19 @@ def red_box(image):
     return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
 
 
-def test_letterbox_transform_carries_the_box_along():
-    image, target = LetterboxTransform(140)(*painted())
-    assert image.shape == (3, 140, 140) and image.dtype == torch.uint8
-    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1)
+@pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
+def test_letterbox_carries_the_box_along_and_detections_are_scaled_back(size):
+    height, width = size
+    (new_height, new_width), scale = letterbox(size, 224)
+    box = (width // 5, height // 5, width // 2, height // 2)
+    image, target = LetterboxTransform(224)(*painted(width, height, box))
+    assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and max(new_height, new_width) == 224
+    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1) and target.meta.scale == scale
+    boxes = torch.tensor([[0.0, 0.0, width, height], box])
+    moved = letterbox_target(replace(target_of(boxes.tolist()), meta=ImageMeta(1, None, size)), 224)
+    assert moved.boxes[0].tolist() == pytest.approx([0, 0, new_width, new_height], abs=1e-3)
+    (found,) = detections_of(moved.boxes[None], torch.ones(1, 2), torch.zeros(1, 2).long(), [moved.meta])
+    assert torch.allclose(found.boxes, boxes, atol=1e-3)
 
 
 @pytest.mark.parametrize("crop_size", [140, 112])
