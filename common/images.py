@@ -91,9 +91,8 @@ def open_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, uprig
     Cameras store a rotation beside the pixels (EXIF), and annotation tools differ in whether they apply it. The
     annotated `size` (width, height) tells which; where it does not, `upright` does. None: the image is turned upright.
 
-    Raises:
-        ImageFault: no such file, not an image, damaged, too large to decode, of another size than `size`, or of more
-            than 8 bits a channel of which the upper half is not used.
+    Raises ImageFault: no such file, not an image, damaged, too large to decode, of another size than `size`, or of more
+    than 8 bits a channel of which the upper half is not used.
     """
     with _faults_of(path):
         image: Image.Image = Image.open(path)
@@ -165,9 +164,8 @@ def read_pixels(image: Path | str | bytes | BinaryIO | Image.Image | np.ndarray 
         image: a file, its content, an http(s) URL or a PIL image, which are turned upright by their EXIF orientation;
             an array (H, W, 3) uint8 RGB; a tensor (3, H, W) RGB, uint8 or floating-point in 0..1.
 
-    Raises:
-        InputError: a file or URL that cannot be read, an array or tensor of another shape or type, or an image without
-            pixels.
+    Raises InputError: a file or URL that cannot be read, an array or tensor of another shape or type, or an image
+    without pixels.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -4,17 +4,14 @@ import contextlib
 import io
 import itertools
 import json
-import shutil
 import signal
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -227,39 +224,37 @@ def random_targets(batch, seed, size):
     return Targets.pad(targets)
 
 
-def write_yolo(data, root, *, polygons=False, train="images/train"):
-    """The data set as both parts of a YOLO data set; returns its YAML file's path."""
-    for folder in ("images/train", "labels/train", "images/val", "labels/val"):
-        (root / folder).mkdir(parents=True)
-    for index, image in enumerate(data.images):
-        lines = []
-        for box, label in zip(data.target(index).boxes.tolist(), data.target(index).labels.tolist(), strict=True):
-            x1, y1, x2, y2 = np.array(box) / ([image.width, image.height] * 2)
-            numbers = [x1, y1, x2, y1, x2, y2, x1, y2] if polygons else [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
-            lines.append(" ".join(map(str, [label, *numbers])))
-        for part in ("train", "val"):
-            shutil.copy(image.path, root / "images" / part / image.path.name)
-            (root / "labels" / part / f"{image.path.stem}.txt").write_text("\n".join(lines) + "\n")
-    path = root / "data.yaml"
-    path.write_text(yaml.safe_dump({"train": train, "val": "images/val", "names": list(data.class_names)}))
-    return path
+def annotation(**parts):
+    """An annotation of the first image of the fixture `coco_file`."""
+    return {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0} | parts
 
 
-def write_voc(data, annotations, images):
-    for folder in (annotations, images):
-        folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(data.images):
-        shutil.copy(image.path, images / image.path.name)
-        tree = ElementTree.Element("annotation")
-        ElementTree.SubElement(tree, "filename").text = image.path.name
-        for box, label in zip(data.target(index).boxes.tolist(), data.target(index).labels.tolist(), strict=True):
-            thing = ElementTree.SubElement(tree, "object")
-            ElementTree.SubElement(thing, "name").text = data.class_names[label]
-            corners = ElementTree.SubElement(thing, "bndbox")
-            sides = {"xmin": box[0] + 1, "ymin": box[1] + 1, "xmax": box[2], "ymax": box[3]}
-            for side, value in sides.items():
-                ElementTree.SubElement(corners, side).text = str(round(value))
-        ElementTree.ElementTree(tree).write(annotations / f"{image.path.stem}.xml")
+STORED = {  # how the pixels of an upright image are stored, by the EXIF standard
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def turned_back(image, orientation):
+    """An upright image as a camera stores it that notes this EXIF orientation; Pillow turns it upright again."""
+    return image.transpose(STORED[orientation]) if orientation in STORED else image
+
+
+def encoded(image, orientation, suffix):
+    """A file of the image as `turned_back`."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    turned_back(image, orientation).save(file, Image.registered_extensions()[suffix], exif=exif)
+    return file.getvalue()
+
+
+def random_image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 class Hostile:
@@ -273,10 +268,7 @@ OFFICIAL_IDS = {"train": (9, 25, 30, 34, 36, 42), "val": (139, 285, 632)}
 
 
 def jpeg(number):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 255, (30, 40, 3), np.uint8)
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(random_image(40, 30, number), 1, ".jpg")
 
 
 def official_instances(part):

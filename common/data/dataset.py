@@ -15,6 +15,8 @@ from common.data.transforms import LetterboxTransform
 from common.runtime import Purpose, seed_of
 from common.types import Batch, Target, Targets
 
+Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+
 
 class SampleDataset(Dataset):
     """A sample for each image of a `DetectionData`.
@@ -43,9 +45,7 @@ class SampleDataset(Dataset):
 class DetectionDataset(SampleDataset):
     """Images (3, S, S) uint8 and targets, decoded and transformed item by item."""
 
-    def __init__(
-        self, data: DetectionData, transform: Callable[[Tensor, Target], tuple[Tensor, Target]], seed: int = 0
-    ):
+    def __init__(self, data: DetectionData, transform: Transform, seed: int = 0):
         super().__init__(data, seed)
         self.transform = transform
 
@@ -90,13 +90,6 @@ def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int, pro
 
 
 def make_loader(dataset: SampleDataset, batch_size: int, workers: int, **order: Any) -> DataLoader:
-    """Batches of samples, in the order of the data set by default."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=ignore_interrupts,
-        pin_memory=torch.cuda.is_available(),  # batches are then copied to the GPU while it computes
-        **order,
-    )
+    """Batches of samples, by default in the order of the data set, pinned, so that a GPU computes while it copies."""
+    order |= {"worker_init_fn": ignore_interrupts, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, **order)

@@ -24,7 +24,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from common.console import InputError, progress_bar
-from common.data.readers import Request, find_split, read_json_lines
+from common.data.readers import Request, find_split, read_json_lines, reading
 from common.data.table import Table
 from common.files import atomic_write, cache_folder
 from common.hub import HUB_ID, ask_hub, hub_errors
@@ -52,9 +52,8 @@ def read_hub(request: Request) -> Table:
     COCO's classes get COCO's category ids. A run that was interrupted, or wants more images, goes on behind the last
     row.
 
-    Raises:
-        InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, or a
-            stream that breaks off.
+    Raises InputError: the hub can't be reached, no such data set or split, columns that are not a detection set's, or a
+    stream that breaks off.
     """
     data, limit = request.data, 0 if request.chosen else request.limit
     folder = _cache_of(data) / request.split
@@ -65,22 +64,22 @@ def read_hub(request: Request) -> Table:
     header, *rows = lines
     usable = list(accumulate("image" in row for row in rows))
     rows = rows[: bisect_left(usable, limit) + 1] if limit else rows
-    categories = {thing["category"] for row in rows for thing in row.get("objects", ())} - {None}
-    names = header["names"] or [str(value) for value in sorted(categories)]
-    numbers = COCO_IDS if (len(names), names[:2], names[-2:]) == COCO else range(1, len(names) + 1)
-    ids = dict(zip(range(len(names)) if header["names"] else sorted(categories), numbers, strict=True))
-    classes, layout = dict(zip(numbers, names, strict=True)), "xyxy" * data.startswith(XYXY)
-    revision = f"@{header['revision'][:7]}" if header["revision"] else ""
-    source, own_ids = f"{data}{revision}, {request.split}", header["has_ids"]
-    table = Table(source, folder / "images", classes, layout, header["split"], own_ids=own_ids)
-    for number, row in enumerate(rows, 1):
-        if "fault" in row:
-            table.faults.add(row["fault"], f"row {number}")
-        elif image := row.get("image"):
-            table.add_image(image["id"], image["file_name"], (image["width"] or 0, image["height"] or 0))
-            for thing in row["objects"]:
-                category, crowd = ids.get(thing["category"], 0), bool(thing["iscrowd"])
-                table.add(image["id"], category, thing["bbox"], crowd, thing["area"] or 0)
+    with reading(folder / JOURNAL, "the rows of a detection set"):
+        categories = sorted({thing["category"] for row in rows for thing in row.get("objects", ())} - {None})
+        names, values = header["names"] or list(map(str, categories)), range(len(header["names"] or ())) or categories
+        numbers = COCO_IDS if (len(names), names[:2], names[-2:]) == COCO else range(1, len(names) + 1)
+        ids, classes = dict(zip(values, numbers, strict=True)), dict(zip(numbers, names, strict=True))
+        layout, split, own_ids = "xyxy" * data.startswith(XYXY), header["split"], header["has_ids"]
+        source = f"{data}@{header['revision'][:7]}" if header["revision"] else data
+        table = Table(f"{source}, {request.split}", folder / "images", classes, layout, split, own_ids=own_ids)
+        for number, row in enumerate(rows, 1):
+            if "fault" in row:
+                table.faults.add(row["fault"], f"row {number}")
+            elif image := row.get("image"):
+                table.add_image(image["id"], image["file_name"], (image["width"] or 0, image["height"] or 0))
+                for thing in row["objects"]:
+                    category, crowd = ids.get(thing["category"], 0), int(thing["iscrowd"] or 0) != 0
+                    table.add(image["id"], category, thing["bbox"], crowd, thing["area"] or 0)
     return table
 
 
@@ -205,12 +204,9 @@ def write_row(row: dict, content: bytes, folder: Path, number: int, header: dict
             file.write(content)
         width, height = row.get("width"), row.get("height")
         open_image(path, (width, height) if width and height else None)
-        columns = {"bbox": "bbox", "category": header["category"], "area": "area"}
-        objects = [
-            {key: thing.get(column) for key, column in columns.items()} | {"iscrowd": int(thing.get("iscrowd") or 0)}
-            for thing in things
-        ]
-        return {"image": {"id": number, "file_name": path.name, "width": width, "height": height}, "objects": objects}
+        image = {"id": number, "file_name": path.name, "width": width, "height": height}
+        columns = {"bbox": "bbox", "category": header["category"], "area": "area", "iscrowd": "iscrowd"}
+        return {"image": image, "objects": [{key: thing.get(columns[key]) for key in columns} for thing in things]}
     except ImageFault as fault:
         return {"fault": fault.sentence}
     except (TypeError, ValueError):

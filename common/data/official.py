@@ -20,7 +20,7 @@ from common.console import InputError, last_line, progress_bar, to_one_line
 from common.data.checks import check_images
 from common.data.hub import locked
 from common.data.memory import ImageFile
-from common.data.readers import Request, add_coco, read_json
+from common.data.readers import Request, add_coco
 from common.data.table import Table
 from common.files import atomic_folder, atomic_write, cache_folder
 from common.images import ImageFault, open_image
@@ -39,8 +39,7 @@ TIMEOUT_S = 20  # without a byte
 def read_official(request: Request) -> Table:
     """A split of official COCO, and the other where it lacks an image of --image-ids. The wanted images are fetched.
 
-    Raises:
-        InputError: COCO can't be reached, or a file is damaged ATTEMPTS times.
+    Raises InputError: COCO can't be reached, or a file is damaged ATTEMPTS times.
     """
     folder, chosen = cache_folder("coco-official"), set(request.chosen)
     if not (folder / "annotations").is_dir():
@@ -49,8 +48,7 @@ def read_official(request: Request) -> Table:
     table = Table("coco-official", folder, {}, "xywh")
     for part in sorted(PARTS, key=lambda part: not part.startswith(request.split)):  # its own first
         if not table.images or not {int(key) for key in chosen if key.isdecimal()} <= table.places.keys():
-            path = folder / "annotations" / f"instances_{part}.json"
-            add_coco(table, read_json(path), path, prefix=part)
+            add_coco(table, folder / "annotations" / f"instances_{part}.json", prefix=part)
     images = [ImageFile(number, folder / name, w, h) for number, name, w, h in table.images]
     wanted = [image for image in images if not chosen or chosen & {str(image.id), image.path.name}]
     fetch_images(wanted[: request.limit or None])

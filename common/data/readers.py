@@ -80,8 +80,7 @@ def read_json_lines(path: Path) -> list:
 def read_coco_folder(request: Request) -> Table:
     """annotations/instances_train2017.json with train2017/ or images/train2017/; also 2014, or without a year.
 
-    Raises:
-        InputError: no such split, or parts of several years, which share images.
+    Raises InputError: no such split, or parts of several years, which share images.
     """
     if request.files[0]:
         return read_coco(Path(request.files[0]), Path(request.files[1]))
@@ -104,31 +103,25 @@ def read_roboflow(request: Request) -> Table:
     return read_coco(files[split], files[split].parent, split)
 
 
-def read_json(path: Path) -> dict:
-    """The content of an annotation file, without polygons. Raises InputError: no such file, or not JSON."""
-    with reading(path, "JSON"):
-        return json.loads(POLYGONS.sub(b'"segmentation":0', path.read_bytes()))
-
-
 def read_coco(path: Path, folder: Path, split: str = "") -> Table:
     """An annotation file, of the images that are in the folder. Raises InputError as `add_coco` does."""
     if not folder.is_dir():
         raise InputError(f"{path} needs the images' folder {folder}, which does not exist")
     table = Table(str(path), folder, {}, "xywh", split)
-    add_coco(table, read_json(path), path)
+    add_coco(table, path)
     return table
 
 
-def add_coco(table: Table, content: dict, source: object, prefix: str | None = None) -> None:
-    """Add the images and objects of a content of COCO's instances form, which errors call `source`.
+def add_coco(table: Table, path: Path, prefix: str = "") -> None:
+    """Add the images and objects of an annotation file in COCO's instances form.
 
     Images that do not exist are left out, unless `prefix` names the folder to which they may be fetched later.
     Roboflow's first category groups all others, of supercategory "none" and without boxes: it is no class.
 
-    Raises:
-        InputError: the content has another form.
+    Raises InputError: no such file, or one of another form.
     """
-    with reading(source, "COCO's instances form"):
+    with reading(path, "JSON in COCO's instances form"):
+        content = json.loads(POLYGONS.sub(b'"segmentation":0', path.read_bytes()))
         categories = {as_int(c["id"]): c for c in content["categories"]}
         if len(categories) < len(content["categories"]):
             raise ValueError("two categories share an id")
@@ -138,7 +131,7 @@ def add_coco(table: Table, content: dict, source: object, prefix: str | None = N
         table.classes |= {key: str(c["name"]) for key, c in categories.items() if key not in groups}
         for image in content["images"]:
             name, width, height = str(image["file_name"]), image.get("width") or 0, image.get("height") or 0
-            found = _find_file(table.folder, name) if prefix is None else f"{prefix}/{name}"
+            found = f"{prefix}/{name}" if prefix else _find_file(table.folder, name)
             if LEADS_OUT.search(name):
                 table.faults.add("left out {} images whose file names lead out of their folder", name)
             elif found is None:
@@ -217,8 +210,7 @@ def read_yolo(request: Request) -> Table:
     A line holds a class number and then, as fractions of the image's sides, centre, width and height of a box, or the
     corners of a polygon, whose bounding box is taken. With `kpt_shape` in the YAML file, keypoints follow the box.
 
-    Raises:
-        InputError: not such a file, no images where it points, or a line of another form.
+    Raises InputError: not such a file, no images where it points, or a line of another form.
     """
     path, counts = yaml_of(request.data) or Path(request.data), dict[int, Path]()
     with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
@@ -318,8 +310,7 @@ def read_voc(request: Request) -> Table:
     al., IJCV 2010). Objects marked difficult become crowds, which training and evaluation ignore. Classes are those of
     all splits, in alphabetical order, numbered from 1.
 
-    Raises:
-        InputError: no such split, or an XML file of another form.
+    Raises InputError: no such split, or an XML file of another form.
     """
     folder, read_xml = Path(request.data), cache(_read_xml)
     parts, lists = _voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/*.txt")}

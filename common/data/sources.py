@@ -86,8 +86,7 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     They are the first usable ones of a `ranking`, so that more images contain fewer, and added ones move none; or those
     of `--image-ids`. What was left out or is doubtful is logged.
 
-    Raises:
-        InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
+    Raises InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
     """
     reader, request = _reader(flags, split)
     table = reader.read(request)
@@ -131,18 +130,16 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
 def read_chosen(path: Path, split: str) -> tuple[str, ...]:
     """The ids or names of a split's images in a file with lines such as "train 9" and "val b.jpg"; # begins a comment.
 
-    Raises:
-        InputError: no such file, a line of another form, an image named twice, or no image of that split.
+    Raises InputError: no such file, a line of another form, an image named twice, or no image of that split.
     """
-    chosen = list[str]()
-    with readers.reading(path, "a list of images"):
-        for line in path.read_text("utf-8-sig").splitlines():
-            part, _, name = line.partition("#")[0].strip().partition(" ")
-            if part and (part not in readers.SPLITS or not name or (part == split and name.strip() in chosen)):
-                raise ValueError(f"the line {line!r} is no train or val with an image's id or name, each once")
-            chosen += [name.strip()] * (part == split)
-        if not chosen:
-            raise ValueError(f"it names no {split} images")
+    lines = [line.partition("#")[0].split(maxsplit=1) for line in readers.read_lines(path)]
+    for words in filter(None, lines):
+        if len(words) < 2 or words[0] not in readers.SPLITS:
+            raise InputError(f"{path}: the line {' '.join(words)!r} is no train or val with an image's id or name")
+    chosen = [words[1].strip() for words in lines if words and words[0] == split]
+    if len(set(chosen)) < max(1, len(chosen)):
+        what = "names an image twice" if chosen else f"names no {split} images"
+        raise InputError(f"{path} {what}: list each once")
     return tuple(chosen)
 
 
@@ -174,18 +171,17 @@ def _take(data: DetectionData, order: np.ndarray, count: int, in_order: bool = T
         part = order[tried : tried + count - len(good)]
         tried += len(part)
         good += usable_images(data, part, faults)
+    notes = (*data.notes, *faults.notes())
     if not good:
-        faults.refuse(data.source)
-    taken = data.select(np.array(good if in_order else sorted(good)))
-    return replace(taken, notes=(*data.notes, *faults.notes()))
+        raise InputError(f"{data.source}: no image can be used: {'; '.join(notes)}")
+    return replace(data.select(np.array(good if in_order else sorted(good))), notes=notes)
 
 
 def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
     """Log the classes without an object to learn from, and a warning where there is none to validate on.
 
-    Raises:
-        InputError: no object to train on, images in both parts, or no class in common; with `strict`, no object to
-            validate on.
+    Raises InputError: no object to train on, images in both parts, or no class in common; with `strict`, no object to
+    validate on.
     """
     lacks = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
     if train.crowd.all():

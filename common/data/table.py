@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -49,10 +48,6 @@ class Faults(dict[str, list[str]]):
             some = f" ({first_few(named, NAME_LENGTH)})" if named else ""
             lines.append(sentence.replace("{}", str(len(places)), 1) + some)
         return tuple(lines)
-
-    def refuse(self, source: str) -> NoReturn:
-        """Raise InputError where these faults have left no image."""
-        raise InputError(f"{source}: no image can be used: {'; '.join(self.notes()) or 'none is listed'}")
 
 
 @dataclass
@@ -98,8 +93,7 @@ class Table:
     def check(self) -> DetectionData:
         """The data set without what cannot be used.
 
-        Raises:
-            InputError: no image or class, ids or names that are not unique, or boxes in another form.
+        Raises InputError: no image or class, ids or names that are not unique, or boxes in another form.
         """
         if self.split.casefold() == "test":
             self.faults.add(TEST_NOTE)
@@ -110,11 +104,12 @@ class Table:
         if not classes:
             raise InputError(f"{self.source}: it lists no classes")
         if not self.images:
-            self.faults.refuse(self.source)
+            reasons = "; ".join(self.faults.notes()) or "none is listed"
+            raise InputError(f"{self.source}: no image can be used: {reasons}")
         images = tuple(ImageFile(i, self.folder / name, w, h, self.upright) for i, name, w, h in self.images)
-        rows, ids = np.array(self.objects).reshape(-1, COLUMNS), np.array(list(classes))
-        image, label = rows[:, 0].astype(np.int64), np.searchsorted(ids, rows[:, 1]).clip(max=len(ids) - 1)
-        label[ids[label] != rows[:, 1]] = -1
+        rows, keys = np.array(self.objects).reshape(-1, COLUMNS), np.array(list(classes))
+        image, label = rows[:, 0].astype(np.int64), np.searchsorted(keys, rows[:, 1]).clip(max=len(keys) - 1)
+        label[keys[label] != rows[:, 1]] = -1
         sizes = np.array([(file.width, file.height) for file in images], np.float64)[image]
         with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are inf or NaN, which are left out
             boxes = rows[:, 2:6] * np.tile(sizes, 2) if self.normalised else rows[:, 2:6]
@@ -123,20 +118,11 @@ class Table:
         order = np.nonzero(used)[0][np.argsort(image[used], kind="stable")]
         image, label, boxes = image[order], label[order], boxes[order]
         crowd, areas = rows[order, 6] != 0, rows[order, 7]
+        areas = np.where(areas > 0, areas, boxes[:, 2:].prod(1))
+        starts = np.searchsorted(image, np.arange(len(images) + 1))
         self._count_repeated(image[~crowd], label[~crowd], boxes[~crowd], sizes[order][~crowd])
-        return DetectionData(
-            images,
-            tuple(classes),
-            tuple(classes.values()),
-            boxes,
-            label,
-            crowd,
-            np.where(areas > 0, areas, boxes[:, 2:].prod(1)),
-            np.searchsorted(image, np.arange(len(images) + 1)),
-            self.source,
-            self.faults.notes(),
-            self.own_ids,
-        )
+        ids, names, notes = tuple(classes), tuple(classes.values()), self.faults.notes()
+        return DetectionData(images, ids, names, boxes, label, crowd, areas, starts, self.source, notes, self.own_ids)
 
     def _checked_classes(self) -> dict[int, str]:
         classes = {key: unicodedata.normalize("NFC", name.strip()) for key, name in sorted(self.classes.items())}
@@ -152,11 +138,7 @@ class Table:
                 raise InputError(f"{self.source}: {what} {to_one_line(value, NAME_LENGTH)}: list each once")
 
     def _as_xywh(self, boxes: np.ndarray, sizes: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """(A, 4) boxes as xywh.
-
-        Raises:
-            InputError: too many lie outside their images, or all near a corner, and --box-format is not given.
-        """
+        """(A, 4) boxes as xywh. Raises InputError where they do not fit their images as documented or given."""
         layout, count = self.given or self.layout, int(known.sum())
         corners = {name: convert_boxes(boxes, name, "xyxy") for name in LAYOUTS}
         fit = {name: int((_inside(corners[name], sizes) & known).sum()) for name in LAYOUTS}

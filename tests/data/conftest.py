@@ -1,4 +1,4 @@
-"""A server of official COCO on this machine, for tests of what is fetched from there."""
+"""A cache for each test, and a server of official COCO on this machine."""
 
 import threading
 import time
@@ -10,8 +10,15 @@ from helpers import OFFICIAL_IDS, jpeg, official_archive
 from common.data import official
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DETECTION_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(monkeypatch):
     """A COCO server; `server.faults[path]` lists what happens at the next requests for a file, then all is well."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,7 +50,6 @@ def server(tmp_path, monkeypatch):
     own.files = {official.ARCHIVE: official_archive()}
     own.files |= {f"{part}2017/{i:012d}.jpg": jpeg(i) for part, ids in OFFICIAL_IDS.items() for i in ids}
     threading.Thread(target=own.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COCO_URL", f"http://127.0.0.1:{own.server_port}/")
     monkeypatch.setattr(official, "BACKOFF_S", 0.01)
     yield own

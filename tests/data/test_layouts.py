@@ -1,15 +1,13 @@
 """The same boxes, written in every layout, are read back as the same data set: sizes, frames, labels and splits."""
 
-import io
 import json
 from dataclasses import dataclass
-from xml.etree import ElementTree
 
 import datasets
 import numpy as np
 import pytest
 import yaml
-from helpers import data_flags
+from helpers import data_flags, encoded, random_image, turned_back
 from PIL import Image
 
 from common.console import InputError
@@ -18,15 +16,6 @@ from common.data.table import TEST_NOTE
 from common.types import convert_boxes
 
 NAMES = ["cat", "dog", "traffic light"]
-STORED = {  # how the pixels of an upright image are stored, by the EXIF standard
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 @dataclass
@@ -39,21 +28,6 @@ class Scene:
     boxes: list[tuple[int, ...]]
 
 
-def turned_back(image, orientation):
-    """An upright image as a camera stores it that notes this EXIF orientation; Pillow turns it upright again."""
-    return image.transpose(STORED[orientation]) if orientation in STORED else image
-
-
-def encoded(image, orientation, suffix):
-    """A file of the image as `turned_back`."""
-    exif, file = Image.Exif(), io.BytesIO()
-    exif[0x0112] = orientation
-    turned_back(image, orientation).save(
-        file, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper()), exif=exif
-    )
-    return file.getvalue()
-
-
 def size_tells(orientation, size):
     return orientation == 1 or (orientation >= 5 and size[0] != size[1])
 
@@ -64,8 +38,7 @@ def make_scenes(seed, count, orientation_of=lambda index, size: 1, suffixes=(".p
     scenes = []
     for index in range(count):
         width, height = rng.integers(8, 60, 2).tolist() if index % 3 else [int(rng.integers(8, 60))] * 2
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        boxes = []
+        image, boxes = random_image(width, height, 100 * seed + index), []
         for number in range(rng.integers(0, 4) if index else 3):
             x1, y1 = rng.integers(0, width - 1), rng.integers(0, height - 1)
             x2, y2 = rng.integers(x1 + 1, width + 1), rng.integers(y1 + 1, height + 1)
@@ -127,18 +100,13 @@ def write_yolo_polygons(root, split, scenes):
 
 
 def voc_xml(path, scene, size=None):
-    tree = ElementTree.Element("annotation")
-    ElementTree.SubElement(tree, "filename").text = scene.name
-    sides = ElementTree.SubElement(tree, "size")
-    for side, value in zip(("width", "height"), size or scene.image.size, strict=True):
-        ElementTree.SubElement(sides, side).text = str(value)
+    width, height = size or scene.image.size
+    things = ""
     for label, x1, y1, x2, y2 in scene.boxes:
-        thing = ElementTree.SubElement(tree, "object")
-        ElementTree.SubElement(thing, "name").text = NAMES[label]
-        corners = ElementTree.SubElement(thing, "bndbox")
-        for side, value in {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}.items():
-            ElementTree.SubElement(corners, side).text = str(value)
-    ElementTree.ElementTree(tree).write(path)
+        corners = f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
+        things += f"<object><name>{NAMES[label]}</name><bndbox>{corners}</bndbox></object>"
+    sides = f"<size><width>{width}</width><height>{height}</height></size>"
+    path.write_text(f"<annotation><filename>stale.jpg</filename>{sides}{things}</annotation>")
 
 
 def write_voc(root, split, scenes):
@@ -193,11 +161,6 @@ def flags_of(write, root, **flags):
     return data_flags(root, **flags, box_format="xyxy" if write is write_hub else "")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("write", WRITERS)
 def test_the_same_boxes_in_every_layout(tmp_path, write, seed):
@@ -208,6 +171,16 @@ def test_the_same_boxes_in_every_layout(tmp_path, write, seed):
     scenes = make_scenes(seed, 24, orientation_of)
     write(tmp_path, "val", scenes)
     check_same(load_split(flags_of(write, tmp_path, strict=True), "val"), scenes)
+
+
+def test_the_same_sample_is_taken_from_every_layout(tmp_path):
+    scenes, taken = make_scenes(0, 12), set()
+    for write in set(WRITERS) - {write_hub}:  # which keeps its own order
+        (tmp_path / write.__name__).mkdir()
+        write(tmp_path / write.__name__, "val", scenes)
+        data = load_split(data_flags(tmp_path / write.__name__, 4), "val")
+        taken.add(tuple(image.path.name for image in data.images))
+    assert len(taken) == 1 and len(taken.pop()) == 4
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -275,7 +248,7 @@ def test_size_in_voc_files_tells_the_frame_and_is_compared_with_the_image(tmp_pa
     scenes = {}
     (tmp_path / "val").mkdir()
     for seed, (name, size) in enumerate(sizes.items()):
-        image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 16, 3), np.uint8))
+        image = random_image(16, 24, seed)
         scenes[name] = Scene(f"{name}.png", image, encoded(image, 6, ".png"), [(0, 1, 2, 6, 8)])
         write_images(tmp_path / "val", [scenes[name]])
         voc_xml(tmp_path / "val" / f"{name}.xml", scenes[name], size)

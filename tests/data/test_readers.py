@@ -3,9 +3,6 @@
 That the same scenes are read from every layout is in test_layouts.py.
 """
 
-from pathlib import Path
-from xml.etree import ElementTree
-
 import pytest
 from helpers import data_flags
 from PIL import Image
@@ -14,11 +11,6 @@ from common.console import InputError
 from common.data.sources import load_split
 
 BOX, OTHER_BOX = "1 0.5 0.5 0.2 0.4", "0 0.25 0.25 0.5 0.5"  # 40, 15, 20, 20 and 0, 0, 50, 25 of 100 x 50 pixels
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
 
 
 def image(path):
@@ -108,17 +100,17 @@ def test_corners_in_labels_are_refused_and_read_with_the_flag(tmp_path):
     assert read(root, box_format="xyxy").boxes[0].round(6).tolist() == [10, 25, 80, 15]
 
 
-@pytest.mark.parametrize(
-    ("written", "names"),
-    [
-        ("[yes, no]", ("yes", "no")),
-        ("{0: on, 1: off}", ("on", "off")),
-        ("\n  1: True\n  0: ~", ("~", "True")),
-        ("[1.50, 2024-01-31]", ("1.50", "2024-01-31")),
-    ],
-)
-def test_class_names_are_as_written_in_yaml(tmp_path, written, names):
-    assert read(yolo(tmp_path, names=written)).class_names == names
+NAMES = {
+    "[yes, no]": ("yes", "no"),
+    "{0: on, 1: off}": ("on", "off"),
+    "\n  1: True\n  0: ~": ("~", "True"),
+    "[1.50, 2024-01-31]": ("1.50", "2024-01-31"),
+}
+
+
+@pytest.mark.parametrize("written", NAMES)
+def test_class_names_are_as_written_in_yaml(tmp_path, written):
+    assert read(yolo(tmp_path, names=written)).class_names == NAMES[written]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,7 @@ def test_class_names_are_as_written_in_yaml(tmp_path, written, names):
     [
         *("", "- a", "a: [", "names: [a]", "val: images/val", "val: nowhere\nnames: [a]", "val: labels\nnames: [a]"),
         *("names: 3\nval: x", "[" * 5000, "names: " + "9" * 5000, "val: images/val\nnames: [a]\npath: /nowhere"),
-        "names: [caf\xe9]\nval: images/val",
+        *("names: [caf\xe9]\nval: images/val", "val: images/val\nnames: [a]\npath: [b]"),
     ],
 )
 def test_other_yaml_files_are_refused_in_a_line(tmp_path, content):
@@ -151,8 +143,7 @@ def test_images_are_folders_lists_or_files_and_lists_repeat_none(tmp_path):
 
 def test_a_place_that_may_be_two_folders_is_refused(tmp_path):
     """Roboflow writes ../train/images; beside this data set lies another one."""
-    yolo(tmp_path / "mine")
-    (tmp_path / "mine" / "data.yaml").write_text("val: ../images/val\nnames: [red, blue]\n")
+    yolo(tmp_path / "mine", names="[red, blue]\nval: ../images/val")
     assert read(tmp_path / "mine").images[0].path.parent == tmp_path / "mine" / "images" / "val"
     yolo(tmp_path)
     with pytest.raises(InputError, match=r"which is .*mine/images/val or .*images/val: write that path in full"):
@@ -168,20 +159,21 @@ def test_the_home_folder_and_splits_in_other_letters(tmp_path, monkeypatch):
 
 
 def test_labels_beside_the_images_and_images_without_labels(tmp_path):
+    root = tmp_path / "images" / "set"
     for name in ("a.png", "b.png", "b.jpg"):
-        image(tmp_path / "images" / "set" / "val" / name)
-    (tmp_path / "images" / "set" / "val" / "b.txt").write_text(BOX)
-    (tmp_path / "images" / "set" / "val" / "c.HEIC").write_bytes(b"")
-    (tmp_path / "images" / "set" / "data.yaml").write_text("val: val\nnames: [red, blue]\n")
-    data = read(tmp_path / "images" / "set")
+        image(root / "val" / name)
+    (root / "val" / "b.txt").write_text(BOX)
+    (root / "val" / "c.HEIC").write_bytes(b"")
+    (root / "data.yaml").write_text("val: val\nnames: [red, blue]\n")
+    data = read(root)
     assert len(data.labels) == 2 and data.notes == (
         "left out 1 files of an image format that Pillow does not read (c.HEIC)",
         "took 1 images without a label file for images without objects (a.png)",
         "2 images share a label file with another of their name (b.jpg, b.png)",
     )
-    (tmp_path / "images" / "set" / "val" / "b.txt").unlink()
+    (root / "val" / "b.txt").unlink()
     with pytest.raises(InputError, match=r"no image of val has a label file, such as .*labels/set/val/a\.txt"):
-        read(tmp_path / "images" / "set")
+        read(root)
 
 
 def test_symbolic_links_are_followed_once(tmp_path):
@@ -193,76 +185,59 @@ def test_symbolic_links_are_followed_once(tmp_path):
     assert len(read(linked).boxes) == 2
 
 
-def voc(root, boxes=((11, 6, 30, 25),), split="val", stem="a", size=(100, 50), difficult="0"):
-    """An image of 100 x 50 pixels and its XML file in the folder of a split."""
-    image(root / split / f"{stem}.png")
-    tree = ElementTree.Element("annotation")
-    ElementTree.SubElement(tree, "filename").text = "another.jpg"
-    for side, value in zip(("width", "height"), size, strict=True):
-        ElementTree.SubElement(tree.find("size") or ElementTree.SubElement(tree, "size"), side).text = str(value)
-    thing = ElementTree.SubElement(tree, "object")
-    ElementTree.SubElement(thing, "name").text = "cat"
-    ElementTree.SubElement(thing, "difficult").text = difficult
-    for box in boxes:
-        corners = ElementTree.SubElement(thing, "bndbox")
-        for name, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            ElementTree.SubElement(corners, name).text = str(value)
-    ElementTree.ElementTree(tree).write(root / split / f"{stem}.xml")
-    return root
+def voc(folder, boxes=((11, 6, 30, 25),), stem="a", difficult="0"):
+    """An image of 100 x 50 pixels and its XML file in a folder."""
+    image(folder / f"{stem}.png")
+    sides = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    corners = "".join(sides.format(*box) for box in boxes)
+    thing = f"<object><name>cat</name><difficult>{difficult}</difficult>{corners}</object>"
+    (folder / f"{stem}.xml").write_text(f"<annotation><filename>another.jpg</filename>{thing}</annotation>")
+    return folder.parent
 
 
-def test_voc_corners_count_from_one_and_the_stem_finds_the_image(tmp_path):
-    voc(tmp_path, stem="b c", difficult="1")
-    data = read(voc(tmp_path, [(11, 6, 30, 25), (1, 1, 100, 50)], difficult="False"), strict=True)
+@pytest.mark.parametrize("difficult", ["1", "true", " True\n"])
+def test_voc_corners_count_from_one_the_stem_finds_the_image_and_difficult_objects_are_crowds(tmp_path, difficult):
+    voc(tmp_path / "val", stem="b c", difficult=difficult)
+    data = read(voc(tmp_path / "val", [(11, 6, 30, 25), (1, 1, 100, 50)], difficult="False"), strict=True)
     assert data.boxes.tolist() == [[10, 5, 20, 20], [0, 0, 100, 50], [10, 5, 20, 20]]
     assert names_of(data) == ["a.png", "b c.png"] and data.crowd.tolist() == [False, False, True]
     assert data.category_ids == (1,) and data.class_names == ("cat",)
 
 
-@pytest.mark.parametrize("difficult", ["1", "true", " True\n"])
-def test_difficult_objects_are_crowds(tmp_path, difficult):
-    assert read(voc(tmp_path, difficult=difficult)).crowd.tolist() == [True]
-
-
 def test_what_is_wrong_with_voc_is_counted_or_refused(tmp_path):
-    image(tmp_path / "val" / "without.png")
-    voc(tmp_path, [("nan", 6, 30, 25)], stem="broken")
-    (voc(tmp_path, stem="gone") / "val" / "gone.png").unlink()
-    data = read(voc(tmp_path))
+    folder = tmp_path / "val"
+    image(folder / "without.png")
+    voc(folder, [("nan", 6, 30, 25)], stem="broken")
+    voc(folder, stem="gone")
+    (folder / "gone.png").unlink()
+    data = read(voc(folder))
     assert names_of(data) == ["a.png", "broken.png", "without.png"] and data.boxes.tolist() == [[10, 5, 20, 20]]
     assert data.notes == (
         "left out 1 entries without an image (gone)",
         "took 1 images without a label file for images without objects (without.png)",
         "left out 1 boxes that are not four finite numbers (broken.png)",
     )
-    for content in (
-        b"<annotation>",
-        "<annotation>caf\xe9</annotation>".encode("latin-1"),
-        b"<a><object><xmin>wide</xmin></object></a>",
-    ):
-        (tmp_path / "val" / "a.xml").write_bytes(content)
+    latin = "<annotation>caf\xe9</annotation>".encode("latin-1")
+    for content in (b"<annotation>", latin, b"<a><object><xmin>wide</xmin></object></a>"):
+        (folder / "a.xml").write_bytes(content)
         with pytest.raises(InputError, match=r"cannot read .*a\.xml as XML in UTF-8"):
             read(tmp_path)
     with pytest.raises(InputError, match="has no train split: it has val"):
         read(tmp_path, "train")
-
-
-def test_corners_as_fractions_are_refused(tmp_path):
+    voc(folder, [(0.4, 0.4, 0.6, 0.6), (0.1, 0.1, 0.5, 0.9)])
+    (folder / "broken.xml").unlink()
     with pytest.raises(InputError, match="write them in pixels"):
-        read(voc(tmp_path, [(0.4, 0.4, 0.6, 0.6), (0.1, 0.1, 0.5, 0.9)]))
+        read(tmp_path)
 
 
 def test_vocs_own_layout_with_lists_and_subfolders(tmp_path):
-    voc(tmp_path / "made", stem="sub/a b")
-    voc(tmp_path / "made", stem="c")
-    for name, suffix in (("Annotations", ".xml"), ("JPEGImages", ".png")):
-        for file in list((tmp_path / "made" / "val").rglob(f"*{suffix}")):
-            place = tmp_path / name / file.relative_to(tmp_path / "made" / "val")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.rename(place)
-    (tmp_path / "made" / "val" / "sub").rmdir()
-    sets = Path(tmp_path, "ImageSets", "Main")
+    sets = tmp_path / "ImageSets" / "Main"
     sets.mkdir(parents=True)
+    for stem in ("sub/a b", "c"):
+        image(tmp_path / "JPEGImages" / f"{stem}.png")
+        (tmp_path / "Annotations" / stem).parent.mkdir(parents=True, exist_ok=True)
+        voc(tmp_path / "other", stem="x")
+        (tmp_path / "other" / "x.xml").rename(tmp_path / "Annotations" / f"{stem}.xml")
     (sets / "val.txt").write_bytes(b"\xef\xbb\xbfsub\\a b\r\nc  \r\ngone\r\n")
     data = read(tmp_path)
     assert names_of(data) == ["a b.png", "c.png"] and len(data.boxes) == 2

@@ -3,29 +3,30 @@
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from helpers import ROOT, data_flags, write_voc, write_yolo
-from PIL import Image
+from helpers import ROOT, annotation, data_flags, random_image
 
 from common.console import InputError
 from common.data.sources import READERS, load_split, load_train_and_val, read_chosen
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def yolo(demo_val, tmp_path):
-    """The scenes of the demo as a YOLO data set."""
-    write_yolo(demo_val, tmp_path / "yolo")
-    return tmp_path / "yolo"
-
-
 def names(data):
     return [image.path.name for image in data.images]
+
+
+def yolo(root, count=8, broken=()):
+    """A YOLO set of `count` images in each part, half of class a and half of b; some are no images."""
+    for part in ("train", "val"):
+        for name in ("images", "labels"):
+            (root / name / part).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            random_image(20, 20, number).save(root / "images" / part / f"{number:03d}.png")
+            label = root / "labels" / part / f"{number:03d}.txt"
+            label.write_text(f"{int(number >= count / 2)} .5 .5 .{number % 7 + 3} .9")
+        for number in broken:
+            (root / "images" / part / f"{number:03d}.png").write_bytes(b"no image")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a, b]\n")
+    return root
 
 
 def test_layouts_of_coco_and_roboflow_and_explicit_files(demo, tmp_path):
@@ -50,19 +51,20 @@ def test_the_docs_name_every_reader():
     assert [row[2:] for row in rows if row[2:] in {reader.form for reader in READERS}] == [r.form for r in READERS]
 
 
-def test_what_no_reader_or_two_recognise_is_refused(demo, yolo, tmp_path):
+def test_what_no_reader_or_two_recognise_is_refused(demo, tmp_path):
+    root = yolo(tmp_path / "set")
     (tmp_path / "obj.names").write_text("cat")
-    with pytest.raises(InputError, match=r"\(obj\.names, yolo\) is in none of the forms demo, coco-official, COCO"):
+    with pytest.raises(InputError, match=r"\(obj\.names, set\) is in none of the forms demo, coco-official, COCO"):
         load_split(data_flags(tmp_path), "val")
     with pytest.raises(InputError, match="no such folder"):
         load_split(data_flags(tmp_path / "gone"), "val")
-    shutil.copytree(demo / "annotations", yolo / "annotations")
+    shutil.copytree(demo / "annotations", root / "annotations")
     with pytest.raises(InputError, match=r"is COCO and YOLO: name a data\.yaml there"):
-        load_split(data_flags(yolo), "val")
-    assert load_split(data_flags(yolo / "data.yaml"), "val").class_names[0] == "disc"
+        load_split(data_flags(root), "val")
+    assert load_split(data_flags(root / "data.yaml"), "val").class_names == ("a", "b")
 
 
-def test_files_of_an_editor_and_other_systems_do_not_hide_coco(demo, tmp_path):
+def test_files_of_an_editor_and_other_systems_do_not_hide_coco_and_years_are_not_mixed(demo, tmp_path):
     """PyCharm's settings are XML; where case makes no difference, annotations/ is also Annotations/."""
     root = tmp_path / "set"
     shutil.copytree(demo, root)
@@ -70,37 +72,22 @@ def test_files_of_an_editor_and_other_systems_do_not_hide_coco(demo, tmp_path):
     (root / ".idea" / "workspace.xml").write_text("<project/>")
     (root / "Annotations").symlink_to("annotations")
     assert len(load_split(data_flags(root), "val")) == 6
-
-
-def test_parts_of_different_years_and_equal_images_in_both_parts_are_refused(demo, yolo, tmp_path):
-    root = tmp_path / "set"
-    shutil.copytree(demo, root)
     (root / "annotations" / "instances_val2017.json").rename(root / "annotations" / "instances_val2014.json")
     for split in ("train", "val"):
         with pytest.raises(InputError, match="of different years, which share images"):
             load_split(data_flags(root), split)
-    settings = (yolo / "data.yaml").read_text()
-    (yolo / "data.yaml").write_text(settings.replace("images/val", "images/train"))
-    with pytest.raises(InputError, match="6 of the 6 validation images are training images"):
-        load_train_and_val(data_flags(yolo))
 
 
-def many(tmp_path, count, broken=()):
-    """A YOLO set of `count` images, the first half of class a, the others of class b; some are no images."""
-    for name in ("images", "labels"):
-        (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "set" / "images" / f"{number:03d}.png")
-        label = tmp_path / "set" / "labels" / f"{number:03d}.txt"
-        label.write_text(f"{int(number >= count / 2)} .5 .5 .{number % 7 + 3} .9")
-    for number in broken:
-        (tmp_path / "set" / "images" / f"{number:03d}.png").write_bytes(b"no image")
-    (tmp_path / "set" / "data.yaml").write_text("train: images\nval: images\nnames: [a, b]\n")
-    return tmp_path / "set"
+def test_training_images_in_the_validation_part_are_refused(tmp_path):
+    root = yolo(tmp_path)
+    load_train_and_val(data_flags(root))
+    (root / "data.yaml").write_text("train: images/train\nval: images/train\nnames: [a, b]\n")
+    with pytest.raises(InputError, match="8 of the 8 validation images are training images"):
+        load_train_and_val(data_flags(root))
 
 
 def test_a_sample_is_nested_in_larger_ones_and_added_images_move_none(tmp_path, caplog):
-    root = many(tmp_path, 40)
+    root = yolo(tmp_path, 40)
     caplog.set_level("INFO")
     small, large = (names(load_split(data_flags(root, limit), "train")) for limit in (6, 20))
     assert set(small) < set(large) and small == sorted(small) and large == sorted(large)
@@ -109,18 +96,12 @@ def test_a_sample_is_nested_in_larger_ones_and_added_images_move_none(tmp_path, 
     assert small not in others and others[0] != others[1]
     assert names(load_split(data_flags(root, 6), "val")) != small  # drawn apart
     assert names(load_split(data_flags(root, 6, sample_seed=-1), "train")) == [f"{i:03d}.png" for i in range(6)]
-    added = set(names(load_split(data_flags(many(tmp_path, 44), 20), "train")))
+    added = set(names(load_split(data_flags(yolo(tmp_path, 44), 20), "train")))
     assert len(added & set(large)) >= 16 and added - set(large) <= {f"{i:03d}.png" for i in range(40, 44)}
 
 
-def test_the_same_images_are_taken_from_every_layout(demo_val, yolo, demo, tmp_path):
-    write_voc(demo_val, tmp_path / "voc" / "val", tmp_path / "voc" / "val")
-    taken = [names(load_split(data_flags(root, 3), "val")) for root in (demo, yolo, tmp_path / "voc")]
-    assert len(taken[0]) == 3 and taken[0] == taken[1] == taken[2]
-
-
 def test_n_images_are_n_that_can_be_used(tmp_path):
-    root = many(tmp_path, 20, broken=range(0, 20, 2))
+    root = yolo(tmp_path, 20, broken=range(0, 20, 2))
     data = load_split(data_flags(root, 8), "train")
     assert len(data) == 8 and all(int(name[:3]) % 2 for name in names(data))
     assert data.notes[0].startswith("left out 10 images that cannot be read")
@@ -128,33 +109,25 @@ def test_n_images_are_n_that_can_be_used(tmp_path):
         load_split(data_flags(root, 8, strict=True), "train")
 
 
-def test_classes_without_a_training_object_are_named(demo, tmp_path, caplog):
+def test_classes_without_a_training_object_are_named(demo, caplog):
     train, val = load_train_and_val(data_flags(demo, 2))
     shown = {train.class_names[label] for label in train.labels}
-    assert f"no training image shows {10 - len(shown)} classes" in caplog.text
-    assert len(val) == 2
-    root = many(tmp_path, 8)
-    (root / "data.yaml").write_text("train: images\nval: other\nnames: [a, b]\n")
-    shutil.copytree(root / "images", root / "other")
-    with pytest.raises(InputError, match="no image of val has a label file"):
-        load_train_and_val(data_flags(root))
+    assert f"no training image shows {10 - len(shown)} classes" in caplog.text and len(val) == 2
 
 
-def test_images_are_chosen_by_id_or_name_each_once(demo, yolo, demo_val, tmp_path):
-    listed = tmp_path / "ids.txt"
+def test_images_are_chosen_by_id_or_name_each_once(demo, demo_val, tmp_path):
+    listed, root = tmp_path / "ids.txt", yolo(tmp_path / "set")
     chosen = [demo_val.images[i] for i in (4, 1)]
     listed.write_text(f"# two\nval {chosen[0].id} # by id\n\nval  {chosen[1].path.name}\ntrain 1\n")
     data = load_split(data_flags(demo, image_ids=str(listed)), "val")
     assert [image.id for image in data.images] == [image.id for image in chosen]
-    with pytest.raises(
-        InputError,
-        match=r"lacks 1 of the 2 requested images \(5\): they have no ids, give names",
-    ):
-        load_split(data_flags(yolo, image_ids=str(listed)), "val")  # ids of YOLO are positions
     with pytest.raises(InputError, match="names 2 val images: give --val-images 0 with it"):
         load_split(data_flags(demo, 1, image_ids=str(listed)), "val")
+    listed.write_text("val 5\nval 001.png")
+    with pytest.raises(InputError, match=r"lacks 1 of the 2 requested images \(5\): they have no ids, give names"):
+        load_split(data_flags(root, image_ids=str(listed)), "val")  # ids of YOLO are positions
     for content, message in {
-        "val 1\nval 2\nval 1": "the line 'val 1' is no train or val",
+        "val 1\nval 2\nval  1": "names an image twice: list each once",
         "9": "the line '9' is no train or val",
         "test 9": "the line 'test 9' is no train or val",
         "train 9": "names no val images",
@@ -166,29 +139,24 @@ def test_images_are_chosen_by_id_or_name_each_once(demo, yolo, demo_val, tmp_pat
         read_chosen(tmp_path / "none.txt", "val")
 
 
-def test_data_of_crowds_alone_are_refused_in_training_and_warned_of_in_validation(demo, yolo, caplog):
-    def empty(split):
-        for label in (yolo / "labels" / split).iterdir():
+def test_data_without_objects_are_refused_in_training_and_warned_of_in_validation(tmp_path, caplog):
+    root, lacks = yolo(tmp_path), r"of its 0 boxes none is an object \(crowds, in VOC difficult, are not\)"
+    for part in ("val", "train"):
+        for label in (root / "labels" / part).iterdir():
             label.write_text("")
-
-    empty("val")
-    load_train_and_val(data_flags(yolo))
-    assert (
-        "of its 0 boxes none is an object (crowds, in VOC difficult, are not), so that mAP cannot be computed"
-        in caplog.text
-    )
-    with pytest.raises(InputError, match=r"cannot be computed.*refused by --strict"):
-        load_train_and_val(data_flags(yolo, strict=True))
-    empty("train")
-    with pytest.raises(InputError, match=r"of its 0 boxes none is an object .*; there is nothing to learn"):
-        load_train_and_val(data_flags(yolo))
+        if part == "val":
+            load_train_and_val(data_flags(root))
+            assert "so that mAP cannot be computed" in caplog.text
+            with pytest.raises(InputError, match=rf"{lacks}, so that mAP cannot be computed.*refused by --strict"):
+                load_train_and_val(data_flags(root, strict=True))
+    with pytest.raises(InputError, match=rf"{lacks}; there is nothing to learn"):
+        load_train_and_val(data_flags(root))
 
 
 def test_notes_are_logged_and_refused_by_strict(coco_file, caplog):
-    entry = {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5]}
-    path, images = coco_file([entry, entry | {"id": 2, "bbox": [1, 1, 0, 0]}])
+    path, images = coco_file([annotation(), annotation(bbox=[1, 1, 0, 0])])
     flags = data_flags("", val_json=str(path), val_images_dir=str(images))
-    assert np.array_equal(load_split(flags, "val").boxes, [[10, 20, 30, 5]])
+    assert load_split(flags, "val").boxes.tolist() == [[10, 20, 30, 5]]
     assert "left out 1 boxes without area (a.png)" in caplog.text
     with pytest.raises(InputError, match=r"without area \(a\.png\) \(refused by --strict\)"):
         load_split(replace(flags, strict=True), "val")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import data_flags, load_coco, target_of
+from helpers import annotation, data_flags, load_coco, target_of
 
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
@@ -12,23 +12,6 @@ from common.data.sources import load_split
 from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform, letterbox_target
 from common.model.postprocess import detections_of
 from common.types import ImageMeta, Targets, letterbox
-
-ANNOTATION = {"id": 1, "image_id": 11, "category_id": 3, "bbox": [10, 20, 30, 5], "area": 99.0, "iscrowd": 0}
-
-
-@pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
-def test_letterbox_round_trip(size):
-    """A box is scaled with the pixels, and `postprocess` scales it back."""
-    height, width = size
-    (new_height, new_width), scale = letterbox(size, 224)
-    assert max(new_height, new_width) == 224
-    boxes = torch.tensor([[0.0, 0.0, width, height], [3.0, 5.0, 20.0, 29.0]])
-    target = target_of(boxes.tolist())
-    moved = letterbox_target(replace(target, meta=ImageMeta(1, None, size)), 224)
-    assert moved.boxes[0].tolist() == pytest.approx([0, 0, new_width, new_height], abs=1e-3)
-    assert moved.meta.scale == scale
-    (found,) = detections_of(moved.boxes[None], torch.ones(1, 2), torch.zeros(1, 2).long(), [moved.meta])
-    assert torch.allclose(found.boxes, boxes, atol=1e-3)
 
 
 def painted(width=300, height=200, box=(60, 40, 180, 120)):
@@ -45,10 +28,19 @@ def red_box(image):
     return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
 
 
-def test_letterbox_transform_carries_the_box_along():
-    image, target = LetterboxTransform(140)(*painted())
-    assert image.shape == (3, 140, 140) and image.dtype == torch.uint8
-    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1)
+@pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
+def test_letterbox_carries_the_box_along_and_detections_are_scaled_back(size):
+    height, width = size
+    (new_height, new_width), scale = letterbox(size, 224)
+    box = (width // 5, height // 5, width // 2, height // 2)
+    image, target = LetterboxTransform(224)(*painted(width, height, box))
+    assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and max(new_height, new_width) == 224
+    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1) and target.meta.scale == scale
+    boxes = torch.tensor([[0.0, 0.0, width, height], box])
+    moved = letterbox_target(replace(target_of(boxes.tolist()), meta=ImageMeta(1, None, size)), 224)
+    assert moved.boxes[0].tolist() == pytest.approx([0, 0, new_width, new_height], abs=1e-3)
+    (found,) = detections_of(moved.boxes[None], torch.ones(1, 2), torch.zeros(1, 2).long(), [moved.meta])
+    assert torch.allclose(found.boxes, boxes, atol=1e-3)
 
 
 @pytest.mark.parametrize("crop_size", [140, 112])
@@ -127,7 +119,7 @@ def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
 
 
 def test_collate_keeps_bytes_and_pads_targets(coco_file):
-    data = load_coco(*coco_file([ANNOTATION]))
+    data = load_coco(*coco_file([annotation()]))
     batch = collate([DetectionDataset(data, LetterboxTransform(28))[i] for i in range(2)])
     assert batch.inputs.shape == (2, 3, 28, 28) and batch.inputs.dtype == torch.uint8
     assert batch.targets.objects.tolist() == [[True], [False]] and batch.targets.crowds.shape == (2, 0, 4)
