@@ -57,11 +57,9 @@ def resample(
 
 def _mean_ap(matched: Matched, weights: np.ndarray) -> np.ndarray:
     """(T, R): the mean over the classes that have objects, NaN without any."""
-    sums, counts = np.zeros((len(matched.box), weights.shape[1])), np.zeros(weights.shape[1])
-    for _, ap in weighted_ap(matched, weights):
-        sums += np.nan_to_num(ap)
-        counts += ~np.isnan(ap[0])
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    ap = weighted_ap(matched, weights)
+    classes = (~np.isnan(ap)).sum(1)
+    return np.where(classes > 0, np.nansum(ap, 1) / np.maximum(classes, 1), np.nan)
 
 
 def rare_class_factor(data: DetectionData) -> float:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.evaluate.metrics import Matched, average_precision, match_any_class, mean
+from common.evaluate.metrics import IOU_THRESHOLDS, Matched, average_precision, match_detections, mean
 from common.evaluate.overlaps import BACKGROUND_IOU, MATCH_IOU
 from common.evaluate.results import Bin, Calibration, Diagnosis, ErrorKind, OperatingPoint
 
@@ -102,8 +102,9 @@ def confusion(matched: Matched, chosen: np.ndarray) -> np.ndarray:
     The last row counts detections of background, the last column objects without a detection. Detections of crowds are
     not counted.
     """
-    matched, background = match_any_class(matched, chosen), len(matched.data.class_names)
-    true, hit, missed = matched.data.labels, matched.hit[0], matched.objects.copy()
+    matched = match_detections(matched.table.select(chosen), matched.data, False, IOU_THRESHOLDS[:1])
+    true, background = matched.data.labels, len(matched.data.class_names)
+    hit, missed = matched.hit[0], matched.objects.copy()
     missed[matched.box[0, hit]] = False
     counts = np.zeros((background + 1, background + 1), np.int64)
     np.add.at(counts, (true[matched.box[0, hit]], matched.table.label[hit]), 1)
