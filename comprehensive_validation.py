@@ -29,11 +29,11 @@ from common.evaluate import bootstrap
 from common.evaluate.detect import run_detector
 from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
-from common.evaluate.others import is_transformers, run_transformers, run_yolo
+from common.evaluate.others import run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.export.runtime import exported_file
 from common.files import atomic_write, check_outputs, check_writable, is_same_file
-from common.hub import hub_name, located
+from common.hub import CONFIG, hub_name, located
 from common.model import load_detector
 from common.model.checkpoint import is_checkpoint
 from common.runtime import RuntimeFlags, check_single_process, default_device
@@ -67,7 +67,7 @@ def run_model(path: str, settings: Settings, data: DetectionData) -> ModelRun:
     if is_checkpoint(path) or exported_file(path):
         detector = load_detector(path, precision=settings.precision)
         return run_detector(detector, data, settings.batch_size, settings.workers, Path(path).stem)
-    if is_transformers(path):
+    if Path(path, CONFIG).is_file():
         return run_transformers(path, data, settings.batch_size, device)
     return run_yolo(path, data, settings.batch_size, device)
 
