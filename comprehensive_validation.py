@@ -1,7 +1,6 @@
 """Evaluate detectors by one protocol: COCO's numbers, the study's columns, their uncertainty, errors and cost.
 
-Every model runs once on the same images; all numbers come from these detections, with 95% intervals by resampling the
-images. A model that cannot be loaded has a record with its error, and the others are still evaluated.
+Every model runs once on the same images. One that cannot be evaluated has a record with its error.
 
   python comprehensive_validation.py                     both detectors, YOLOv8n and YOLOv8x on 500 images of COCO
   python comprehensive_validation.py --models a.pth yolov8n.pt exported_openvino_model --data my_folder --val-images 0
@@ -29,11 +28,11 @@ from common.evaluate import bootstrap
 from common.evaluate.detect import run_detector
 from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
 from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
-from common.evaluate.others import is_transformers, run_transformers, run_yolo
+from common.evaluate.others import run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.export.runtime import exported_file
-from common.files import atomic_write, check_outputs, check_writable, is_same_file
-from common.hub import hub_name, located
+from common.files import atomic_write, check_outputs, is_same_file
+from common.hub import CONFIG, hub_name, located
 from common.model import load_detector
 from common.model.checkpoint import is_checkpoint
 from common.runtime import RuntimeFlags, check_single_process, default_device
@@ -67,15 +66,13 @@ def run_model(path: str, settings: Settings, data: DetectionData) -> ModelRun:
     if is_checkpoint(path) or exported_file(path):
         detector = load_detector(path, precision=settings.precision)
         return run_detector(detector, data, settings.batch_size, settings.workers, Path(path).stem)
-    if is_transformers(path):
-        return run_transformers(path, data, settings.batch_size, device)
-    return run_yolo(path, data, settings.batch_size, device)
+    run = run_transformers if Path(path, CONFIG).is_file() else run_yolo
+    return run(path, data, settings.batch_size, device)
 
 
 def detections_file(settings: Settings, name: str) -> Path:
     """The file that the detections of a model are written to."""
-    output = Path(settings.output)
-    return output.parent / f"{output.stem}_detections" / f"{name}.json"
+    return Path(f"{Path(settings.output).with_suffix('')}_detections", f"{name}.json")
 
 
 def evaluate_model(name: str, path: str, settings: Settings, data: DetectionData, weights: np.ndarray) -> Evaluation:
@@ -102,22 +99,7 @@ def evaluate_model(name: str, path: str, settings: Settings, data: DetectionData
 
 def describe_error(error: Exception) -> str:
     """The last line of its message, with its type where the program does not expect it."""
-    kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
-    return f"{kind}{last_line(error)}"[:400]
-
-
-def evaluate_all(settings: Settings, models: dict[str, str], data: DetectionData) -> list[Evaluation]:
-    """Evaluate every model. Raises Interrupted, whose note are the flags that read what is finished."""
-    weights = bootstrap.image_weights(len(data), settings.seed)
-    evaluations: list[Evaluation] = []
-    try:
-        for name, path in models.items():
-            evaluations.append(evaluate_model(name, path, settings, data, weights))
-    except Interrupted as interrupted:
-        if written := [str(detections_file(settings, e.record.name)) for e in evaluations if not e.record.error]:
-            interrupted.add_note(f"finished models do not have to run again: --from-detections {shlex.join(written)}")
-        raise
-    return evaluations
+    return ("" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: ") + last_line(error)[:400]
 
 
 def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
@@ -129,43 +111,34 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
     check_single_process()
     if Path(settings.output).suffix.lower() != ".json":
         raise InputError(f"--output {settings.output}: results are JSON; give a name that ends in .json")
-    outputs = [Path(path) for path in (settings.output, settings.report) if path]
-    for path in outputs:
-        check_writable(path)
     paths = (*(settings.models or (() if settings.from_detections else MODELS)), *settings.from_detections)
     if len(set(paths)) < len(paths):
         raise InputError(f"a model is given twice: {', '.join(paths)}")
     data, models = load_split(settings, "val"), dict(zip(unique_names(paths), paths, strict=True))
-    files = {path: detections_file(settings, name) for name, path in models.items()}
-    outputs += [file for path, file in files.items() if not is_same_file(file, Path(path))]
+    outputs = [Path(path) for path in (settings.output, settings.report) if path]
+    files = {detections_file(settings, name): path for name, path in models.items()}
+    outputs += [file for file, path in files.items() if not is_same_file(file, Path(path))]
     inputs: list[str | Path] = [*flag_texts(settings, "output", "report"), *paths, data.source]
-    inputs += [image.path for image in data.images]
-    check_outputs(outputs, inputs, only_own=True)
+    check_outputs(outputs, [*inputs, *(image.path for image in data.images)], only_own=True)
     return data, models
-
-
-def report(settings: Settings, results: ValidationResults, data: DetectionData, evaluations: list[Evaluation]) -> None:
-    """Write the report. Raises InputError for any error, as the results are on disk already."""
-    try:
-        from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
-
-        write_report(Path(settings.report), results, data, {e.record.name: e.table for e in evaluations if e.samples})
-    except Exception as error:
-        message = f"the results are in {settings.output}, but the report failed: {describe_error(error)}"
-        raise InputError(message) from error
-    print(f"report written to {settings.report}")
 
 
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
     data, models = prepare(settings)
-    evaluations = evaluate_all(settings, models, data)
-    records = [evaluation.record for evaluation in evaluations]
+    weights, done = bootstrap.image_weights(len(data), settings.seed), []
+    try:
+        for name, path in models.items():
+            done.append(evaluate_model(name, path, settings, data, weights))
+    except Interrupted as interrupted:
+        if written := [str(detections_file(settings, e.record.name)) for e in done if not e.record.error]:
+            interrupted.add_note(f"finished models do not have to run again: --from-detections {shlex.join(written)}")
+        raise
+    records = [evaluation.record for evaluation in done]
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    images, samples = len(data.with_objects()), {e.record.name: e.samples for e in evaluations if e.samples}
-    comparisons = bootstrap.comparisons(samples, images)
-    about = describe_data(data, settings.val_json or settings.data)
+    about, images = describe_data(data, settings.val_json or settings.data), len(data.with_objects())
+    comparisons = bootstrap.comparisons({e.record.name: e.samples for e in done if e.samples}, images)
     results = ValidationResults(describe_protocol(settings.seed), about, records, comparisons)
     write_results(settings.output, results)
     print(f"{len(data)} validation images of {about.source}", format_table(records), sep="\n")
@@ -174,7 +147,14 @@ def main(settings: Settings) -> ValidationResults:
         print(f"a verdict needs {bootstrap.MIN_IMAGES_FOR_VERDICT} images with objects, and these are {images}")
     print(f"written to {settings.output}")
     if settings.report:
-        report(settings, results, data, evaluations)
+        try:
+            from common.show.report import write_report  # matplotlib and jinja2 are only needed for it
+
+            write_report(Path(settings.report), results, data, {e.record.name: e.table for e in done if e.samples})
+        except Exception as error:
+            message = f"the results are in {settings.output}, but the report failed: {describe_error(error)}"
+            raise InputError(message) from error
+        print(f"report written to {settings.report}")
     if settings.strict and any(record.error for record in records):
         sys.exit(INCOMPLETE)
     return results

@@ -1,10 +1,9 @@
-"""Draw the comparison from validation_results.json; needs neither torch nor any image.
+"""Draw validation_results.json; needs neither torch nor any image.
 
-OUTPUT holds the study's metrics with their intervals, AP by object size, accuracy against speed, and the cost of each
-kind of error. Beside it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and
-training, of the runs whose folder still exists. A model that could not be evaluated is named below with its reason.
+OUTPUT holds the study's metrics, AP by object size, accuracy against speed, and the cost of each kind of error. Beside
+it, under its name with a suffix: precision_recall, per_class, confusion, calibration, and training, of the runs whose
+folder still exists.
 
-  python plot_results.py                    validation_results.json -> model_comparison_charts.png and the others
   python plot_results.py --results a.json --output a.png
 """
 
@@ -26,7 +25,7 @@ class Settings:
 
 
 def main(settings: Settings) -> Path:
-    """Write the charts and return the path of the comparison."""
+    """Write the charts and return the path of the first."""
     output = Path(settings.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")

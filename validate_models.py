@@ -1,6 +1,5 @@
-"""Check trained detectors quickly: a few numbers, and their boxes on images.
+"""Check trained detectors quickly: the study's columns, mAP@0.5 and speed, and boxes drawn beside the ground truth.
 
-On validation images, prints the study's columns, mAP@0.5 and speed, and draws predictions beside the ground truth.
 With --images no ground truth is needed: detections on your own images are drawn and written in COCO's format.
 
   python validate_models.py                                        both detectors on 500 images of COCO
@@ -26,7 +25,7 @@ from common.data.sources import DataFlags, load_split, unlabelled_images
 from common.evaluate.detect import run_detector
 from common.evaluate.detections import ModelRun, coco_detections
 from common.evaluate.evaluation import evaluate, unique_names
-from common.files import PROGRAM, atomic_write, check_outputs, check_writable
+from common.files import PROGRAM, atomic_write, check_outputs
 from common.model import load_detector
 from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
@@ -52,15 +51,9 @@ class Settings(RuntimeFlags, DataFlags):
 
 def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int, str]]:
     """The images, the path of each detector by its short name, and the names of the images that are drawn, without
-    suffix, by their index.
-
-    Raises:
-        InputError: an output cannot be written, is an input, or is a file of another program.
-    """
+    suffix, by their index. Raises InputError: an output cannot be written, is read, or is a file of another program."""
     check_single_process()
     models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
-    for name in (".", *models):
-        check_writable(Path(settings.output, name, "contact_sheet.jpg"))
     images = [Path(path) for path in settings.images]
     data = unlabelled_images(images) if images else load_split(settings, "val")
     chosen = np.arange(len(data))
@@ -70,8 +63,9 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(images)
     outputs = [Path(settings.output, "contact_sheet.jpg")]
     outputs += [Path(settings.output, model, file) for model in models for file in files]
-    inputs: list[str | Path] = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
-    check_outputs(outputs, inputs, only_own=True)
+    check_outputs(
+        outputs, [*flag_texts(settings, "output"), data.source, *(i.path for i in data.images)], only_own=True
+    )
     return data, models, drawn
 
 
@@ -93,6 +87,12 @@ def write_images(
     settings: Settings, data: DetectionData, runs: dict[str, ModelRun], scores: dict[str, float], drawn: dict[int, str]
 ) -> Path:
     """Annotated images of each model, from its own score on, and one contact sheet of all; returns the sheet's path."""
+
+    def save(image: Image.Image, *parts: str) -> Path:
+        with atomic_write(path := Path(settings.output, *parts)) as file:
+            image.save(file, "JPEG", quality=88, comment=PROGRAM.encode())
+        return path
+
     print_missing([*runs, *data.class_names, *(name for run in runs.values() for name in run.class_names)])
     sheet: list[Image.Image] = []
     for index, name in drawn.items():
@@ -101,17 +101,10 @@ def write_images(
         panels = []
         for model, run in runs.items():
             panels.append((model, draw_boxes(image, detected_boxes(run.table, index, run.class_names, scores[model]))))
-            save_jpeg(side_by_side([*left, panels[-1]]), Path(settings.output, model, f"{name}.jpg"))
+            save(side_by_side([*left, panels[-1]]), model, f"{name}.jpg")
         if len(sheet) < SHEET_IMAGES:
             sheet.append(side_by_side([*left, *panels]))
-    path = Path(settings.output, "contact_sheet.jpg")
-    save_jpeg(contact_sheet(sheet), path)
-    return path
-
-
-def save_jpeg(image: Image.Image, path: Path) -> None:
-    with atomic_write(path) as file:
-        image.save(file, "JPEG", quality=88, comment=PROGRAM.encode())
+    return save(contact_sheet(sheet), "contact_sheet.jpg")
 
 
 def main(settings: Settings) -> dict[str, dict]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.evaluate.metrics import Matched, average_precision, match_any_class, mean
+from common.evaluate.metrics import IOU_THRESHOLDS, Matched, average_precision, match_detections, mean
 from common.evaluate.overlaps import BACKGROUND_IOU, MATCH_IOU
 from common.evaluate.results import Bin, Calibration, Diagnosis, ErrorKind, OperatingPoint
 
@@ -21,17 +21,12 @@ def diagnose(matched: Matched, point: OperatingPoint) -> Diagnosis:
 
 
 def error_breakdown(matched: Matched, chosen: np.ndarray) -> dict[str, ErrorKind]:
-    """The gain in AP50 if one kind of error alone were corrected (TIDE, arXiv 2008.08115), for each kind.
+    """The gain in AP50 if one kind of error alone were corrected (TIDE, arXiv 2008.08115), for each kind, and its cases
+    among the `chosen` detections, (M,) bool.
 
-    A false positive is of the first kind that applies: duplicate (of an object of its class that a higher-scoring
-    detection matched), localisation (IoU 0.1 to 0.5 with an object of its class), class (IoU from 0.5 with an object of
-    another class), both (IoU 0.1 to 0.5 with an object of another class), background. An object is missed if no
-    detection matches it and no class or localisation error is on it. To correct a class or localisation error, the
-    highest-scoring one of an object becomes a true positive and its others are removed. Errors of the other kinds are
-    removed, missed objects are removed from the ground truth.
-
-    Returns:
-        By kind the gain in AP50, and the number of cases among the `chosen` detections, (M,) bool.
+    A false positive is of the first kind that applies in `_kinds_of_errors`. An object is missed if no detection
+    matches it and no class or localisation error is on it. Of these two kinds, the highest-scoring error of an object
+    becomes right and its others are removed; errors of other kinds are removed, missed objects from the ground truth.
     """
     matched = replace(matched, box=matched.box[:1], ignored=matched.ignored[:1])
     kind, meant = _kinds_of_errors(matched)
@@ -53,14 +48,14 @@ def error_breakdown(matched: Matched, chosen: np.ndarray) -> dict[str, ErrorKind
 
 def _kinds_of_errors(matched: Matched) -> tuple[np.ndarray, np.ndarray]:
     """(M,) the kind of error of each detection, "" where it is none, and (M,) int64 the object that one of class or
-    localisation is meant for, -1 for the others."""
+    localisation is meant for, -1 for the others. What overlaps no object is an error of background."""
     pairs, count = matched.overlaps.select(matched.objects[matched.overlaps.box]), len(matched.table)
     same_class = matched.table.label[pairs.detection] == matched.data.labels[pairs.box]
     same, same_box = pairs.select(same_class).best(count)
     other, other_box = pairs.select(~same_class).best(count)
     applies = {
         "": matched.hit[0] | matched.ignored[0],
-        "duplicate": same >= MATCH_IOU,
+        "duplicate": same >= MATCH_IOU,  # of an object that a higher-scoring detection matched
         "localisation": same >= BACKGROUND_IOU,
         "class": other >= MATCH_IOU,
         "both": other >= BACKGROUND_IOU,
@@ -81,12 +76,8 @@ def _correct(matched: Matched, wrong: np.ndarray, meant: np.ndarray) -> Matched:
 
 
 def calibration(matched: Matched) -> Calibration:
-    """Precision by score, in bins of equal width, for detections with a score of at least CALIBRATION_FLOOR.
-
-    Returns:
-        expected_error (mean distance of score and precision, weighted by detections; Guo et al., arXiv 1706.04599) and,
-        for each bin with detections, its mean score, precision and number of detections.
-    """
+    """Precision by score, in bins of equal width, for detections with a score of at least CALIBRATION_FLOOR, and the
+    expected error, weighted by detections (Guo et al., arXiv 1706.04599)."""
     kept = ~matched.ignored[0] & (matched.table.score >= CALIBRATION_FLOOR)
     score, hit = matched.table.score[kept], matched.hit[0][kept]
     bin_of = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
@@ -99,11 +90,11 @@ def calibration(matched: Matched) -> Calibration:
 def confusion(matched: Matched, chosen: np.ndarray) -> np.ndarray:
     """(K + 1, K + 1) int64 counts, true class by detected class, of the `chosen` detections, matched by IoU alone.
 
-    The last row counts detections of background, the last column objects without a detection. Detections of crowds are
-    not counted.
+    The last row counts detections of background, the last column objects without any; those of crowds do not count.
     """
-    matched, background = match_any_class(matched, chosen), len(matched.data.class_names)
-    true, hit, missed = matched.data.labels, matched.hit[0], matched.objects.copy()
+    matched = match_detections(matched.table.select(chosen), matched.data, False, IOU_THRESHOLDS[:1])
+    true, background = matched.data.labels, len(matched.data.class_names)
+    hit, missed = matched.hit[0], matched.objects.copy()
     missed[matched.box[0, hit]] = False
     counts = np.zeros((background + 1, background + 1), np.int64)
     np.add.at(counts, (true[matched.box[0, hit]], matched.table.label[hit]), 1)

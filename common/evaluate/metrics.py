@@ -24,18 +24,14 @@ BLOCK = 1 << 22  # numbers of a block of weights, detections x weightings, 16 MB
 
 @dataclass(frozen=True)
 class Matched:
-    """The M detections of one model that COCO counts, by image and falling score, and what they match at T thresholds.
-
-    Shapes: objects (N,) bool, the boxes of `data` that count; box (T, M) int32, the object that a detection matches, or
-    -1; ignored (T, M) bool, a detection of a box that does not count is neither right nor wrong.
-    """
+    """The M detections of a model that COCO counts, by image and falling score, and what they match at T thresholds."""
 
     data: DetectionData
     table: DetectionTable
     overlaps: Overlaps
-    objects: np.ndarray
-    box: np.ndarray
-    ignored: np.ndarray
+    objects: np.ndarray  # (N,) bool, the boxes of `data` that count
+    box: np.ndarray  # (T, M) int32, the object that a detection matches, or -1
+    ignored: np.ndarray  # (T, M) bool, a detection of a box that does not count is neither right nor wrong
 
     @property
     def hit(self) -> np.ndarray:
@@ -43,12 +39,15 @@ class Matched:
         return self.box >= 0
 
 
-def match_detections(table: DetectionTable, data: DetectionData) -> Matched:
-    """The detections in the order in which COCO takes them, matched with objects of their class."""
+def match_detections(
+    table: DetectionTable, data: DetectionData, by_class: bool = True, thresholds: np.ndarray = IOU_THRESHOLDS
+) -> Matched:
+    """The detections in the order in which COCO takes them, matched with objects of their class, or of any."""
     by_id = np.argsort(np.argsort([image.id for image in data.images]))  # COCO orders equal scores by the image's id
     table = table.select(np.lexsort((-table.score, by_id[table.image])))  # stable
-    table = table.select(rank_within(table.image * len(data.class_names) + table.label) < MAX_DETECTIONS)
-    return match_by_class(table, find_overlaps(table.image, table.boxes, data), data)
+    groups = table.image * len(data.class_names) + table.label if by_class else table.image
+    table = table.select(rank_within(groups) < MAX_DETECTIONS)
+    return _match(table, data, find_overlaps(table.image, table.boxes, data), by_class, thresholds)
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
@@ -60,70 +59,60 @@ def rank_within(groups: np.ndarray) -> np.ndarray:
     return rank
 
 
-def match_by_class(table: DetectionTable, overlaps: Overlaps, data: DetectionData, size: str = "all") -> Matched:
-    """COCO's matches of detections, ordered as `match_detections` orders them, with objects of one of SIZES.
+def _match(
+    table: DetectionTable,
+    data: DetectionData,
+    overlaps: Overlaps,
+    by_class: bool = True,
+    thresholds: np.ndarray = IOU_THRESHOLDS,
+    size: str = "all",
+) -> Matched:
+    """The matches with objects of one of SIZES, of detections in the order of `match_detections`.
 
-    Other objects are taken only by detections that match none of that size, which are ignored then, as are detections
-    of another size without a match.
+    Objects of another size are taken only by detections that match none of this one, which are ignored then, as are
+    detections of another size without a match.
     """
-    low, high = SIZES[size]
+    (low, high), areas = SIZES[size], table.boxes[:, 2:].prod(1)
     objects = ~data.crowd & (data.areas >= low) & (data.areas <= high)
-    areas = table.boxes[:, 2] * table.boxes[:, 3]
-    pairs = overlaps.select(table.label[overlaps.detection] == data.labels[overlaps.box])
-    matched = Matched(data, table, overlaps, objects, *np.zeros((2, len(IOU_THRESHOLDS), 0), np.int32))
-    return _match(matched, pairs, IOU_THRESHOLDS, (areas < low) | (areas > high))
-
-
-def match_any_class(matched: Matched, chosen: np.ndarray) -> Matched:
-    """Matches at MATCH_IOU of the first MAX_DETECTIONS of each image among the `chosen` (M,), whatever their class; the
-    others are ignored."""
-    rank = rank_within(np.where(chosen, matched.table.image, matched.table.image + len(matched.data)))
-    chosen = chosen & (rank < MAX_DETECTIONS)
-    return _match(matched, matched.overlaps.select(chosen[matched.overlaps.detection]), IOU_THRESHOLDS[:1], ~chosen)
-
-
-def _match(matched: Matched, pairs: Overlaps, thresholds: np.ndarray, ignored_alone: np.ndarray) -> Matched:
-    """The matches among `pairs`; detections without one are ignored where `ignored_alone` (M,) says so."""
-    pairs = pairs.select(pairs.iou >= thresholds[0]).by_preference(~matched.objects)
-    box = np.full((len(thresholds), len(ignored_alone)), -1, np.int32)
-    ignored = np.zeros(box.shape, bool)
-    for t, threshold in enumerate(np.minimum(thresholds, 1 - 1e-10)):  # as pycocotools
-        taken = assign(pairs.select(pairs.iou >= threshold), matched.data.crowd, len(ignored_alone))
-        is_hit = np.append(matched.objects, False)[taken]
-        box[t] = np.where(is_hit, taken, -1)
-        ignored[t] = np.where(taken >= 0, ~is_hit, ignored_alone)
-    return replace(matched, box=box, ignored=ignored)
+    pairs = overlaps.select(overlaps.iou >= thresholds[0]).by_preference(~objects)
+    if by_class:
+        pairs = pairs.select(table.label[pairs.detection] == data.labels[pairs.box])
+    box, ignored = [], []
+    for threshold in np.minimum(thresholds, 1 - 1e-10):  # as pycocotools
+        taken = assign(pairs.select(pairs.iou >= threshold), data.crowd, len(table))
+        hit = np.append(objects, False)[taken]
+        box.append(np.where(hit, taken, -1))
+        ignored.append(np.where(taken >= 0, ~hit, (areas < low) | (areas > high)))
+    return Matched(data, table, overlaps, objects, np.array(box, np.int32), np.array(ignored))
 
 
 def match_boxes_alone(matched: Matched) -> Matched:
-    """How well objects are localised, with one class for all: of each box its highest-scoring class is taken."""
+    """How well objects are localised at MATCH_IOU, with one class for all, the highest-scoring one of each box."""
     table, data = matched.table, matched.data
     places = np.column_stack([table.image, table.boxes])  # some detectors give one box several classes
-    own = np.isin(np.arange(len(table)), np.unique(places, axis=0, return_index=True)[1])
-    one_class = replace(data, labels=0 * data.labels)
-    return replace(match_any_class(matched, own), data=one_class, table=replace(table, label=0 * table.label))
+    table = table.select(np.sort(np.unique(places, axis=0, return_index=True)[1]))
+    table, data = replace(table, label=0 * table.label), replace(data, labels=0 * data.labels)
+    return match_detections(table, data, thresholds=IOU_THRESHOLDS[:1])
 
 
 def average_precision(matched: Matched) -> np.ndarray:
     """(T, K) float64: COCO's AP of each class, NaN for a class without objects."""
-    ap = np.full((len(matched.box), len(matched.data.class_names)), np.nan)
-    for k, values in weighted_ap(matched, np.ones((len(matched.data), 1), np.float32)):
-        ap[:, k] = values[:, 0]
-    return ap
+    return weighted_ap(matched, np.ones((len(matched.data), 1), np.float32))[..., 0]
 
 
-def weighted_ap(matched: Matched, weights: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The AP (T, W) float64 of each class that has objects, under W weightings of the images, `weights` (P, W) float32.
+def weighted_ap(matched: Matched, weights: np.ndarray) -> np.ndarray:
+    """(T, K, W) float64: the AP under W weightings of the images, `weights` (P, W) float32.
 
     Equal scores rank in the order given. NaN where the weights leave no object.
     """
+    ap = np.full((len(matched.box), len(matched.data.class_names), weights.shape[1]), np.nan)
     for k, rows, objects in _of_each_class(matched):
-        ap = np.empty((len(matched.box), weights.shape[1]))
         for part in np.array_split(np.arange(weights.shape[1]), len(rows) * weights.shape[1] // BLOCK + 1):
             block = np.ascontiguousarray(weights[:, part])
             for t, (precision, steps) in enumerate(_precision_steps(matched, rows, objects, block)):
-                ap[t, part] = np.einsum("hw,hw->w", precision, steps) / len(RECALLS)
-        yield k, np.where(weights[objects].any(0), ap, np.nan)
+                ap[t, k, part] = np.einsum("hw,hw->w", precision, steps) / len(RECALLS)
+        ap[:, k, ~weights[objects].any(0)] = np.nan
+    return ap
 
 
 def precision_at_recalls(matched: Matched) -> np.ndarray:
@@ -150,15 +139,11 @@ def _precision_steps(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each IoU threshold, at each of a class's h hits: the best precision from there on, and how many of RECALLS
     are reached there first, both (h, W)."""
-    image, hit, ignored = matched.table.image[rows], matched.box[:, rows] >= 0, matched.ignored[:, rows]
-    total, kept = weights[objects].sum(0, dtype=np.float64), np.zeros((0, weights.shape[1]))
-    marks = np.nonzero(hit.any(0))[0]  # precision has its maxima at hits, so sums are only needed up to these
-    if len(marks):
-        starts = np.append(0, marks[:-1] + 1)
-        kept = np.add.reduceat(weights[image[: marks[-1] + 1]], starts, axis=0).cumsum(0, dtype=np.float64)
-    for at, aside in zip(map(np.flatnonzero, hit), map(np.flatnonzero, ignored), strict=True):
-        right = weights[image[at]].cumsum(0, dtype=np.float64)
-        counted = kept[np.searchsorted(marks, at)]
+    image, total = matched.table.image[rows], weights[objects].sum(0, dtype=np.float64)
+    every = weights[image].cumsum(0, dtype=np.float64)
+    for hit, ignored in zip(matched.hit[:, rows], matched.ignored[:, rows], strict=True):
+        at, aside = np.flatnonzero(hit), np.flatnonzero(ignored)
+        right, counted = weights[image[at]].cumsum(0, dtype=np.float64), every[at]
         if len(aside):
             sums = np.insert(weights[image[aside]].cumsum(0, dtype=np.float64), 0, 0, axis=0)
             counted -= sums[np.searchsorted(aside, at)]
@@ -173,17 +158,15 @@ def coco_numbers(matched: Matched) -> dict:
 
     They are fractions, None where a number does not exist (no objects of that size, say).
     """
-    data, table, precision, recall = matched.data, matched.table, [], []
+    data, table = matched.data, matched.table
     rank = rank_within(table.image * len(data.class_names) + table.label)
-    for size in SIZES:
-        sized = matched if size == "all" else match_by_class(table, matched.overlaps, data, size)
-        precision.append(average_precision(sized))
-        recall += [_recall(sized, rank < limit) for limit in ((1, 10, 100) if size == "all" else (100,))]
-    every, curves = precision[0], zip(("0.5", "0.75"), precision_at_recalls(matched)[[0, 5]].tolist(), strict=True)
-    parts = [every, every[0], every[5], *precision[1:], *recall]
-    return dict(zip(COCO_NUMBERS, map(mean, parts), strict=True)) | {
+    sizes = [matched, *(_match(table, data, matched.overlaps, size=size) for size in SIZES if size != "all")]
+    every, *sized = map(average_precision, sizes)
+    recall = [_recall(matched, rank < 1), _recall(matched, rank < 10), *(_recall(m, rank >= 0) for m in sizes)]
+    curves = precision_at_recalls(matched).tolist()
+    return dict(zip(COCO_NUMBERS, map(mean, [every, every[0], every[5], *sized, *recall]), strict=True)) | {
         "per_class": {n: ClassNumbers(mean(every[:, k]), mean(every[0, k])) for k, n in enumerate(data.class_names)},
-        "precision_at_recall": {iou: None if data.crowd.all() else curve for iou, curve in curves},
+        "precision_at_recall": {iou: None if data.crowd.all() else curves[t] for iou, t in (("0.5", 0), ("0.75", 5))},
     }
 
 

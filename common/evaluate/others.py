@@ -6,8 +6,7 @@ statistics and automatic installation of packages are switched off; it only fetc
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,6 @@ from common.data.memory import DetectionData
 from common.evaluate.detect import detect, measure_cost, seconds
 from common.evaluate.detections import DetectionTable, ModelRun, detection_table
 from common.files import cache_folder
-from common.hub import CONFIG
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
 from common.types import Detections
 
@@ -34,11 +32,6 @@ YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": MAX_YOLO, "rect": False}
 Columns = tuple[Tensor, Tensor, Tensor]  # of one image: boxes (N, 4) xyxy original pixels, scores (N,), labels (N,)
 INPUT = TypeVar("INPUT")
 DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
-
-
-def is_transformers(path: str) -> bool:
-    """Is this a folder with a model of transformers?"""
-    return Path(path, CONFIG).is_file()
 
 
 @torch.inference_mode()
@@ -93,26 +86,14 @@ def _load_transformers(folder: str) -> tuple[Any, Any]:
     return processor, model.eval()
 
 
-@contextmanager
-def _restored() -> Iterator[None]:
-    """Restores afterwards what ultralytics replaces for the whole process."""
-    opened, saved, threads = Image.open, torch.save, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        Image.open, torch.save = opened, saved
-        torch.set_num_threads(threads)
-
-
-@_restored()
 def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.device) -> ModelRun:
     """What a model of ultralytics detects on each image alone; `batch_size` images are only timed together.
 
     `name` is a weight file or exported folder, or the name of a published weight file, fetched into the cache once.
     Raises InputError: ultralytics is not installed, or the model is missing, damaged or no detector.
     """
-    options, threads = YOLO_SETTINGS | {"device": str(device), "verbose": False}, torch.get_num_threads()
-    path = _find_yolo(name)
+    options = YOLO_SETTINGS | {"device": str(device), "verbose": False}
+    opened, saved, threads = Image.open, torch.save, torch.get_num_threads()  # which ultralytics replaces or changes
 
     def pixels_of(part: np.ndarray) -> list[np.ndarray]:
         """(H, W, 3) uint8, blue first, as ultralytics takes images from memory."""
@@ -127,12 +108,10 @@ def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.devi
         return sum(r.speed["inference"] + r.speed["postprocess"] for r in model.predict(images, **options)) / 1000
 
     try:
-        from ultralytics import YOLO
-
-        model: Any = YOLO(path)
+        model = _load_yolo(name)
         names = model.predict(pixels_of(np.arange(1)), **options)[0].names  # an exported model is only loaded now
-        torch.set_num_threads(threads)  # which ultralytics changes
-        table = _run_each(data, pixels_of, run, MAX_YOLO, path.stem)
+        torch.set_num_threads(threads)
+        table = _run_each(data, pixels_of, run, MAX_YOLO, Path(name).stem)
         exported = not isinstance(model.model, torch.nn.Module)
         count, precision = (1, "as exported") if exported else (min(batch_size, len(data)), "fp32")
         parameters = None if exported else sum(p.numel() for p in model.model.parameters())
@@ -140,27 +119,28 @@ def run_yolo(name: str, data: DetectionData, batch_size: int, device: torch.devi
     except Exception as error:  # damaged files, other tasks and missing packages raise many types
         reason = to_one_line(str(error) or type(error).__name__, 200)
         raise InputError(f"{name}: ultralytics cannot run it as a detector: {reason}") from error
+    finally:
+        Image.open, torch.save = opened, saved
+        torch.set_num_threads(threads)
     conditions = {"image_size": model.predictor.args.imgsz, "labels_a_box": 1, **YOLO_SETTINGS}
     return ModelRun(table, tuple(names[key] for key in sorted(names)), cost, conditions)
 
 
-def _find_yolo(name: str) -> Path:
-    """The path of a model, in the cache where ultralytics publishes it; sets what ultralytics reads when imported."""
-    path = Path(name)
-    if path.suffix.lower() in DESCRIPTIONS:
-        raise InputError(f"{path} holds no trained model (files of detections are read with --from-detections)")
-    check_packages(name, "ultralytics")
-    os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+def _load_yolo(name: str) -> Any:
+    """ultralytics' model of that name, which it fetches into the cache where it publishes it."""
+    check_packages("it", "ultralytics")
+    os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")  # read at the import
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it sets 1
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    from ultralytics import YOLO
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
-    if path.exists():
-        return path
-    if name not in GITHUB_ASSETS_NAMES:
-        raise InputError(f"no model {name}: neither a file or folder nor a weight file that ultralytics publishes")
-    return cache_folder("ultralytics", name)  # where ultralytics puts it
+    if Path(name).suffix.lower() in DESCRIPTIONS:
+        raise InputError("it holds no trained model (files of detections are read with --from-detections)")
+    if not Path(name).exists() and name not in GITHUB_ASSETS_NAMES:
+        raise InputError("it is neither a file or folder nor a weight file that ultralytics publishes")
+    return YOLO(name if Path(name).exists() else cache_folder("ultralytics", name))
 
 
 def _run_each(

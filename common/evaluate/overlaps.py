@@ -17,15 +17,11 @@ CHUNK = 1 << 18  # pairs that are compared at once, about 40 MB
 
 @dataclass(frozen=True)
 class Overlaps:
-    """P pairs of a detection and a box of its image, by rising detection.
+    """P pairs of a detection and a box of its image, by rising detection."""
 
-    Shapes: detection, box (P,) int64, rows of the detections and of the boxes of the data set; iou (P,) float64, with
-    a crowd the share of the detection that is inside it, as in COCO.
-    """
-
-    detection: np.ndarray
-    box: np.ndarray
-    iou: np.ndarray
+    detection: np.ndarray  # (P,) int64, row of the detections
+    box: np.ndarray  # (P,) int64, row of the data's boxes
+    iou: np.ndarray  # (P,) float64; with a crowd the share of the detection that is inside it, as in COCO
 
     def select(self, pairs: np.ndarray) -> "Overlaps":
         """The pairs at `pairs`, int64 indices or a bool mask, in that order."""
@@ -59,12 +55,9 @@ def find_overlaps(
         n = counts[rows]
         detection = np.repeat(rows, n)
         box = np.arange(n.sum()) + np.repeat(data.starts[image[rows]] - (n.cumsum() - n), n)
-        common = np.ones(len(box))
-        for axis in (0, 1):  # most pairs are apart on the first axis and need no second
-            side = np.minimum(high[axis][detection], true_high[axis][box])
-            side -= np.maximum(low[axis][detection], true_low[axis][box])
-            near = np.nonzero(side > 0)[0]
-            detection, box, common = detection[near], box[near], common[near] * side[near]
+        sides = np.minimum(high[detection], true_high[box]) - np.maximum(low[detection], true_low[box])
+        near = np.nonzero((sides > 0).all(1))[0]
+        detection, box, common = detection[near], box[near], sides[near].prod(1)
         own = area[detection]
         pairs = Overlaps(detection, box, common / np.where(data.crowd[box], own, own + true_area[box] - common))
         parts.append(pairs.select(pairs.iou >= at_least))
@@ -72,20 +65,17 @@ def find_overlaps(
 
 
 def _edges(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(M, 4) xywh -> lower and upper edges (2, M), a row for each axis, and areas (M,)."""
-    low, sides = boxes[:, :2].T.copy(), boxes[:, 2:].T.copy()
-    return low, low + sides, sides[0] * sides[1]
+    """(M, 4) xywh -> lower and upper corners (M, 2) and areas (M,)."""
+    return boxes[:, :2], boxes[:, :2] + boxes[:, 2:], boxes[:, 2:].prod(1)
 
 
 def assign(overlaps: Overlaps, shared: np.ndarray, detections: int) -> np.ndarray:
     """(M,) int64 box of each detection, -1 where it gets none, as COCO's loop over detections and boxes gives them.
 
-    COCO takes the detections by falling score, each gets the first box of its list that is free. Here all ask for the
-    first of their list at once, a box keeps the earliest detection, and the others ask for their next (Gale and
-    Shapley, 1962). As all boxes prefer the detections in one order, both end in the same pairs.
-
-    The pairs are `by_preference`, the detections of an image by falling score; any number of detections may get a box
-    of the mask `shared` (N,), a crowd.
+    There, detections take the first free box of their list one by one, by falling score. Here all ask at once, a box
+    keeps the earliest, and the others ask for their next (Gale and Shapley, 1962). As all boxes prefer the detections
+    in one order, both end in the same pairs. The pairs are `by_preference`, the detections of an image by falling
+    score; any number of detections may get a box of the mask `shared` (N,), a crowd.
     """
     boxes = np.full(detections, -1)
     choice = np.nonzero(np.diff(overlaps.detection, prepend=-1))[0]  # the pair that each detection asks for

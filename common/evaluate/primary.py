@@ -1,5 +1,5 @@
-"""The columns of the original study, which compare the largest object of an image with its highest-scoring detection,
-and `found`, which asks whether any detection that a user would be shown is that object."""
+"""The study's columns, which compare the largest object of an image with its highest-scoring detection, and `found`,
+which asks whether any detection that a user would be shown is that object."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,13 @@ from common.evaluate.overlaps import MATCH_IOU, find_overlaps
 
 @dataclass(frozen=True)
 class PrimaryPairs:
-    """The largest object of each of V images beside what the model detects there.
+    """The largest object of each of V images beside what the model detects there."""
 
-    Shapes: image (V,) int64, index into the data's images; truth (V,) int64 label of the object; best (V,) int64 label
-    of the highest-scoring detection, -1 where nothing was detected, and iou (V,) float64 of its box and the object's, 0
-    where nothing was detected; found (V,) bool, some detection with at least the score of the operating point has the
-    object's label and an IoU of at least 0.5 with it.
-    """
-
-    image: np.ndarray
-    truth: np.ndarray
-    best: np.ndarray
-    iou: np.ndarray
-    found: np.ndarray
+    image: np.ndarray  # (V,) int64, index into the data's images
+    truth: np.ndarray  # (V,) int64, label of the object
+    best: np.ndarray  # (V,) int64, label of the highest-scoring detection, -1 where nothing was detected
+    iou: np.ndarray  # (V,) float64, of its box and the object's, 0 where nothing was detected
+    found: np.ndarray  # (V,) bool, some detection from the operating point on has the object's label and an IoU >= 0.5
 
 
 def primary_pairs(matched: Matched, score: float | None) -> PrimaryPairs:
@@ -33,9 +27,8 @@ def primary_pairs(matched: Matched, score: float | None) -> PrimaryPairs:
 
     `score` is that of the operating point; None finds nothing.
     """
-    data = matched.data
-    owner, areas = data.image_of_box(), data.boxes[:, 2] * data.boxes[:, 3]
-    by_size = np.lexsort((-areas, data.crowd, owner))  # stable
+    data, owner = matched.data, matched.data.image_of_box()
+    by_size = np.lexsort((-data.boxes[:, 2:].prod(1), data.crowd, owner))  # stable
     first = by_size[np.nonzero(np.diff(owner, prepend=-1))[0]]  # of each image that has boxes
     largest = first[~data.crowd[first]]
     is_largest = np.isin(np.arange(len(owner)), largest)
@@ -50,8 +43,8 @@ def primary_pairs(matched: Matched, score: float | None) -> PrimaryPairs:
     shown = matched.table.score[pairs.detection] >= (np.inf if score is None else score)
     right = matched.table.label[pairs.detection] == data.labels[pairs.box]
     found[owner[pairs.box[right & shown]]] = True
-    image = owner[largest]
-    return PrimaryPairs(image, data.labels[largest], label[image], iou[image], found[image])
+    images = owner[largest]
+    return PrimaryPairs(images, data.labels[largest], label[images], iou[images], found[images])
 
 
 def primary_numbers(pairs: PrimaryPairs) -> dict[str, float | None]:

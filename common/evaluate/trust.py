@@ -17,16 +17,15 @@ CLASSES = "their ids may be numbered in another order"
 def check_agreement(matched: Matched) -> list[str]:
     """Warnings where hardly any detection is on an object, or classes agree with the objects' no better than by chance.
 
-    As many detections of an image are asked as it has objects, those with the highest scores. Objects of classes that
-    are never detected are left out, so that a detector of one class is judged by its own.
+    Asked are the highest-scoring detections of an image, as many as it has objects of classes that the model detects.
     """
     table, data = matched.table, matched.data
     objects = matched.objects & np.isin(data.labels, table.label)
     counts = np.bincount(data.image_of_box()[objects], minlength=len(data))
     asked = rank_within(table.image) < counts[table.image]
-    pairs = matched.overlaps
+    pairs, count = matched.overlaps, int(asked.sum())
     iou, box = pairs.select(asked[pairs.detection] & objects[pairs.box]).best(len(table))
-    count, on_object = int(asked.sum()), iou >= MATCH_IOU
+    on_object = iou >= MATCH_IOU
     if count >= ENOUGH and on_object.sum() < LEAST_SHARE * count:
         return [f"only {on_object.sum()} of its {count} best detections are on an object: {BOXES}"]
     if not on_object.any():
@@ -41,10 +40,7 @@ def check_agreement(matched: Matched) -> list[str]:
 
 
 def expected_agreement(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """The share of equal labels of two lists (n,) that is expected by chance, and the highest that is possible.
-
-    Both follow from the frequencies of the labels (Cohen's kappa and its maximum). Where one list has hardly more than
-    one label, they are close together, and an agreement tells nothing.
-    """
+    """The share of equal labels of two lists (n,) that is expected by chance, and the highest that is possible, both by
+    the frequencies of the labels (Cohen's kappa and its maximum). Of hardly more than one label, they are close."""
     shares = [np.bincount(labels, minlength=1 + max(a.max(), b.max())) / len(labels) for labels in (a, b)]
     return float(np.prod(shares, axis=0).sum()), float(np.min(shares, axis=0).sum())

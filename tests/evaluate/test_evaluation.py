@@ -11,35 +11,21 @@ import pytest
 import torch
 from helpers import ROOT, crowded, data_flags, numbers_of_table, random_detections, truth_as_detections
 
-from common.evaluate.bootstrap import (
-    MIN_IMAGES_FOR_VERDICT,
-    Sampled,
-    comparisons,
-    image_weights,
-    resample,
-)
+from common.evaluate.bootstrap import MIN_IMAGES_FOR_VERDICT, comparisons, image_weights
 from common.evaluate.detections import DetectionTable, ModelRun, coco_detections, detection_table, read_detections
-from common.evaluate.diagnosis import calibration, confusion, diagnose, error_breakdown
+from common.evaluate.diagnosis import calibration, confusion, error_breakdown
 from common.evaluate.evaluation import describe_data, evaluate
-from common.evaluate.metrics import match_boxes_alone, match_detections, operating_point
+from common.evaluate.metrics import match_detections, operating_point
 from common.evaluate.primary import primary_numbers, primary_pairs
 from common.evaluate.results import ErrorKind
-from common.evaluate.trust import check_agreement
 
 
 def matched_of(found, data):
     return match_detections(detection_table(found, data), data)
 
 
-def resampled(matched, weights):
-    primary = primary_pairs(matched, operating_point(matched).score)
-    return resample(matched, match_boxes_alone(matched), primary, weights)
-
-
-def samples_of(found, data, weights):
-    matched = matched_of(found, data)
-    numbers = numbers_of_table(matched.table, data)
-    return {name: Sampled(numbers[name], values) for name, values in resampled(matched, weights).items()}
+def evaluated(found, data, weights):
+    return evaluate("a", "a.pth", ModelRun(detection_table(found, data), data.class_names), data, weights)
 
 
 def repeated(data, found, counts):
@@ -58,25 +44,24 @@ def test_a_resample_equals_a_data_set_with_repeated_images(seed, demo_val):
     data, found = crowded(demo_val), random_detections(demo_val, 1)
     found = [replace(f, scores=f.scores + torch.rand(len(f.scores)) / 1000) for f in found]  # no ties
     counts = np.array([0, 2, 1, 3, 0, 1])
-    matched = matched_of(found, data)
-    ours = resampled(matched, counts[:, None].astype(np.float32))
+    samples = evaluated(found, data, counts[:, None].astype(np.float32)).samples
     large, copies = repeated(data, found, counts)
-    theirs = matched_of(copies, large)
-    pairs = primary_pairs(theirs, operating_point(matched).score)
-    expected = numbers_of_table(theirs.table, large) | {"found": primary_numbers(pairs)["found"]}
-    assert len(ours) == 9
-    for name, values in ours.items():
-        assert values[0] == pytest.approx(expected[name], abs=1e-9), name
+    pairs = primary_pairs(matched_of(copies, large), operating_point(matched_of(found, data)).score)
+    record = evaluated(copies, large, None).record
+    expected = vars(record.detection) | vars(record.primary) | {"found": primary_numbers(pairs)["found"]}
+    assert len(samples) == 9
+    for name, sample in samples.items():
+        assert sample.resamples[0] == pytest.approx(expected[name], abs=1e-9), name
 
 
 def test_intervals_contain_the_number_and_shrink_with_more_images(demo_val):
     found = random_detections(demo_val, 0)
-    number = samples_of(found, demo_val, image_weights(len(demo_val), seed=0))["AP50"]
+    number = evaluated(found, demo_val, image_weights(len(demo_val), seed=0)).samples["AP50"]
     low, high = number.interval()
     assert low < number.value < high and high - low > 0.02
     assert number.interval(99)[0] < low and high < number.interval(99)[1]
     large, copies = repeated(demo_val, found, np.full(6, 8))
-    low2, high2 = samples_of(copies, large, image_weights(48, seed=0))["AP50"].interval()
+    low2, high2 = evaluated(copies, large, image_weights(48, seed=0)).record.intervals["AP50"]
     assert high2 - low2 < (high - low) / 2
 
 
@@ -89,8 +74,8 @@ def test_weights_depend_on_the_seed_only():
 def test_verdicts(demo_val):
     """Perfect detections are better than noisy ones, which are not distinguishable from themselves."""
     weights = image_weights(len(demo_val), seed=0)
-    perfect = samples_of(truth_as_detections(demo_val), demo_val, weights)
-    noisy = samples_of(random_detections(demo_val, 0), demo_val, weights)
+    perfect = evaluated(truth_as_detections(demo_val), demo_val, weights).samples
+    noisy = evaluated(random_detections(demo_val, 0), demo_val, weights).samples
     models = {"noisy": noisy, "perfect": perfect, "again": noisy}
     verdicts = {(p.a, p.b): p.numbers["AP50"].verdict for p in comparisons(models, MIN_IMAGES_FOR_VERDICT)}
     assert verdicts == {
@@ -102,6 +87,11 @@ def test_verdicts(demo_val):
     assert {number.verdict for pair in few for number in pair.numbers.values()} == {"too few images"}
 
 
+def shrunk(boxes):
+    """A third of the area in the upper left corner."""
+    return torch.cat([boxes[:, :2], boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) * 0.58], dim=1)
+
+
 def test_each_kind_of_error_is_recognised(demo_val):
     """With one kind of error in every fourth detection, only that kind has a gain, which is what AP50 lacks."""
     right = truth_as_detections(demo_val)
@@ -110,29 +100,17 @@ def test_each_kind_of_error_is_recognised(demo_val):
         "localisation": lambda f, i: replace(f, boxes=torch.where(i[:, None], shrunk(f.boxes), f.boxes)),
         "missed": lambda f, i: replace(f, boxes=f.boxes[~i], scores=f.scores[~i], labels=f.labels[~i]),
     }
-    for kind, change in changes.items():
-        matched = matched_of([change(f, torch.arange(len(f.scores)) % 4 == 1) for f in right], demo_val)
+    fourth = [[change(f, torch.arange(len(f.scores)) % 4 == 1) for f in right] for change in changes.values()]
+    wrong = dict(zip(changes, fourth, strict=True))
+    wrong["duplicate"] = [*right, *(replace(f, scores=f.scores / 2) for f in right)]
+    wrong["background"] = [*right, *(replace(f, boxes=f.boxes + 5000, scores=f.scores + 1) for f in right)]
+    for kind, found in wrong.items():
+        matched = matched_of(found, demo_val)
         errors = error_breakdown(matched, np.ones(len(matched.table), bool))
         lacking = 1 - numbers_of_table(matched.table, demo_val)["AP50"]
-        assert errors.pop(kind) == ErrorKind(pytest.approx(lacking), sum((len(f.scores) + 2) // 4 for f in right))
+        count = sum((len(f.scores) + 2) // 4 for f in right) if kind in changes else len(demo_val.labels)
+        assert errors.pop(kind) == ErrorKind(pytest.approx(lacking), count)
         assert set(errors.values()) == {ErrorKind(0.0, 0)} and len(errors) == 5
-
-
-def shrunk(boxes):
-    """A third of the area in the upper left corner."""
-    return torch.cat([boxes[:, :2], boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) * 0.58], dim=1)
-
-
-def test_additional_detections_are_duplicates_or_background(demo_val):
-    right = truth_as_detections(demo_val)
-    again = [replace(f, scores=f.scores / 2) for f in right]
-    outside = [replace(f, boxes=f.boxes + 5000, scores=f.scores + 1) for f in right]
-    for kind, more in (("duplicate", again), ("background", outside)):
-        matched = matched_of([*right, *more], demo_val)
-        errors = error_breakdown(matched, np.ones(len(matched.table), bool))
-        lacking = 1 - numbers_of_table(matched.table, demo_val)["AP50"]
-        assert errors[kind] == ErrorKind(pytest.approx(lacking), len(demo_val.labels))
-        assert sum(error.count for error in errors.values()) == len(demo_val.labels)
 
 
 def test_confusion_counts_every_object_once(demo_val):
@@ -149,47 +127,45 @@ def test_confusion_counts_every_object_once(demo_val):
 
 def test_calibration_of_calibrated_and_overconfident_scores(demo_val):
     rng, nothing = np.random.default_rng(0), np.zeros(20000, np.int64)
-    score, ignored = rng.random(20000), np.zeros((1, 20000), bool)
-    table = DetectionTable(nothing, np.zeros((20000, 4)), score, nothing)
-    matched = replace(match_detections(table.select(nothing[:0]), demo_val), table=table, ignored=ignored)
-    calibrated, overconfident = (
-        calibration(replace(matched, box=np.where(rng.random((1, 20000)) < precision, 0, -1)))
-        for precision in (score, score / 2)
+    table = DetectionTable(nothing, np.zeros((20000, 4)), rng.random(20000), nothing)
+    matched = replace(
+        matched_of(truth_as_detections(demo_val), demo_val), table=table, ignored=np.zeros((1, 20000), bool)
     )
-    assert calibrated.expected_error < 0.02 and overconfident.expected_error == pytest.approx(0.26, abs=0.03)
-    assert sum(b.count for b in calibrated.bins) == (score >= 0.05).sum()
+    for right, expected in ((table.score, 0), (table.score / 2, 0.26)):
+        result = calibration(replace(matched, box=np.where(rng.random((1, 20000)) < right, 0, -1)))
+        assert result.expected_error == pytest.approx(expected, abs=0.02)
+        assert sum(b.count for b in result.bins) == (table.score >= 0.05).sum()
 
 
-def test_no_detections_and_no_objects(demo_val):
+def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_numbers(demo_val):
     bare = replace(demo_val, **{k: getattr(demo_val, k)[:0] for k in ("boxes", "labels", "crowd", "areas")})
     bare = replace(bare, starts=np.zeros_like(demo_val.starts))
     every = detection_table(random_detections(demo_val, 0), demo_val)
-    for table, data in ((every.select(every.score > 1), demo_val), (every, bare)):
-        matched = match_detections(table, data)
-        diagnosis = diagnose(matched, operating_point(matched))
-        gain = None if data is bare else 0.0
-        assert diagnosis.operating_point.f1 is None and check_agreement(matched) == []
-        assert diagnosis.errors["missed"] == ErrorKind(gain, len(data.labels))
-    evaluation = evaluate("a", "a.pth", ModelRun(table, bare.class_names), bare, image_weights(len(bare), 0))
-    assert evaluation.samples == {} and set(evaluation.record.intervals.values()) == {None}
+    for table, data, value in ((every.select(every.score > 1), demo_val, 0.0), (every, bare, None)):
+        run, weights = ModelRun(table, data.class_names), image_weights(len(data), 0)
+        evaluation = evaluate("a", "a.pth", run, data, weights)
+        record = evaluation.record
+        assert record.detection.AP == record.detection.class_agnostic_AP50 == value and record.warnings == []
+        assert set(vars(record.primary).values()) == {value} and record.diagnosis.operating_point.f1 is None
+        assert record.diagnosis.errors["missed"] == ErrorKind(value, len(data.labels))
+    assert evaluation.samples == {} and set(record.intervals.values()) == {None}
 
 
 def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
-    table = detection_table(random_detections(demo_val, 2), demo_val)
-    rows, weights = coco_detections(table, demo_val, [""] * 6), image_weights(len(demo_val), 0)
+    found, weights = random_detections(demo_val, 2), image_weights(len(demo_val), 0)
+    rows = coco_detections(detection_table(found, demo_val), demo_val, [""] * 6)
     rows.append(rows[0] | {"category_id": 77, "category_name": "x"})
     (tmp_path / "d.json").write_text(json.dumps([row | {"file_name": None} for row in rows]))
     read = read_detections(str(tmp_path / "d.json"), demo_val)
-    ours = evaluate("a", "a.pth", ModelRun(table, demo_val.class_names), demo_val, weights).record
+    ours = evaluated(found, demo_val, weights).record
     theirs = evaluate("a", "a.pth", read, demo_val, weights).record
     assert theirs.warnings[0].startswith("1 detections of 1 (x) categories")
     assert (theirs.detection, theirs.primary, theirs.intervals) == (ours.detection, ours.primary, ours.intervals)
 
 
 def test_the_description_counts_objects_without_crowds(demo_val):
-    about = describe_data(crowded(demo_val), "demo")
-    objects = np.arange(len(demo_val.labels)) % 5 > 0
-    assert about.boxes == objects.sum()
+    about, objects = describe_data(crowded(demo_val), "demo"), np.arange(len(demo_val.labels)) % 5 > 0
+    assert about.boxes == sum(about.class_boxes) == objects.sum()
     assert about.class_boxes == np.bincount(demo_val.labels[objects], minlength=10).tolist()
 
 
