@@ -23,6 +23,6 @@ show/         numbers -> what people look at
 export/       a checkpoint -> files that others run: python -m common.export
               graph (also in 8 bits), runtime (what runs the files)
 
-Imports go one way: scripts, export -> train, show -> evaluate -> data, model -> the files at the root. data and model
-do not import each other, evaluate imports neither train nor show. tests/test_layout.py holds this.
+Imports go one way: scripts -> train, show, export -> evaluate -> data, model -> the files at the root. data and model
+do not import each other, nor do train, show and export. tests/test_layout.py holds this, with the one exception.
 """
