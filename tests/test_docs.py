@@ -22,11 +22,12 @@ from common.model.checkpoint import Checkpoint, save_detector
 README = ROOT / "README.md"
 PAGES = (README, *sorted(ROOT.glob("docs/*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(?:\w+=\S+ )*(?:\S*/)?(?:python3?|make|accelerate|tensorboard) ")
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:\S*/)?(?:python3?|make|accelerate) ")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OWN_FILE = re.compile(r"`((?:common|dev|docs|tests)/[\w./]*)`")
 NAME_IN_FILE = re.compile(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`")
-MAX_LINES, MAX_WORDS = 150, 1700  # of the README
+MAX_LINES, MAX_WORDS = 150, 1100  # of the README
+MAX_WORDS_OF_PAGES = 7000  # of the others together
 
 
 def lines_of(block):
@@ -45,24 +46,17 @@ def commands():
     ]
 
 
-def flags_of(module):
-    """The names of its flags, with dashes."""
-    settings = getattr(importlib.import_module(module), "Settings", None)
-    return {field.name.replace("_", "-") for field in dataclasses.fields(settings)} if settings else set()
+def settings_class(module):
+    """The settings of a program, None where it takes no flags."""
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    return getattr(importlib.import_module(f"{module}.__main__" if package else module), "Settings", None)
 
 
 def settings_of(module, flags):
     """Exits where a flag does not exist or its value is refused."""
-    package = (ROOT / module.replace(".", "/")).is_dir()
-    settings = getattr(importlib.import_module(f"{module}.__main__" if package else module), "Settings", None)
-    if settings:
+    if settings := settings_class(module.removesuffix(".py")):
         return cli.parse(settings, "", flags)
     assert not flags, f"{module} takes no flags"
-
-
-def settings_of_script(script, *flags):
-    assert (ROOT / script).is_file()
-    return settings_of(Path(script).stem, list(flags))
 
 
 @pytest.mark.parametrize("line", commands())
@@ -76,11 +70,9 @@ def test_command_exists_with_its_flags_and_values(line):
     elif program == "accelerate":
         assert first == "launch"
         launched = launch_command_parser().parse_args(others)
-        settings_of_script(launched.training_script, *launched.training_script_args)
-    elif program == "tensorboard":
-        assert importlib.util.find_spec(program) and first == "--logdir"
+        settings_of(launched.training_script, launched.training_script_args)
     elif first != "-m":
-        settings_of_script(first, *others)
+        settings_of(first, others)
     elif others[0].startswith(("dev.", "common.")):
         settings_of(others[0], others[1:])
     else:
@@ -91,7 +83,7 @@ def test_demo_is_what_make_demo_runs():
     made = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     written = "\n".join(block for _, block in FENCE.findall((ROOT / "docs" / "results.md").read_text()))
     runs = [
-        [settings_of_script(*shlex.split(line)[1:]) for line in lines_of(text) if "--output runs/demo/" in line]
+        [settings_of(w[1], w[2:]) for w in map(shlex.split, lines_of(text)) if "--output runs/demo/" in " ".join(w)]
         for text in (made, written)
     ]
     assert len(runs[0]) == 5
@@ -118,7 +110,8 @@ def test_python_of_the_readme_runs(detector, tmp_path, monkeypatch):
 def test_flags_links_files_and_names_exist(page):
     text = page.read_text()
     programs = [path.stem for path in ROOT.glob("*.py")] + [f"dev.{path.stem}" for path in ROOT.glob("dev/*.py")]
-    known = {"help"}.union(*map(flags_of, [*programs, "common.export.__main__"]))
+    classes = filter(None, map(settings_class, [*programs, "common.export"]))
+    known = {"help"} | {field.name.replace("_", "-") for settings in classes for field in dataclasses.fields(settings)}
     assert set(re.findall(r"--([a-z][a-z0-9-]*)\b", FENCE.sub("", text))) <= known  # accelerate's have a _
     links = [page.parent / link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]
     assert not [path for path in (*links, *(ROOT / name for name in OWN_FILE.findall(text))) if not path.exists()]
@@ -127,21 +120,18 @@ def test_flags_links_files_and_names_exist(page):
     assert page == README or re.match(r"# .+\n\n```sh\n", text), "a page begins with its command"
 
 
-def test_readme_is_short():
-    text = README.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
-    assert len(text.split()) <= MAX_WORDS
+def test_pages_are_short():
+    readme, *words = (len(page.read_text().split()) for page in PAGES)
+    assert len(README.read_text().splitlines()) <= MAX_LINES and readme <= MAX_WORDS
+    assert sum(words) <= MAX_WORDS_OF_PAGES
 
 
 def fields_of(schema):
+    """The names of all properties in a JSON schema."""
     if isinstance(schema, dict):
-        yield from schema.get("properties", {})
-        yield from schema.get("required", ())
-        for part in schema.values():
-            yield from fields_of(part)
-    elif isinstance(schema, list):
-        for part in schema:
-            yield from fields_of(part)
+        yield from (name for key in ("properties", "required") for name in schema.get(key, ()))
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from fields_of(part)
 
 
 def test_every_field_of_the_results_is_explained():

@@ -6,11 +6,8 @@
                                                                        -> improved_dino2_detector_int8_openvino_model/
   python -m common.export improved_dino2_detector.pth --format hub          -> improved_dino2_detector_hub/
 
-ONNX and OpenVINO take `images` (B, 3, S, S) float32 RGB in 0..1, letterboxed, any B, and return `boxes` (B, D, 4) xyxy
-pixels of the input, `scores` (B, D) and `labels` (B, D), at most 100 an image, by falling score, after NMS; a score of
-0 says that an image has fewer. Class names, input size and conditions of the training are in the file's metadata.
-
-The folder for the hub has weights, settings and a model card; `hf upload` publishes it, and `load_detector` reads it.
+docs/deployment.md says what an exported graph takes and returns. The folder for the hub has weights, settings and a
+model card; `hf upload` publishes it, and `load_detector` reads it.
 """
 
 import json
@@ -80,20 +77,14 @@ def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None
     Raises:
         InputError: a graph too large for ONNX, or no images to calibrate with.
     """
-    size = sum(weight.nbytes for weight in checkpoint.detector.parameters())
-    if size >= LARGEST_GRAPH:
-        raise InputError(f"the weights have {size / 1e9:.1f} GB, and ONNX takes 2: export a smaller backbone")
+    weights = sum(weight.nbytes for weight in checkpoint.detector.parameters())
+    if weights >= LARGEST_GRAPH:
+        raise InputError(f"the weights have {weights / 1e9:.1f} GB, and ONNX takes 2: export a smaller backbone")
     loader = calibration_loader(settings, checkpoint.image_size) if settings.int8 else None
     used = {"calibration": settings.calibration, "calibration_images": len(loader)} if loader else {}
-    description = Description(
-        FORMAT_VERSION,
-        list(checkpoint.class_names),
-        list(checkpoint.category_ids),
-        checkpoint.image_size,
-        checkpoint.min_score,
-        "int8" if loader else "fp32",
-        checkpoint.conditions() | used,
-    )
+    precision, conditions = "int8" if loader else "fp32", checkpoint.conditions() | used
+    names, ids, size = list(checkpoint.class_names), list(checkpoint.category_ids), checkpoint.image_size
+    description = Description(FORMAT_VERSION, names, ids, size, checkpoint.min_score, precision, conditions)
     graph = onnx_graph(checkpoint.detector, json.dumps(asdict(description)))
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch, file.name)

@@ -69,7 +69,7 @@ def quantize(graph: Any, loader: DataLoader) -> Any:
     """
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes handlers that others have put there
     inputs = nncf.Dataset(loader, lambda batch: {INPUT: (batch.inputs.float() / 255).numpy()})
     return nncf.quantize(graph, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(loader))
 

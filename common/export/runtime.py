@@ -102,8 +102,8 @@ def _read_onnx(file: Path) -> tuple[str, Session]:
 
 @functools.cache
 def openvino_core() -> Any:
-    """The one of this process: where two end in the order in which they began, the next Ctrl-C is a segmentation fault,
-    because the second restores a stack of signal handlers that is freed already."""
+    """The one of this process: where two have ended in the order of their beginnings, the next Ctrl-C is a segmentation
+    fault."""
     import openvino
 
     return openvino.Core()

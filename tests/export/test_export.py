@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,8 +147,7 @@ def test_a_folder_for_the_hub_is_a_detector_with_a_card(folder, demo_val, tmp_pa
     assert {file.name for file in output.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     original = load_detector(source, "cpu")
     for detector in (load_detector(output, "cpu"), type(original).from_pretrained(output, device="cpu")):
-        found = [each.predict(demo_val.images[0].path).scores for each in (detector, original)]
-        assert torch.equal(*found)
+        assert torch.equal(*(each.predict(demo_val.images[0].path).scores for each in (detector, original)))
     card = (output / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["pipeline_tag"] == "object-detection" and header["library_name"] == PROGRAM
@@ -188,13 +186,9 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
     refused("is not of format_version 1", {"format_version": 9})
     refused("class_names must be", {"class_names": None})
     refused("export its checkpoint again", {"category_ids": [1]})
-    refused("cannot read.*opset", opset=99)
-    whole = (folder / FORMATS["onnx"]).read_bytes()
-    (tmp_path / "short.onnx").write_bytes(whole[len(whole) // 2 :])
-    with pytest.raises(InputError, match="ONNX Runtime cannot read"):
-        load_detector(tmp_path / "short.onnx")
+    refused("ONNX Runtime cannot read", opset=99)
     foreign = tmp_path / "foreign.onnx"
-    foreign.write_bytes(whole.replace(PROGRAM.encode(), b"another-program!"))
+    foreign.write_bytes((tmp_path / "a.onnx").read_bytes().replace(PROGRAM.encode(), b"another-program!"))
     assert not any(exported_file(path) for path in (foreign, tmp_path, tmp_path / "none.onnx", "yolov8n.pt"))
 
 
@@ -208,16 +202,13 @@ def test_an_openvino_folder_may_be_renamed_and_its_file_named(folder, tmp_path):
 
 
 def test_signals_are_handled_after_two_detectors_have_come_and_gone(folder):
-    lines = f"""
-    import signal
-    from common.model import load_detector
-    signal.signal(signal.SIGINT, lambda *_: print("handled"))
-    first, second = (load_detector({str(folder / FORMATS["openvino"])!r}) for _ in range(2))
-    del first
-    del second
-    signal.raise_signal(signal.SIGINT)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    program = """import signal, sys; from common.model import load_detector
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+first, second = (load_detector(sys.argv[1]) for _ in range(2))
+del first
+del second
+signal.raise_signal(signal.SIGINT)"""
+    command = [sys.executable, "-c", program, folder / FORMATS["openvino"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "handled\n", done.stderr
 

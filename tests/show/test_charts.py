@@ -5,16 +5,41 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-from helpers import ROOT, record_of, results_of
+from helpers import ROOT, random_detections, record_of, results_of
 
 import plot_results
 from common.console import InputError
-from common.evaluate.results import ClassNumbers, ValidationRecord, read_results
+from common.evaluate.bootstrap import image_weights
+from common.evaluate.detections import ModelRun, detection_table
+from common.evaluate.evaluation import describe_data, evaluate
+from common.evaluate.results import (
+    ClassNumbers,
+    Cost,
+    ValidationRecord,
+    ValidationResults,
+    read_results,
+    write_results,
+)
 from common.show import charts
+
+
+@pytest.fixture(scope="module")
+def results_file(demo_val, tmp_path_factory) -> Path:
+    """A results file of two models with numbers and one that could not be evaluated."""
+    cost = Cost(1000, 50.0, 20.0, 4, None, "CPU", "fp32")
+    weights, evaluated = image_weights(len(demo_val), 0), []
+    for seed, name in enumerate(("first", "second")):
+        found = ModelRun(detection_table(random_detections(demo_val, seed), demo_val), demo_val.class_names, cost)
+        evaluated.append(evaluate(name, f"{name}.pth", found, demo_val, weights))
+    records = [*(e.record for e in evaluated), ValidationRecord("third", "third.pth", error="no such file")]
+    path = tmp_path_factory.mktemp("results") / "validation_results.json"
+    write_results(path, ValidationResults({}, describe_data(demo_val, "demo"), records))
+    return path
 
 
 def drawn(chart, *records, **data):
@@ -60,24 +85,20 @@ def test_names_that_are_no_valid_text_or_formula_and_settings_of_matplotlib_that
         assert dict(matplotlib.rcParams) == before
 
 
-def test_ten_models_and_sixty_classes_are_drawn_and_said():
+def test_ten_models_with_long_names_and_sixty_classes_are_drawn_and_said():
     names = [f"class {n}" for n in range(1500)]
     per_class = {name: ClassNumbers(0.5, n / 1500) for n, name in enumerate(names)}
-    results = results_of(*(record_of(f"m{n}", AP50=0.5, per_class=per_class) for n in range(14)), class_names=names)
+    records = [record_of(f"model {n} with a name as long as a line of a table", per_class=per_class) for n in range(14)]
+    results = results_of(*records, class_names=names)
     data = replace(results.dataset, class_boxes=list(range(1500)))
     figure = charts.per_class(charts.drawn_models(results), data)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == names[-60:]
     assert figure.axes[0].get_title() == "the 60 of 1500 classes with most objects"
     assert "the first 10 of 14 models" in charts.caption(results) and len(figure.legends[0].get_texts()) == 10
     assert len({repr((charts.line_style(n), charts.bar_style(n))) for n in range(10)}) == 10
-
-
-def test_a_long_legend_leaves_room_for_the_axes():
-    names = [f"model {n} with a name as long as a line of a table" for n in range(10)]
-    per_class = {"a": ClassNumbers(0.5, 0.5), "b": ClassNumbers(0.5, 0.5)}
-    figure = drawn(charts.per_class, *(record_of(name, per_class=per_class) for name in names))
+    figure = charts.per_class(charts.drawn_models(results), replace(data, class_names=names[:2], class_boxes=[]))
     figure.draw_without_rendering()
-    assert (figure.axes[0].get_position().size * figure.get_size_inches()).min() > 0.3
+    assert (figure.axes[0].get_position().size * figure.get_size_inches()).min() > 0.3  # beside the legend
 
 
 def test_confusion_shows_the_shares_of_each_class(results_file):
@@ -108,30 +129,21 @@ EPOCHS = [
 SETTINGS = {"epochs": 2, "blocks": [2, -1], "output": "a.pth", "train_fingerprint": "abc"}
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    """The folder of a training run of two epochs."""
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, EPOCHS)))
-    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
-    return tmp_path
-
-
 def trained(folder, **changes):
     return record_of("m", AP50=0.5, conditions=SETTINGS | {"run_dir": str(folder), "epoch": 2} | changes)
 
 
-def test_training_curves_have_the_numbers_of_the_log_of_that_run(run_dir):
-    loss, ap50 = drawn(charts.training, trained("no/folder"), trained(run_dir)).axes
+def test_training_curves_have_the_numbers_of_the_log_of_that_run(tmp_path):
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, EPOCHS)))
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    loss, ap50 = drawn(charts.training, trained("no/folder"), trained(tmp_path)).axes
     assert [len(line.get_ydata()) for line in loss.lines] == [0, 2]
     assert list(loss.lines[1].get_ydata()) == [3.5, 1.5] and ap50.lines[1].get_ydata()[1] == 0.25
     for later in ({"epochs": 3}, {"output": "b.pth"}, {"train_fingerprint": "other images"}):
-        assert charts.read_log(trained(run_dir, **later)) == []
-
-
-@pytest.mark.parametrize("file", ["log.jsonl", "settings.json"])
-def test_a_damaged_log_leaves_the_other_charts(file, run_dir):
-    (run_dir / file).write_text('{"epoch": 1, ')
-    assert "training" not in charts.render(results_of(trained(run_dir)), dpi=40)
+        assert charts.read_log(trained(tmp_path, **later)) == []
+    for file in ("log.jsonl", "settings.json"):  # damaged: the other charts are drawn
+        (tmp_path / file).write_text('{"epoch": 1, ')
+        assert charts.read_log(trained(tmp_path)) == []
 
 
 def test_charts_without_any_numbers():
