@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, which these do
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch: as fast for models this small, and forked processes have no more
 
 import pytest
 import torch
