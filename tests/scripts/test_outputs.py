@@ -1,5 +1,6 @@
 """No script overwrites what it reads, or files of its user, whatever the paths look like."""
 
+import itertools
 import json
 import os
 import shlex
@@ -45,9 +46,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def check(images, output):
-    return validate_models.main(
-        validate_models.Settings(checkpoints=("cats.pth",), images=images, output=output, workers=0)
-    )
+    settings = {"checkpoints": ("cats.pth",), "images": images, "output": output, "workers": 0}
+    return validate_models.main(validate_models.Settings(**settings))
 
 
 OVERWRITING = {  # --images and --output
@@ -111,50 +111,52 @@ def test_own_outputs_are_replaced_and_images_of_one_name_have_their_own(folder):
     assert len(set(written)) == len(written) == 4 + 1 and "detections.json" in written
 
 
-@pytest.mark.parametrize("flag", ["report", "output"])
-@pytest.mark.parametrize("read", ["theirs.json", "val.json", "cats.pth"])
-def test_results_and_report_do_not_overwrite_inputs(read, flag, folder, demo):
-    before, output = Path(read).read_bytes(), {"output": "new.json"} | {flag: f"./{read}"}
+def test_results_and_report_do_not_overwrite_inputs(folder, demo):
     models = {"models": ("cats.pth",), "from_detections": ("theirs.json",), "workers": 0}
-    with pytest.raises(InputError, match=r"would overwrite the input|results are JSON"):
-        main(Settings(val_json="val.json", val_images_dir=str(demo / "val2017"), **models, **output))
-    assert Path(read).read_bytes() == before
+    flags = models | {"val_json": "val.json", "val_images_dir": str(demo / "val2017"), "output": "new.json"}
+    before = content(folder)
+    for output, read in itertools.product(("report", "output"), ("theirs.json", "val.json", "cats.pth")):
+        with pytest.raises(InputError, match=r"would overwrite the input|results are JSON"):
+            main(Settings(**flags | {output: f"./{read}"}))
+        assert content(folder) == before
 
 
-def results_settings(demo):
-    return Settings(str(demo), from_detections=("theirs.json",), workers=0, output="r.json", report="r.html")
+def validate(demo):
+    return main(Settings(str(demo), from_detections=("theirs.json",), workers=0, output="r.json", report="r.html"))
 
 
-FOREIGN = {"r.json": b'{"mine": 1}', "r.html": b"<html></html>", "r_detections/theirs.json": b'[{"image_id": 1}]'}
+def plot(_demo):
+    return plot_results.main(plot_results.Settings("r.json", "c.png"))
 
 
-@pytest.mark.parametrize("file", FOREIGN)
-def test_a_file_of_another_program_is_not_overwritten_but_an_own_one_is(file, folder, demo):
+FOREIGN = {  # what would write a file, and its content
+    "c_training.png": (plot, b"\x89PNG\r\n"),
+    "r.html": (validate, b"<html></html>"),
+    "r_detections/theirs.json": (validate, b'[{"image_id": 1}]'),
+    "r.json": (validate, b'{"mine": 1}'),
+}
+
+
+def test_own_results_and_charts_are_replaced_and_files_of_other_programs_never(folder, demo):
     for _ in range(2):
-        main(results_settings(demo))
-    Path(file).write_bytes(FOREIGN[file])
-    with pytest.raises(InputError, match=f"{file} was not written by this program"):
-        main(results_settings(demo))
-    assert Path(file).read_bytes() == FOREIGN[file]
+        validate(demo)
+        plot(demo)
+        shutil.copy("c.png", "c_training.png")  # an own chart for which there are no numbers any more
+    plot(demo)
+    assert not Path("c_training.png").exists()
+    for file, (write, foreign) in FOREIGN.items():
+        Path(file).write_bytes(foreign)
+        with pytest.raises(InputError, match=f"{file} was not written by this program"):
+            write(demo)
+        assert Path(file).read_bytes() == foreign
+        Path(file).unlink()
 
 
 def test_a_report_that_fails_leaves_the_results(folder, demo, monkeypatch):
     monkeypatch.delattr("common.show.charts.per_class")
     with pytest.raises(InputError, match=r"the results are in r.json, but the report failed: "):
-        main(results_settings(demo))
+        validate(demo)
     assert json.loads(Path("r.json").read_text())["models"][0]["error"] is None and not Path("r.html").exists()
-
-
-def test_charts_of_an_earlier_run_go_and_those_of_others_stay(folder, demo):
-    main(results_settings(demo))
-    settings = plot_results.Settings("r.json", "c.png")
-    plot_results.main(settings)
-    shutil.copy("c.png", "c_training.png")  # an own chart for which there are no numbers any more
-    plot_results.main(settings)
-    assert not Path("c_training.png").exists()
-    Image.new("RGB", (9, 9)).save("c_training.png")
-    with pytest.raises(InputError, match=r"c_training.png was not written by this program"):
-        plot_results.main(settings)
 
 
 def test_an_interrupted_validation_names_the_flags_that_read_what_is_finished(folder, demo, monkeypatch):
@@ -187,26 +189,27 @@ class TrainSettings(RunFlags):
     start_from: str = flag("", "a checkpoint")
 
 
-TRAINED = [("cats.pth", "./cats/../cats.pth"), ("linked.pth", "cats.pth"), ("run/best.pth", "new.pth")]
-TRAINED += [("run/frozen.pth", "new.pth"), ("run/last.pth", "new.pth")]
-
-
-@pytest.mark.parametrize(("start", "output"), TRAINED)
-def test_training_overwrites_neither_what_it_reads_nor_files_of_another_program(start, output, folder):
-    def run(start, output):
+def test_training_overwrites_neither_what_it_reads_nor_files_of_another_program(folder):
+    def run(start="cats.pth", output="new.pth"):
         settings = TrainSettings(run_dir="run", output=output, start_from=start)
         return Run(settings, Accelerator(cpu=True), ("frozen", "unfrozen"))
 
-    run("cats.pth", "new.pth")
-    for name in ("best", "frozen", "last"):
-        shutil.copy("cats.pth", f"run/{name}.pth")
+    run()
+    stages = [f"run/{name}.pth" for name in ("best", "frozen", "last")]
+    for file in stages:
+        shutil.copy("cats.pth", file)
     with pytest.raises(InputError, match=r"run has a \w+\.pth of another program: name another --run-dir"):
-        run("cats.pth", "new.pth")
+        run()
     Path("run/settings.json").touch()
     Path("linked.pth").symlink_to("cats.pth")
-    with pytest.raises(InputError, match="would overwrite the input"):
-        run(start, output)
-    run("cats.pth", "new.pth")
+    for start, output in [
+        ("cats.pth", "./cats/../cats.pth"),
+        ("linked.pth", "cats.pth"),
+        *((f, "new.pth") for f in stages),
+    ]:
+        with pytest.raises(InputError, match="would overwrite the input"):
+            run(start, output)
+    run()
 
 
 def test_two_outputs_are_two_files(tmp_path):
