@@ -50,16 +50,6 @@ def test_dinov3_as_the_hub_has_it(tmp_path):
     assert [reloaded.backbone.block_of(name) for name in ("vit.model.layer.1.x", "vit.norm.weight")] == [2, 2]
 
 
-def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
-    images = pixels_of(1, 3, 112, 112)
-    detector.backbone.requires_grad_(False)
-    detector(images).scores().sum().backward()
-    assert all(p.grad is None for p in detector.backbone.parameters())
-    detector.backbone.set_trainable(BackboneFlags())
-    (detector(images).scores().sum() + detector(images).boxes.sum()).backward()
-    assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
-
-
 @pytest.mark.parametrize("blocks", [(), (0,), (5,), (-5,), (1, 1), (4, -1)])
 def test_blocks_count_from_both_ends_and_those_that_do_not_exist_are_refused(blocks):
     with pytest.raises(InputError, match=r"blocks 1\.\.4"):

@@ -15,7 +15,7 @@ from helpers import ROOT, arguments_of, fork, tiny_settings
 import improved_dino_detector as improved
 from common.data.demo import make_demo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_folder")]
 LAUNCHER = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2".split()
 
 
@@ -37,12 +37,6 @@ def two(tmp_path_factory, settings):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stage frozen: ") == 1  # one of them prints
     return folder
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
 
 
 def losses_of(folder="."):

@@ -32,15 +32,9 @@ from common.runtime import Purpose, seed_of
 from common.train.optim import Schedule
 from common.train.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_folder")]
 LORA = {"batch_size": 2, "accumulate": 2, "lora": 2, "checkpoint_activations": True}
 CASES = {"simple": (simple, {}, 7), "stage 1": (improved, {}, 5), "LoRA": (improved, LORA, 11)}  # step of the stop
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +124,20 @@ def test_killed_runs_go_on_to_the_same_result_and_a_finished_one_does_not_change
 
 
 def test_stage_1_alone_goes_on_and_other_runs_start_from_it(trained, settings_of, demo, tiny_backbone, capfd):
-    """A stopped one does not need the file that it started from."""
+    """A stopped one does not need the file that it started from. At learning rate 0 the weights stay the same."""
     settings = settings_of(improved, resume=True)
     improved.main(replace(settings, stop_after="frozen", output="start.pth"))
     assert "nothing to resume in run yet: starting" in capfd.readouterr().out
     improved.main(settings)
     assert results()[1:] == results(trained("stage 1"))[1:]
     data = {"data": str(demo), "workers": 0, "batch_size": 4, "precision": "fp32", "run_dir": "from"}
-    settings = improved.Settings(**data, start_from="start.pth", epochs_frozen=0, epochs_unfrozen=2)
+    epochs = {"epochs_frozen": 0, "epochs_unfrozen": 2, "lr_unfrozen": 0.0}
+    settings = improved.Settings(**data, **epochs, start_from="start.pth")
     stop_at_step(improved, settings, 5)
-    Path("start.pth").unlink()
+    before = load_checkpoint(Path("start.pth").rename("moved.pth")).detector.state_dict()
     improved.main(replace(settings, resume=True))
+    after = load_checkpoint("from/last.pth").detector.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     conditions = load_checkpoint("from/last.pth").conditions()
     assert conditions["started_from"] == "start.pth" and conditions["backbone"] == str(tiny_backbone)
     assert conditions["second_look"] == 100 and conditions["dropout"] == 0.3 and conditions["crop_size"] == 56
