@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, which these do
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch: as fast for models this small, and forked processes have no more
 
 import pytest
 import torch
@@ -68,11 +69,29 @@ def demo_val(demo) -> DetectionData:
     return load_coco(demo / "annotations" / "instances_val2017.json", demo / "val2017")
 
 
+@pytest.fixture(scope="session")
+def build(tiny_backbone):
+    """Makes an untrained detector, by default of ten classes at 112 pixels, in evaluation mode."""
+
+    def make(head="linear", **changes) -> Detector:
+        torch.manual_seed(0)
+        shape = {"blocks": (2, -1), "image_size": 112, "num_classes": 10}
+        return new_detector(tiny_backbone, head=head, **shape | changes).eval()
+
+    return make
+
+
 @pytest.fixture
-def detector(tiny_backbone) -> Detector:
-    """An untrained detector of ten classes at 112 pixels, in evaluation mode."""
-    torch.manual_seed(0)
-    return new_detector(tiny_backbone, head="linear", blocks=(2, -1), image_size=112, num_classes=10).eval()
+def detector(build) -> Detector:
+    return build()
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch) -> Path:
+    """An empty working folder, with a cache of its own."""
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import signal
+import socket
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -78,6 +82,25 @@ def stop_at_step(script, settings, step):
     with pytest.raises(Interrupted):
         raise_if_interrupted()  # forgets it
     return stopped.value
+
+
+def fork(main, settings, processes=1):
+    """Start processes that train together: copies of this one, which have nothing to import."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
+
+    def train(rank):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if processes > 1:
+            os.environ.update({name: str(value) for name, value in (launched | {"RANK": rank}).items()})
+            os.environ["LOCAL_RANK"] = str(rank)
+        main(settings)
+
+    workers = [multiprocessing.get_context("fork").Process(target=train, args=(rank,)) for rank in range(processes)]
+    for worker in workers:
+        worker.start()
+    return workers
 
 
 SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)

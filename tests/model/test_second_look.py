@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from common.model.boxes import MAX_LOG_SCALE, apply_deltas
-from common.model.detector import new_detector
 from common.model.losses import DetectionLoss, LossConfig
 from common.model.postprocess import CLASS_TEMPERATURE, SECOND_CLASS_SHARE, SECOND_OBJECT_SHARE, fuse_predictions
 from common.model.second_look import NUM_JITTERED, JitteredBoxes, roi_pool, select_proposals
@@ -18,11 +17,9 @@ from common.types import Targets
 
 
 @pytest.fixture
-def looking(tiny_backbone):
+def looking(build):
     """A detector with a second look, its boxes and names not those of the first."""
-    torch.manual_seed(0)
-    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "dropout": 0.1}
-    detector = new_detector(tiny_backbone, head="pyramid", **options, second_look=20).eval()
+    detector = build("pyramid", dropout=0.1, second_look=20)
     for layer in (detector.head.second_look.classify, detector.head.second_look.predict):
         torch.nn.init.normal_(layer.weight, std=0.05)
     return detector

@@ -16,17 +16,13 @@ from common.evaluate.detect import run_detector
 from common.evaluate.detections import detection_table
 from common.model import load_detector
 from common.model.checkpoint import DEFAULT_MIN_SCORE, Checkpoint, load_checkpoint, save_detector
-from common.model.detector import new_detector
 
 
 @pytest.fixture(scope="module")
-def file(tiny_backbone, demo_val, tmp_path_factory) -> Path:
+def file(build, demo_val, tmp_path_factory) -> Path:
     """A detector with a second look; its scores are low, as it is not trained."""
-    torch.manual_seed(0)
-    options = {"blocks": (2, 4), "image_size": 112, "num_classes": 10, "second_look": 20}
-    detector = new_detector(tiny_backbone, head="pyramid", **options)
-    path = tmp_path_factory.mktemp("trained") / "detector.pth"
-    save_detector(path, Checkpoint(detector, demo_val.class_names, tuple(range(10, 30, 2))))
+    path, ids = tmp_path_factory.mktemp("trained") / "detector.pth", tuple(range(10, 30, 2))
+    save_detector(path, Checkpoint(build("pyramid", second_look=20), demo_val.class_names, ids))
     return path
 
 

@@ -5,163 +5,153 @@ import os
 import shlex
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from PIL import Image
 
+import comprehensive_validation
+import improved_dino_detector
 import plot_results
 import validate_models
-from common.cli import flag
+from common import cli
 from common.console import InputError, Interrupted, raise_on_signals
 from common.evaluate.detect import run_detector
 from common.files import check_outputs
 from common.model.checkpoint import Checkpoint, save_detector
-from common.train.run import Run, RunFlags
-from comprehensive_validation import Settings, main
+
+MODULES = {"check": validate_models, "validation": comprehensive_validation, "plot": plot_results}
+MODULES |= {"improved": improved_dino_detector}
 
 
 @pytest.fixture
-def folder(tmp_path, detector, demo, demo_val, monkeypatch) -> Path:
-    """The working folder: a checkpoint cats.pth, images in cats/, objects in val.json, detections in theirs.json."""
-    monkeypatch.chdir(tmp_path)
+def run(own_folder, detector, demo, demo_val):
+    """Runs a script by its line, in a folder with a checkpoint, images, objects in val.json, and detections."""
     save_detector("cats.pth", Checkpoint(detector, demo_val.class_names, demo_val.category_ids, {}))
     Path("cats").mkdir()
     for name in ("1.jpg", "2.png"):
         Image.new("RGB", (200, 150), "red").save(Path("cats", name))
-    truth = shutil.copy(demo / "annotations" / "instances_val2017.json", "val.json")
-    keys = ("image_id", "category_id", "bbox")
-    entries = [
-        {key: a[key] for key in keys} | {"score": 0.9} for a in json.loads(Path(truth).read_text())["annotations"]
-    ]
-    Path("theirs.json").write_text(json.dumps(entries))
-    return tmp_path
+    shutil.copy(demo / "annotations" / "instances_val2017.json", "val.json")
+    objects = json.loads(Path("val.json").read_text())["annotations"]
+    Path("theirs.json").write_text(json.dumps([annotation | {"score": 0.9} for annotation in objects]))
+
+    def run(line):
+        name, *flags = line.format(demo=demo, here=own_folder, name=own_folder.name).split()
+        return MODULES[name].main(cli.parse(MODULES[name].Settings, "", flags))
+
+    return run
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def check(images, output):
-    return validate_models.main(
-        validate_models.Settings(checkpoints=("cats.pth",), images=images, output=output, workers=0)
-    )
-
-
-OVERWRITING = {  # --images and --output
-    "folder": ("{folder}/cats", "."),
-    "roundabout": ("cats", "cats/../../{name}"),
-    "link to the folder": ("link", "."),
-    "link to the output": ("cats", "here"),
-    "link to an image": ("linked/a.jpg", "."),
-    "image among the links": ("cats/1.jpg", "links"),
-    "detections": ("out/cats/detections.json", "out"),
-    "contact sheet": ("contact_sheet.jpg", "."),
-}
-
-
-@pytest.mark.parametrize(("image", "output"), OVERWRITING.values(), ids=OVERWRITING)
-def test_the_images_of_the_user_are_never_overwritten(image, output, folder):
-    Path("link").symlink_to("cats")
-    Path("here").symlink_to(".")
-    for name in ("linked", "links/cats", "out/cats"):
+@pytest.fixture
+def many_names(run, demo):
+    """Links to the images and the checkpoint, and copies of both where outputs would be."""
+    for name in ("linked", "links/cats", "out/cats", "blocked", "loop", "run", "foreign"):
         Path(name).mkdir(parents=True)
-    Path("linked/a.jpg").symlink_to("../cats/1.jpg")
+    links = {"link": "cats", "here": ".", "linked/a.jpg": "../cats/1.jpg", "links/cats/1.jpg": "../../cats/1.jpg"}
+    for name, place in (links | {"linked.pth": "cats.pth", "loop/cats": "cats"}).items():
+        Path(name).symlink_to(place)
     Path("cats/a.jpg").hardlink_to("cats/1.jpg")
-    Path("links/cats/1.jpg").symlink_to("../../cats/1.jpg")
-    for name in ("out/cats/detections.json", "contact_sheet.jpg"):  # an image by its content
-        shutil.copy("cats/1.jpg", name)
-    before, names = content(folder), {"folder": folder, "name": folder.name}
-    with pytest.raises(InputError, match=r"would overwrite the input .*: name another output"):
-        check((image.format(**names),), output.format(**names))
-    assert content(folder) == before
-
-
-def test_images_of_a_data_set_or_of_somebody_else_are_not_overwritten(folder, demo):
+    copies = {"cats/1.jpg": ("out/cats/detections.json", "contact_sheet.jpg", "blocked/cats")}
+    copies["cats.pth"] = ("val2017.pth", "run/best.pth", "run/frozen.pth", "run/last.pth", "foreign/best.pth")
+    for file, names in copies.items():
+        for name in names:
+            shutil.copy(file, name)
+    Path("run/settings.json").touch()
     shutil.copytree(demo, "data")
     shutil.copytree("cats", "other")
-    shutil.copy("cats.pth", "val2017.pth")
-    before = content(folder)
-    settings = validate_models.Settings("data", checkpoints=("val2017.pth",), output="data", workers=0)
-    with pytest.raises(InputError, match=r"would overwrite the input data/val2017/"):
-        validate_models.main(settings)
-    with pytest.raises(InputError, match=r"cats/1.jpg was not written by this program"):
-        check(("other",), ".")
-    assert content(folder) == before
+    Path("other/cats").mkdir()
+    shutil.copy("cats/1.jpg", "other/cats/1.jpg")
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(folder, monkeypatch):
-    monkeypatch.delattr("validate_models.run_one")
-    Path("out").mkdir()
-    for make in (Path.touch, lambda path: path.symlink_to("cats")):  # a file, a link to itself
-        make(Path("out/cats"))
-        with pytest.raises(InputError, match=r"cannot write out/cats"):
-            check(("cats",), "out")
-        Path("out/cats").unlink()
+REFUSED = """
+check --checkpoints cats.pth --images {here}/cats --output . | would overwrite the input .*: name another output
+check --checkpoints cats.pth --images cats --output cats/../../{name} | would overwrite the input
+check --checkpoints cats.pth --images link --output . | would overwrite the input
+check --checkpoints cats.pth --images cats --output here | would overwrite the input
+check --checkpoints cats.pth --images linked/a.jpg --output . | would overwrite the input
+check --checkpoints cats.pth --images cats/1.jpg --output links | would overwrite the input
+check --checkpoints cats.pth --images out/cats/detections.json --output out | would overwrite the input
+check --checkpoints cats.pth --images contact_sheet.jpg --output . | would overwrite the input
+check --checkpoints val2017.pth --data data --output data | would overwrite the input data/val2017/
+check --checkpoints cats.pth --images linked cats/1.jpg --output other | cats/1.jpg was not written by this program
+check --checkpoints cats.pth --images cats --output blocked | cannot write blocked/cats
+check --checkpoints cats.pth --images cats --output loop | cannot write loop/cats
+validation --models cats.pth --data {demo} --report cats.pth | would overwrite the input
+validation --from-detections theirs.json --data {demo} --report theirs.json | would overwrite the input
+validation --from-detections theirs.json --data {demo} --output theirs.json | would overwrite the input
+validation --models cats.pth --val-json val.json --val-images-dir {demo}/val2017 --report val.json | would overwrite
+validation --models cats.pth --val-json val.json --val-images-dir {demo}/val2017 --output val.json | would overwrite
+validation --models cats.pth --data {demo} --output cats.pth | results are JSON
+improved --start-from cats.pth --output ./cats/../cats.pth | would overwrite the input
+improved --start-from linked.pth --output cats.pth | would overwrite the input
+improved --start-from run/best.pth --run-dir run | would overwrite the input
+improved --start-from run/frozen.pth --run-dir run | would overwrite the input
+improved --start-from run/last.pth --run-dir run | would overwrite the input
+improved --run-dir foreign | foreign has a best.pth of another program: name another --run-dir
+"""
 
 
-def test_own_outputs_are_replaced_and_images_of_one_name_have_their_own(folder):
+def test_nothing_is_overwritten_by_whatever_name(run, many_names, monkeypatch):
+    def content():
+        files = [path for path in Path().rglob("*") if path.is_file() and path.parts[0] != "cache"]
+        return {str(path): path.read_bytes() for path in files}
+
+    monkeypatch.delattr("validate_models.run_one")  # it is noticed before the work
+    before = content()
+    for line in REFUSED.strip().splitlines():
+        command, message = line.split(" | ")
+        with pytest.raises(InputError, match=message):
+            run(command)
+        assert content() == before, line
+
+
+def test_own_outputs_are_replaced_and_images_of_one_name_have_their_own(run):
     for suffix in ("png", "webp"):
         Image.new("RGB", (200, 150), "blue").save(f"cats/1.{suffix}")
     for _ in range(2):
-        check(("cats",), "out")
+        run("check --checkpoints cats.pth --images cats --output out --workers 0")
     written = [path.name.casefold() for path in Path("out/cats").iterdir()]
     assert len(set(written)) == len(written) == 4 + 1 and "detections.json" in written
 
 
-@pytest.mark.parametrize("flag", ["report", "output"])
-@pytest.mark.parametrize("read", ["theirs.json", "val.json", "cats.pth"])
-def test_results_and_report_do_not_overwrite_inputs(read, flag, folder, demo):
-    before, output = Path(read).read_bytes(), {"output": "new.json"} | {flag: f"./{read}"}
-    models = {"models": ("cats.pth",), "from_detections": ("theirs.json",), "workers": 0}
-    with pytest.raises(InputError, match=r"would overwrite the input|results are JSON"):
-        main(Settings(val_json="val.json", val_images_dir=str(demo / "val2017"), **models, **output))
-    assert Path(read).read_bytes() == before
+VALIDATE = "validation --data {demo} --from-detections theirs.json --output r.json --report r.html"
+PLOT = "plot --results r.json --output c.png"
+FOREIGN = {  # a file's content, and what would write it
+    "c_training.png": (b"\x89PNG\r\n", PLOT),
+    "r.html": (b"<html></html>", VALIDATE),
+    "r_detections/theirs.json": (b'[{"image_id": 1}]', VALIDATE),
+    "r.json": (b'{"mine": 1}', VALIDATE),
+}
 
 
-def results_settings(demo):
-    return Settings(str(demo), from_detections=("theirs.json",), workers=0, output="r.json", report="r.html")
+def test_own_results_and_charts_are_replaced_and_files_of_other_programs_never(run):
+    for line in (VALIDATE, VALIDATE, PLOT):
+        run(line)
+    shutil.copy("c.png", "c_training.png")  # an own chart for which there are no numbers any more
+    run(PLOT)
+    assert not Path("c_training.png").exists()
+    for file, (content, line) in FOREIGN.items():
+        Path(file).write_bytes(content)
+        with pytest.raises(InputError, match=f"{file} was not written by this program"):
+            run(line)
+        assert Path(file).read_bytes() == content
+        Path(file).unlink()
 
 
-FOREIGN = {"r.json": b'{"mine": 1}', "r.html": b"<html></html>", "r_detections/theirs.json": b'[{"image_id": 1}]'}
-
-
-@pytest.mark.parametrize("file", FOREIGN)
-def test_a_file_of_another_program_is_not_overwritten_but_an_own_one_is(file, folder, demo):
-    for _ in range(2):
-        main(results_settings(demo))
-    Path(file).write_bytes(FOREIGN[file])
-    with pytest.raises(InputError, match=f"{file} was not written by this program"):
-        main(results_settings(demo))
-    assert Path(file).read_bytes() == FOREIGN[file]
-
-
-def test_a_report_that_fails_leaves_the_results(folder, demo, monkeypatch):
+def test_a_report_that_fails_leaves_the_results(run, monkeypatch):
     monkeypatch.delattr("common.show.charts.print_missing")
     with pytest.raises(InputError, match=r"the results are in r.json, but the report failed: "):
-        main(results_settings(demo))
+        run(VALIDATE)
     assert json.loads(Path("r.json").read_text())["models"][0]["error"] is None and not Path("r.html").exists()
 
 
-def test_charts_of_an_earlier_run_go_and_those_of_others_stay(folder, demo):
-    main(results_settings(demo))
-    settings = plot_results.Settings("r.json", "c.png")
-    plot_results.main(settings)
-    shutil.copy("c.png", "c_training.png")  # an own chart for which there are no numbers any more
-    plot_results.main(settings)
-    assert not Path("c_training.png").exists()
-    Image.new("RGB", (9, 9)).save("c_training.png")
-    with pytest.raises(InputError, match=r"c_training.png was not written by this program"):
-        plot_results.main(settings)
-
-
-def test_an_interrupted_validation_names_the_flags_that_read_what_is_finished(folder, demo, monkeypatch):
+def test_an_interrupted_validation_names_the_flags_that_read_what_is_finished(run, demo, monkeypatch):
     shutil.copy("cats.pth", "dogs.pth")
-    options = {"workers": 0, "output": "r.json"}
-    whole = main(Settings(str(demo), models=("cats.pth", "dogs.pth"), **options))
-    before, number = Path("r.json").read_bytes(), iter(range(2))
+    models = {"models": ("cats.pth", "dogs.pth"), "workers": 0, "output": "r.json"}
+    settings, number = comprehensive_validation.Settings(str(demo), **models), iter(range(2))
+    whole = comprehensive_validation.main(settings).models
+    before = Path("r.json").read_bytes()
     raise_on_signals()
 
     def stopped(*arguments):
@@ -171,42 +161,15 @@ def test_an_interrupted_validation_names_the_flags_that_read_what_is_finished(fo
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
         patch.setattr("comprehensive_validation.run_detector", stopped)
-        main(Settings(str(demo), models=("cats.pth", "dogs.pth"), **options))
+        comprehensive_validation.main(settings)
     assert Path("r.json").read_bytes() == before
     (note,) = caught.value.__notes__
-    files = shlex.split(note.partition("--from-detections ")[2])
-    resumed = main(Settings(str(demo), models=("dogs.pth",), from_detections=tuple(files), **options)).models
+    files = tuple(shlex.split(note.partition("--from-detections ")[2]))
+    resumed = comprehensive_validation.main(replace(settings, models=("dogs.pth",), from_detections=files)).models
     assert [record.name for record in resumed] == ["dogs", "cats"]
-    for one, other in zip(reversed(resumed), whole.models, strict=True):
+    for one, other in zip(reversed(resumed), whole, strict=True):
         assert vars(one.primary) == pytest.approx(vars(other.primary))
         assert pytest.approx(other.detection.AP, abs=1e-6) == one.detection.AP
-
-
-@dataclass(frozen=True)
-class TrainSettings(RunFlags):
-    start_from: str = flag("", "a checkpoint")
-
-
-TRAINED = [("cats.pth", "./cats/../cats.pth"), ("linked.pth", "cats.pth"), ("run/best.pth", "new.pth")]
-TRAINED += [("run/frozen.pth", "new.pth"), ("run/last.pth", "new.pth")]
-
-
-@pytest.mark.parametrize(("start", "output"), TRAINED)
-def test_training_overwrites_neither_what_it_reads_nor_files_of_another_program(start, output, folder):
-    def run(start, output):
-        settings = TrainSettings(run_dir="run", output=output, start_from=start)
-        return Run(settings, Accelerator(cpu=True), ("frozen", "unfrozen"))
-
-    run("cats.pth", "new.pth")
-    for name in ("best", "frozen", "last"):
-        shutil.copy("cats.pth", f"run/{name}.pth")
-    with pytest.raises(InputError, match=r"run has a \w+\.pth of another program: name another --run-dir"):
-        run("cats.pth", "new.pth")
-    Path("run/settings.json").touch()
-    Path("linked.pth").symlink_to("cats.pth")
-    with pytest.raises(InputError, match="would overwrite the input"):
-        run(start, output)
-    run("cats.pth", "new.pth")
 
 
 def test_two_outputs_are_two_files(tmp_path):

@@ -2,93 +2,67 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, arguments_of, fork, tiny_settings
 
+import improved_dino_detector as improved
 from common.data.demo import make_demo
 
-pytestmark = pytest.mark.slow
-LAUNCHERS = {
-    "python": [],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1, "--num_processes", 2],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2],
-}
-SIZES = ("--blocks", 2, 4, "--image-size", 56, "--workers", 0, "--precision", "fp32", "--dropout", 0)
-OPTIONS = (*SIZES, "--epochs-frozen", 2, "--epochs-unfrozen", 2, "--output", "out.pth", "--run-dir", "run")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_folder")]
+LAUNCHER = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2".split()
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, tiny_backbone):
-    """Starts a training in a folder, in one process or two; its output is written to a file there."""
+def settings(tmp_path_factory, tiny_backbone):
     odd = tmp_path_factory.mktemp("odd") / "demo"
     make_demo(odd, train=19, val=7, seed=1)  # two processes cannot share them evenly
-
-    def begin(folder, launcher, *flags):
-        environment = os.environ | {"DETECTION_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-        script = (ROOT / "improved_dino_detector.py", "--data", odd, "--backbone", tiny_backbone)
-        command = [str(word) for word in (sys.executable, *LAUNCHERS[launcher], *script, *OPTIONS, *flags)]
-        with (folder / "output.txt").open("a") as out:
-            options = {"stdout": out, "stderr": out, "start_new_session": True}
-            return subprocess.Popen(command, cwd=folder, env=environment, **options)
-
-    return begin
+    options = {"precision": "fp32", "dropout": 0.0, "epochs_frozen": 2, "epochs_unfrozen": 2, "batch_size": 2}
+    return tiny_settings(improved, odd, tiny_backbone, **options, output="out.pth", run_dir="run")
 
 
 @pytest.fixture(scope="module")
-def train(start):
-    def until_its_end(folder, *arguments):
-        assert start(folder, *arguments).wait(300) == 0, (folder / "output.txt").read_text()[-3000:]
-        return folder
-
-    return until_its_end
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, train):
-    """The same training by one process, and by two with half of every batch each."""
-    one = train(tmp_path_factory.mktemp("one"), "python", "--batch-size", 4)
-    return one, train(tmp_path_factory.mktemp("two"), "accelerate", "--batch-size", 2)
+def two(tmp_path_factory, settings):
+    """The folder of a training by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, *LAUNCHER, str(ROOT / "improved_dino_detector.py"), *arguments_of(settings)]
+    environment = os.environ | {"DETECTION_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("stage frozen: ") == 1  # one of them prints
+    return folder
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+def losses_of(folder="."):
+    return [json.loads(line)["loss"] for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
 
 
-def weights_of(folder):
-    return torch.load(folder / "out.pth", weights_only=True)["model"]
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(trained):
-    one, two = trained
-    for ours, theirs in zip(log_of(two), log_of(one), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
-    files = [sorted(p.name for p in (folder / "cache" / "features").iterdir()) for folder in trained]
+def test_two_processes_train_as_one_with_twice_the_batch(settings, two):
+    improved.main(replace(settings, batch_size=4))
+    for ours, theirs in zip(losses_of(two), losses_of(), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    files = [sorted(path.name for path in (folder / "cache" / "features").iterdir()) for folder in (Path(), two)]
     assert files[0] == files[1] and len(files[0]) == 2
-    assert (two / "output.txt").read_text().count("stage frozen: ") == 1  # one of them prints
 
 
-def test_two_killed_processes_resume_to_the_same_result(trained, start, train, tmp_path):
-    flags = ("torchrun", "--batch-size", 2, "--resume")
-    process, log = start(tmp_path, *flags), Path(tmp_path, "run", "log.jsonl")
-    while not log.is_file() and process.poll() is None:
-        time.sleep(0.05)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)  # the launcher does not hand it on
+def test_two_killed_processes_resume_to_the_same_result(settings, two):
+    settings = replace(settings, resume=True)
+    workers = fork(improved.main, settings, processes=2)
+    while not Path("run/log.jsonl").is_file() and all(worker.is_alive() for worker in workers):
+        time.sleep(0.01)
     for worker in workers:
-        with suppress(psutil.NoSuchProcess):
-            worker.kill()
-    psutil.wait_procs(workers, 120)
-    assert process.wait(120) == -signal.SIGKILL
-    train(tmp_path, *flags)
-    assert [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log_of(trained[1])]
-    theirs = weights_of(trained[1])
-    assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(tmp_path).items())
+        worker.kill()
+        worker.join()
+    assert 0 < len(losses_of()) < 4
+    for worker in fork(improved.main, settings, processes=2):
+        worker.join(300)
+        assert worker.exitcode == 0
+    assert losses_of() == losses_of(two)
+    weights, theirs = (torch.load(Path(folder, "out.pth"), weights_only=True)["model"] for folder in (".", two))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in weights.items())

@@ -11,7 +11,6 @@ import improved_dino_detector
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.transforms import LetterboxTransform, mirror_drawn, mirror_target
-from common.model.detector import new_detector
 from common.train import feature_cache
 from common.train.feature_cache import CachedDataset, cached_features, shard_paths
 
@@ -25,9 +24,8 @@ class MirrorTransform(LetterboxTransform):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "features"
+def folder(own_folder):
+    return own_folder / "cache" / "features"
 
 
 def build(detector, data, views=2, precision="no"):
@@ -84,20 +82,16 @@ def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, f
         build(detector, demo_val)
 
 
-def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, tiny_backbone, coco_file):
+def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, build, coco_file):
     def names(changed=detector, data=demo_val, views=2, precision="fp32"):
         return shard_paths(changed, data, views, precision)
 
-    def with_(blocks=(2, 4), image_size=112):
-        return new_detector(tiny_backbone, head="linear", num_classes=10, blocks=blocks, image_size=image_size)
-
-    torch.manual_seed(1)
-    assert names(with_()) == names()  # another head, the same backbone
-    tuned, wider = with_(), with_()
+    assert names(build("pyramid")) == names()  # another head, the same backbone
+    tuned, wider = build(), build()
     with torch.no_grad():
         tuned.backbone.vit.layernorm.bias[0] += 1e-3
     wider.config.backbone["layer_norm_eps"] = 1e-3  # with which the same weights give other features
-    detectors = [tuned, wider, with_(blocks=(1, 4)), with_(image_size=126)]
+    detectors = [tuned, wider, build(blocks=(1, 4)), build(image_size=126)]
     own = load_coco(*coco_file([]))
     others = [names(), names(data=demo_val.first(5)), names(views=1), names(precision="bf16"), names(data=own)]
     others += map(names, detectors)
@@ -114,8 +108,7 @@ def test_too_little_disk_space_is_an_error_before_the_build(detector, demo_val, 
     assert list(folder.iterdir()) == []
 
 
-def test_a_cache_above_the_limit_is_not_built(demo, tiny_backbone, tmp_path, folder, capsys):
-    paths = {"output": str(tmp_path / "out.pth"), "run_dir": str(tmp_path / "run")}
+def test_a_cache_above_the_limit_is_not_built(demo, tiny_backbone, folder, capsys):
     limited = {"epochs_frozen": 1, "stop_after": "frozen", "feature_cache": 1e-5}
-    improved_dino_detector.main(tiny_settings(improved_dino_detector, demo, tiny_backbone, **paths, **limited))
+    improved_dino_detector.main(tiny_settings(improved_dino_detector, demo, tiny_backbone, **limited))
     assert "stage 1 runs without it, on crops" in capsys.readouterr().out and not folder.exists()

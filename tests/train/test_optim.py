@@ -8,31 +8,15 @@ from common.model.backbone import BackboneFlags
 from common.train.optim import Ema, Schedule, parameter_groups
 
 
-def schedule_of(epochs, epoch_steps, cycles=1, lr=1.0):
-    return Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr), epochs, epoch_steps, cycles)
-
-
 @pytest.mark.parametrize(("steps", "cycles"), [(100, 1), (101, 3), (8, 2)])
 def test_the_learning_rate_falls_in_each_cycle_and_rises_between_them(steps, cycles):
-    schedule = schedule_of(steps, 1, cycles)
+    schedule = Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters()), steps, 1, cycles)
     numbers, rates = zip(*map(schedule.at, range(steps)), strict=True)
     warm_up = round(0.05 * steps)
     rises = [step for step in range(warm_up + 1, steps) if rates[step] > rates[step - 1]]
     assert rises == [step for step in range(1, steps) if numbers[step] > numbers[step - 1]] and len(rises) == cycles - 1
     assert all(rates[step] > 0.9 for step in rises) and max(rates) <= 1 and min(rates) > 0
     assert sorted(rates[:warm_up]) == list(rates[:warm_up])
-
-
-def test_rates_depend_on_the_position_alone():
-    """A resumed run with twice the batch has half the steps, and ends where it would have ended."""
-    few, many = schedule_of(4, 10, lr=0.5), schedule_of(4, 20, lr=0.5)
-    for epoch in (2, 3):
-        for step in range(10):
-            few.set_rates(epoch, step)
-            many.set_rates(epoch, 2 * step)
-            ours, theirs = (s.optimizer.param_groups[0]["lr"] for s in (few, many))
-            assert ours == pytest.approx(theirs, abs=0.02)
-    assert 0 < ours < 0.01
 
 
 AVERAGES = {  # the decay; the weight after each step, its cycle, and the average then
