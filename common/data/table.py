@@ -97,7 +97,11 @@ class Table:
         """
         if self.split.casefold() == "test":
             self.faults.add(TEST_NOTE)
-        classes = self._checked_classes()
+        classes = {key: unicodedata.normalize("NFC", name.strip()) for key, name in sorted(self.classes.items())}
+        letters = [re.sub(r"[\s_-]+", "", name).casefold() if len(name) > 1 else name for name in classes.values()]
+        for name, same in zip(classes.values(), letters, strict=True):
+            if letters.count(same) > 1:
+                self.faults.add("{} classes differ from another in case or spaces alone, as if misspelled", name)
         self._refuse_repeated("two classes are called", classes.values())
         self._refuse_repeated("two images have the id", (image[0] for image in self.images))
         self._refuse_repeated("an image is listed twice:", (image[1] for image in self.images))
@@ -123,14 +127,6 @@ class Table:
         self._count_repeated(image[~crowd], label[~crowd], boxes[~crowd], sizes[order][~crowd])
         ids, names, notes = tuple(classes), tuple(classes.values()), self.faults.notes()
         return DetectionData(images, ids, names, boxes, label, crowd, areas, starts, self.source, notes, self.own_ids)
-
-    def _checked_classes(self) -> dict[int, str]:
-        classes = {key: unicodedata.normalize("NFC", name.strip()) for key, name in sorted(self.classes.items())}
-        letters = [re.sub(r"[\s_-]+", "", name).casefold() if len(name) > 1 else name for name in classes.values()]
-        for name, same in zip(classes.values(), letters, strict=True):
-            if letters.count(same) > 1:
-                self.faults.add("{} classes differ from another in case or spaces alone, as if misspelled", name)
-        return classes
 
     def _refuse_repeated(self, what: str, values: Iterable[int | str]) -> None:
         for value, count in Counter(values).most_common(1):

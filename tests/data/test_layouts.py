@@ -185,7 +185,7 @@ def test_the_same_sample_is_taken_from_every_layout(tmp_path):
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_validation_split_comes_before_test(tmp_path, write, caplog):
-    scenes = {name: make_scenes(seed, 2) for seed, name in enumerate(("test", "validation", "valid", "val"))}
+    scenes = {name: make_scenes(seed, 2) for seed, name in enumerate(("test", "validation", "Valid", "val"))}
     for count in range(1, 5):
         root = tmp_path / str(count)
         root.mkdir()
