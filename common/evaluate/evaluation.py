@@ -63,11 +63,9 @@ def evaluate(
     doubts = check_agreement(matched)
     if doubts and strict:
         raise InputError(f"{path}: {doubts[0]} (refused by --strict)")
-    numbers = vars(record.primary) | vars(record.detection)
-    resamples = resample(matched, boxes_alone, primary, weights)
+    numbers, resamples = vars(record.primary) | vars(record.detection), resample(matched, boxes_alone, primary, weights)
     samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
-    intervals: dict[str, list[float] | None] = dict.fromkeys(resamples)
-    intervals |= {key: np.clip(sampled.interval(), 0, 1).tolist() for key, sampled in samples.items()}
+    intervals = {key: np.clip(samples[key].interval(), 0, 1).tolist() if key in samples else None for key in resamples}
     warnings, diagnosis = [*record.warnings, *doubts], diagnose(matched, point)
     return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
 
