@@ -103,11 +103,8 @@ def describe_error(error: Exception) -> str:
 
 
 def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
-    """The images, and the path of each model by its short name.
-
-    Raises:
-        InputError: a model is given twice, or an output cannot be written, is read, or is a file of another program.
-    """
+    """The images, and the path of each model by its short name. Raises InputError: a model is given twice, or an output
+    cannot be written, is read, or is a file of another program."""
     check_single_process()
     if Path(settings.output).suffix.lower() != ".json":
         raise InputError(f"--output {settings.output}: results are JSON; give a name that ends in .json")
@@ -118,8 +115,8 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
     outputs = [Path(path) for path in (settings.output, settings.report) if path]
     files = {detections_file(settings, name): path for name, path in models.items()}
     outputs += [file for file, path in files.items() if not is_same_file(file, Path(path))]
-    inputs: list[str | Path] = [*flag_texts(settings, "output", "report"), *paths, data.source]
-    check_outputs(outputs, [*inputs, *(image.path for image in data.images)], only_own=True)
+    inputs = [*flag_texts(settings, "output", "report"), *paths, data.source, *(image.path for image in data.images)]
+    check_outputs(outputs, inputs, only_own=True)
     return data, models
 
 

@@ -63,9 +63,8 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(images)
     outputs = [Path(settings.output, "contact_sheet.jpg")]
     outputs += [Path(settings.output, model, file) for model in models for file in files]
-    check_outputs(
-        outputs, [*flag_texts(settings, "output"), data.source, *(i.path for i in data.images)], only_own=True
-    )
+    inputs = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
+    check_outputs(outputs, inputs, only_own=True)
     return data, models, drawn
 
 

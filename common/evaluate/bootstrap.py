@@ -1,12 +1,10 @@
 """Confidence intervals: Bayesian bootstrap over images (Rubin, 1981), paired for two models.
 
 Each resample gives the images random weights, the same for all models, so that the difficulty of an image cancels out
-in their difference. The ordinary bootstrap, which draws images with replacement, would lose the classes of few images
-in many resamples, and raise mAP by twice as much.
+in their difference. Drawing images with replacement would lose the classes of few images in many resamples.
 
 AP is biased upwards on few images, and a resample has fewer in effect, so that all resamples lie too high by about a
-standard deviation: the intervals are therefore moved to the estimate. And the AP of a rare class hardly varies in them:
-`rare_class_factor`. Both are held by tests/evaluate/test_intervals.py.
+standard deviation: the intervals are moved to the estimate. The AP of a rare class hardly varies: `rare_class_factor`.
 """
 
 import itertools
@@ -33,19 +31,15 @@ MIN_IMAGES_FOR_VERDICT = 20
 
 def image_weights(images: int, seed: int) -> np.ndarray:
     """(P, R) float32: the weight of each image in each resample, above 0, 1 on average."""
-    generator, weights = np.random.default_rng(seed), np.empty((images, RESAMPLES), np.float32)
-    for row in weights:
-        row[:] = np.maximum(np.round(generator.standard_exponential(RESAMPLES) * WEIGHT_STEPS), 1) / WEIGHT_STEPS
-    return weights
+    weights = np.random.default_rng(seed).standard_exponential((images, RESAMPLES))
+    return (np.maximum(np.round(weights * WEIGHT_STEPS), 1) / WEIGHT_STEPS).astype(np.float32)
 
 
 def resample(
     matched: Matched, boxes_alone: Matched, primary: PrimaryPairs, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Each number that has an interval in each resample, (R,) float64; NaN without any object.
-
-    `boxes_alone` is what `metrics.match_boxes_alone` returns, `weights` (P, R) what `image_weights` does.
-    """
+    """Each number that has an interval in each resample, (R,) float64, NaN without any object. `boxes_alone` is what
+    `metrics.match_boxes_alone` returns, `weights` (P, R) what `image_weights` does."""
     precision = _mean_ap(matched, weights)
     precision += (rare_class_factor(matched.data) - 1) * (precision - precision.mean(1, keepdims=True))
     return weighted_scores(primary, weights[primary.image]) | {

@@ -80,18 +80,11 @@ def detection_table(detections: Sequence[Detections], data: DetectionData) -> De
 
 def coco_detections(table: DetectionTable, data: DetectionData, files: Sequence[str]) -> list[dict]:
     """The rows in COCO's results format, with `file_name`, of `files` (P,), and `category_name` beside the ids."""
-    columns = (column.tolist() for column in (table.image, table.label, table.boxes, table.score))
-    return [
-        {
-            "image_id": data.images[image].id,
-            "category_id": data.category_ids[label],
-            "bbox": box,
-            "score": score,
-            "file_name": files[image],
-            "category_name": data.class_names[label],
-        }
-        for image, label, box, score in zip(*columns, strict=True)
-    ]
+    ids, names, rows = data.category_ids, data.class_names, []
+    for image, box, score, label in zip(*(column.tolist() for column in vars(table).values()), strict=True):
+        row = {"image_id": data.images[image].id, "category_id": ids[label], "bbox": box, "score": score}
+        rows.append(row | {"file_name": files[image], "category_name": names[label]})
+    return rows
 
 
 def relative_files(data: DetectionData) -> list[str]:
@@ -191,8 +184,7 @@ def _find_labels(path: str, columns: dict[str, list], data: DetectionData) -> tu
                 f"{data.source}: leave out the one that is wrong"
             )
     known = [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
-    counted = "; COCO's ids run to 90, are these counted to 80?" if len(known) == 80 else ""
-    of = f"categories that {data.source} does not have; it has {first_few(known)}{counted}"
+    of = f"categories that {data.source} does not have (it has {first_few(known)})"
     advice = "give the data's category_id, or category_name alone"
     return _find(path, columns, ("category_name", by_name), ("category_id", by_id), of, advice)
 

@@ -37,10 +37,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model of that name, whose file is in `path`, by what it detects on the images of `data`.
 
-    `weights` (P, R) are `bootstrap.image_weights`; without them intervals, diagnosis and `trust` are left out.
-
-    Raises:
-        InputError: model and data have no class in common; with `strict`, detections do not look as they are meant.
+    `weights` (P, R) are `bootstrap.image_weights`; without them intervals, diagnosis and `trust` are left out. Raises
+    InputError: it has no class of the data; with `strict`, its detections do not look as they are meant.
     """
     labels = label_map(run.class_names, data)
     if not (known := int((labels >= 0).sum())):
@@ -63,11 +61,9 @@ def evaluate(
     doubts = check_agreement(matched)
     if doubts and strict:
         raise InputError(f"{path}: {doubts[0]} (refused by --strict)")
-    numbers = vars(record.primary) | vars(record.detection)
-    resamples = resample(matched, boxes_alone, primary, weights)
+    numbers, resamples = vars(record.primary) | vars(record.detection), resample(matched, boxes_alone, primary, weights)
     samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
-    intervals: dict[str, list[float] | None] = dict.fromkeys(resamples)
-    intervals |= {key: np.clip(sampled.interval(), 0, 1).tolist() for key, sampled in samples.items()}
+    intervals = {key: np.clip(samples[key].interval(), 0, 1).tolist() if key in samples else None for key in resamples}
     warnings, diagnosis = [*record.warnings, *doubts], diagnose(matched, point)
     return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
 
@@ -95,12 +91,13 @@ def describe_data(data: DetectionData, source: str) -> DataDescription:
 def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
     """Which classes were matched although their names differ, and which classes of the data set the model lacks."""
     pairs = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
-    differ = [f"{own} = {name}" for own, name in pairs if own != name]
-    missing = [name for label, name in enumerate(data.class_names) if label not in labels]
-    renamed = f"{len(differ)} classes were matched although their names differ ({first_few(differ)})"
-    about = f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source}"
-    lacks = f"{about} ({first_few(missing)}); their objects count as missed"
-    return [renamed] * bool(differ) + [lacks] * bool(missing)
+    differ, warnings = [f"{own} = {name}" for own, name in pairs if own != name], []
+    if differ:
+        warnings.append(f"{len(differ)} classes were matched although their names differ ({first_few(differ)})")
+    if missing := [name for label, name in enumerate(data.class_names) if label not in labels]:
+        about = f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source}"
+        warnings.append(f"{about} ({first_few(missing)}); their objects count as missed")
+    return warnings
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

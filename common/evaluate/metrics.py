@@ -106,51 +106,44 @@ def weighted_ap(matched: Matched, weights: np.ndarray) -> np.ndarray:
     Equal scores rank in the order given. NaN where the weights leave no object.
     """
     ap = np.full((len(matched.box), len(matched.data.class_names), weights.shape[1]), np.nan)
-    for k, rows, objects in _of_each_class(matched):
-        for part in np.array_split(np.arange(weights.shape[1]), len(rows) * weights.shape[1] // BLOCK + 1):
-            block = np.ascontiguousarray(weights[:, part])
-            for t, (precision, steps) in enumerate(_precision_steps(matched, rows, objects, block)):
-                ap[t, k, part] = np.einsum("hw,hw->w", precision, steps) / len(RECALLS)
-        ap[:, k, ~weights[objects].any(0)] = np.nan
+    for k, t, part, total, precision, steps in _precision_steps(matched, weights):
+        ap[t, k, part] = np.where(total > 0, np.einsum("hw,hw->w", precision, steps) / len(RECALLS), np.nan)
     return ap
 
 
 def precision_at_recalls(matched: Matched) -> np.ndarray:
     """(T, 101) float64: the best precision from each of RECALLS on, mean over the classes that have objects."""
-    curves, classes = np.zeros((len(matched.box), len(RECALLS))), list(_of_each_class(matched))
-    weights = np.ones((len(matched.data), 1), np.float32)
-    for _, rows, objects in classes:
-        for t, (precision, steps) in enumerate(_precision_steps(matched, rows, objects, weights)):
-            curves[t, : steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
-    return curves / max(1, len(classes))
+    curves, ones = np.zeros((len(matched.box), len(RECALLS))), np.ones((len(matched.data), 1), np.float32)
+    for _, t, _, _, precision, steps in _precision_steps(matched, ones):
+        curves[t, : steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
+    return curves / max(1, len(np.unique(matched.data.labels[matched.objects])))
 
 
-def _of_each_class(matched: Matched) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Each class with objects, its detections (n,) by falling score, and the images (N,) of its objects."""
-    labels, images = matched.data.labels[matched.objects], matched.data.image_of_box()[matched.objects]
-    order = np.lexsort((-matched.table.score, matched.table.label))
-    for k in np.unique(labels).tolist():
-        first, end = np.searchsorted(matched.table.label, [k, k + 1], sorter=order)
-        yield k, order[first:end], images[labels == k]
-
-
-def _precision_steps(
-    matched: Matched, rows: np.ndarray, objects: np.ndarray, weights: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each IoU threshold, at each of a class's h hits: the best precision from there on, and how many of RECALLS
-    are reached there first, both (h, W)."""
-    image, total = matched.table.image[rows], weights[objects].sum(0, dtype=np.float64)
-    every = weights[image].cumsum(0, dtype=np.float64)
-    for hit, ignored in zip(matched.hit[:, rows], matched.ignored[:, rows], strict=True):
-        at, aside = np.flatnonzero(hit), np.flatnonzero(ignored)
-        right, counted = weights[image[at]].cumsum(0, dtype=np.float64), every[at]
-        if len(aside):
-            sums = np.insert(weights[image[aside]].cumsum(0, dtype=np.float64), 0, 0, axis=0)
-            counted -= sums[np.searchsorted(aside, at)]
-        precision, recall = right / np.maximum(counted, TINY), right / np.maximum(total, TINY)
-        reached = np.floor(recall * (len(RECALLS) - 1) + 1e-9).astype(np.int64)  # or one less, as floats compare
-        reached += RECALLS[reached] <= recall
-        yield np.maximum.accumulate(precision[::-1], 0)[::-1], np.diff(reached, prepend=0, axis=0)
+def _precision_steps(matched: Matched, weights: np.ndarray) -> Iterator[tuple]:
+    """For each class with objects, each IoU threshold, and each block of `weights` (P, W): their places, the total
+    weight of the objects (W,), and at each of h hits the best precision from there on, and how many of RECALLS are
+    reached there first, both (h, W)."""
+    table, owners = matched.table, matched.data.image_of_box()
+    order, labels = np.lexsort((-table.score, table.label)), np.where(matched.objects, matched.data.labels, -1)
+    for k in np.unique(labels[matched.objects]).tolist():
+        rows = order[slice(*np.searchsorted(table.label, [k, k + 1], sorter=order))]
+        image, size = table.image[rows], weights.shape[1]
+        for part in np.array_split(np.arange(size), len(rows) * size // BLOCK + 1):
+            block = np.ascontiguousarray(weights[:, part])
+            total, every = block[owners[labels == k]].sum(0, dtype=np.float64), block[image].cumsum(0, dtype=np.float64)
+            for t, (hit, ignored) in enumerate(zip(matched.hit[:, rows], matched.ignored[:, rows], strict=True)):
+                at, aside = np.flatnonzero(hit), np.flatnonzero(ignored)
+                right, counted = block[image[at]].cumsum(0, dtype=np.float64), every[at]
+                if len(aside):
+                    sums = np.insert(block[image[aside]].cumsum(0, dtype=np.float64), 0, 0, axis=0)
+                    counted -= sums[np.searchsorted(aside, at)]
+                precision, recall = right / np.maximum(counted, TINY), right / np.maximum(total, TINY)
+                reached = np.floor(recall * (len(RECALLS) - 1) + 1e-9).astype(
+                    np.int64
+                )  # or one less, as floats compare
+                reached += RECALLS[reached] <= recall
+                best = np.maximum.accumulate(precision[::-1], 0)[::-1]
+                yield k, t, part, total, best, np.diff(reached, prepend=0, axis=0)
 
 
 def coco_numbers(matched: Matched) -> dict:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from common.console import InputError, check_packages, first_few, last_line, to_one_line
 from common.data.memory import DetectionData
-from common.evaluate.detect import detect, measure_cost, seconds
+from common.evaluate.detect import INPUT, detect, measure_cost, seconds
 from common.evaluate.detections import DetectionTable, ModelRun, detection_table
 from common.files import cache_folder
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
@@ -30,7 +30,6 @@ MAX_YOLO = 300  # detections of an image
 # inputs are squares, as those of exported models are.
 YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": MAX_YOLO, "rect": False}
 Columns = tuple[Tensor, Tensor, Tensor]  # of one image: boxes (N, 4) xyxy original pixels, scores (N,), labels (N,)
-INPUT = TypeVar("INPUT")
 DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
 
 
@@ -56,9 +55,9 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
     table = _run_each(data, inputs_of, run, MAX_DETECTIONS, Path(folder).name)
     parameters, count = sum(p.numel() for p in model.parameters()), min(batch_size, len(data))
     cost = measure_cost(lambda inputs: seconds(run, inputs), inputs_of, count, device, "fp32", parameters)
-    names, conditions = model.config.id2label, {"model_type": model.config.model_type}
-    conditions["transformers"] = transformers.__version__
-    return ModelRun(table, tuple(str(names[label]) for label in sorted(names)), cost, conditions)
+    names = tuple(str(model.config.id2label[label]) for label in sorted(model.config.id2label))
+    conditions = {"model_type": model.config.model_type, "transformers": transformers.__version__}
+    return ModelRun(table, names, cost, conditions)
 
 
 def _load_transformers(folder: str) -> tuple[Any, Any]:
@@ -79,10 +78,8 @@ def _load_transformers(folder: str) -> tuple[Any, Any]:
     if labels != list(range(len(labels))):
         raise InputError(f"{folder}: its outputs are numbered from 0, its id2label has {first_few(labels)}")
     if getattr(processor, "pad_size", None):
-        raise InputError(
-            f"{folder}: its processor pads images to {dict(processor.pad_size)}, and nothing tells whether boxes are "
-            "fractions of the padded image: give its detections with --from-detections"
-        )
+        about = f"{folder}: its processor pads images to {dict(processor.pad_size)}, of which boxes may be fractions"
+        raise InputError(f"{about}: give its detections with --from-detections")
     return processor, model.eval()
 
 

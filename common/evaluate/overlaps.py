@@ -49,24 +49,20 @@ def find_overlaps(
     `image` and `boxes` are those of a `DetectionTable`.
     """
     counts = np.diff(data.starts)[image]  # pairs of each detection
-    (low, high, area), (true_low, true_high, true_area) = _edges(boxes), _edges(data.boxes)
+    ends, true_ends = (xywh[:, :2] + xywh[:, 2:] for xywh in (boxes, data.boxes))
+    areas, true_areas = (xywh[:, 2:].prod(1) for xywh in (boxes, data.boxes))
     parts = []
     for rows in np.array_split(np.arange(len(image)), counts.sum() // CHUNK + 1):
         n = counts[rows]
         detection = np.repeat(rows, n)
         box = np.arange(n.sum()) + np.repeat(data.starts[image[rows]] - (n.cumsum() - n), n)
-        sides = np.minimum(high[detection], true_high[box]) - np.maximum(low[detection], true_low[box])
+        sides = np.minimum(ends[detection], true_ends[box]) - np.maximum(boxes[detection, :2], data.boxes[box, :2])
         near = np.nonzero((sides > 0).all(1))[0]
         detection, box, common = detection[near], box[near], sides[near].prod(1)
-        own = area[detection]
-        pairs = Overlaps(detection, box, common / np.where(data.crowd[box], own, own + true_area[box] - common))
+        union = np.where(data.crowd[box], areas[detection], areas[detection] + true_areas[box] - common)
+        pairs = Overlaps(detection, box, common / union)
         parts.append(pairs.select(pairs.iou >= at_least))
     return Overlaps(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "box", "iou")))
-
-
-def _edges(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(M, 4) xywh -> lower and upper corners (M, 2) and areas (M,)."""
-    return boxes[:, :2], boxes[:, :2] + boxes[:, 2:], boxes[:, 2:].prod(1)
 
 
 def assign(overlaps: Overlaps, shared: np.ndarray, detections: int) -> np.ndarray:

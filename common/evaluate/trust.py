@@ -31,16 +31,11 @@ def check_agreement(matched: Matched) -> list[str]:
     if not on_object.any():
         return []
     detected, true = table.label[on_object], data.labels[box[on_object]]
-    right, (chance, highest) = float((detected == true).mean()), expected_agreement(detected, true)
+    shares = np.array([np.bincount(k, minlength=len(data.class_names)) for k in (detected, true)]) / len(true)
+    chance, highest = shares.prod(0).sum(), shares.min(0).sum()  # by Cohen's kappa and its maximum
+    right = (detected == true).mean()
     likely = max(right, chance)
     error = 2 * np.sqrt(likely * (1 - likely) / len(true))
     if right + error < chance + LEAST_AGREEMENT * (highest - chance):
         return [f"{right:.0%} of its detections on objects have their class, by chance it were {chance:.0%}: {CLASSES}"]
     return []
-
-
-def expected_agreement(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """The share of equal labels of two lists (n,) that is expected by chance, and the highest that is possible, both by
-    the frequencies of the labels (Cohen's kappa and its maximum). Of hardly more than one label, they are close."""
-    shares = [np.bincount(labels, minlength=1 + max(a.max(), b.max())) / len(labels) for labels in (a, b)]
-    return float(np.prod(shares, axis=0).sum()), float(np.min(shares, axis=0).sum())

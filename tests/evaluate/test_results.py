@@ -29,80 +29,73 @@ from common.evaluate.results import (
 )
 from common.model import checkpoint, trained
 from common.model.checkpoint import Checkpoint, save_detector
+from comprehensive_validation import Settings, main
 
 
 @pytest.fixture
 def settings(demo, demo_val, tmp_path, monkeypatch):
     """The settings that evaluate the detections of two models on the demo's validation images."""
     monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
-    found = {"a": random_detections(demo_val, 0), "b": random_detections(demo_val, 1)}
-    files = [write_rows(tmp_path / name, detections, demo_val) for name, detections in found.items()]
-    output = str(tmp_path / "out" / "r.json")
-    return comprehensive_validation.Settings(
-        data=str(demo), val_images=0, workers=0, from_detections=tuple(files), output=output
-    )
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.json", "b.json")):
+        write_rows(name, random_detections(demo_val, seed), demo_val)
+    return Settings(data=str(demo), val_images=0, workers=0, from_detections=("a.json", "b.json"), output="out/r.json")
 
 
-def write_rows(path, found, data, unit=1):
+def write_rows(name, found, data, unit=1):
     """The detections as a file of that name."""
     rows = coco_detections(detection_table(found, data), data, relative_files(data))
-    rows = [row | {"bbox": [value / unit for value in row["bbox"]]} for row in rows]
-    path.with_suffix(".json").write_text(json.dumps(rows))
-    return str(path.with_suffix(".json"))
+    Path(name).write_text(json.dumps([row | {"bbox": [value / unit for value in row["bbox"]]} for row in rows]))
 
 
-def numbers(results):
-    return [record.detection.AP for record in results.models]
-
-
-def test_written_detections_give_the_same_numbers(settings, tmp_path, capsys):
-    results = comprehensive_validation.main(settings)
+def test_written_detections_give_the_same_numbers(settings, capsys):
+    results = main(settings)
     assert "a verdict needs 20 images with objects, and these are 6" in capsys.readouterr().out
-    written = tuple(str(tmp_path / "out" / record.detections) for record in results.models)
-    again = comprehensive_validation.main(replace(settings, from_detections=written, output=str(tmp_path / "2.json")))
-    assert numbers(again) == numbers(results) == numbers(read_results(settings.output))
+    written = tuple(f"out/{record.detections}" for record in results.models)
+    again = main(replace(settings, from_detections=written, output="2.json"))
+    for one, other, read in zip(results.models, again.models, read_results(settings.output).models, strict=True):
+        assert one.detection == other.detection == read.detection and one.name == other.name
 
 
 def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path, monkeypatch):
-    """Damaged files, a file for a model, a fault of the program, and no model at all."""
-    (tmp_path / "c.json").write_bytes(bytes(range(256)) * 200)
-    (tmp_path / "empty.pt").touch()
-    models = (str(tmp_path), str(tmp_path / "empty.pt"), str(tmp_path / "a.json"))
-    files = (*settings.from_detections[1:], str(tmp_path / "c.json"))
-    comprehensive_validation.main(replace(settings, models=models, from_detections=files))
-    *failed, good, broken = read_results(settings.output).models
-    assert good.detection.AP > 0
-    for record in (*failed, broken):
+    """Damaged files, boxes without numbers, a file for a model, a fault of the program, and no model at all."""
+    Path("c.json").write_bytes(bytes(range(256)) * 200)
+    Path("masks.json").write_text(json.dumps([{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": []}] * 5))
+    Path("empty.pt").touch()
+    models = (str(tmp_path), "empty.pt", "a.json")
+    main(replace(settings, models=models, from_detections=("b.json", "c.json", "masks.json")))
+    *failed, good, broken, masks = read_results(settings.output).models
+    assert good.detection.AP > 0 and "bbox must be x, y, width, height" in masks.error
+    for record in (*failed, broken, masks):
         assert record.error and "\n" not in record.error and len(record.error) <= 400
     with pytest.raises(InputError, match="no model could be evaluated"):
-        comprehensive_validation.main(replace(settings, from_detections=(str(tmp_path / "c.json"),)))
+        main(replace(settings, from_detections=("c.json",)))
 
     def evaluate(name, *arguments):
         return 1 / 0 if name == "b" else original(name, *arguments)
 
     original = comprehensive_validation.evaluate
     monkeypatch.setattr(comprehensive_validation, "evaluate", evaluate)
-    a, b = comprehensive_validation.main(settings).models
+    a, b = main(settings).models
     assert a.detection.AP > 0 and b.error == "ZeroDivisionError: division by zero"
 
 
-def test_strict_fails_where_a_model_is_missing_or_misread(settings, demo_val, tmp_path):
-    right, misread = (
-        write_rows(tmp_path / name, truth_as_detections(demo_val), demo_val, unit)
-        for name, unit in (("right", 1), ("misread", 100))
-    )
-    settings = replace(settings, strict=True, from_detections=(right,))
-    comprehensive_validation.main(settings)
-    for changed in (replace(settings, models=("missing.pth",)), replace(settings, from_detections=(right, misread))):
+def test_strict_fails_where_a_model_is_missing_or_misread(settings, demo_val):
+    for name, unit in (("right.json", 1), ("misread.json", 100)):
+        write_rows(name, truth_as_detections(demo_val), demo_val, unit)
+    settings = replace(settings, strict=True, from_detections=("right.json",))
+    main(settings)
+    for change in ({"models": ("missing.pth",)}, {"from_detections": ("right.json", "misread.json")}):
         with pytest.raises(SystemExit) as ended:
-            comprehensive_validation.main(changed)
+            main(replace(settings, **change))
         assert ended.value.code == 3
         assert [bool(record.error) for record in read_results(settings.output).models].count(True) == 1
 
 
 @pytest.mark.parametrize("script", [comprehensive_validation, validate_models])
 def test_one_model_is_alive_at_a_time(script, detector, demo, demo_val, tmp_path, monkeypatch):
-    paths = [str(tmp_path / f"{name}.pth") for name in "abc"]
+    monkeypatch.chdir(tmp_path)
+    paths = ("a.pth", "b.pth", "c.pth")
     for path in paths:
         save_detector(path, Checkpoint(detector, demo_val.class_names, demo_val.category_ids))
     alive, load = [], checkpoint.load_checkpoint
@@ -114,8 +107,7 @@ def test_one_model_is_alive_at_a_time(script, detector, demo, demo_val, tmp_path
         return loaded
 
     monkeypatch.setattr(trained, "load_checkpoint", counting)
-    monkeypatch.chdir(tmp_path)
-    option = {"models" if script is comprehensive_validation else "checkpoints": tuple(paths)}
+    option = {"models" if script is comprehensive_validation else "checkpoints": paths}
     script.main(script.Settings(data=str(demo), val_images=0, workers=0, **option))
     assert len(alive) == 3
 
@@ -137,17 +129,15 @@ EDITS = {  # a change of the file, and words of the refusal
 }
 
 
-def two_records():
+@pytest.fixture
+def written():
     point, errors = OperatingPoint(0.5, 0.5, 0.5, 0.5), {"class": ErrorKind(0.1, 2)}
     diagnosis = Diagnosis(point, errors, Calibration(0.1, [Bin(0.5, 0.5, 3)]), [[1, 0], [0, 0]])
-    conditions = {"lr": float("nan"), "epochs": 3}
-    return record_of("a", AP=0.5, diagnosis=diagnosis, intervals={"AP": [0.4, 1], "AP50": None}), record_of(
-        "b", conditions=conditions
-    )
+    first = record_of("a", AP=0.5, diagnosis=diagnosis, intervals={"AP": [0.4, 1], "AP50": None})
+    return results_of(first, record_of("b", conditions={"lr": float("nan"), "epochs": 3}), class_names=("a",))
 
 
-def test_results_are_read_as_they_were_written(tmp_path):
-    written = results_of(*two_records(), class_names=("a",))
+def test_results_are_read_as_they_were_written(written, tmp_path):
     write_results(tmp_path / "r.json", written)
     read = read_results(tmp_path / "r.json")
     assert read.models[0] == written.models[0] and read.dataset == written.dataset
@@ -155,9 +145,9 @@ def test_results_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_results_of_another_form_are_refused_with_the_place(tmp_path, edit):
+def test_results_of_another_form_are_refused_with_the_place(written, tmp_path, edit):
     change, words = EDITS[edit]
-    write_results(tmp_path / "r.json", results_of(*two_records(), class_names=("a",)))
+    write_results(tmp_path / "r.json", written)
     content = json.loads((tmp_path / "r.json").read_text())
     change(content)
     (tmp_path / "r.json").write_text(json.dumps(content))
@@ -174,16 +164,10 @@ def test_other_files_are_no_results(tmp_path, content):
 
 
 def test_the_schema_has_the_fields_of_the_dataclasses():
-    def names(kind):
-        return {field.name for field in fields(kind)}
-
     schema = json.loads(Path(ROOT, "docs", "validation_results.schema.json").read_text())
     model = schema["$defs"]["model"]["properties"]
-    assert names(ValidationResults) | {"format_version"} == set(schema["required"])
-    assert names(ValidationRecord) == set(model)
-    assert names(DataDescription) == set(schema["properties"]["dataset"]["required"])
-    for part, kind in PARTS.items():
-        assert names(kind) == set(model[part]["required"])
-
-
-PARTS = {"detection": DetectionNumbers, "primary": PrimaryNumbers, "cost": Cost, "diagnosis": Diagnosis}
+    kinds = {ValidationResults: {*schema["required"]} - {"format_version"}, ValidationRecord: {*model}}
+    kinds |= {DataDescription: {*schema["properties"]["dataset"]["required"]}}
+    parts = {"detection": DetectionNumbers, "primary": PrimaryNumbers, "cost": Cost, "diagnosis": Diagnosis}
+    for kind, names in (kinds | {kind: {*model[part]["required"]} for part, kind in parts.items()}).items():
+        assert {field.name for field in fields(kind)} == names
