@@ -223,15 +223,16 @@ def confusion(models: Models, data: DataDescription) -> Figure | None:
         kept = np.argsort(-counts[:-1].sum(1), kind="stable")[:CONFUSION_CLASSES]
         others = counts[kept, :-1].sum(1) - counts[np.ix_(kept, kept)].sum(1)
         detected = np.column_stack([counts[np.ix_(kept, kept)], others, counts[kept, -1]])
-        shares, labels = detected / np.maximum(detected.sum(1, keepdims=True), 1), [names[k] for k in kept]
-        ticks = {"xticklabels": [*labels, "others", "missed"], "yticklabels": labels}
-        sns.heatmap(shares, vmin=0, vmax=1, cmap="cividis", cbar=False, square=True, ax=axes, **ticks)
+        image = axes.imshow(detected / np.maximum(detected.sum(1, keepdims=True), 1), cmap="cividis", vmin=0, vmax=1)
+        labels = [names[k] for k in kept]
+        axes.set_xticks(range(len(kept) + 2), [*labels, "others", "missed"], rotation=90, fontsize=8)
+        axes.set_yticks(range(len(kept)), labels, fontsize=8)
         axes.set_title(f"{name}\nscores from {diagnosis.operating_point.score or 0:.2f}", fontsize=10)
         axes.set(xlabel="detected as", ylabel="object")
-        axes.tick_params(labelsize=8)
+        axes.grid(visible=False)
     for axes in panels:
         axes.set_visible(False)
-    figure.colorbar(figure.axes[0].collections[0], ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, label="fraction of the class's objects")
     return figure
 
 

@@ -105,7 +105,7 @@ def test_confusion_shows_the_shares_of_each_class(results_file):
     counts = [[3, 0, 1], [1, 1, 0], [5, 5, 0]]
     diagnosis = replace(read_results(results_file).models[0].diagnosis, confusion=counts)
     axes = drawn(charts.confusion, record_of("m", diagnosis=diagnosis)).axes[0]
-    assert np.allclose(axes.collections[0].get_array(), [[0.75, 0, 0, 0.25], [0.5, 0.5, 0, 0]])
+    assert np.allclose(axes.images[0].get_array(), [[0.75, 0, 0, 0.25], [0.5, 0.5, 0, 0]])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "others", "missed"]
 
 
