@@ -110,6 +110,7 @@ ENDLESS = {"model_type": "dinov2", "hidden_size": 48, "num_hidden_layers": 10**6
 FILES = {  # in place of a checkpoint
     "missing": (lambda path: path.unlink(), "no such checkpoint"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), NOT_OURS),
+    "bare weights": (lambda path: torch.save(torch.load(path, weights_only=True)["model"], path), NOT_OURS),
     "text": (lambda path: path.write_text("not a checkpoint"), NOT_OURS),
     "bare pickle": (lambda path: path.write_bytes(pickle.dumps(Hostile())), NOT_OURS),
     "pickle": (lambda path: torch.save(Hostile(), path), NOT_OURS),
@@ -141,7 +142,6 @@ CONFIGS = [  # of its model_config
     {"backbone": ENDLESS, "blocks": (10**6,)},
 ]
 WEIGHTS = {  # of its weights
-    "bare": (lambda w: w, NOT_OURS),
     "missing": (lambda w: {}, WEIGHT),
     "unknown": (lambda w: {WEIGHT: w, "x": w}, "Unexpected key"),
     "hostile": (lambda w: {WEIGHT: w, "x": Hostile()}, NOT_OURS),
@@ -171,9 +171,8 @@ def test_contents_that_describe_no_detector_or_another_are_refused_in_one_line(f
 @pytest.mark.parametrize(("change", "message"), WEIGHTS.values(), ids=WEIGHTS)
 def test_wrong_weights_are_refused(file, saved, change, message):
     content = torch.load(file, weights_only=True)
-    others = content["model"].copy()
-    changed = change(others.pop(WEIGHT))
-    torch.save(content | {"model": others | changed} if isinstance(changed, dict) else content["model"], saved)
+    weights = content["model"]
+    torch.save(content | {"model": weights | change(weights.pop(WEIGHT))}, saved)
     assert message in refusal(saved)
 
 
