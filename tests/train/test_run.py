@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -117,7 +116,7 @@ def test_killed_runs_go_on_to_the_same_result_and_a_finished_one_does_not_change
             log = Path("run/log.jsonl")
             if any(Path("cache").rglob("*.features*")) if moment < 0 else log.is_file() and len(log_of()) >= moment:
                 process.kill()
-            time.sleep(0.01)
+            process.join(0.01)
         assert process.exitcode == -signal.SIGKILL
     for _ in range(2):
         improved.main(settings)
