@@ -91,6 +91,7 @@ def fork(main, settings, processes=1):
         launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
 
     def train(rank):
+        signal.alarm(600)  # ends a process that hangs
         AcceleratorState._reset_state(reset_partial_state=True)
         if processes > 1:
             os.environ.update({name: str(value) for name, value in (launched | {"RANK": rank}).items()})

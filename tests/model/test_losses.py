@@ -1,18 +1,21 @@
-"""Assignment of objects to locations, and the losses of a batch."""
+"""Assignment of objects to locations, the losses of a batch, and a whole step of training."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
-from helpers import pixels_of, target_of
+from helpers import SIMPLE_LOSS, pixels_of, random_targets, target_of
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from common.model.assignment import ASSIGNMENTS, Assignment, assign
+from common.model.backbone import BackboneFlags
 from common.model.boxes import pairwise_iou
 from common.model.heads import decode_boxes, locations
 from common.model.losses import BOX_LOSSES, SCORE_LOSSES, DetectionLoss, LossConfig
+from common.model.postprocess import fuse_predictions, select_detections
+from common.train.optim import Ema, parameter_groups
 from common.types import RawOutput, Targets
 
 by_assignment = pytest.mark.parametrize("kind", ASSIGNMENTS)
@@ -66,23 +69,6 @@ def test_every_object_gets_a_location_and_larger_ones_a_coarser_level(kind):
     side = [strides[assigned.object[0] == i].median() for i in range(4)]
     assert side[1:] == sorted(side[1:])
     assert side[3] == (28 if kind == "task-aligned" else 56)  # which takes more locations than the coarsest level has
-
-
-@by_assignment
-def test_the_assignment_of_an_image_does_not_depend_on_its_batch(kind):
-    """Nor on how far its objects are padded."""
-    crowd = [False, False, False, True]
-    many = target_of([[0, 0, 90, 90], [30, 30, 60, 70], [60, 0, 112, 40], [5, 5, 12, 9]], crowd=crowd)
-    targets = many, target_of([[20, 20, 80, 80]]), target_of([])
-    points, strides = grid(8)
-    boxes = decode_boxes(torch.randn(3, 64, 4), points, strides)
-    out = replace(output_of(boxes, points, strides), object_logits=torch.randn(3, 64))
-    together = assigned_to(out, Targets.pad(targets), kind)
-    for i, target in enumerate(targets):
-        single = replace(out, object_logits=out.object_logits[i : i + 1], boxes=boxes[i : i + 1])
-        alone = assigned_to(single, Targets.pad([target]), kind)
-        assert all(torch.equal(one[i], other[0]) for one, other in zip(together, alone, strict=True))
-    assert (together.object[2] == -1).all() and not together.ignored[1].any()
 
 
 def test_aligned_assignment_follows_the_predictions():
@@ -145,17 +131,73 @@ def test_losses_and_gradients_of_degenerate_boxes_and_of_none_are_finite(head, s
             assert losses["class"] == losses["box"] == 0 and losses["object"] > 0
 
 
-@pytest.mark.parametrize("boxes", [[], [[10, 10, 60, 60]]], ids=["no object", "one object"])
+MANY = target_of([[0, 0, 90, 90], [30, 30, 60, 70], [60, 0, 112, 40], [5, 5, 12, 9]], crowd=[False] * 3 + [True])
+PARTS = [[target_of([])] * 4, [MANY, target_of([[20, 20, 80, 80]]), target_of([]), target_of([[10, 10, 60, 60]])]]
+
+
+@by_assignment
+@pytest.mark.parametrize("targets", PARTS, ids=["no object", "objects"])
 @pytest.mark.parametrize("second_look", [0, 20])
 @torch.no_grad()
-def test_parts_of_a_batch_have_its_loss_in_the_mean(boxes, second_look, build):
-    """So that two processes, or two accumulated batches, train as one batch of twice the size."""
-    detector, criterion = build("pyramid", second_look=second_look), DetectionLoss(LossConfig())
-    images = pixels_of(4, 3, 112, 112)
-    targets = [target_of(boxes), *[target_of([])] * 3]
-    parts = [Targets.pad(targets[:2]), Targets.pad(targets[2:])]
-    whole = criterion(detector(images, Targets.pad(targets)), Targets.pad(targets))
+def test_parts_of_a_batch_have_its_loss_in_the_mean(targets, second_look, kind, build):
+    """So that processes, or accumulated batches, train as one; nothing depends on how far objects are padded."""
+    detector, criterion = build("pyramid", second_look=second_look), DetectionLoss(LossConfig(kind))
+    images, whole, parts = pixels_of(4, 3, 112, 112), Targets.pad(targets), [Targets.pad([one]) for one in targets]
+    expected = criterion(detector(images, whole), whole)
     counts = torch.stack([part.counts() for part in parts]).mean(0)  # as of accumulated batches and of processes
-    halves = [criterion(detector(images[2 * i : 2 * i + 2], part), part, counts) for i, part in enumerate(parts)]
-    means = {name: sum(half[name].item() for half in halves) / 2 for name in whole}
-    assert means == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-5)
+    losses = [criterion(detector(images[i : i + 1], part), part, counts) for i, part in enumerate(parts)]
+    means = {name: sum(loss[name].item() for loss in losses) / 4 for name in expected}
+    assert means == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
+
+
+DETECTORS = {
+    "improved": ({"head": "pyramid", "second_look": 20, "dropout": 0.1}, LossConfig()),
+    "simple": ({"head": "linear"}, SIMPLE_LOSS),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=DETECTORS)
+def training(request, build):
+    """A detector in training, and its loss."""
+    options, config = DETECTORS[request.param]
+    detector = build(**options).train()
+    detector.backbone.set_trainable(BackboneFlags())
+    return detector, DetectionLoss(config, torch.full((10,), 0.1))
+
+
+def test_the_whole_step_passes_where_tensors_have_no_values(training):
+    """On the device "meta" a wait raises, and so does a tensor of another device."""
+    detector, criterion = (part.to("meta") for part in training)
+    optimizer = torch.optim.AdamW(parameter_groups(detector, 1e-3, 1e-4, 0.05, 0.8), fused=False, foreach=True)
+    average = Ema(detector, 0.99)
+    targets = Targets(*(tensor.to("meta") for tensor in random_targets(3, seed=0, size=112)))
+    out = detector(torch.zeros(3, 3, 112, 112, dtype=torch.uint8, device="meta"), targets)
+    sum(criterion(out, targets, targets.counts()).values()).backward()
+    torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+    optimizer.step()
+    average.update()
+    boxes, scores, labels = select_detections(*fuse_predictions(out))
+    assert boxes.shape == (3, 100, 4) and scores.shape == labels.shape == (3, 100)
+
+
+def test_a_step_has_as_many_operations_at_every_batch(training):
+    detector, criterion = training
+    counts = []
+    for batch in (2, 8, 32):
+        targets = random_targets(batch, seed=1, size=112)
+        detector.zero_grad()
+        with Operations() as step:
+            sum(criterion(detector(pixels_of(batch, 3, 112, 112), targets), targets).values()).backward()
+            torch.isfinite(torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0))
+        counts.append(step.count)
+    assert counts[0] == counts[1] == counts[2] <= 1900

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def test_two_killed_processes_resume_to_the_same_result(settings, two):
     settings = replace(settings, resume=True)
     workers = fork(improved.main, settings, processes=2)
     while not Path("run/log.jsonl").is_file() and all(worker.is_alive() for worker in workers):
-        time.sleep(0.01)
+        workers[0].join(0.01)
     for worker in workers:
         worker.kill()
         worker.join()

@@ -1,4 +1,4 @@
-"""The scripts as users run them: the whole chain, an overfit run, their help, and bad input."""
+"""The scripts as users run them: the whole chain, an overfit run, their help, bad input, and the notebook."""
 
 import json
 import re
@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import nbformat
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import ROOT, TINY
+from nbclient import NotebookClient
 from PIL import Image
 from transformers import Dinov2Backbone, Dinov2Config
 
@@ -267,3 +269,25 @@ def test_a_process_of_its_own_ends_in_one_line_and_imports_neither_trackers_nor_
     assert result.returncode == 2 and line.startswith("finetune_dino2_simple.py: error: --data no/such/folder")
     imported = {text.rpartition("|")[2].strip() for text in result.stderr.splitlines()}
     assert "torch" in imported and not imported & {"tensorboard", "mlflow", "wandb", "matplotlib"}
+
+
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+SMALL = """DATA, BACKBONE, FOLDER = {demo!r}, ({backbone!r},), {folder!r}
+IMAGE_SIZE, EPOCHS_FROZEN, EPOCHS_UNFROZEN = 112, 2, 1"""
+
+
+def test_the_notebook_is_stored_without_outputs_and_runs_in_a_kernel(demo, tmp_path, monkeypatch):
+    """With its settings replaced by those of a small detector, started in its own folder."""
+    vit, run = tmp_path / "backbone", tmp_path / "run"
+    Dinov2Backbone(Dinov2Config(**TINY | {"num_hidden_layers": 6}, patch_size=14)).save_pretrained(vit)
+    monkeypatch.setenv("DETECTION_CACHE", str(tmp_path / "cache"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+    assert cells[0].source.startswith('DATA = "demo"')
+    cells[0].source = SMALL.format(demo=str(demo), backbone=str(vit), folder=str(run))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    shown = [out.data for cell in cells for out in cell.outputs if out.output_type == "display_data"]
+    assert len([data for data in shown if "image/png" in data or "image/jpeg" in data]) == 2
+    assert (run / "detector.pth").is_file() and (run / "charts.png").is_file()

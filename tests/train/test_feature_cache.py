@@ -28,20 +28,20 @@ def folder(own_folder):
     return own_folder / "cache" / "features"
 
 
-def build(detector, data, views=2, precision="no"):
+def cached(detector, data, views=2, precision="no"):
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     return cached_features(detector, data, views=views, batch_size=4, workers=0, accelerator=accelerator)
 
 
 def test_cached_samples_equal_those_of_the_images(detector, demo_val):
     """The same views in the same epochs, the same boxes, and features that agree to float16's precision."""
-    cached = CachedDataset(demo_val, build(detector, demo_val), 112, mirror=True, seed=3)
+    from_disk = CachedDataset(demo_val, cached(detector, demo_val), 112, mirror=True, seed=3)
     plain = DetectionDataset(demo_val, MirrorTransform(112), seed=3)
     mirrored = 0
     for epoch in (1, 2):
-        cached.set_epoch(epoch)
+        from_disk.set_epoch(epoch)
         plain.set_epoch(epoch)
-        from_cache, from_images = (collate([dataset[i] for i in range(6)]) for dataset in (cached, plain))
+        from_cache, from_images = (collate([dataset[i] for i in range(6)]) for dataset in (from_disk, plain))
         with torch.no_grad():
             features = detector.backbone(from_images.inputs)
             ours, theirs = detector.head(from_cache.inputs), detector(from_images.inputs)
@@ -54,32 +54,32 @@ def test_cached_samples_equal_those_of_the_images(detector, demo_val):
 
 def test_bf16_features_are_cached_without_loss(detector, demo_val):
     """The head then sees the same bits with the cache and without."""
-    features = build(detector, demo_val, views=1, precision="bf16")
+    features = cached(detector, demo_val, views=1, precision="bf16")
     images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).inputs
     with torch.no_grad(), Accelerator(cpu=True).autocast():
-        plain, cached = detector(images), detector.head(features[0][:4, 0])
+        plain, read = detector(images), detector.head(features[0][:4, 0])
     assert features[0].dtype == torch.bfloat16
-    assert torch.equal(plain.boxes, cached.boxes) and torch.equal(plain.class_logits, cached.class_logits)
+    assert torch.equal(plain.boxes, read.boxes) and torch.equal(plain.class_logits, read.class_logits)
 
 
 def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, folder, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD", 2)
     paths, seen, forward = shard_paths(detector, demo_val, 2, "fp32"), [], detector.backbone.forward
     monkeypatch.setattr(detector.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
-    build(detector, demo_val.first(4))
+    cached(detector, demo_val.first(4))
     assert [path.is_file() for path in paths] == [True, True, False] and sum(seen) == 4 * 2
-    whole = build(detector, demo_val)
+    whole = cached(detector, demo_val)
     assert [tuple(shard.shape) for shard in whole] == [(2, 2, 8, 8, 2 * 48)] * 3 and sum(seen) == 6 * 2
     old, young = (folder / f".{paths[1].name}.{number}.tmp" for number in (1, 2))
     for file in (old, young):
         file.touch()
     os.utime(old, (0, 0))
     paths[1].unlink()
-    assert all(map(torch.equal, build(detector, demo_val), whole)) and sum(seen) == 8 * 2
+    assert all(map(torch.equal, cached(detector, demo_val), whole)) and sum(seen) == 8 * 2
     assert set(folder.iterdir()) == {*paths, young}  # another process may be writing the young one
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     with pytest.raises(InputError, match="damaged; delete it"):
-        build(detector, demo_val)
+        cached(detector, demo_val)
 
 
 def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, build, coco_file):
@@ -101,10 +101,10 @@ def test_the_name_changes_with_everything_that_changes_the_features(detector, de
     assert len(set(map(tuple, others))) == len(others) == 10
 
 
-def test_too_little_disk_space_is_an_error_before_the_build(detector, demo_val, folder, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_cached(detector, demo_val, folder, monkeypatch):
     monkeypatch.setattr(feature_cache, "SPARE_BYTES", 1 << 60)
     with pytest.raises(InputError, match=r"needs .* GB .* free: .*--feature-cache 0"):
-        build(detector, demo_val)
+        cached(detector, demo_val)
     assert list(folder.iterdir()) == []
 
 
