@@ -3,7 +3,7 @@
 types, console, cli, files, hub, images, runtime: what travels between the rooms, and what all of them need
 data/       whatever --data names -> batches: sources (the table of readers), readers, hub, official, demo | table (what
             they fill), checks (decoding) | memory (the data set), dataset (samples, order, loaders), transforms
-model/      the detector and what teaches it: backbone, img_focus, heads, second_look, detector | boxes, assignment,
+model/      the detector and what teaches it: backbone, img_focus, heads, roi_head, detector | boxes, assignment,
             losses | postprocess | checkpoint, trained (what load_detector returns; the hub)
 train/      one training run: optim (learning rates, averages), run (folder, log, state, resuming), feature_cache
 evaluate/   detections -> numbers: detect (running and timing), others (transformers, ultralytics) | detections (the

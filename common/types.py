@@ -99,18 +99,18 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SecondOutput:
+class RoIOutput:
     """What the second look predicts for P boxes of each image: E examples (in training), then N proposals.
 
     Shapes: locations (B, N) int64, those of the dense head whose boxes are the proposals; proposals (B, P, 4) float32
-    xyxy input pixels, the boxes that were looked at; boxes (B, P, 4) the better ones; object_logits (B, P), of the IoU
-    that a box reaches with an object; class_logits (B, P, K).
+    xyxy input pixels, the boxes that were looked at; boxes (B, P, 4) the better ones; objectness_logits (B, P), of the
+    IoU that a box reaches with an object; class_logits (B, P, K).
     """
 
     locations: Tensor
     proposals: Tensor
     boxes: Tensor
-    object_logits: Tensor
+    objectness_logits: Tensor
     class_logits: Tensor
 
 
@@ -118,23 +118,23 @@ class SecondOutput:
 class RawOutput:
     """What a head predicts at each of its L locations, of which several may share a row of class logits.
 
-    Shapes: object_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows (L,)
-    int64; boxes (B, L, 4) float32 xyxy input pixels with positive width and height; points (L, 2) the locations (x, y)
-    in input pixels; strides (L,) their spacing in input pixels; levels (V,) the strides that occur, rising.
+    Shapes: objectness_logits (B, L); class_logits (B, R, K), those of location l in row class_rows[l]; class_rows
+    (L,) int64; boxes (B, L, 4) float32 xyxy input pixels of positive width and height; points (L, 2) the locations
+    (x, y) in input pixels; strides (L,) their spacing in input pixels; levels (V,) the strides that occur, rising.
     """
 
-    object_logits: Tensor
+    objectness_logits: Tensor
     class_logits: Tensor
     class_rows: Tensor
     boxes: Tensor
     points: Tensor
     strides: Tensor
     levels: Tensor
-    second: SecondOutput | None = None
+    second: RoIOutput | None = None
 
     def scores(self) -> Tensor:
         """(B, L, K) in 0..1: sigmoid(object) x softmax(class)."""
-        return self.object_logits.sigmoid()[..., None] * self.class_logits.softmax(-1)[:, self.class_rows]
+        return self.objectness_logits.sigmoid()[..., None] * self.class_logits.softmax(-1)[:, self.class_rows]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class SampleDataset(Dataset):
         return len(self.data)
 
     @contextmanager
-    def randomness(self, index: int) -> Iterator[None]:
+    def sample_rng(self, index: int) -> Iterator[None]:
         """Inside the block, torch's random numbers are those of this sample; outside they are unaffected."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(Purpose.SAMPLE, self.seed, self.epoch, index))
@@ -51,7 +51,7 @@ class DetectionDataset(SampleDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image = F.pil_to_tensor(self.data.images[index].open())
-        with self.randomness(index):
+        with self.sample_rng(index):
             return self.transform(image, self.data.target(index))
 
 

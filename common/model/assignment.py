@@ -47,7 +47,7 @@ def assign(out: RawOutput, iou: Tensor, targets: Targets, kind: str) -> Assignme
     x, y = out.points.unbind(-1)  # (L,)
     away_x, away_y = (x - (x1 + x2) / 2).abs(), (y - (y1 + y2) / 2).abs()  # (B, N, L)
     cube = iou * iou * iou
-    alignment = cube.mul_(cube).mul_(out.object_logits.sigmoid()[:, None])  # with the sixth power, as in TOOD
+    alignment = cube.mul_(cube).mul_(out.objectness_logits.sigmoid()[:, None])  # with the sixth power, as in TOOD
     if kind == "center":
         central = (away_x < width * CENTER_SHARE / 2) & (away_y < height * CENTER_SHARE / 2)
         candidates, priority = own_level & central, 1 / size

@@ -13,7 +13,7 @@ from common.cli import flag
 from common.console import InputError
 from common.model.backbone import Backbone, backbone_config, build_vit, load_backbone, resolve_blocks, vit_config
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
-from common.model.second_look import SecondLook
+from common.model.roi_head import RoIHead
 from common.types import RawOutput, Targets
 
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "multi-layer": MultiLayerHead, "pyramid": PyramidHead}
@@ -72,7 +72,7 @@ class DetectionHead(nn.Module):
         self.second_look = None
         if config.second_look:
             dropout = min(1.0, SECOND_LOOK_DROPOUT * config.dropout)
-            self.second_look = SecondLook(**shape, proposals=config.second_look, dropout=dropout)
+            self.second_look = RoIHead(**shape, proposals=config.second_look, dropout=dropout)
 
     def forward(self, features: Tensor, targets: Targets | None = None) -> RawOutput:
         """(B, h, w, C) features -> `RawOutput`; the second look also looks at boxes around the objects of `targets`."""

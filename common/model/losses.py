@@ -14,7 +14,7 @@ from torchvision.ops import sigmoid_focal_loss
 from common.cli import flag
 from common.model.assignment import ASSIGNMENTS, assign
 from common.model.boxes import area, gather_boxes, giou_loss, pairwise_intersection, pairwise_iou
-from common.types import RawOutput, SecondOutput, Targets
+from common.types import RawOutput, RoIOutput, Targets
 
 SCORE_LOSSES = ("cross-entropy", "focal", "quality")
 BOX_LOSSES = ("giou", "smooth-l1")
@@ -126,15 +126,15 @@ class DetectionLoss(nn.Module):
         log_shares = out.class_logits.log_softmax(-1)  # (B, R, K); the (B, L, K) of all locations is never made
         class_loss = -log_shares.flatten(1).gather(1, out.class_rows * log_shares.shape[2] + labels)
         if self.config.scores == "focal":
-            object_loss = sigmoid_focal_loss(out.object_logits, look.score, FOCAL_ALPHA, FOCAL_GAMMA)
+            object_loss = sigmoid_focal_loss(out.objectness_logits, look.score, FOCAL_ALPHA, FOCAL_GAMMA)
             return object_loss, class_loss * (1 - (-class_loss).exp()) ** FOCAL_GAMMA
-        return F.binary_cross_entropy_with_logits(out.object_logits, look.score, reduction="none"), class_loss
+        return F.binary_cross_entropy_with_logits(out.objectness_logits, look.score, reduction="none"), class_loss
 
-    def _second_losses(self, out: SecondOutput, look: Matched, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _second_losses(self, out: RoIOutput, look: Matched, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same (B, P) of the second look."""
         logits = out.class_logits if self.class_prior is None else out.class_logits + self.class_prior
         class_loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        return F.binary_cross_entropy_with_logits(out.object_logits, look.score, reduction="none"), class_loss
+        return F.binary_cross_entropy_with_logits(out.objectness_logits, look.score, reduction="none"), class_loss
 
     def _box_losses(self, boxes: Tensor, truth: Tensor) -> Tensor:
         """(B, P, 4) and (B, P, 4) input pixels -> (B, P)."""
@@ -145,7 +145,7 @@ class DetectionLoss(nn.Module):
         return F.smooth_l1_loss(boxes / unit, truth / unit, reduction="none", beta=SMOOTH_L1_BETA).sum(-1)
 
 
-def match_proposals(out: SecondOutput, iou: Tensor, targets: Targets) -> Matched:
+def match_proposals(out: RoIOutput, iou: Tensor, targets: Targets) -> Matched:
     """What the P boxes of the second look are trained to be, given the IoU (B, N, 2 P) of better boxes, then proposals.
 
     Class and box are trained on the proposals that overlap an object enough. The score of each is trained to be the IoU

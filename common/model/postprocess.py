@@ -29,9 +29,9 @@ def fuse_predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
     if out.second is None:
         return out.scores(), out.boxes
     second, rows, count = out.second, out.class_rows[out.second.locations], out.second.locations.shape[1]
-    objects = F.logsigmoid(out.object_logits.gather(1, second.locations))
+    objects = F.logsigmoid(out.objectness_logits.gather(1, second.locations))
     classes = out.class_logits.gather(1, rows[..., None].expand(-1, -1, out.class_logits.shape[2])).log_softmax(-1)
-    objects = objects.lerp(F.logsigmoid(second.object_logits[:, -count:]), SECOND_OBJECT_SHARE)
+    objects = objects.lerp(F.logsigmoid(second.objectness_logits[:, -count:]), SECOND_OBJECT_SHARE)
     classes = classes.lerp(second.class_logits[:, -count:].log_softmax(-1), SECOND_CLASS_SHARE)
     return objects.exp()[..., None] * (classes / CLASS_TEMPERATURE).softmax(-1), second.boxes[:, -count:]
 

@@ -125,7 +125,7 @@ class CachedDataset(SampleDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Features (h, w, C) and the image's `Target`."""
         target = letterbox_target(self.data.target(index), self.image_size)
-        with self.randomness(index):
+        with self.sample_rng(index):
             mirrored = self.mirror and mirror_drawn()
         view = self.features[index // SHARD][index % SHARD, int(mirrored)]
         return view, mirror_target(target, self.image_size) if mirrored else target

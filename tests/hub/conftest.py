@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import jpeg
-from hub.loopback import Loopback, Worker
+from loopback import Loopback, Worker
 from transformers import Dinov2Config, Dinov2Model
 
 from common.data.hub import COCO

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hub.loopback import Fault, etag
+from loopback import Fault, etag
 
 pytestmark = pytest.mark.slow
 SIZES = "--train-images 8 --val-images 4 --image-size 56 --batch-size 4 --workers 0".split()

@@ -96,7 +96,7 @@ def test_quarters_of_a_patch_lie_within_it():
         before, after = head(zeros), head(peak)
     quarters = [[59.5, 31.5], [59.5, 38.5], [66.5, 31.5], [66.5, 38.5]]
     classes = (after.class_logits - before.class_logits)[0, before.class_rows].abs().sum(1)
-    objects = (after.object_logits - before.object_logits)[0].abs()
+    objects = (after.objectness_logits - before.objectness_logits)[0].abs()
     for change, stride, expected in ((classes, 14, [[63, 35]]), (classes, 7, quarters), (objects, 7, quarters)):
         level = before.strides == stride
         most = change[level].topk(len(expected)).indices

@@ -96,9 +96,9 @@ def test_losses_are_those_of_torch_and_torchvision(scores, boxes, detector):
     found, true = out.boxes[where], targets.boxes[images, index]
     if scores == "focal":
         entropy = entropy * (1 - (-entropy).exp()) ** 2
-        objects = sigmoid_focal_loss(out.object_logits[kept], truth[kept], 0.25, 2, "sum")
+        objects = sigmoid_focal_loss(out.objectness_logits[kept], truth[kept], 0.25, 2, "sum")
     else:
-        objects = F.binary_cross_entropy_with_logits(out.object_logits[kept], truth[kept], reduction="sum")
+        objects = F.binary_cross_entropy_with_logits(out.objectness_logits[kept], truth[kept], reduction="sum")
     unit = (true[:, 2:] - true[:, :2]).repeat(1, 2)
     smooth = F.smooth_l1_loss(found / unit, true / unit, reduction="none", beta=0.1).sum(1)
     places = generalized_box_iou_loss(found, true) if boxes == "giou" else smooth

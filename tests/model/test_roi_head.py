@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from common.model.boxes import MAX_LOG_SCALE, apply_deltas
 from common.model.losses import DetectionLoss, LossConfig
 from common.model.postprocess import CLASS_TEMPERATURE, SECOND_CLASS_SHARE, SECOND_OBJECT_SHARE, fuse_predictions
-from common.model.second_look import NUM_JITTERED, JitteredBoxes, roi_pool, select_proposals
+from common.model.roi_head import NUM_JITTERED, JitteredBoxes, roi_pool, select_proposals
 from common.types import Targets
 
 
@@ -54,12 +54,12 @@ def test_proposals_are_the_best_boxes_after_nms_and_always_as_many(looking):
     locations = select_proposals(out, 30)
     assert locations.shape == (2, 30)
     for image in range(2):
-        order = out.object_logits[image].argsort(descending=True)
+        order = out.objectness_logits[image].argsort(descending=True)
         iou = box_iou(out.boxes[image][order], out.boxes[image][order])
         kept = [int(order[i]) for i in range(len(order)) if not (iou[i, :i] > 0.7).any()]
         assert locations[image].tolist()[: len(kept)] == kept[:30] and len(kept) > 10
         assert len(locations[image].unique()) == 30
-    assert select_proposals(out, 10_000).shape == out.object_logits.shape
+    assert select_proposals(out, 10_000).shape == out.objectness_logits.shape
 
 
 def test_jittered_boxes_are_the_objects_and_boxes_near_them():
@@ -100,7 +100,7 @@ def test_both_looks_share_the_scores(looking):
     scores, boxes = fuse_predictions(out)
     assert torch.equal(boxes, out.second.boxes)
     best = out.second.locations[0]
-    first, second = out.object_logits[0, best].sigmoid(), out.second.object_logits[0].sigmoid()
+    first, second = out.objectness_logits[0, best].sigmoid(), out.second.objectness_logits[0].sigmoid()
     mean = first ** (1 - SECOND_OBJECT_SHARE) * second**SECOND_OBJECT_SHARE
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))

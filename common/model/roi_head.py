@@ -10,21 +10,21 @@ from torch.quasirandom import SobolEngine
 
 from common.model.boxes import apply_deltas, gather_boxes, pairwise_iou
 from common.model.postprocess import nms_mask
-from common.types import RawOutput, SecondOutput, Targets
+from common.types import RawOutput, RoIOutput, Targets
 
 CANDIDATES, TRAINED_CANDIDATES = 1000, 300  # best locations of an image that enter NMS
 PROPOSAL_IOU = 0.7  # of NMS: overlapping boxes of one object are looked at several times
-CLASS_PARTS = 2  # the class is predicted from a grid of 2 x 2 means of the features in a box
-BOX_PARTS = 7  # the better box and its score from a grid of 7 x 7
+CLASS_BINS = 2  # the class is predicted from a grid of 2 x 2 means of the features in a box
+BOX_BINS = 7  # the better box and its score from a grid of 7 x 7
 WIDTH, HIDDEN = 128, 256  # channels from which the box and its score are predicted, and units of their hidden layer
-FEW_PARTS = 2  # up to so many, one large matrix product is faster than two steps with less arithmetic
+FEW_BINS = 2  # up to so many, one large matrix product is faster than two steps with less arithmetic
 TRAINED_PROPOSALS = 64  # of an image, a step
 NUM_JITTERED = 64  # boxes around the objects of an image that are looked at in training, beside the proposals
 MAX_SHIFT, MAX_LOG_JITTER = 0.25, 0.4  # of their centres, in sides of the box, and of their sides' logarithms
 NO_OBJECT_PX = 112.0  # side of the box that is looked at where an image has no object
 
 
-class SecondLook(nn.Module):
+class RoIHead(nn.Module):
     """Pools the features of boxes and predicts their class, a better box, and the IoU that it reaches.
 
     `proposals` boxes of the dense head are looked at in each image; `dropout` is the share of inputs and hidden units
@@ -37,9 +37,9 @@ class SecondLook(nn.Module):
         self.jitter = JitteredBoxes()
         norm = nn.LayerNorm(channels, elementwise_affine=False)
         self.normalise = nn.Sequential(norm, nn.Flatten(2), nn.Dropout(dropout))
-        self.classify = nn.Linear(channels * CLASS_PARTS**2, num_classes)
+        self.classify = nn.Linear(channels * CLASS_BINS**2, num_classes)
         self.reduce = nn.Linear(channels, WIDTH)
-        hidden = nn.Linear(WIDTH * BOX_PARTS**2, HIDDEN)
+        hidden = nn.Linear(WIDTH * BOX_BINS**2, HIDDEN)
         layers = (nn.LayerNorm(WIDTH), nn.Flatten(2), hidden, nn.LayerNorm(HIDDEN), nn.SiLU(), nn.Dropout(dropout))
         self.embed = nn.Sequential(*layers)
         self.predict = nn.Linear(HIDDEN, 5)  # object, then the deltas of the box
@@ -47,7 +47,7 @@ class SecondLook(nn.Module):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Tensor, out: RawOutput, targets: Targets | None = None) -> SecondOutput:
+    def forward(self, features: Tensor, out: RawOutput, targets: Targets | None = None) -> RoIOutput:
         """(B, h, w, C) features and the dense head's output on them -> predictions for the best of its boxes.
 
         With `targets`, in training, boxes around the objects come first.
@@ -57,9 +57,9 @@ class SecondLook(nn.Module):
         boxes = gather_boxes(out.boxes.detach(), locations)
         if targets is not None:
             boxes = torch.cat([self.jitter(targets), boxes], dim=1)
-        classes = self.classify(self.normalise(roi_pool(features, boxes, CLASS_PARTS, self.stride))).float()
-        outputs = self.predict(self.embed(roi_pool(self.reduce(features), boxes, BOX_PARTS, self.stride))).float()
-        return SecondOutput(locations, boxes, apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0], classes)
+        classes = self.classify(self.normalise(roi_pool(features, boxes, CLASS_BINS, self.stride))).float()
+        outputs = self.predict(self.embed(roi_pool(self.reduce(features), boxes, BOX_BINS, self.stride))).float()
+        return RoIOutput(locations, boxes, apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0], classes)
 
 
 def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -> Tensor:
@@ -67,7 +67,7 @@ def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -
 
     Of all locations the `candidates` best enter NMS. N is the same for each image, so that a batch is one tensor.
     """
-    logits, boxes = out.object_logits.detach(), out.boxes.detach()
+    logits, boxes = out.objectness_logits.detach(), out.boxes.detach()
     best, index = logits.topk(min(candidates, logits.shape[1]))  # by falling score
     boxes = gather_boxes(boxes, index)
     kept = nms_mask(pairwise_iou(boxes, boxes) > PROPOSAL_IOU)
@@ -75,26 +75,26 @@ def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -
     return index.gather(1, rank.topk(min(count, best.shape[1]), largest=False).indices)
 
 
-def roi_pool(features: Tensor, boxes: Tensor, parts: int, stride: int) -> Tensor:
-    """The mean (B, P, parts^2, C) of the features (B, h, w, C) in each of parts x parts equal cells of boxes (B, P, 4).
+def roi_pool(features: Tensor, boxes: Tensor, bins: int, stride: int) -> Tensor:
+    """The mean (B, P, bins^2, C) of the features (B, h, w, C) in each of bins x bins equal cells of boxes (B, P, 4).
 
     The map, `stride` input pixels apart, is interpolated linearly. The means are exact (PrRoI pooling, arXiv
     1807.11590) and computed as matrix products. What is outside the map does not count.
     """
     batch, height, width, channels = features.shape
-    columns = _weights(boxes[..., 0::2] / stride, parts, width).to(features.dtype)  # (B, P, parts, w)
-    rows = _weights(boxes[..., 1::2] / stride, parts, height).to(features.dtype)
-    if parts <= FEW_PARTS:
+    columns = _weights(boxes[..., 0::2] / stride, bins, width).to(features.dtype)  # (B, P, bins, w)
+    rows = _weights(boxes[..., 1::2] / stride, bins, height).to(features.dtype)
+    if bins <= FEW_BINS:
         weights = (rows[:, :, :, None, :, None] * columns[:, :, None, :, None, :]).flatten(4).flatten(1, 3)
-        return (weights @ features.flatten(1, 2)).view(batch, -1, parts**2, channels)
-    strips = (rows.flatten(1, 2) @ features.flatten(2)).view(batch, -1, parts, width, channels)
+        return (weights @ features.flatten(1, 2)).view(batch, -1, bins**2, channels)
+    strips = (rows.flatten(1, 2) @ features.flatten(2)).view(batch, -1, bins, width, channels)
     return (columns[:, :, None] @ strips).flatten(2, 3)
 
 
-def _weights(sides: Tensor, parts: int, cells: int) -> Tensor:
-    """(B, P, 2) intervals in units of a cell -> (B, P, parts, cells) weights, which sum to 1 for each part."""
+def _weights(sides: Tensor, bins: int, cells: int) -> Tensor:
+    """(B, P, 2) intervals in units of a cell -> (B, P, bins, cells) weights, which sum to 1 for each bin."""
     start, end = sides.unsqueeze(-2).unbind(-1)  # (B, P, 1)
-    cuts = start + (end - start) * torch.linspace(0, 1, parts + 1, device=sides.device)
+    cuts = start + (end - start) * torch.linspace(0, 1, bins + 1, device=sides.device)
     distance = (cuts[..., None] - torch.arange(cells, device=sides.device) - 0.5).clamp(-1, 1)
     integral = 0.5 + distance - distance * distance.abs() / 2  # of the triangle of linear interpolation
     weights = integral[..., 1:, :] - integral[..., :-1, :]
