@@ -23,9 +23,9 @@ LINES = {  # of the files that a pattern finds, at most
     "common/model/*.py": 1582,
     "common/train/*.py": 591,
     "common/evaluate/*.py": 1612,
-    "common/show/*.py": 622,
-    "common/export/*.py": 346,
-    "tests/**/*.py": 7274,
+    "common/show/*.py": 594,
+    "common/export/*.py": 331,
+    "tests/**/*.py": 7100,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
