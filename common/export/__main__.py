@@ -74,8 +74,7 @@ def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
 def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None:
     """Write an ONNX or OpenVINO detector, which has been loaded before it replaces an earlier one.
 
-    Raises:
-        InputError: a graph too large for ONNX, or no images to calibrate with.
+    Raises InputError for a graph too large for ONNX, and without images to calibrate with.
     """
     weights = sum(weight.nbytes for weight in checkpoint.detector.parameters())
     if weights >= LARGEST_GRAPH:

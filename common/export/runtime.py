@@ -68,8 +68,7 @@ def exported_file(path: str | Path) -> Path | None:
 def load_exported(file: Path) -> ExportedDetector:
     """Read an exported detector, a file as `exported_file` returns it.
 
-    Raises:
-        InputError: a missing package, a damaged file, one of another version, or without a complete description.
+    Raises InputError: a missing package, a damaged file, one of another version, or without a complete description.
     """
     read, runtime, package = RUNTIMES[file.suffix.lower()]
     check_packages(str(file), package)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from common.console import InputError, to_one_line
 from common.evaluate.results import DataDescription, ValidationRecord, ValidationResults
@@ -48,8 +48,7 @@ CONFUSION_CLASSES = 15  # likewise, in a confusion matrix
 def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
     """PNG files of every chart for which there are numbers, by name; names that no font can draw are printed.
 
-    Raises:
-        InputError: no model has numbers.
+    Raises InputError where no model has numbers.
     """
     models, data = drawn_models(results), results.dataset
     print_missing([data.source, *data.class_names, *(record.name for record in models)])
@@ -147,9 +146,7 @@ def draw_speed(axes: Axes, models: Models) -> None:
         axes.plot(cost.images_per_s, ap, **line_style(place), markersize=11)
     speeds, devices = [cost.images_per_s for *_, cost in timed], {cost.device for *_, cost in timed}
     axes.set(xscale="log", xlim=(min(speeds) / 3, max(speeds) * 3), ylim=(0, max(0.06, 1.1 * axes.get_ylim()[1])))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     device = f"\n{to_one_line(devices.pop(), 60)}" if len(devices) == 1 else ""
     axes.set(title="Accuracy against speed", xlabel=f"images per second{device}", ylabel="mAP@0.5")
 

@@ -32,8 +32,7 @@ def write_report(
 ) -> None:
     """Write the report to the HTML file `path`, with the detections of each model that has numbers, by its name.
 
-    Raises:
-        InputError: no model has numbers, an image can't be read, or the file can't be written.
+    Raises InputError where no model has numbers, an image can't be read, or the file can't be written.
     """
     loader = jinja2.FileSystemLoader(TEMPLATE.parent)
     environment = jinja2.Environment(

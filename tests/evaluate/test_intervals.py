@@ -135,8 +135,11 @@ def test_weak_and_one_sided_detectors_are_not_warned_of():
     )  # one object of each image, half of six times with its class
     right = np.where(copies, data.labels[first], rng.integers(0, CLASSES, len(first)))
     six_times = DetectionTable(owner[first], data.boxes[first] + copies[:, None], rng.random(len(first)), right)
+    unsure = np.where(weak.label == 3, weak.score, weak.score / 100)  # and elsewhere
+    boxes = weak.boxes + 5000 * (weak.label != 3)[:, None]
     for name, quiet, truth in (
-        ("one class", weak.select(weak.label == 3), data),
+        ("one class", replace(weak, label=np.full_like(weak.label, 3), score=unsure, boxes=boxes), data),
+        ("nine detections of nothing", replace(weak, boxes=weak.boxes + 5000).select(np.arange(9)), data),
         ("nearly all of one class", replace(weak, label=np.where(rng.random(len(weak)) < 0.9, 0, weak.label)), data),
         ("few detections", weak.select(rng.random(len(weak)) < 0.05), data),
         ("data of one class", replace(weak, label=0 * weak.label), one_class),
