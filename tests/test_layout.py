@@ -25,7 +25,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/evaluate/*.py": 1447,
     "common/show/*.py": 594,
     "common/export/*.py": 331,
-    "tests/**/*.py": 6753,
+    "tests/**/*.py": 6759,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
