@@ -23,9 +23,9 @@ LINES = {  # of the files that a pattern finds, at most
     "common/model/*.py": 1487,
     "common/train/*.py": 565,
     "common/evaluate/*.py": 1447,
-    "common/show/*.py": 594,
+    "common/show/*.py": 596,
     "common/export/*.py": 331,
-    "tests/**/*.py": 6759,
+    "tests/**/*.py": 6757,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -9,6 +9,7 @@ A chart is a function of the models that are drawn and the data set. It returns 
 import io
 import itertools
 import json
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -83,7 +84,8 @@ def caption(results: ValidationResults, width: int = 150) -> str:
     lines = [f"{data.images} validation images of {to_one_line(data.source, 100)}, {data.boxes} boxes"]
     if (evaluated := len(results.models) - len(failed)) > MAX_MODELS:
         lines.append(f"the first {MAX_MODELS} of {evaluated} models")
-    lines += [to_one_line(f"{to_one_line(r.name)} was not evaluated: {r.error}", width) for r in failed]
+    for r in failed:
+        lines += textwrap.wrap(f"{to_one_line(r.name)} was not evaluated: {to_one_line(r.error, 2 * width)}", width)[:2]
     return "\n".join(lines)
 
 
