@@ -33,7 +33,7 @@ from common.show.fonts import print_missing
 from common.show.tables import format_table
 
 SHEET_IMAGES = 16
-COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5", "images/s")
+COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
 def run_one(path: str, name: str, settings: Settings, data: DetectionData) -> tuple[ModelRun, float]:
     """What one model detects, and its operating point; with --images the detections are written, too."""
     detector = load_detector(path, precision=settings.precision)
-    run = run_detector(detector, data, settings.batch_size, settings.workers, name, timed=not settings.images)
+    run = run_detector(detector, data, settings.batch_size, settings.workers, name, timed=False)
     if not settings.images:
         return run, detector.min_score
     named = replace(data, class_names=detector.class_names, category_ids=detector.category_ids)
