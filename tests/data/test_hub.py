@@ -290,7 +290,7 @@ def test_what_is_no_detection_set_or_breaks_off_is_refused_in_a_line(twelve, tmp
         read(twelve, split="val")
     second = twelve / "data" / "train-00001-of-00002.parquet"
     second.write_bytes(second.read_bytes()[:100])
-    with pytest.raises(InputError, match="broke off: .*; what came before is kept") as caught:
+    with pytest.raises(InputError, match=r"broke off: .*; what came before is kept") as caught:
         read(twelve)
     assert "\n" not in str(caught.value) and ids(read(twelve, 6)) == [1, 2, 3, 4, 5, 6]
 
@@ -303,7 +303,7 @@ def test_without_network(hub_cache, twelve):
     expected = contents(read(twelve, 4))
     shutil.move(next(hub_cache.glob("twelve-*")), hub_cache / "some--set")
     assert contents(read("some/set", 4)) == expected
-    with pytest.raises(InputError, match="request no more images than .*some--set has, or delete it"):
+    with pytest.raises(InputError, match=r"request no more images than .*some--set has, or delete it"):
         read("some/set", 5)
 
 
