@@ -1,6 +1,7 @@
 """COCO JSON, YOLO text files and Pascal VOC XML -> `Table`. Only the documented forms are read, others are refused."""
 
 import json
+import logging
 import os
 import re
 import unicodedata
@@ -18,6 +19,8 @@ from common.console import InputError, to_one_line
 from common.data.table import COLUMNS, Table
 from common.images import OTHER_FORMAT, find_images, image_suffixes
 
+log = logging.getLogger(__name__)
+LARGE_MB = 50  # a file that takes seconds to read
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test")}  # in any case, the first there is
 NAMES = {name for names in SPLITS.values() for name in names}
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
@@ -121,6 +124,8 @@ def add_coco(table: Table, path: Path, prefix: str = "") -> None:
     Raises InputError: no such file, or one of another form.
     """
     with reading(path, "JSON in COCO's instances form"):
+        if (megabytes := path.stat().st_size / 1e6) > LARGE_MB:
+            log.info(f"reading {path} ({megabytes:.0f} MB)")
         content = json.loads(POLYGONS.sub(b'"segmentation":0', path.read_bytes()))
         categories = {as_int(c["id"]): c for c in content["categories"]}
         if len(categories) < len(content["categories"]):
@@ -220,7 +225,7 @@ def read_yolo(request: Request) -> Table:
         if not all(isinstance(name, str) for name in names.values()):
             raise ValueError("the names of its classes are no text")
         points, columns, *_ = map(int, content.get("kpt_shape") or (0, 0))
-        base = path.absolute().parent / Path(content.get("path", "")).expanduser()
+        base = path.absolute().parent / Path(os.path.expanduser(content.get("path", "")))  # noqa: PTH111 (of no such user it stays)
         split = find_split(request.split, filter(content.get, content), path)
 
     def read(label: Path) -> Labels:

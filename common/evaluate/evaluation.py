@@ -1,6 +1,7 @@
 """What a model detects, and the ground truth -> its record, for both validation scripts. Runs no model."""
 
 import itertools
+import logging
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from common.evaluate.results import DataDescription, DetectionNumbers, PrimaryNu
 from common.evaluate.trust import check_agreement
 from common.model import postprocess
 
+log = logging.getLogger(__name__)
+MANY_IMAGES = 1000  # whose intervals take seconds
 NAME_BYTES = 200  # of a model's name, from which file names are made
 
 
@@ -61,6 +64,8 @@ def evaluate(
     doubts = check_agreement(matched)
     if doubts and strict:
         raise InputError(f"{path}: {doubts[0]} (refused by --strict)")
+    if len(data) > MANY_IMAGES:
+        log.info(f"{name}: intervals of the numbers on {len(data)} images")
     numbers, resamples = vars(record.primary) | vars(record.detection), resample(matched, boxes_alone, primary, weights)
     samples = {key: Sampled(numbers[key], values) for key, values in resamples.items() if numbers[key] is not None}
     intervals = {key: np.clip(samples[key].interval(), 0, 1).tolist() if key in samples else None for key in resamples}

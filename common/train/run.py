@@ -71,7 +71,8 @@ class Run:
         self.path, self.stage = Path(settings.run_dir), stages[0]
         self._check_outputs()
         if accelerator.is_main_process:
-            self.lock = filelock.FileLock(self.path / "lock", is_singleton=True)  # this process may do so again
+            place = self.path.resolve() / "lock"
+            self.lock = filelock.FileLock(place, is_singleton=True)  # this process may do so again
             try:
                 self.lock.acquire(blocking=False)
             except filelock.Timeout as error:
