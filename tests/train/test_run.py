@@ -244,12 +244,12 @@ def test_validation_after_each_epoch_without_objects_is_said(demo, monkeypatch, 
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(settings_of):
-    Path("same").mkdir()  # a name of its own: a process has one lock for each name, which it may take again
+    Path("same").mkdir()
     code = "import filelock, time; x = filelock.FileLock('same/lock'); x.acquire(); print(flush=True); time.sleep(300)"
     settings, accelerator = settings_of(simple, resume=True, run_dir="same"), Accelerator(cpu=True)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match="another process is training in same: wait for it, stop it, or name"):
+        with pytest.raises(InputError, match="another process trains in same: wait, or name another --run-dir"):
             Run(settings, accelerator)
         assert [path.name for path in Path("same").iterdir()] == ["lock"]
         other.kill()
