@@ -1,4 +1,4 @@
-# make demo: the whole chain on generated scenes; make test: all tests; make test-fast: those that take seconds;
+# make demo: the whole chain on generated scenes; make test: all tests; make test-fast: most of them, in minutes;
 # make lint: rules, formatting and types; make format: correct what ruff can. Each sets up .venv
 # first if need be, with uv where it is there.
 PYTHON ?= python3
