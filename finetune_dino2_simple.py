@@ -26,16 +26,16 @@ from common.console import InputError
 from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
 from common.data.memory import DetectionData
-from common.data.sources import TrainDataFlags, load_train_and_val
+from common.data.sources import TrainDataFlags
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import val_subset, validate
-from common.model.backbone import BackboneFlags, fetch_backbone
+from common.model.backbone import BackboneFlags
 from common.model.checkpoint import Checkpoint
 from common.model.detector import DetectorFlags, new_detector
 from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
 from common.train.optim import Schedule, parameter_groups
-from common.train.run import Run, RunFlags
+from common.train.run import Run, RunFlags, fetch_inputs
 
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
@@ -94,8 +94,8 @@ def main(settings: Settings) -> dict:
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
     with Run(settings, accelerator) as run:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
-            backbone = None if run.saved else fetch_backbone(settings.backbone)
-            train_data, val_data = load_train_and_val(settings)
+            names = () if run.saved else settings.backbone
+            backbone, train_data, val_data = fetch_inputs(settings, names)
         run.begin(train_data, val_data)
         start = initial_checkpoint(settings, *backbone, train_data) if backbone else run.resumed()
         detector, size = start.detector, start.image_size

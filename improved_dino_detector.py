@@ -34,18 +34,18 @@ from common.console import InputError, first_few
 from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_eval_loader, make_loader, make_train_loader
 from common.data.memory import DetectionData
-from common.data.sources import TrainDataFlags, load_train_and_val
+from common.data.sources import TrainDataFlags
 from common.data.transforms import AugmentationFlags, TrainTransform
 from common.evaluate.detect import val_subset, validate
 from common.evaluate.detections import label_map
-from common.model.backbone import BackboneFlags, fetch_backbone
+from common.model.backbone import BackboneFlags
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, replace_classes
 from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.optim import Ema, Schedule, parameter_groups
-from common.train.run import Run, RunFlags
+from common.train.run import Run, RunFlags, fetch_inputs
 
 WEIGHT_DECAY = 0.05
 LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
@@ -234,8 +234,8 @@ def main(settings: Settings) -> dict:
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
     with Run(settings, accelerator, STAGES) as run:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
-            backbone = None if run.saved or settings.start_from else fetch_backbone(settings.backbone)
-            train_data, val_data = load_train_and_val(settings)
+            names = () if run.saved or settings.start_from else settings.backbone
+            backbone, train_data, val_data = fetch_inputs(settings, names)
         run.begin(train_data, val_data, settings.stages)
         if backbone:
             start = initial_checkpoint(settings, *backbone, train_data)

@@ -31,7 +31,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FILES = [CONFIG, WEIGHTS, "preprocessor_config.json"]  # the last is how a detector of transformers wants its images
 BUSY = (429, 500, 502, 503, 504)  # status codes after which another try is worth while
 PATIENCE_S = 60  # of waiting for a busy hub or a weak connection, all tries together
-RETRY_S = 15.0  # where the hub names no time
+RETRY_S = 25.0  # where the hub names no time
 LOG_IN = "log in with `hf auth login` or HF_TOKEN"
 # The first that an error or one of its causes is; {page} and {endpoint} are addresses.
 CAUSES = (

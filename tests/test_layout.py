@@ -19,13 +19,13 @@ UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 728,
     "common/*.py": 1122,
-    "common/data/*.py": 1725,
+    "common/data/*.py": 1730,
     "common/model/*.py": 1487,
-    "common/train/*.py": 566,
-    "common/evaluate/*.py": 1452,
+    "common/train/*.py": 580,
+    "common/evaluate/*.py": 1454,
     "common/show/*.py": 596,
     "common/export/*.py": 331,
-    "tests/**/*.py": 6739,
+    "tests/**/*.py": 6744,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

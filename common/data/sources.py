@@ -71,6 +71,11 @@ class TrainDataFlags(DataFlags):
     train_images: int = flag(1000, "training images; 0 = all", at_least=0)
 
 
+def is_fetched(flags: DataFlags) -> bool:
+    """Whether the training images come over the network, which are those that have an order of their own."""
+    return not _reader(flags, "train")[0].ranks
+
+
 def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionData]:
     """The training and the validation images. Raises InputError: what `load_split` and `check_classes` raise."""
     if any(flags.files("train")) != any(flags.files("val")):

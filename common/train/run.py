@@ -25,9 +25,11 @@ from common.cli import flag, flag_name, flag_texts
 from common.console import InputError, check_packages, last_line, progress_bar, raise_if_interrupted
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
+from common.data.sources import TrainDataFlags, is_fetched, load_train_and_val
 from common.evaluate.detect import validate
 from common.evaluate.primary import format_headline
 from common.files import PROGRAM, atomic_write, check_outputs, link_or_copy, remove_leftovers
+from common.model.backbone import fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint, read_archive, save_detector
 from common.model.detector import merge_lora
 from common.runtime import Purpose, RuntimeFlags, seed_of
@@ -299,6 +301,18 @@ class Run:
             self.accelerator.log(values, len(self.log))
         except Exception as error:
             log.warning(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}")
+
+
+def fetch_inputs(
+    flags: TrainDataFlags, names: tuple[str, ...]
+) -> tuple[tuple[str, Path] | None, DetectionData, DetectionData]:
+    """The backbone as `fetch_backbone` returns it, None where `names` is empty, and the training and validation images.
+
+    The backbone comes first where the images are fetched, so that none are fetched for a backbone that can't be had.
+    """
+    backbone = fetch_backbone(names) if names and is_fetched(flags) else None
+    train_data, val_data = load_train_and_val(flags)
+    return backbone or (fetch_backbone(names) if names else None), train_data, val_data
 
 
 def read_state(folder: Path) -> dict[str, Any]:

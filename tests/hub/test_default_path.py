@@ -39,7 +39,7 @@ def test_the_five_scripts_fetch_each_file_once_and_then_need_no_hub(client, hub)
         1,
     ]
     results = json.loads((client.folder / "validation_results.json").read_text())
-    assert f"coco@{hub.commit(DATA[1:])[:7]}, val" in results["dataset"]["source"]
+    assert f"coco@{hub.commit(DATA[1:])[:7]}" in results["dataset"]["source"]
     assert f"coco@{hub.commit(DATA[1:])[:7]}, train" in results["models"][0]["conditions"]["train_source"]
     assert (client.folder / "model_comparison_charts.png").is_file()
     folder = hub.root / "models/somebody/mine"
@@ -78,7 +78,7 @@ def test_a_failure_is_told_by_its_cause_and_its_mend(client, hub, fault, message
     status, printed, seconds = client.run(*SIMPLE)
     *_, line = printed.splitlines()
     assert status == 2 and message.format(address=hub.address) in line and "…" not in line, printed
-    assert "Retry" not in printed and seconds < 60
+    assert "Retry" not in printed and seconds < 120
     hub.order()
     assert client.run(*SIMPLE)[0] == 0
 

@@ -171,10 +171,11 @@ BAD = """
 simple | --data no/such/folder | --data no/such/folder (no such folder) is in none of the forms demo,
 improved | --data {bad}/empty | empty (empty) is in none of the forms demo,
 simple | --data {long} | File name too long
-simple | --data detection-datasets/coco | cannot fetch the hub data set detection-datasets/coco: give a folder or demo
+simple | --data detection-datasets/coco --backbone {tiny} |
+    cannot fetch the hub data set detection-datasets/coco: HF_HUB_OFFLINE is set; give a folder or demo
 simple | {train} --val-json {bad}/other.json --val-images-dir {bad} |
-    other.json as COCO's instances form: it lacks 'categories'
-improved | {train} --val-json {bad}/text.json --val-images-dir {bad} | text.json as JSON: Expecting value
+    other.json as JSON in COCO's instances form: it lacks 'categories'
+improved | {train} --val-json {bad}/text.json --val-images-dir {bad} | text.json as JSON in COCO's instances form: Expecting value
 improved | {train} --val-json {bad}/animals.json {val_images} | animals.json have no class in common: disc
 simple | --train-json {bad}/small.json {train_images} {val} --backbone {tiny} --blocks 2 4 |
     training objects are smaller than 2 pixels at --image-size 448 and cannot be learned
@@ -194,7 +195,7 @@ improved | --start-from a.pth --image-size 224 | give it without --image-size
 improved | --scales 2.0 1.0 | --scales
 improved | --epochs-frozen 0 --epochs-unfrozen 0 | no stage to train: give --epochs-frozen or --epochs-unfrozen
 improved | --stop-after frozen --epochs-frozen 0 | no stage to train: give --epochs-frozen or --epochs-unfrozen
-improved | --image-size 100 {tiny_run} | image size 100 is not a multiple of 14; take 98 or 112
+improved | --image-size 100 --blocks 2 4 {tiny_run} | image size 100 is not a multiple of 14; take 98 or 112
 simple | --backbone {bad}/empty --data {demo} | empty is no backbone: it has no readable config.json
 improved | --backbone facebook/dinov2-small --data {demo} |
     backbone facebook/dinov2-small is not in the cache: HF_HUB_OFFLINE is set
