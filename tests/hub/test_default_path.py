@@ -42,10 +42,11 @@ def test_the_five_scripts_fetch_each_file_once_and_then_need_no_hub(client, hub)
     assert f"coco@{hub.commit(DATA[1:])[:7]}" in results["dataset"]["source"]
     assert f"coco@{hub.commit(DATA[1:])[:7]}, train" in results["models"][0]["conditions"]["train_source"]
     assert (client.folder / "model_comparison_charts.png").is_file()
-    folder = hub.root / "models/somebody/mine"
-    assert client.run("common/export/__main__.py", models[0], "--format", "hub", "--output", folder)[0] == 0
-    status, printed, _ = client.run(*commands[2][:5], "--checkpoints", "hub:somebody/mine", "--output", "other")
-    assert status == 0 and "hub:somebody/mine" in printed and (client.folder / "other/contact_sheet.jpg").is_file()
+    folder = hub.root / "models/somebody/mine_hub"
+    status, printed, _ = client.run("common/export/__main__.py", models[0], "--format", "hub", "--output", folder)
+    assert status == 0, printed
+    status, printed, _ = client.run(*commands[2][:5], "--checkpoints", "hub:somebody/mine_hub", "--output", "other")
+    assert status == 0 and (client.folder / "other/contact_sheet.jpg").is_file(), printed
     hub.order()
     status, printed, _ = client.run(*SIMPLE, "--run-dir", "again", offline=True)
     assert status == 0 and hub.log == [], printed

@@ -175,7 +175,8 @@ simple | --data detection-datasets/coco --backbone {tiny} |
     cannot fetch the hub data set detection-datasets/coco: HF_HUB_OFFLINE is set; give a folder or demo
 simple | {train} --val-json {bad}/other.json --val-images-dir {bad} |
     other.json as JSON in COCO's instances form: it lacks 'categories'
-improved | {train} --val-json {bad}/text.json --val-images-dir {bad} | text.json as JSON in COCO's instances form: Expecting value
+improved | {train} --val-json {bad}/text.json --val-images-dir {bad} |
+    text.json as JSON in COCO's instances form: Expecting value
 improved | {train} --val-json {bad}/animals.json {val_images} | animals.json have no class in common: disc
 simple | --train-json {bad}/small.json {train_images} {val} --backbone {tiny} --blocks 2 4 |
     training objects are smaller than 2 pixels at --image-size 448 and cannot be learned
