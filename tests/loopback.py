@@ -182,6 +182,7 @@ for line in sys.stdin:
         names = {"HF_HOME": "hf", "DETECTION_CACHE": "cache", "YOLO_CONFIG_DIR": "yolo"}
         self.environment = os.environ | {name: str(folder / value) for name, value in names.items()}
         self.environment |= {"HF_ENDPOINT": address, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
+        self.environment["NO_PROXY"] = self.environment["no_proxy"] = "127.0.0.1,localhost"
         self.environment.pop("HF_HUB_OFFLINE", None)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": self.environment}
         self.process = subprocess.Popen([sys.executable, "-c", self.LOOP], **pipes)
