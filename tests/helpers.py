@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -84,24 +83,27 @@ def stop_at_step(script, settings, step):
     return stopped.value
 
 
-def fork(main, settings, processes=1):
-    """Start processes that train together: copies of this one, which have nothing to import."""
+def start_training(main, settings, processes=1):
+    """Start processes that train together, copies of one that has imported what it takes and has done nothing else."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
-
-    def train(rank):
-        signal.alarm(600)  # ends a process that hangs
-        AcceleratorState._reset_state(reset_partial_state=True)
-        if processes > 1:
-            os.environ.update({name: str(value) for name, value in (launched | {"RANK": rank}).items()})
-            os.environ["LOCAL_RANK"] = str(rank)
-        main(settings)
-
-    workers = [multiprocessing.get_context("fork").Process(target=train, args=(rank,)) for rank in range(processes)]
-    for worker in workers:
-        worker.start()
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["improved_dino_detector", "helpers"])
+    workers = []
+    for rank in range(processes):
+        environment = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        environment["DETECTION_CACHE"] = os.environ["DETECTION_CACHE"]
+        workers.append(server.Process(target=_train, args=(main, settings, Path.cwd(), environment)))
+        workers[-1].start()
     return workers
+
+
+def _train(main, settings, folder, environment):
+    signal.alarm(600)  # ends a process that hangs
+    os.environ.update(environment)
+    os.chdir(folder)
+    main(settings)
 
 
 SIMPLE_LOSS = LossConfig("center", "cross-entropy", "giou", 1.0)

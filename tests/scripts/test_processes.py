@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, arguments_of, fork, tiny_settings
+from helpers import ROOT, arguments_of, start_training, tiny_settings
 
 import improved_dino_detector as improved
 from common.data.demo import make_demo
@@ -52,14 +52,14 @@ def test_two_processes_train_as_one_with_twice_the_batch(settings, two):
 
 def test_two_killed_processes_resume_to_the_same_result(settings, two):
     settings = replace(settings, resume=True)
-    workers = fork(improved.main, settings, processes=2)
+    workers = start_training(improved.main, settings, processes=2)
     while not Path("run/log.jsonl").is_file() and all(worker.is_alive() for worker in workers):
         workers[0].join(0.01)
     for worker in workers:
         worker.kill()
         worker.join()
     assert 0 < len(losses_of()) < 4
-    for worker in fork(improved.main, settings, processes=2):
+    for worker in start_training(improved.main, settings, processes=2):
         worker.join(300)
         assert worker.exitcode == 0
     assert losses_of() == losses_of(two)

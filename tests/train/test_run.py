@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from helpers import data_flags, fork, stop_at_step, tiny_settings
+from helpers import data_flags, start_training, stop_at_step, tiny_settings
 
 import finetune_dino2_simple as simple
 import improved_dino_detector as improved
@@ -111,7 +111,7 @@ def test_killed_runs_go_on_to_the_same_result_and_a_finished_one_does_not_change
     """SIGKILL while the cache is built, and in both stages."""
     settings = settings_of(improved, resume=True)
     for moment in (-1, 1, 3):  # the cache is being built, or so many epochs are logged
-        (process,) = fork(improved.main, settings)
+        (process,) = start_training(improved.main, settings)
         while process.is_alive():
             log = Path("run/log.jsonl")
             if any(Path("cache").rglob("*.features*")) if moment < 0 else log.is_file() and len(log_of()) >= moment:
