@@ -1,4 +1,4 @@
-"""Check trained detectors quickly: the study's columns, mAP@0.5 and speed, and boxes drawn beside the ground truth.
+"""Check trained detectors quickly: the study's columns and mAP@0.5, and boxes drawn beside the ground truth.
 
 With --images no ground truth is needed: detections on your own images are drawn and written in COCO's format.
 

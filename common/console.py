@@ -67,7 +67,8 @@ class _Bar(tqdm):
     def __init__(self, seconds: float, **options: Any):
         self.ended = threading.Event()
         super().__init__(**options)
-        threading.Thread(target=self._refresh, args=(seconds,), daemon=True).start()
+        if not self.disable:
+            threading.Thread(target=self._refresh, args=(seconds,), daemon=True).start()
 
     def _refresh(self, seconds: float) -> None:
         while not self.ended.wait(seconds):

@@ -93,7 +93,7 @@ def hub_errors(what: str, place: str, advice: str) -> Iterator[None]:
     `place` is the path of its page below the hub's address. The clients' own messages while they try again become a
     line of ours.
     """
-    relay, clients = _Relay(), [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    relay, clients = _Relay(logging.WARNING), [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
     before = [(client.handlers, client.propagate) for client in clients]
     for client in clients:
         client.handlers, client.propagate = [relay], False
@@ -114,11 +114,7 @@ class _Relay(logging.Handler):
     has_spoken = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (
-            record.levelno >= logging.WARNING
-            and not self.has_spoken
-            and re.search("(?i)retry|waiting", record.getMessage())
-        ):
+        if not self.has_spoken and re.search("(?i)retry|waiting", record.getMessage()):
             log.warning("the hub is busy or the connection weak: trying again")
             self.has_spoken = True
 

@@ -116,16 +116,14 @@ def _open(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class CachedDataset(SampleDataset):
     """`DetectionDataset` with `cached_features` in place of pixels; for training it draws which images to mirror."""
 
-    def __init__(
-        self, data: DetectionData, features: list[Tensor], image_size: int, mirror: bool = False, seed: int = 0
-    ):
+    def __init__(self, data: DetectionData, features: list[Tensor], side: int, *, mirror: bool = False, seed: int = 0):
         super().__init__(data, seed)
-        self.features, self.image_size, self.mirror = features, image_size, mirror
+        self.features, self.side, self.mirror = features, side, mirror
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Features (h, w, C) and the image's `Target`."""
-        target = letterbox_target(self.data.target(index), self.image_size)
+        target = letterbox_target(self.data.target(index), self.side)
         with self.sample_rng(index):
             mirrored = self.mirror and mirror_drawn()
         view = self.features[index // SHARD][index % SHARD, int(mirrored)]
-        return view, mirror_target(target, self.image_size) if mirrored else target
+        return view, mirror_target(target, self.side) if mirrored else target

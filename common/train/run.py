@@ -48,7 +48,7 @@ ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where it
 class RunFlags(RuntimeFlags):
     """Training run."""
 
-    accumulate: int = flag(1, "batches a step, in the memory of one; those that make no whole step wait", at_least=1)
+    accumulate: int = flag(1, "batches a step, in the memory of one; those that fill no step are left out", at_least=1)
     log_with: tuple[str, ...] = flag((), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower")
     resume: bool = flag(False, "go on after the last epoch of the stopped run in --run-dir; start one if there is none")
@@ -312,7 +312,9 @@ def fetch_inputs(
     """
     backbone = fetch_backbone(names) if names and is_fetched(flags) else None
     train_data, val_data = load_train_and_val(flags)
-    return backbone or (fetch_backbone(names) if names else None), train_data, val_data
+    if names and backbone is None:
+        backbone = fetch_backbone(names)
+    return backbone, train_data, val_data
 
 
 def read_state(folder: Path) -> dict[str, Any]:
