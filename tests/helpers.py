@@ -91,9 +91,9 @@ def start_training(main, settings, processes=1):
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["improved_dino_detector", "helpers"])
     workers = []
-    for rank in range(processes):
-        environment = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        environment["DETECTION_CACHE"] = os.environ["DETECTION_CACHE"]
+    for rank in map(str, range(processes)):
+        environment = launched | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        environment |= {"DETECTION_CACHE": os.environ["DETECTION_CACHE"]}
         workers.append(server.Process(target=_train, args=(main, settings, Path.cwd(), environment)))
         workers[-1].start()
     return workers
