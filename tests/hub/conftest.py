@@ -36,10 +36,8 @@ def hub(tmp_path_factory):
     folder = root / "datasets/detection-datasets/coco/data"
     folder.mkdir(parents=True)
     for name, first in (("train-00000-of-00001", 1), ("val-00000-of-00001", 101)):
-        rows = [row(number) for number in range(first, first + 40)]
-        datasets.Dataset.from_list(rows, datasets.Features(FEATURES)).to_parquet(
-            folder / f"{name}.parquet", batch_size=20
-        )
+        file, rows = folder / f"{name}.parquet", [row(number) for number in range(first, first + 40)]
+        datasets.Dataset.from_list(rows, datasets.Features(FEATURES)).to_parquet(file, batch_size=20)
     server = Loopback(root)
     yield server
     server.shutdown()
