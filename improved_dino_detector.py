@@ -2,8 +2,7 @@
 
 Stage 1 trains the head on features of a frozen backbone, which are cached on disk: each image, and its mirror image,
 passes the backbone once. Stage 2 trains both end to end, at a low learning rate that decreases from block to block, on
-crops with scale and colour jitter. Its learning rates fall twice, and the mean of the weights at both ends is kept. The
-best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
+crops with scale and colour jitter. Its learning rates fall twice, and the mean of the weights at both ends is kept.
 
   python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
@@ -14,7 +13,7 @@ best epoch by mAP@0.5 on the first 100 validation images becomes the checkpoint.
       --boxes smooth-l1 --ema 0 --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5 --cycles 1
                                                                    the original study's recipe
 
-Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's best), best.pth, last.pth, settings.json and log.jsonl.
+Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's end), last.pth, settings.json and log.jsonl.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -32,11 +31,10 @@ from common import cli
 from common.cli import flag, flag_name, with_default
 from common.console import InputError, first_few
 from common.data.checks import check_object_sizes
-from common.data.dataset import DetectionDataset, make_eval_loader, make_loader, make_train_loader
+from common.data.dataset import DetectionDataset, make_train_loader
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags
 from common.data.transforms import AugmentationFlags, TrainTransform
-from common.evaluate.detect import val_subset, validate
 from common.evaluate.detections import label_map
 from common.model.backbone import BackboneFlags
 from common.model.checkpoint import Checkpoint, load_checkpoint
@@ -138,50 +136,38 @@ class Stage(NamedTuple):
     trained: nn.Module  # of the model: all that is averaged, and saved to be resumed
     groups: list[dict]  # of its weights, with their learning rates
     loader: DataLoader
-    val_loader: DataLoader
 
 
-def head_stage(
-    detector: Detector, train_data: DetectionData, val_data: DetectionData, settings: Settings, accelerator: Accelerator
-) -> Stage:
+def head_stage(detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator) -> Stage:
     """Stage 1: the head alone, on features that each image, and its mirror image, gives once."""
     detector.to(accelerator.device).backbone.requires_grad_(False)
     groups = parameter_groups(detector, settings.lr_frozen, 0.0, WEIGHT_DECAY)
     views = 1 if settings.no_mirror else 2
-    size = feature_gigabytes(detector, len(train_data), views) + feature_gigabytes(detector, len(val_data), 1)
-    if size > settings.feature_cache:
+    if (size := feature_gigabytes(detector, len(data), views)) > settings.feature_cache:
         accelerator.print(f"a feature cache would take {size:.2g} GB: stage 1 runs without it, on crops", flush=True)
-        loaders = crop_loaders(detector, train_data, val_data, settings, accelerator)
-        return Stage("frozen", settings.epochs_frozen, 1, detector, detector.head, groups, *loaders)
+        loader = crop_loader(detector, data, settings, accelerator)
+        return Stage("frozen", settings.epochs_frozen, 1, detector, detector.head, groups, loader)
     options = {"batch_size": settings.batch_size, "workers": settings.workers, "accelerator": accelerator}
-    features = cached_features(detector, train_data, views=views, **options)
-    val_features = cached_features(detector, val_data, views=1, **options)
-    side, mirror = detector.config.image_size, not settings.no_mirror
-    train_set = CachedDataset(train_data, features, side, mirror=mirror, seed=settings.seed)
-    loader = make_train_loader(train_set, settings.batch_size, NO_WORKERS, accelerator.num_processes)
-    val_loader = make_loader(CachedDataset(val_data, val_features, side), settings.batch_size, NO_WORKERS)
-    return Stage("frozen", settings.epochs_frozen, 1, detector.head, detector.head, groups, loader, val_loader)
+    features = cached_features(detector, data, views=views, **options)
+    samples = CachedDataset(data, features, detector.config.image_size, mirror=views > 1, seed=settings.seed)
+    loader = make_train_loader(samples, settings.batch_size, NO_WORKERS, accelerator.num_processes)
+    return Stage("frozen", settings.epochs_frozen, 1, detector.head, detector.head, groups, loader)
 
 
-def detector_stage(
-    detector: Detector, train_data: DetectionData, val_data: DetectionData, settings: Settings, accelerator: Accelerator
-) -> Stage:
+def detector_stage(detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator) -> Stage:
     """Stage 2: backbone and head on crops, each block slower than the one behind it."""
     detector.backbone.set_trainable(settings, settings.unfreeze_blocks)
     rates = settings.lr_unfrozen * settings.head_lr_factor, settings.lr_unfrozen
     groups = parameter_groups(detector, *rates, WEIGHT_DECAY, LAYER_DECAY)
-    loaders = crop_loaders(detector, train_data, val_data, settings, accelerator)
-    return Stage("unfrozen", settings.epochs_unfrozen, settings.cycles, detector, detector, groups, *loaders)
+    loader = crop_loader(detector, data, settings, accelerator)
+    return Stage("unfrozen", settings.epochs_unfrozen, settings.cycles, detector, detector, groups, loader)
 
 
-def crop_loaders(
-    detector: Detector, train_data: DetectionData, val_data: DetectionData, settings: Settings, accelerator: Accelerator
-) -> tuple[DataLoader, DataLoader]:
-    """Crops of the training images, and whole validation images."""
-    size = detector.config.image_size
-    train_set = DetectionDataset(train_data, TrainTransform(size, settings.crop_size, settings), settings.seed)
-    loader = make_train_loader(train_set, settings.batch_size, settings.workers, accelerator.num_processes)
-    return loader, make_eval_loader(val_data, size, settings.batch_size, settings.workers)
+def crop_loader(detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator) -> DataLoader:
+    """Batches of crops."""
+    transform = TrainTransform(detector.config.image_size, settings.crop_size, settings)
+    samples = DetectionDataset(data, transform, settings.seed)
+    return make_train_loader(samples, settings.batch_size, settings.workers, accelerator.num_processes)
 
 
 def train_stage(
@@ -191,8 +177,7 @@ def train_stage(
     accelerator = run.accelerator
     criterion = DetectionLoss(settings, train_data.class_shares()).to(accelerator.device)
     optimizer = torch.optim.AdamW(stage.groups, fused=True)
-    prepared = accelerator.prepare(stage.model, optimizer, stage.loader, stage.val_loader)
-    model, optimizer, loader, val_loader = prepared
+    model, optimizer, loader = accelerator.prepare(stage.model, optimizer, stage.loader)
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
     average = Ema(stage.trained, settings.ema)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
@@ -200,8 +185,7 @@ def train_stage(
     for epoch in run.epochs(stage.name, stage.epochs, **parts):
         train_one_epoch(model, criterion, loader, optimizer, schedule, average, epoch, run)
         with average.applied():
-            numbers = validate(model, val_loader, val_data, start.class_names, accelerator)
-            run.finish_epoch(replace(start, metrics=numbers))
+            run.finish_epoch(start, val_data)
     accelerator.free_memory()
 
 
@@ -228,7 +212,7 @@ def continued_checkpoint(settings: Settings, data: DetectionData) -> Checkpoint:
 
 
 def main(settings: Settings) -> dict:
-    """Train the stages, keep the best epoch, and return its numbers on the validation images."""
+    """Train the stages, and return the detector's numbers on the validation images."""
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
@@ -240,7 +224,7 @@ def main(settings: Settings) -> dict:
         if backbone:
             start = initial_checkpoint(settings, *backbone, train_data)
         else:
-            start = run.resumed() if run.saved else continued_checkpoint(settings, train_data)
+            start = run.latest(run.saved["stage"]) if run.saved else continued_checkpoint(settings, train_data)
         settings = replace(settings, crop_size=min(settings.crop_size, start.image_size))
         patch, depth = start.detector.backbone.patch_size, start.detector.backbone.depth
         check_side("crop size", settings.crop_size, patch)
@@ -248,13 +232,12 @@ def main(settings: Settings) -> dict:
         if settings.unfreeze_blocks > depth:
             raise InputError(f"--unfreeze-blocks: the detector uses only {depth} blocks of the backbone")
         start = run.describe(start, crop_size=settings.crop_size)
-        quick_data = val_subset(val_data)
         for name, make_stage in zip(STAGES, (head_stage, detector_stage), strict=True):
             if name not in settings.stages or run.is_past(name):
                 continue
-            stage = make_stage(start.detector, train_data, quick_data, settings, accelerator)
-            train_stage(stage, start, train_data, quick_data, settings, run)
-            start = replace(start, detector=load_checkpoint(run.best_of(name)).detector)
+            stage = make_stage(start.detector, train_data, settings, accelerator)
+            train_stage(stage, start, train_data, val_data, settings, run)
+            start = replace(start, detector=run.latest(name).detector)
         return run.finish(val_data)
 
 

@@ -1,6 +1,5 @@
 """Running detectors: batches of images in, `Detections` out, and what that costs, in training and in evaluation."""
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +22,6 @@ from common.model.postprocess import detections_of, fuse_predictions, postproces
 from common.runtime import device_name
 from common.types import Batch, Detections
 
-log = logging.getLogger(__name__)
-
-VAL_SUBSET = 100  # images of the validation after each epoch
 TIMED, WARM_UP = 15, 3  # images timed one at a time, and images before them that are not counted
 INPUT = TypeVar("INPUT")
 
@@ -47,26 +43,17 @@ def validate(
     model: nn.Module, loader: DataLoader, data: DetectionData, class_names: tuple[str, ...], accelerator: Accelerator
 ) -> dict[str, float | None]:
     """The headline numbers of a `Detector` with these classes on the images of `data`, each once in any number of
-    processes. It is left in evaluation mode; it and `loader`, of images or cached features, are the accelerator's."""
+    processes. It is left in evaluation mode; `loader` is the accelerator's."""
     model.eval()
 
     def run(batch: Batch) -> list[Detections]:
-        found = postprocess(*fuse_predictions(model(batch.inputs)), batch.meta)
+        with accelerator.autocast():
+            out = model(batch.inputs)
+        found = postprocess(*fuse_predictions(out), batch.meta)
         return accelerator.gather_for_metrics(found, use_gather_object=True)
 
     detections = detect(loader, run, len(data), "validating", accelerator.is_main_process)
     return headline(detection_table(detections, data).relabelled(label_map(class_names, data)), data)
-
-
-def val_subset(val_data: DetectionData) -> DetectionData:
-    """The images of the validation after each epoch; a line tells where no epoch can be chosen by them."""
-    subset = val_data.first(VAL_SUBSET)
-    if subset.crowd.all() and not val_data.crowd.all():
-        log.warning(
-            f"{val_data.source}: no object on the first {len(subset)} validation images, on which the best epoch is "
-            "chosen: the last epoch will be kept; --image-ids can put other images first"
-        )
-    return subset
 
 
 def run_detector(

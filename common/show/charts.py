@@ -169,9 +169,7 @@ def comparison(models: Models, _: DataDescription) -> Figure:
         draw_speed(panels["c"], models)
     if "d" in panels:
         gains = [[r.diagnosis.errors[kind].gain if r.diagnosis else None for kind in ERRORS] for r in models]
-        draw_bars(
-            panels["d"], "Cost of each kind of error: mAP@0.5 gained if this kind alone were corrected", ERRORS, gains
-        )
+        draw_bars(panels["d"], "Cost of each kind of error: mAP@0.5 gained if it alone were corrected", ERRORS, gains)
     return _add_legend(figure, models)
 
 
@@ -250,21 +248,23 @@ def calibration(models: Models, _: DataDescription) -> Figure | None:
 
 
 def training(models: Models, _: DataDescription) -> Figure | None:
-    """Loss and mAP@0.5 after each epoch of the models whose log still exists; the stages are parted by dotted lines."""
+    """Loss, and mAP@0.5 where epochs were validated, of the models whose log still exists; dotted lines part stages."""
     logs = [read_log(record) for record in models]
     if not any(logs):
         return None
     figure = Figure((12, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, *right = figure.subplots(1, 1 + any(epoch["val"] for log in logs for epoch in log), squeeze=False)[0]
     for place, log in enumerate(logs):
-        numbers, line = [epoch["epoch"] for epoch in log], line_style(place, len(log))
-        left.plot(numbers, [sum(epoch["loss"].values()) for epoch in log], **line)
-        right.plot(numbers, np.array([epoch["val"]["AP50"] for epoch in log], float), **line)
+        line, validated = line_style(place, len(log)), [epoch for epoch in log if epoch["val"]]
+        left.plot([epoch["epoch"] for epoch in log], [sum(epoch["loss"].values()) for epoch in log], **line)
+        for axes in right:
+            numbers = np.array([(epoch["epoch"], epoch["val"]["AP50"]) for epoch in validated], float).reshape(-1, 2)
+            axes.plot(*numbers.T, **line)
+            axes.set(xlabel="epoch", ylabel="mAP@0.5", title="On the validation images", ylim=(0, None))
         starts = [b["epoch"] for a, b in itertools.pairwise(log) if a["stage"] != b["stage"]]
-        for axes, start in itertools.product((left, right), starts):
+        for axes, start in itertools.product(figure.axes, starts):
             axes.axvline(start - 0.5, color=line["color"], linewidth=0.8, linestyle=":")
     left.set(xlabel="epoch", ylabel="loss", title="Training loss, all terms")
-    right.set(xlabel="epoch", ylabel="mAP@0.5", title="On the first validation images, at most 100", ylim=(0, None))
     for axes in figure.axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _add_legend(figure, models)

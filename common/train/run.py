@@ -38,7 +38,7 @@ from common.types import Batch
 log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
 STATE_VERSION = 5
-FILES = ("settings.json", "log.jsonl", "last.pth", "best.pth", "state.pth")
+FILES = ("settings.json", "log.jsonl", "last.pth", "state.pth")
 FINISHED = "finished"  # an empty file that marks a run as complete
 UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run
 ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where its weights began
@@ -49,6 +49,7 @@ class RunFlags(RuntimeFlags):
     """Training run."""
 
     accumulate: int = flag(1, "batches a step, in the memory of one; those that fill no step are left out", at_least=1)
+    val_every: int = flag(0, "validate after every N epochs, for curves; 0 = at the end alone", at_least=0)
     log_with: tuple[str, ...] = flag((), "trackers that the run is sent to; none = nothing is sent", choices=TRACKERS)
     deterministic: bool = flag(False, "the same numbers each time on a GPU too, slower")
     resume: bool = flag(False, "go on after the last epoch of the stopped run in --run-dir; start one if there is none")
@@ -59,9 +60,9 @@ class RunFlags(RuntimeFlags):
 class Run:
     """The files of a run, and what is the same in every step and after every epoch.
 
-    Its folder has `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, `best.pth`, the best of each of its
-    `stages` but the last as STAGE.pth, and `state.pth`. The main process writes them, and locks the folder while it
-    lives, since processes of a killed launcher may still be training.
+    Its folder has `settings.json`, `log.jsonl` with a line an epoch, `last.pth`, after all stages but the last also
+    STAGE.pth, and `state.pth`. The main process writes them, and locks the folder while it lives, since processes of a
+    killed launcher may still be training.
 
     Raises:
         InputError: another process trains in the folder, an output cannot be written or is an input, or the run in the
@@ -106,7 +107,7 @@ class Run:
             "train_images_used": len(train_data),
             "processes": self.accelerator.num_processes,
         }
-        states = [image.path.stat() for part in (train_data, val_data) for image in part.images]
+        states = [image.path.stat() for image in train_data.images]
         self.files = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in states]).encode()).hexdigest()
         if self.saved:
             self._check_resumable(stages)
@@ -125,17 +126,16 @@ class Run:
         self._write("settings.json", json.dumps(self.description | used | origin, indent=2))
         return replace(start, train_config=self.description | used | origin, metrics={}, epoch=0)
 
-    def resumed(self) -> Checkpoint:
-        """The best checkpoint of a resumed run in its stage, whose weights `epochs` replaces by those in training."""
-        return load_checkpoint(self.best_of(self.saved["stage"]))
+    def latest(self, stage: str) -> Checkpoint:
+        """The checkpoint after the last epoch of a stage; in a resumed one `epochs` replaces its averaged weights."""
+        return load_checkpoint(self._checkpoint_of(stage))
+
+    def _checkpoint_of(self, stage: str) -> Path:
+        return self.path / ("last.pth" if stage == self.stages[-1] else f"{stage}.pth")
 
     def is_past(self, stage: str) -> bool:
         """Whether the resumed run has begun a later stage."""
         return bool(self.saved) and self.stages.index(stage) < self.stages.index(self.saved["stage"])
-
-    def best_of(self, stage: str) -> Path:
-        """The checkpoint of the best epoch up to the end of a stage."""
-        return self.path / ("best.pth" if stage == self.stages[-1] else f"{stage}.pth")
 
     def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
         """The epochs of a stage that remain, of `count` from 0; after each the state of `parts` is saved.
@@ -198,45 +198,44 @@ class Run:
         advice = "lower the learning rate, or use --precision fp32"
         raise InputError(f"the gradients became {norm.item()} in {where}; {advice}")
 
-    def finish_epoch(self, checkpoint: Checkpoint) -> None:
-        """Log an epoch, and write the detector with its numbers as `last.pth`, and as `best.pth` where mAP@0.5 is best.
-
-        Of epochs with equal mAP@0.5 the last is the best, so also where there is none, as on images without boxes.
-        """
+    def finish_epoch(self, checkpoint: Checkpoint, val_data: DetectionData) -> None:
+        """Log an epoch, and write the detector as `last.pth`, validated where `--val-every` wants it."""
         number = len(self.log) + 1
         if not all(weight.isfinite().all() for weight in checkpoint.detector.parameters()):
             raise InputError(f"the weights are not finite after epoch {number}; lower the learning rate")
+        is_due = self.settings.val_every > 0 and number % self.settings.val_every == 0
+        numbers = self.validate(checkpoint, val_data) if is_due else {}
         totals = self.accelerator.reduce(self.sums, "mean") if self.sums else {}
         losses = {name: round(float(total) / self.batches, 4) for name, total in totals.items()}
         seconds = round(time.perf_counter() - self.began, 1)
-        line = {"stage": self.stage, "epoch": number, "loss": losses, "val": checkpoint.metrics, "seconds": seconds}
+        line = {"stage": self.stage, "epoch": number, "loss": losses, "val": numbers, "seconds": seconds}
         self.log.append(line)
-        self._track(loss=losses, validation=checkpoint.metrics)
+        self._track(loss=losses, validation=numbers)
         if not self.accelerator.is_main_process:
             return
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        tqdm.write(f"epoch {number}: loss {terms}; {format_headline(checkpoint.metrics)}; {seconds:.0f} s")
-        merged = replace(checkpoint, detector=merge_lora(checkpoint.detector), epoch=number)
+        validated = f"; {format_headline(numbers)}" if is_due else ""
+        tqdm.write(f"epoch {number}: loss {terms}{validated}; {seconds:.0f} s")
+        merged = replace(checkpoint, detector=merge_lora(checkpoint.detector), metrics=numbers, epoch=number)
         save_detector(self.path / "last.pth", merged)
-        *before, last = [max(0.0, line["val"]["AP50"] or 0.0) for line in self.log]  # NaN is none either
-        if last >= max(before, default=0.0):
-            for path in {self.path / "best.pth", self.best_of(self.stage)}:
-                link_or_copy(self.path / "last.pth", path)
+        if (path := self._checkpoint_of(self.stage)) != self.path / "last.pth":
+            link_or_copy(self.path / "last.pth", path)
+
+    def validate(self, checkpoint: Checkpoint, val_data: DetectionData) -> dict[str, float | None]:
+        """The headline numbers of a detector on the images of `val_data`."""
+        loader = make_eval_loader(val_data, checkpoint.image_size, self.settings.batch_size, self.settings.workers)
+        detector, loader = checkpoint.detector.to(self.accelerator.device), self.accelerator.prepare(loader)
+        return validate(detector, loader, val_data, checkpoint.class_names, self.accelerator)
 
     def finish(self, val_data: DetectionData) -> dict[str, float | None]:
-        """Validate the best checkpoint on all of `val_data`, write it to `--output`; returns its headline numbers."""
+        """Validate the detector after the last epoch, write it to `--output`; returns its headline numbers."""
         self.accelerator.wait_for_everyone()
-        best, settings = load_checkpoint(self.path / "best.pth"), self.settings
-        loader = make_eval_loader(val_data, best.image_size, settings.batch_size, settings.workers)
-        model = self.accelerator.prepare_model(best.detector, evaluation_mode=True)
-        numbers = validate(model, self.accelerator.prepare(loader), val_data, best.class_names, self.accelerator)
+        last, output = self.latest(self.stage), self.settings.output
+        numbers = self.validate(last, val_data)
         self._track(final=numbers)
         if self.accelerator.is_main_process:
-            save_detector(settings.output, replace(best, metrics=numbers))
-            if len({line["val"]["AP50"] for line in self.log}) == 1 < len(self.log):
-                log.warning("warning: mAP@0.5 was the same after every epoch: the last one is kept")
-            where = f"epoch {best.epoch} on {len(val_data)} validation images"
-            log.info(f"{where}: {format_headline(numbers)}; written to {settings.output}")
+            save_detector(output, replace(last, metrics=numbers))
+            log.info(f"on {len(val_data)} validation images: {format_headline(numbers)}; written to {output}")
             (self.path / FINISHED).touch()
         self.accelerator.end_training()
         return numbers
@@ -255,9 +254,8 @@ class Run:
 
     def _check_resumable(self, stages: tuple[str, ...]) -> None:
         before, now, run = self.saved["description"], self.description, f"--resume: the run in {self.path}"
-        for part in ("train", "val"):
-            if before[f"{part}_fingerprint"] != now[f"{part}_fingerprint"]:
-                raise InputError(f"{run} had other {part} images or boxes")
+        if before["train_fingerprint"] != now["train_fingerprint"]:
+            raise InputError(f"{run} had other train images or boxes")
         if self.saved["stage"] not in stages:
             raise InputError(f"{run} is in the stage {self.saved['stage']}, now left out")
         changed = [field for field in fields(self.settings) if before.get(field.name) != now.get(field.name)]
@@ -268,6 +266,8 @@ class Run:
             log.info(f"from here on with another {', '.join(texts.values())}")
         if self.saved["files"] != self.files:
             log.warning("warning: image files were written since the run began; it goes on with them")
+        if before["val_fingerprint"] != now["val_fingerprint"]:
+            log.warning("warning: it had other validation images or boxes, on which earlier epochs were validated")
 
     def _save(self, epoch: int, parts: dict[str, Any]) -> None:
         content = {name: getattr(self, name) for name in ("description", "files", "stage", "log")}

@@ -53,7 +53,7 @@ def many_names(run, demo):
         Path(name).symlink_to(place)
     Path("cats/a.jpg").hardlink_to("cats/1.jpg")
     copies = {"cats/1.jpg": ("out/cats/detections.json", "contact_sheet.jpg", "blocked/cats")}
-    copies["cats.pth"] = ("val2017.pth", "run/best.pth", "run/frozen.pth", "run/last.pth", "foreign/best.pth")
+    copies["cats.pth"] = ("val2017.pth", "run/frozen.pth", "run/last.pth", "foreign/last.pth")
     for file, names in copies.items():
         for name in names:
             shutil.copy(file, name)
@@ -85,10 +85,9 @@ validation --models cats.pth --val-json val.json --val-images-dir {demo}/val2017
 validation --models cats.pth --data {demo} --output cats.pth | results are JSON
 improved --start-from cats.pth --output ./cats/../cats.pth | would overwrite the input
 improved --start-from linked.pth --output cats.pth | would overwrite the input
-improved --start-from run/best.pth --run-dir run | would overwrite the input
 improved --start-from run/frozen.pth --run-dir run | would overwrite the input
 improved --start-from run/last.pth --run-dir run | would overwrite the input
-improved --run-dir foreign | foreign has a best.pth of another program: name another --run-dir
+improved --run-dir foreign | foreign has a last.pth of another program: name another --run-dir
 """
 
 

@@ -1,4 +1,4 @@
-"""A run: what it writes, which epoch is kept, and that a stopped run goes on to the same result."""
+"""A run: what it writes, and that a stopped run goes on to the same result."""
 
 import gc
 import json
@@ -24,8 +24,8 @@ import improved_dino_detector as improved
 from common.console import InputError
 from common.data.dataset import SampleDataset, make_train_loader
 from common.data.sources import load_split
-from common.evaluate.detect import val_subset
 from common.model.checkpoint import load_checkpoint
+from common.model.detector import Detector
 from common.model.losses import DetectionLoss
 from common.runtime import Purpose, seed_of
 from common.train.optim import Schedule
@@ -148,7 +148,6 @@ REFUSED = [  # changes of a run that was stopped in stage 1
     ({"head": "linear"}, "cannot go on with another --head"),
     ({"lora": 2}, "cannot go on with another --lora"),
     ({"train_images": 8}, "had other train images or boxes"),
-    ({"val_images": 3}, "had other val images or boxes"),
     ({"epochs_frozen": 0}, "is in the stage frozen, now left out"),
     ({"resume": False, "data": "not/looked/for"}, "the run in run is not finished: go on with --resume"),
 ]
@@ -174,7 +173,7 @@ def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped)
 
 def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, monkeypatch, capfd):
     """Its learning rates are those of a run with them in one go; what has changed is said, and recorded."""
-    settings = replace(stopped("simple"), epochs=4, batch_size=6, lr=0.1, output="other.pth")
+    settings = replace(stopped("simple"), epochs=4, batch_size=6, lr=0.1, val_images=3, output="other.pth")
     used, set_rates = [], Schedule.set_rates
 
     def recording(schedule, *position):
@@ -189,6 +188,7 @@ def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, 
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     out = capfd.readouterr().out
     assert "from here on with another " in out and "warning: image files were written since the run began" in out
+    assert "warning: it had other validation images" in out and "on 3 validation images: " in out
     assert all(text in out for text in ("--batch-size (was 4, is 6)", "--lr (was 0.001, is 0.1)"))
     resumed = used.copy()
     used.clear()
@@ -206,41 +206,6 @@ def test_stage_2_goes_on_whatever_stage_1_is_said_to_have_been(stopped):
     stages = ["frozen", "frozen", "unfrozen", "unfrozen", "unfrozen"]
     assert [(line["epoch"], line["stage"]) for line in log_of()] == list(enumerate(stages, 1))
     assert changed.items() <= load_checkpoint("run/last.pth").train_config.items()
-
-
-BEST = {  # mAP@0.5 of the epochs: the epoch that is kept
-    (0.1, 0.3, 0.2): 2,
-    (0.3, 0.3, 0.1): 2,
-    (None, None): 2,
-    (0.2, math.nan, None): 1,
-    (None, 0.1, None): 2,
-}
-
-
-def test_best_epoch_has_the_highest_map_and_is_the_last_of_equals(settings_of, demo, monkeypatch, capfd):
-    """Also where the run is resumed with more epochs. Each of these runs replaces the finished one before it."""
-    content = json.loads((demo / "annotations" / "instances_val2017.json").read_text())
-    Path("val.json").write_text(json.dumps(content | {"annotations": []}))  # of which mAP does not exist
-    flags = {"train_json": str(demo / "annotations" / "instances_train2017.json"), "val_json": "val.json"}
-    flags |= {f"{part}_images_dir": str(demo / f"{part}2017") for part in ("train", "val")}
-    settings, numbers = settings_of(simple, train_images=4, **flags), dict.fromkeys(("AP", "accuracy", "mean_iou"), 0.0)
-    for scores, expected in BEST.items():
-        pending = [numbers | {"AP50": score} for score in reversed(scores)]
-        monkeypatch.setattr(simple, "validate", lambda *_, pending=pending: pending.pop())
-        simple.main(replace(settings, epochs=len(scores) - 1))
-        assert simple.main(replace(settings, epochs=len(scores), resume=True))["AP50"] is None
-        epochs = [load_checkpoint(file).epoch for file in ("run/best.pth", "run/last.pth", "out.pth")]
-        assert epochs == [expected, len(scores), expected], scores
-        assert Path("run/best.pth").samefile("run/last.pth") == (expected == len(scores))
-        all_equal = any(len(set(part)) == 1 < len(part) for part in (scores[:-1], scores))  # of a run, when it ended
-        assert ("the last one is kept" in capfd.readouterr().out) == all_equal, scores
-
-
-def test_validation_after_each_epoch_without_objects_is_said(demo, monkeypatch, capfd):
-    data = load_split(data_flags(demo), "val")
-    monkeypatch.setattr("common.evaluate.detect.VAL_SUBSET", 2)
-    val_subset(replace(data, crowd=data.image_of_box() < 2))
-    assert "no object on the first" in capfd.readouterr().out
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(settings_of):
@@ -313,24 +278,25 @@ def test_two_stages_hold_one_model_at_a_time_and_trackers_the_numbers_of_each_ep
     import mlflow
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    alive, validate = [], improved.validate
+    alive, finish_epoch = [], Run.finish_epoch
 
-    def counting(model, *arguments):
+    def counting(*arguments):
         gc.collect()
         kinds = [type(one) for one in gc.get_objects()]
-        alive.append((kinds.count(AcceleratedOptimizer), kinds.count(type(model))))
-        return validate(model, *arguments)
+        alive.append((kinds.count(AcceleratedOptimizer), kinds.count(Detector)))
+        finish_epoch(*arguments)
 
-    monkeypatch.setattr(improved, "validate", counting)
+    monkeypatch.setattr(Run, "finish_epoch", counting)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(f"file:{Path('mlruns').absolute()}")
-    settings = settings_of(improved, train_images=4, log_with=("tensorboard", "mlflow"), run_dir="runs/mine")
+    trackers = {"log_with": ("tensorboard", "mlflow"), "run_dir": "runs/mine"}
+    settings = settings_of(improved, train_images=4, val_every=2, **trackers)
     numbers = improved.main(settings)
     assert alive == [(1, 1)] * 4
     events = EventAccumulator("runs/mine/dinov2-detection", {"scalars": 0})
     events.Reload()
-    for name in ("loss/object", "validation/AP50"):
-        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
+    for name, epochs in {"loss/object": [1, 2, 3, 4], "validation/AP50": [2, 4]}.items():
+        assert [event.step for event in events.Scalars(name)] == epochs
     assert events.Scalars("final/AP50")[0].value == pytest.approx(numbers["AP50"], abs=1e-6)
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert run.info.run_name == "mine" and run.info.status == "FINISHED"
