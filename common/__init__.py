@@ -1,4 +1,4 @@
-"""What the scripts share, in six rooms; imports go one way, as tests/test_layout.py holds.
+"""What the scripts share, in seven rooms; imports go one way, as tests/test_layout.py holds.
 
 types, console, cli, files, hub, images, runtime: what travels between the rooms, and what all of them need
 data/       whatever --data names -> batches: sources (the table of readers), readers, hub, official, demo | table (what
@@ -10,4 +10,5 @@ evaluate/   detections -> numbers: detect (running and timing), others (transfor
             table), overlaps, metrics, primary, diagnosis, trust, bootstrap, evaluation (all), results (the file)
 show/       numbers -> what people look at: tables, fonts, charts, drawing, report
 export/     a checkpoint -> files that others run (python -m common.export): graph (also in 8 bits), runtime
+predict/    many images -> detections for other tools (python -m common.predict): journal, formats
 """
