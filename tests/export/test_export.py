@@ -134,11 +134,14 @@ def test_its_own_export_is_replaced_and_another_programs_is_not(folder, form, tm
     settings = export.Settings(str(folder / f"{NAME}.pth"), form, str(tmp_path / f"best{export.ENDS[form]}"))
     output = export.main(settings)
     export.main(settings)
-    file = output / "config.json" if form == "hub" else exported_file(output)
-    file.write_bytes(b"another trainer's")
-    with pytest.raises(InputError, match="was not written by this program"):
-        export.main(settings)
-    assert file.read_bytes() == b"another trainer's"
+    for name in ("config.json", "model.safetensors") if form == "hub" else (exported_file(output).name,):
+        file = output / name if output.is_dir() else output
+        own = file.read_bytes()
+        file.write_bytes(b"another trainer's")
+        with pytest.raises(InputError, match="was not written by this program"):
+            export.main(settings)
+        assert file.read_bytes() == b"another trainer's"
+        file.write_bytes(own)
 
 
 def test_a_folder_for_the_hub_is_a_detector_with_a_card(folder, demo_val, tmp_path):

@@ -1,9 +1,9 @@
 """A run: what it writes, which epoch is kept, and that a stopped run goes on to the same result."""
 
+import fcntl
 import gc
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import TensorBoardTracker
 from helpers import data_flags, start_training, stop_at_step, tiny_settings
 
 import finetune_dino2_simple as simple
@@ -149,15 +150,21 @@ REFUSED = [  # changes of a run that was stopped in stage 1
     ({"lora": 2}, "cannot go on with another --lora"),
     ({"train_images": 8}, "had other train images or boxes"),
     ({"val_images": 3}, "had other val images or boxes"),
+    ({"data": "other_train"}, "had other train images or boxes"),
+    ({"data": "other_val"}, "had other val images or boxes"),
     ({"epochs_frozen": 0}, "is in the stage frozen, now left out"),
     ({"resume": False, "data": "not/looked/for"}, "the run in run is not finished: go on with --resume"),
 ]
 
 
-def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped):
+def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped, demo):
     def contents():
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("run").iterdir()}
 
+    for part in ("train", "val"):
+        shutil.copytree(demo, f"other_{part}")
+        first, second, *_ = sorted(Path(f"other_{part}", f"{part}2017").iterdir())
+        shutil.copy(first, second)  # other pixels under the same name
     settings = stopped("stage 1")
     before, state = contents(), Path("run/state.pth").read_bytes()
     for change, message in REFUSED:
@@ -174,7 +181,8 @@ def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped)
 
 def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, monkeypatch, capfd):
     """Its learning rates are those of a run with them in one go; what has changed is said, and recorded."""
-    settings = replace(stopped("simple"), epochs=4, batch_size=6, lr=0.1, output="other.pth")
+    shutil.copytree(demo, "moved", copy_function=shutil.copyfile)  # files of another time
+    settings = replace(stopped("simple"), data="moved", epochs=4, batch_size=6, lr=0.1, output="other.pth")
     used, set_rates = [], Schedule.set_rates
 
     def recording(schedule, *position):
@@ -182,14 +190,9 @@ def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, 
         used.append(schedule.optimizer.param_groups[-1]["lr"])
 
     monkeypatch.setattr(Schedule, "set_rates", recording)
-    image = next((demo / "train2017").iterdir())
-    before = image.stat()
-    os.utime(image, (0, 0))
     simple.main(settings)
-    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    out = capfd.readouterr().out
-    assert "from here on with another " in out and "warning: image files were written since the run began" in out
-    assert all(text in out for text in ("--batch-size (was 4, is 6)", "--lr (was 0.001, is 0.1)"))
+    out, changes = capfd.readouterr().out, ("--data (", "--batch-size (was 4, is 6)", "--lr (was 0.001, is 0.1)")
+    assert "from here on with another " in out and all(text in out for text in changes)
     resumed = used.copy()
     used.clear()
     simple.main(replace(settings, resume=False, run_dir="whole"))
@@ -232,8 +235,10 @@ def test_best_epoch_has_the_highest_map_and_is_the_last_of_equals(settings_of, d
         epochs = [load_checkpoint(file).epoch for file in ("run/best.pth", "run/last.pth", "out.pth")]
         assert epochs == [expected, len(scores), expected], scores
         assert Path("run/best.pth").samefile("run/last.pth") == (expected == len(scores))
+        out = capfd.readouterr().out
+        assert out.count("the finished run in run is replaced: dinov2-detection, 20") == (scores != (0.1, 0.3, 0.2))
         all_equal = any(len(set(part)) == 1 < len(part) for part in (scores[:-1], scores))  # of a run, when it ended
-        assert ("the last one is kept" in capfd.readouterr().out) == all_equal, scores
+        assert ("the last one is kept" in out) == all_equal, scores
 
 
 def test_validation_after_each_epoch_without_objects_is_said(demo, monkeypatch, capfd):
@@ -243,7 +248,7 @@ def test_validation_after_each_epoch_without_objects_is_said(demo, monkeypatch, 
     assert "no object on the first" in capfd.readouterr().out
 
 
-def test_a_folder_in_which_another_process_trains_is_refused(settings_of):
+def test_a_folder_in_which_another_process_trains_is_refused(settings_of, monkeypatch, capfd):
     Path("same").mkdir()
     code = "import filelock, time; x = filelock.FileLock('same/lock'); x.acquire(); print(flush=True); time.sleep(300)"
     settings, accelerator = settings_of(simple, resume=True, run_dir="same"), Accelerator(cpu=True)
@@ -253,21 +258,27 @@ def test_a_folder_in_which_another_process_trains_is_refused(settings_of):
             Run(settings, accelerator)
         assert [path.name for path in Path("same").iterdir()] == ["lock"]
         other.kill()
-    Run(settings, accelerator)  # the lock of a killed process is free
+    Run(settings, accelerator).lock.release()  # the lock of a killed process is free
+    monkeypatch.setattr(fcntl, "flock", lambda *_: open("absent"))  # noqa: PTH123 SIM115  any OSError
+    Run(settings, accelerator)
+    assert "warning: same: No such file or directory: start no second training there" in capfd.readouterr().out
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(stopped, trained):
     settings, hard = stopped("simple"), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    Path("out.pth").write_bytes(b"old")
-    size = len(Path("run/last.pth").read_bytes())
-    for allowed in (5000, size - 1, size + 100_000):  # no weights, all but a checkpoint's end, all but the state
+    old = Path("run/last.pth").rename("out.pth").read_bytes()
+    for allowed in (
+        5000,
+        len(old) - 1,
+        len(old) + 100_000,
+    ):  # no weights, all but a checkpoint's end, all but the state
         resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
         try:
             with pytest.raises(InputError, match=r"cannot write run/\w+\.pth: File too large"):
                 simple.main(settings)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert not list(Path("run").glob(".*")) and Path("out.pth").read_bytes() == b"old"
+        assert not list(Path("run").glob(".*")) and Path("out.pth").read_bytes() == old
     simple.main(settings)
     assert results() == results(trained("simple"))
 
@@ -325,6 +336,10 @@ def test_two_stages_hold_one_model_at_a_time_and_trackers_the_numbers_of_each_ep
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(f"file:{Path('mlruns').absolute()}")
     settings = settings_of(improved, train_images=4, log_with=("tensorboard", "mlflow"), run_dir="runs/mine")
+    with monkeypatch.context() as patch, pytest.raises(AttributeError):  # killed before the state of an epoch is saved
+        patch.delattr(Run, "_save")
+        improved.main(replace(settings, log_with=("tensorboard",)))
+    alive.clear()
     numbers = improved.main(settings)
     assert alive == [(1, 1)] * 4
     events = EventAccumulator("runs/mine/dinov2-detection", {"scalars": 0})
@@ -343,14 +358,19 @@ def test_a_tracker_that_cannot_be_reached_is_refused_before_training_and_a_warni
     def unreachable(*_arguments, **_options):
         raise ConnectionError("no route to\nthe tracker")
 
-    settings = settings_of(simple, log_with=("tensorboard",), train_images=4, epochs=1)
+    settings = settings_of(simple, log_with=("tensorboard",), train_images=4, epochs=2)
+    simple.main(settings)
+    before = results()
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "init_trackers", unreachable)
         with pytest.raises(InputError, match="--log-with tensorboard: the tracker"):
             simple.main(settings)
-    monkeypatch.setattr(Accelerator, "log", unreachable)
-    simple.main(settings)
-    assert "warning: a tracker did not take epoch 1: the tracker" in capfd.readouterr().out
+    assert results() == before and Path("run/finished").exists()  # nothing of the former run is lost
+    for name, epoch in (("log", 1), ("finish", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorBoardTracker, name, unreachable)
+            simple.main(settings)
+        assert capfd.readouterr().out.count(f"warning: tensorboard is lost after epoch {epoch}: the tracker") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-with tensorboard needs its package: pip install tensorboard"):
         simple.main(settings)
