@@ -129,19 +129,17 @@ def test_flags_that_do_not_belong_together_and_missing_packages_are_refused(fold
         load_detector(folder / FORMATS["openvino"])
 
 
-@pytest.mark.parametrize("form", [*FORMATS, "hub"])
-def test_its_own_export_is_replaced_and_another_programs_is_not(folder, form, tmp_path):
+@pytest.mark.parametrize("name", [*FORMATS, "config.json", "model.safetensors"])
+def test_its_own_export_is_replaced_and_another_programs_is_not(folder, name, tmp_path):
+    form = name if name in FORMATS else "hub"
     settings = export.Settings(str(folder / f"{NAME}.pth"), form, str(tmp_path / f"best{export.ENDS[form]}"))
     output = export.main(settings)
     export.main(settings)
-    for name in ("config.json", "model.safetensors") if form == "hub" else (exported_file(output).name,):
-        file = output / name if output.is_dir() else output
-        own = file.read_bytes()
-        file.write_bytes(b"another trainer's")
-        with pytest.raises(InputError, match="was not written by this program"):
-            export.main(settings)
-        assert file.read_bytes() == b"another trainer's"
-        file.write_bytes(own)
+    file = output / name if form == "hub" else exported_file(output)
+    file.write_bytes(b"another trainer's")
+    with pytest.raises(InputError, match="was not written by this program"):
+        export.main(settings)
+    assert file.read_bytes() == b"another trainer's"
 
 
 def test_a_folder_for_the_hub_is_a_detector_with_a_card(folder, demo_val, tmp_path):

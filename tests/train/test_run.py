@@ -352,9 +352,7 @@ def test_two_stages_hold_one_model_at_a_time_and_trackers_the_numbers_of_each_ep
     assert run.data.params["seed"] == "0" and run.data.metrics["final/AP50"] == pytest.approx(numbers["AP50"], abs=1e-6)
 
 
-def test_a_tracker_that_cannot_be_reached_is_refused_before_training_and_a_warning_within(
-    settings_of, monkeypatch, capfd
-):
+def test_a_tracker_out_of_reach_is_refused_before_training_and_a_warning_within(settings_of, monkeypatch, capfd):
     def unreachable(*_arguments, **_options):
         raise ConnectionError("no route to\nthe tracker")
 
