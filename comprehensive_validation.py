@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli
-from common.cli import flag, flag_texts
+from common.cli import flag, flag_texts, message_of
 from common.console import InputError, Interrupted, last_line, print_traceback
 from common.data.memory import DetectionData
 from common.data.sources import DataFlags, load_split
@@ -98,8 +98,8 @@ def evaluate_model(name: str, path: str, settings: Settings, data: DetectionData
 
 
 def describe_error(error: Exception) -> str:
-    """The last line of its message, with its type where the program does not expect it."""
-    return ("" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: ") + last_line(error)[:400]
+    """What a user can do about it; where the program does not expect it, its type and the last line of its message."""
+    return message_of(error) or f"{type(error).__name__}: {last_line(error)[:400]}"
 
 
 def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
@@ -116,7 +116,7 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
     files = {detections_file(settings, name): path for name, path in models.items()}
     outputs += [file for file, path in files.items() if not is_same_file(file, Path(path))]
     inputs = [*flag_texts(settings, "output", "report"), *paths, data.source, *(image.path for image in data.images)]
-    check_outputs(outputs, inputs, only_own=True)
+    check_outputs(outputs, inputs)
     return data, models
 
 

@@ -30,7 +30,7 @@ def main(settings: Settings) -> Path:
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {output}: charts are PNG files; give a name that ends in .png")
     paths = {name: output.with_stem(f"{output.stem}_{name}") for name in charts.CHARTS} | {"comparison": output}
-    check_outputs(paths.values(), [settings.results], only_own=True)
+    check_outputs(paths.values(), [settings.results])
     pages = charts.render(read_results(settings.results), dpi=130)
     for name in paths.keys() - pages.keys():
         paths[name].unlink(missing_ok=True)  # of an earlier run

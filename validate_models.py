@@ -64,7 +64,7 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     outputs = [Path(settings.output, "contact_sheet.jpg")]
     outputs += [Path(settings.output, model, file) for model in models for file in files]
     inputs = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
-    check_outputs(outputs, inputs, only_own=True)
+    check_outputs(outputs, inputs)
     return data, models, drawn
 
 

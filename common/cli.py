@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable
 
 from common.console import (
-    SIGNAL_STATUS,
     InputError,
     Interrupted,
     last_line,
@@ -29,8 +28,13 @@ from common.console import (
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-OUT_OF_MEMORY = re.compile("allocate memory|out of memory", re.IGNORECASE)
-LOST_WORKER = re.compile(r"DataLoader worker|shared memory|bus error", re.IGNORECASE)
+MENDS = {  # what to do about errors of Python and torch, by a pattern
+    "(?i)MemoryError|allocate memory|out of memory": "out of memory; take a smaller --batch-size or --image-size",
+    "(?i)DataLoader worker|shared memory|bus error|open files|ancdata": "a process that decodes images was lost, often "
+    "for want of memory, of shared memory (docker run --shm-size=8g), or of a short TMPDIR; take --workers 0",
+    "MASTER_": "RANK, LOCAL_RANK or WORLD_SIZE is set, as by a launcher that is not there; unset it",
+}
+SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect
 MESSAGE_LENGTH = 1000  # characters, of which names of files may need many
 SETTINGS = typing.TypeVar("SETTINGS", bound="DataclassInstance")
 
@@ -102,15 +106,10 @@ def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, kind: t
     metavar = None if metadata["choices"] else {int: "N", float: "X"}.get(element, "TEXT")
     if metadata["positional"]:
         name, metavar = field.name, field.name.upper()
-    parser.add_argument(
-        name,
-        type=_checked(element, metadata["at_least"], metadata["at_most"]),
-        nargs="+" if several else "?" if metadata["positional"] else None,
-        choices=metadata["choices"],
-        metavar=metavar,
-        default=field.default,
-        help=help,
-    )
+    convert = _checked(element, metadata["at_least"], metadata["at_most"])
+    nargs = "+" if several else "?" if metadata["positional"] else None
+    options = {"choices": metadata["choices"], "metavar": metavar, "default": field.default, "help": help}
+    parser.add_argument(name, type=convert, nargs=nargs, **options)
 
 
 def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | None = None) -> SETTINGS:
@@ -165,8 +164,7 @@ def message_of(error: BaseException) -> str | None:
         return "interrupted"
     if isinstance(error, InputError):  # a worker's begins with its traceback, which ends in the name of its own type
         return str(error).rpartition(f"{type(error).__name__}: ")[2]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
-        return "out of memory; take a smaller --batch-size or --image-size, or fewer --workers"
-    if isinstance(error, RuntimeError) and LOST_WORKER.search(str(error)):
-        return "a process that decodes images was lost, often for want of shared memory; take --workers 0"
-    return last_line(error) if isinstance(error, OSError) else None  # of a file, folder or connection
+    if isinstance(error, OSError):  # of a file, folder or connection
+        return last_line(error)
+    text = f"{type(error).__name__}: {error}"
+    return next((mend for pattern, mend in MENDS.items() if re.search(pattern, text)), None)

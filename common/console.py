@@ -109,11 +109,8 @@ def show_messages() -> None:
     logger.handlers = [_Printer()]
 
 
-SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect
-
-
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived, whose number it has; no Exception, so that `except Exception` does not catch it."""
+    """A signal arrived, whose number it has; no Exception, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -124,14 +121,15 @@ _received: list[int] = []  # signals of which the exception may have been lost
 
 
 def raise_on_signals() -> None:
-    """From now on SIGINT and SIGTERM raise `Interrupted`."""
+    """From now on SIGINT, SIGTERM and, unless `nohup` has it ignored, SIGHUP raise `Interrupted`."""
 
     def receive(number: int, _frame: object) -> None:
         _received.append(number)
         raise Interrupted(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, receive)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, receive)
 
 
 def raise_if_interrupted() -> None:
@@ -140,8 +138,3 @@ def raise_if_interrupted() -> None:
         number = _received[0]
         _received.clear()
         raise Interrupted(number)
-
-
-def ignore_interrupts(_worker: int) -> None:
-    """Ignore SIGINT, which a terminal sends to all processes, in a worker, which the parent ends by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """Files that are complete or absent, and the cache folder."""
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,8 +13,12 @@ from typing import IO
 from common.console import InputError, Interrupted
 
 PROGRAM = "dinov2-detection"  # in the metadata of charts, reports and annotated images
-# At the start of what this program writes: metadata, validation results, detections with names, and an empty list.
-SIGNS = (PROGRAM.encode(), b'{\n  "format_version": ', b'"category_name": ', b"[]")
+SIGNS = re.compile(  # how its files begin; an empty one may be replaced, too
+    rb'(?s)\Z|\[\]\Z|\[\{"image_id": .*"category_name": |\{\n  "format_version": \d+,\n  "protocol": '  # results
+    rb'|\{\n  "data": [^\n]*\n  "val_json": |\{"stage": "\w+", "epoch": 1, '  # settings and log of a run
+    rb"|PK.*data\.pkl.{,40}(format_version.{,20}model_config|description.{,20}data)"  # a checkpoint, the state of a run
+    rb"|.*" + PROGRAM.encode()  # metadata
+)
 SIGNED_BYTES = 1000
 
 
@@ -50,7 +55,7 @@ def _temporary(path: Path) -> Path:
 
 def remove_leftovers(folder: Path, age: float = 0.0) -> None:
     """Delete temporary files that killed processes left in a folder, unmodified for `age` seconds."""
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in folder.glob(".*.[0-9]*.tmp"):
         with suppress(FileNotFoundError):  # its process has renamed it in the meantime
             if time.time() - leftover.stat().st_mtime >= age:
                 leftover.unlink()
@@ -69,35 +74,25 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder that becomes `folder` when the block succeeds, unless another process was faster."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch, "made")
-        made.mkdir()
-        yield made
-        if not folder.is_dir():
-            made.rename(folder)
-
-
-def check_writable(path: str | Path) -> None:
-    """Raises InputError where `path` could not be written after hours of work; creates missing parent folders."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+    """Create a temporary folder that becomes `folder`, of the cache, unless another process was faster."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            yield made
+            made.rename(folder)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        if not folder.is_dir():  # it is where another process was faster
+            raise InputError(f"cannot write {folder}: {error.strerror or error}: set DETECTION_CACHE") from error
 
 
-def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], only_own: bool = False) -> None:
-    """Check before the work that its outputs can be written, and overwrite no input, by whatever name or link.
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Check before hours of work that its outputs can be written; missing folders are created.
 
     Raises:
-        InputError: an output can't be written or is one of the `inputs`; two outputs are one file, on some systems
-            because only case differs; or, with `only_own`, an output is a file of another program.
+        InputError: an output can't be written, is one of the `inputs`, by whatever name or link, or a file that this
+            program did not write; or two outputs are one file, on some systems because only case differs.
     """
     places: dict[str, Path] = {}
     for path in outputs:
@@ -107,29 +102,33 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], only_ow
     for read in inputs if existing else ():
         if written := next((path for path in existing if is_same_file(path, Path(read))), None):
             raise InputError(f"the output {written} would overwrite the input {read}: name another output")
-    for path in existing if only_own else ():
+    for path in existing:
         with path.open("rb") as file:
-            start = file.read(SIGNED_BYTES)
-        if not any(sign in start for sign in SIGNS):
-            raise InputError(f"{path} was not written by this program: delete it, or name another output")
+            if not SIGNS.match(file.read(SIGNED_BYTES)):
+                raise InputError(f"{path} was not written by this program: move it, or name another output")
     for path in places.values():
-        check_writable(path)
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is a folder or a device")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def is_same_file(path: Path, other: Path) -> bool:
     """Whether both paths lead to one existing file; False for names that the file system can't hold."""
-    try:
+    with suppress(OSError, ValueError):
         return path.samefile(other)
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def cache_folder(*parts: str) -> Path:
     """`$DETECTION_CACHE`, else `dinov2-detection` in the user's cache folder, with `parts` below it (not created)."""
-    if root := os.environ.get("DETECTION_CACHE"):
-        return Path(root, *parts).expanduser()  # files such as .env keep the ~
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if root := os.environ.get("DETECTION_CACHE"):
+            return Path(root, *parts).expanduser()  # files such as .env keep the ~
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", PROGRAM, *parts)
     except RuntimeError as error:
         raise InputError("this user has no home folder for the cache: set DETECTION_CACHE to a folder") from error
-    return base.joinpath(PROGRAM, *parts)

@@ -1,10 +1,12 @@
 """Device, precision, processes and seeds."""
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,8 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by CUDA's matrix products
         torch.use_deterministic_algorithms(True, warn_only=True)
+    if "MASTER_ADDR" in os.environ:  # of a launcher; where it is left over, nobody else comes
+        print(f"joining all WORLD_SIZE={os.environ.get('WORLD_SIZE')} processes", file=sys.stderr, flush=True)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(chosen, chosen),
         cpu=not torch.accelerator.is_available(),  # otherwise several CPU processes would not communicate
@@ -67,10 +71,19 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
     return accelerator
 
 
+def prepare_worker(_worker: int) -> None:
+    """In a process that decodes images, ignore what a terminal sends to all processes: the parent ends it.
+
+    It also ends where it cannot send a batch, which Python else loses, so that the parent would wait for it for ever.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = lambda *_: os._exit(1)  # type: ignore[attr-defined]
+
+
 def default_device() -> torch.device:
     """The GPU, or the CPU where there is none."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def choose_precision(precision: str) -> str:

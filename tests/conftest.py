@@ -30,7 +30,7 @@ def fresh_accelerator():
 def own_signals():
     """`cli.run` shows messages and installs signal handlers for the rest of the process."""
     console.show_messages()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):

@@ -62,14 +62,18 @@ def test_any_name_can_be_printed():
     assert (result.returncode, result.stdout) == (0, "caf\\xe9 \\u732b \\udcff\n")
 
 
-def test_a_signal_that_python_drops_is_raised_at_the_next_step():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_python_drops_is_raised_at_the_next_step(number):
     class Finalised:
         def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     raise_on_signals()
     Finalised()  # Python reports the exception and goes on
     with pytest.raises(Interrupted) as caught:
         raise_if_interrupted()
-    assert caught.value.number == signal.SIGTERM
+    assert caught.value.number == number
     raise_if_interrupted()  # once
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    raise_on_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -102,7 +102,7 @@ def test_python_of_the_readme_runs(detector, tmp_path, monkeypatch, capsys):
 def test_flags_links_files_and_names_exist(page):
     text = page.read_text()
     programs = [path.stem for path in ROOT.glob("*.py")] + [f"dev.{path.stem}" for path in ROOT.glob("dev/*.py")]
-    classes = filter(None, map(settings_class, [*programs, "common.export"]))
+    classes = filter(None, map(settings_class, [*programs, "common.export", "common.predict"]))
     known = {"help"} | {field.name.replace("_", "-") for settings in classes for field in dataclasses.fields(settings)}
     assert set(re.findall(r"--([a-z][a-z0-9-]*)\b", FENCE.sub("", text))) <= known  # accelerate's have a _
     links = [page.parent / link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]

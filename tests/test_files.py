@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.console import InputError, Interrupted
-from common.files import atomic_write, cache_folder, link_or_copy, remove_leftovers
+from common.files import atomic_folder, atomic_write, cache_folder, link_or_copy, remove_leftovers
 
 
 def test_the_cache_folder_is_named_by_the_environment_or_below_the_home_folder(monkeypatch, tmp_path):
@@ -38,6 +38,15 @@ def test_a_write_that_fails_keeps_the_old_file_and_a_signal_is_a_signal(error, t
             raise RuntimeError("unexpected pos")  # noqa: B904  torch.save turns it into an error of its own
     assert caught.value is error or ("cannot write" in str(caught.value) and "No space left" in str(caught.value))
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.pth", "old")]
+
+
+def test_of_two_processes_that_unpack_one_is_kept_and_a_full_disk_is_said(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write .*/full: No space left"), atomic_folder(tmp_path / "full"):
+        raise OSError(28, "No space left on device")
+    with atomic_folder(tmp_path / "a") as slow, atomic_folder(tmp_path / "a") as fast:
+        (slow / "x").touch()
+        (fast / "y").touch()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["a", "a/y"]
 
 
 @pytest.mark.parametrize("name", ["x" * 251 + ".jpg", "猫" * 83 + ".json"])  # 255 and 254 bytes

@@ -20,14 +20,14 @@ UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 706,
     "common/*.py": 1119,
-    "common/data/*.py": 1730,
+    "common/data/*.py": 1729,
     "common/model/*.py": 1487,
-    "common/train/*.py": 580,
+    "common/train/*.py": 578,
     "common/evaluate/*.py": 1441,
     "common/show/*.py": 596,
     "common/export/*.py": 331,
     "common/predict/*.py": 340,
-    "tests/**/*.py": 6711,
+    "tests/**/*.py": 6807,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

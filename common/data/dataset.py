@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from common.console import ignore_interrupts
 from common.data.memory import DetectionData
 from common.data.transforms import LetterboxTransform
-from common.runtime import Purpose, seed_of
+from common.runtime import Purpose, prepare_worker, seed_of
 from common.types import Batch, Target, Targets
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -91,5 +90,5 @@ def make_train_loader(dataset: SampleDataset, batch_size: int, workers: int, pro
 
 def make_loader(dataset: SampleDataset, batch_size: int, workers: int, **order: Any) -> DataLoader:
     """Batches of samples, by default in the order of the data set, pinned, so that a GPU computes while it copies."""
-    order |= {"worker_init_fn": ignore_interrupts, "pin_memory": torch.cuda.is_available()}
+    order |= {"worker_init_fn": prepare_worker, "pin_memory": torch.cuda.is_available()}
     return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, **order)

@@ -112,7 +112,7 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     names: dict[str, str] = {}
     for path in paths:
         stem = Path(os.path.abspath(path)).stem.strip(".\\")  # noqa: PTH100 (resolve follows links)
-        stem = os.fsencode(stem)[-NAME_BYTES:].decode(errors="ignore") or "model"
+        stem = os.fsdecode(os.fsencode(stem)[-NAME_BYTES:].decode(errors="ignore").encode()) or "model"
         candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         name = next(name for name in candidates if unicodedata.normalize("NFC", name).casefold() not in names)
         names[unicodedata.normalize("NFC", name).casefold()] = name

@@ -25,7 +25,7 @@ from common.data.sources import unlabelled_images
 from common.export.graph import onnx_graph, quantize, write_graph
 from common.export.runtime import FORMAT_VERSION, Description, load_exported
 from common.files import check_outputs
-from common.hub import CONFIG
+from common.hub import CONFIG, WEIGHTS
 from common.images import find_images
 from common.model.checkpoint import Checkpoint, load_checkpoint
 from common.model.trained import load_on_device
@@ -100,7 +100,7 @@ def main(settings: Settings) -> Path:
     detector = load_on_device(settings.checkpoint, "cpu")
     xml = output / f"{output.name.removesuffix(ENDS['openvino'])}.xml"
     file = {"onnx": output, "openvino": xml, "hub": output / CONFIG}[settings.format]
-    check_outputs([file], [settings.checkpoint], only_own=True)
+    check_outputs([file, *[output / WEIGHTS] * (settings.format == "hub")], [settings.checkpoint])
     if settings.format == "hub":
         detector.save_pretrained(output)  # a card that is there already is kept
         load_checkpoint(output)

@@ -66,7 +66,7 @@ def save_detector(path: str | Path, checkpoint: Checkpoint) -> None:
 def save_folder(folder: Path, checkpoint: Checkpoint) -> None:
     """Write config.json and model.safetensors, from which `load_checkpoint` rebuilds the detector."""
     with atomic_write(folder / WEIGHTS) as file:
-        file.write(safetensors.torch.save(_weights(checkpoint), metadata={"format": "pt"}))
+        file.write(safetensors.torch.save(_weights(checkpoint), metadata={"format": "pt", "library_name": PROGRAM}))
     with atomic_write(folder / CONFIG, "w") as file:
         json.dump({"library_name": PROGRAM} | _description(checkpoint), file, indent=2)
 

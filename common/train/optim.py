@@ -53,18 +53,14 @@ class Schedule:
 
     def set_rates(self, epoch: int, step: int) -> int:
         """Set the learning rates of a step of an epoch, both counted from 0, and return the number of its cycle."""
-        cycle, share = self.at(epoch * self.epoch_steps + step)
+        position, warm_up = epoch * self.epoch_steps + step, round(WARM_UP_SHARE * self.steps)
+        cycle, share = 0, (position + 1) / (warm_up + 1)
+        if position >= warm_up:
+            cycle, position = divmod(self.cycles * (position - warm_up), self.steps - warm_up)
+            share = 0.5 * (1 + math.cos(math.pi * position / (self.steps - warm_up)))
         for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = highest * share
         return cycle
-
-    def at(self, step: int) -> tuple[int, float]:
-        """The cycle of a step, from 0, and the share of the highest rates that it is taken with."""
-        warm_up = round(WARM_UP_SHARE * self.steps)
-        if step < warm_up:
-            return 0, (step + 1) / (warm_up + 1)
-        cycle, position = divmod(self.cycles * (step - warm_up), self.steps - warm_up)
-        return cycle, 0.5 * (1 + math.cos(math.pi * position / (self.steps - warm_up)))
 
 
 class Ema:

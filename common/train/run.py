@@ -37,9 +37,10 @@ from common.types import Batch
 
 log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
-STATE_VERSION = 5
-FILES = ("settings.json", "log.jsonl", "last.pth", "state.pth")
-FINISHED = "finished"  # an empty file that marks a run as complete
+STATE_VERSION = 6
+SAMPLE = 100  # images whose content is compared
+FINISHED = "finished"  # a file that marks a run as complete, with its result
+FILES = ("settings.json", "log.jsonl", "last.pth", "state.pth", FINISHED)
 UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run
 ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where its weights began
 
@@ -74,12 +75,13 @@ class Run:
         self.path, self.stage = Path(settings.run_dir), stages[0]
         self._check_outputs()
         if accelerator.is_main_process:
-            place = self.path.resolve() / "lock"
-            self.lock = filelock.FileLock(place, is_singleton=True)  # this process may do so again
+            self.lock = filelock.FileLock(self.path.resolve() / "lock", is_singleton=True)  # reentrant
             try:
                 self.lock.acquire(blocking=False)
             except filelock.Timeout as error:
                 raise InputError(f"another process trains in {self.path}: wait, or name another --run-dir") from error
+            except OSError as error:
+                log.warning(f"warning: {self.path}: {error.strerror}: start no second training there")
         accelerator.wait_for_everyone()  # nobody writes the state that all processes now read
         self.saved = read_state(self.path) if settings.resume else {}
         self.log: list[dict] = self.saved.get("log", [])
@@ -102,22 +104,22 @@ class Run:
         """
         self.description = {name: value for name, value in asdict(self.settings).items() if name not in UNRECORDED} | {
             "train_source": train_data.source,  # of a hub's data set with the revision
-            "train_fingerprint": train_data.fingerprint(),
-            "val_fingerprint": val_data.fingerprint(),
+            "train_fingerprint": fingerprint_of(train_data),
+            "val_fingerprint": fingerprint_of(val_data),
             "train_images_used": len(train_data),
             "processes": self.accelerator.num_processes,
         }
-        states = [image.path.stat() for image in train_data.images]
-        self.files = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in states]).encode()).hexdigest()
         if self.saved:
             self._check_resumable(stages)
             self.resumable, self.stage = len(self.log), self.saved["stage"]
+        self._start_trackers()
         self.accelerator.wait_for_everyone()  # all have read the files that the main process now replaces
         if self.accelerator.is_main_process:
             remove_leftovers(self.path)
+            if (self.path / FINISHED).is_file() and not self.saved:
+                log.info(f"the finished run in {self.path} is replaced: {(self.path / FINISHED).read_text()}")
             for name in (FINISHED,) if self.saved else (FINISHED, "state.pth", "log.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
-        self._start_trackers()
 
     def describe(self, start: Checkpoint, **used: Any) -> Checkpoint:
         """The checkpoint that training begins with, described as one of this run; `used`: settings as they are used."""
@@ -128,10 +130,7 @@ class Run:
 
     def latest(self, stage: str) -> Checkpoint:
         """The checkpoint after the last epoch of a stage; in a resumed one `epochs` replaces its averaged weights."""
-        return load_checkpoint(self._checkpoint_of(stage))
-
-    def _checkpoint_of(self, stage: str) -> Path:
-        return self.path / ("last.pth" if stage == self.stages[-1] else f"{stage}.pth")
+        return load_checkpoint(self.path / ("last.pth" if stage == self.stages[-1] else f"{stage}.pth"))
 
     def is_past(self, stage: str) -> bool:
         """Whether the resumed run has begun a later stage."""
@@ -210,7 +209,6 @@ class Run:
         seconds = round(time.perf_counter() - self.began, 1)
         line = {"stage": self.stage, "epoch": number, "loss": losses, "val": numbers, "seconds": seconds}
         self.log.append(line)
-        self._track(loss=losses, validation=numbers)
         if not self.accelerator.is_main_process:
             return
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -218,8 +216,8 @@ class Run:
         tqdm.write(f"epoch {number}: loss {terms}{validated}; {seconds:.0f} s")
         merged = replace(checkpoint, detector=merge_lora(checkpoint.detector), metrics=numbers, epoch=number)
         save_detector(self.path / "last.pth", merged)
-        if (path := self._checkpoint_of(self.stage)) != self.path / "last.pth":
-            link_or_copy(self.path / "last.pth", path)
+        if self.stage != self.stages[-1]:
+            link_or_copy(self.path / "last.pth", self.path / f"{self.stage}.pth")
 
     def validate(self, checkpoint: Checkpoint, val_data: DetectionData) -> dict[str, float | None]:
         """The headline numbers of a detector on the images of `val_data`."""
@@ -235,22 +233,19 @@ class Run:
         self._track(final=numbers)
         if self.accelerator.is_main_process:
             save_detector(output, replace(last, metrics=numbers))
-            log.info(f"on {len(val_data)} validation images: {format_headline(numbers)}; written to {output}")
-            (self.path / FINISHED).touch()
-        self.accelerator.end_training()
+            result = f"on {len(val_data)} validation images: {format_headline(numbers)}"
+            log.info(f"{result}; written to {output}")
+            self._write(FINISHED, f"{PROGRAM}, {time.strftime('%Y-%m-%d %H:%M')}, {result}")
+        self._track()
+        self.accelerator.state.destroy_process_group()
         return numbers
 
     def _check_outputs(self) -> None:
         files = [self.path / name for name in (*FILES, *(f"{stage}.pth" for stage in self.stages[:-1]))]
-        existing = [path.name for path in files if path.is_file()]
-        if existing and "settings.json" not in existing:
-            raise InputError(f"{self.path} has a {existing[0]} of another program: name another --run-dir")
-        if "state.pth" in existing and not (self.path / FINISHED).is_file() and not self.settings.resume:
-            advice = "go on with --resume, name another --run-dir, or delete it"
-            raise InputError(f"the run in {self.path} is not finished: {advice}")
-        for name in self.settings.log_with:
-            check_packages(f"--log-with {name}", name)
         check_outputs([Path(self.settings.output), *files], flag_texts(self.settings, "output", "run_dir"))
+        if (self.path / "state.pth").is_file() and not (self.path / FINISHED).is_file() and not self.settings.resume:
+            raise InputError(f"the run in {self.path} is not finished: go on with --resume, or name another --run-dir")
+        check_packages(f"--log-with {' '.join(self.settings.log_with)}", *self.settings.log_with)
 
     def _check_resumable(self, stages: tuple[str, ...]) -> None:
         before, now, run = self.saved["description"], self.description, f"--resume: the run in {self.path}"
@@ -264,13 +259,11 @@ class Run:
             raise InputError(f"{run} cannot go on with another {', '.join(fixed)}")
         if changed:
             log.info(f"from here on with another {', '.join(texts.values())}")
-        if self.saved["files"] != self.files:
-            log.warning("warning: image files were written since the run began; it goes on with them")
         if before["val_fingerprint"] != now["val_fingerprint"]:
             log.warning("warning: it had other validation images or boxes, on which earlier epochs were validated")
 
     def _save(self, epoch: int, parts: dict[str, Any]) -> None:
-        content = {name: getattr(self, name) for name in ("description", "files", "stage", "log")}
+        content = {name: getattr(self, name) for name in ("description", "stage", "log")}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -278,6 +271,7 @@ class Run:
                 torch.save(content | {"state_version": STATE_VERSION, "epoch": epoch, "parts": states}, file)
         self._write("log.jsonl", "".join(f"{json.dumps(line)}\n" for line in self.log))
         self.resumable = len(self.log)
+        self._track(loss=self.log[-1]["loss"], validation=self.log[-1]["val"])
 
     def _write(self, name: str, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -295,12 +289,14 @@ class Run:
             raise InputError(f"--log-with {' '.join(self.settings.log_with)}: {last_line(error):.300}") from error
 
     def _track(self, **groups: dict[str, Any]) -> None:
-        """Send numbers to the trackers; one that fails does not end the training."""
+        """Send numbers to the trackers, or end them; one that fails does not end the training, and gets no more."""
         values = {f"{group}/{k}": v for group, part in groups.items() for k, v in part.items() if v is not None}
-        try:
-            self.accelerator.log(values, len(self.log))
-        except Exception as error:
-            log.warning(f"warning: a tracker did not take epoch {len(self.log)}: {last_line(error):.300}")
+        for tracker in self.accelerator.trackers.copy():
+            try:
+                tracker.log(values, len(self.log)) if groups else tracker.finish()
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                log.warning(f"warning: {tracker.name} is lost after epoch {len(self.log)}: {last_line(error):.300}")
 
 
 def fetch_inputs(
@@ -312,9 +308,15 @@ def fetch_inputs(
     """
     backbone = fetch_backbone(names) if names and is_fetched(flags) else None
     train_data, val_data = load_train_and_val(flags)
-    if names and backbone is None:
-        backbone = fetch_backbone(names)
-    return backbone, train_data, val_data
+    return backbone or (fetch_backbone(names) if names else None), train_data, val_data
+
+
+def fingerprint_of(data: DetectionData) -> str:
+    """Hex digest of the ground truth, the sizes of the image files, and the content of some of them."""
+    digest = hashlib.sha256(repr((data.fingerprint(), [i.path.stat().st_size for i in data.images])).encode())
+    for image in data.images[:: 1 + len(data) // SAMPLE]:
+        digest.update(image.path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

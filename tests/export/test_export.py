@@ -129,12 +129,13 @@ def test_flags_that_do_not_belong_together_and_missing_packages_are_refused(fold
         load_detector(folder / FORMATS["openvino"])
 
 
-@pytest.mark.parametrize("form", [*FORMATS, "hub"])
-def test_its_own_export_is_replaced_and_another_programs_is_not(folder, form, tmp_path):
+@pytest.mark.parametrize("name", [*FORMATS, "config.json", "model.safetensors"])
+def test_its_own_export_is_replaced_and_another_programs_is_not(folder, name, tmp_path):
+    form = name if name in FORMATS else "hub"
     settings = export.Settings(str(folder / f"{NAME}.pth"), form, str(tmp_path / f"best{export.ENDS[form]}"))
     output = export.main(settings)
     export.main(settings)
-    file = output / "config.json" if form == "hub" else exported_file(output)
+    file = output / name if form == "hub" else exported_file(output)
     file.write_bytes(b"another trainer's")
     with pytest.raises(InputError, match="was not written by this program"):
         export.main(settings)

@@ -18,6 +18,7 @@ import validate_models
 from common import cli
 from common.console import InputError, Interrupted, raise_on_signals
 from common.evaluate.detect import run_detector
+from common.evaluate.evaluation import unique_names
 from common.files import check_outputs
 from common.model.checkpoint import Checkpoint, save_detector
 
@@ -52,8 +53,8 @@ def many_names(run, demo):
     for name, place in (links | {"linked.pth": "cats.pth", "loop/cats": "cats"}).items():
         Path(name).symlink_to(place)
     Path("cats/a.jpg").hardlink_to("cats/1.jpg")
-    copies = {"cats/1.jpg": ("out/cats/detections.json", "contact_sheet.jpg", "blocked/cats")}
-    copies["cats.pth"] = ("val2017.pth", "run/frozen.pth", "run/last.pth", "foreign/last.pth")
+    copies = {"cats/1.jpg": ("out/cats/detections.json", "contact_sheet.jpg", "blocked/cats", "foreign/last.pth")}
+    copies["cats.pth"] = ("val2017.pth", "run/frozen.pth", "run/last.pth")
     for file, names in copies.items():
         for name in names:
             shutil.copy(file, name)
@@ -87,7 +88,7 @@ improved --start-from cats.pth --output ./cats/../cats.pth | would overwrite the
 improved --start-from linked.pth --output cats.pth | would overwrite the input
 improved --start-from run/frozen.pth --run-dir run | would overwrite the input
 improved --start-from run/last.pth --run-dir run | would overwrite the input
-improved --run-dir foreign | foreign has a last.pth of another program: name another --run-dir
+improved --run-dir foreign | foreign/last.pth was not written by this program: move it, or name another output
 """
 
 
@@ -120,7 +121,9 @@ FOREIGN = {  # a file's content, and what would write it
     "c_training.png": (b"\x89PNG\r\n", PLOT),
     "r.html": (b"<html></html>", VALIDATE),
     "r_detections/theirs.json": (b'[{"image_id": 1}]', VALIDATE),
-    "r.json": (b'{"mine": 1}', VALIDATE),
+    "r.json": (b'{"mine": []}', VALIDATE),
+    "settings.json": (b'{\n  "data": "mine"\n}', "improved --run-dir ."),
+    "finished": (b"mine", "improved --run-dir ."),
 }
 
 
@@ -175,4 +178,12 @@ def test_two_outputs_are_two_files(tmp_path):
     for names in (("a.jpg", "a.jpg"), ("a.jpg", "A.JPG"), ("a.jpg", "b/../a.jpg")):
         with pytest.raises(InputError, match="to one file"):
             check_outputs([tmp_path / name for name in names], [])
+    with pytest.raises(InputError, match="cannot write /dev/null: it is a folder or a device"):
+        check_outputs([Path(os.devnull)], [])
     check_outputs([tmp_path / "a.jpg", tmp_path / "b.jpg"], ["no\0name", "x" * 5000, os.devnull, "", "hub/name"])
+
+
+def test_names_that_the_locale_cannot_write_are_those_of_the_files(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    assert os.fsencode(*unique_names([os.fsdecode("улица".encode()) + ".jpg"])) == "улица".encode()

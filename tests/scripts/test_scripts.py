@@ -1,6 +1,7 @@
 """The scripts as users run them: the whole chain, an overfit run, their help, bad input, and the notebook."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -264,11 +265,26 @@ def test_bad_input_ends_in_one_line_and_status_2(line, words, tmp_path, monkeypa
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".json", ".pth")]
 
 
-def test_a_process_of_its_own_ends_in_one_line_and_imports_neither_trackers_nor_charts(tmp_path):
-    command = [sys.executable, "-X", "importtime", str(ROOT / "finetune_dino2_simple.py"), "--data", "no/such/folder"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+ENVIRONMENTS = {  # a variable: the flags, and the line; the address of a socket in TMPDIR has at most 108 letters
+    "HF_HUB_OFFLINE=1": ("--data no/such/folder", "--data no/such/folder"),
+    "WORLD_SIZE=2": ("", "RANK, LOCAL_RANK or WORLD_SIZE is set"),
+    "TMPDIR={long}": (
+        "--backbone {tiny} --data {demo} --image-size 56 --blocks 2 4",
+        "a process that decodes images was",
+    ),
+}
+
+
+@pytest.mark.parametrize("variable", ENVIRONMENTS)
+def test_a_process_of_its_own_ends_in_one_line_and_imports_no_trackers(variable, demo, tiny_backbone, tmp_path):
+    flags, message = ENVIRONMENTS[variable]
+    command = [sys.executable, "-X", "importtime", str(ROOT / "finetune_dino2_simple.py")]
+    command += flags.format(tiny=tiny_backbone, demo=demo).split()
+    (tmp_path / ("t" * 120)).mkdir()
+    environment = os.environ | dict([variable.format(long=tmp_path / ("t" * 120)).split("=")])
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     (line,) = [text for text in result.stderr.splitlines() if not text.startswith("import time:")]
-    assert result.returncode == 2 and line.startswith("finetune_dino2_simple.py: error: --data no/such/folder")
+    assert result.returncode == 2 and line.startswith(f"finetune_dino2_simple.py: error: {message}")
     imported = {text.rpartition("|")[2].strip() for text in result.stderr.splitlines()}
     assert "torch" in imported and not imported & {"tensorboard", "mlflow", "wandb", "matplotlib"}
 

@@ -10,8 +10,9 @@ from common.train.optim import Ema, Schedule, parameter_groups
 
 @pytest.mark.parametrize(("steps", "cycles"), [(100, 1), (101, 3), (8, 2)])
 def test_the_learning_rate_falls_in_each_cycle_and_rises_between_them(steps, cycles):
-    schedule = Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters()), steps, 1, cycles)
-    numbers, rates = zip(*map(schedule.at, range(steps)), strict=True)
+    schedule = Schedule(torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0), steps, 1, cycles)
+    positions = [(schedule.set_rates(0, step), schedule.optimizer.param_groups[0]["lr"]) for step in range(steps)]
+    numbers, rates = zip(*positions, strict=True)
     warm_up = round(0.05 * steps)
     rises = [step for step in range(warm_up + 1, steps) if rates[step] > rates[step - 1]]
     assert rises == [step for step in range(1, steps) if numbers[step] > numbers[step - 1]] and len(rises) == cycles - 1

@@ -1,9 +1,9 @@
 """A run: what it writes, and that a stopped run goes on to the same result."""
 
+import fcntl
 import gc
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import TensorBoardTracker
 from helpers import data_flags, start_training, stop_at_step, tiny_settings
 
 import finetune_dino2_simple as simple
@@ -148,15 +149,19 @@ REFUSED = [  # changes of a run that was stopped in stage 1
     ({"head": "linear"}, "cannot go on with another --head"),
     ({"lora": 2}, "cannot go on with another --lora"),
     ({"train_images": 8}, "had other train images or boxes"),
+    ({"data": "other_train"}, "had other train images or boxes"),
     ({"epochs_frozen": 0}, "is in the stage frozen, now left out"),
     ({"resume": False, "data": "not/looked/for"}, "the run in run is not finished: go on with --resume"),
 ]
 
 
-def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped):
+def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped, demo):
     def contents():
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("run").iterdir()}
 
+    shutil.copytree(demo, "other_train")
+    first, second, *_ = sorted(Path("other_train", "train2017").iterdir())
+    shutil.copy(first, second)  # other pixels under the same name
     settings = stopped("stage 1")
     before, state = contents(), Path("run/state.pth").read_bytes()
     for change, message in REFUSED:
@@ -173,7 +178,9 @@ def test_what_does_not_fit_a_stopped_run_and_damaged_states_are_refused(stopped)
 
 def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, monkeypatch, capfd):
     """Its learning rates are those of a run with them in one go; what has changed is said, and recorded."""
-    settings = replace(stopped("simple"), epochs=4, batch_size=6, lr=0.1, val_images=3, output="other.pth")
+    shutil.copytree(demo, "moved", copy_function=shutil.copyfile)  # files of another time
+    flags = {"data": "moved", "val_images": 3, "output": "other.pth"}
+    settings = replace(stopped("simple"), epochs=4, batch_size=6, lr=0.1, **flags)
     used, set_rates = [], Schedule.set_rates
 
     def recording(schedule, *position):
@@ -181,15 +188,10 @@ def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, 
         used.append(schedule.optimizer.param_groups[-1]["lr"])
 
     monkeypatch.setattr(Schedule, "set_rates", recording)
-    image = next((demo / "train2017").iterdir())
-    before = image.stat()
-    os.utime(image, (0, 0))
     simple.main(settings)
-    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    out = capfd.readouterr().out
-    assert "from here on with another " in out and "warning: image files were written since the run began" in out
+    out, changes = capfd.readouterr().out, ("--data (", "--batch-size (was 4, is 6)", "--lr (was 0.001, is 0.1)")
+    assert "from here on with another " in out and all(text in out for text in changes)
     assert "warning: it had other validation images" in out and "on 3 validation images: " in out
-    assert all(text in out for text in ("--batch-size (was 4, is 6)", "--lr (was 0.001, is 0.1)"))
     resumed = used.copy()
     used.clear()
     simple.main(replace(settings, resume=False, run_dir="whole"))
@@ -208,7 +210,7 @@ def test_stage_2_goes_on_whatever_stage_1_is_said_to_have_been(stopped):
     assert changed.items() <= load_checkpoint("run/last.pth").train_config.items()
 
 
-def test_a_folder_in_which_another_process_trains_is_refused(settings_of):
+def test_a_folder_in_which_another_process_trains_is_refused(settings_of, monkeypatch, capfd):
     Path("same").mkdir()
     code = "import filelock, time; x = filelock.FileLock('same/lock'); x.acquire(); print(flush=True); time.sleep(300)"
     settings, accelerator = settings_of(simple, resume=True, run_dir="same"), Accelerator(cpu=True)
@@ -218,21 +220,27 @@ def test_a_folder_in_which_another_process_trains_is_refused(settings_of):
             Run(settings, accelerator)
         assert [path.name for path in Path("same").iterdir()] == ["lock"]
         other.kill()
-    Run(settings, accelerator)  # the lock of a killed process is free
+    Run(settings, accelerator).lock.release()  # the lock of a killed process is free
+    monkeypatch.setattr(fcntl, "flock", lambda *_: open("absent"))  # noqa: PTH123 SIM115  any OSError
+    Run(settings, accelerator)
+    assert "warning: same: No such file or directory: start no second training there" in capfd.readouterr().out
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(stopped, trained):
     settings, hard = stopped("simple"), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    Path("out.pth").write_bytes(b"old")
-    size = len(Path("run/last.pth").read_bytes())
-    for allowed in (5000, size - 1, size + 100_000):  # no weights, all but a checkpoint's end, all but the state
+    old = Path("run/last.pth").rename("out.pth").read_bytes()
+    for allowed in (
+        5000,
+        len(old) - 1,
+        len(old) + 100_000,
+    ):  # no weights, all but a checkpoint's end, all but the state
         resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
         try:
             with pytest.raises(InputError, match=r"cannot write run/\w+\.pth: File too large"):
                 simple.main(settings)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert not list(Path("run").glob(".*")) and Path("out.pth").read_bytes() == b"old"
+        assert not list(Path("run").glob(".*")) and Path("out.pth").read_bytes() == old
     simple.main(settings)
     assert results() == results(trained("simple"))
 
@@ -291,6 +299,10 @@ def test_two_stages_hold_one_model_at_a_time_and_trackers_the_numbers_of_each_ep
     mlflow.set_tracking_uri(f"file:{Path('mlruns').absolute()}")
     trackers = {"log_with": ("tensorboard", "mlflow"), "run_dir": "runs/mine"}
     settings = settings_of(improved, train_images=4, val_every=2, **trackers)
+    with monkeypatch.context() as patch, pytest.raises(AttributeError):  # killed before the state of an epoch is saved
+        patch.delattr(Run, "_save")
+        improved.main(replace(settings, log_with=("tensorboard",)))
+    alive.clear()
     numbers = improved.main(settings)
     assert alive == [(1, 1)] * 4
     events = EventAccumulator("runs/mine/dinov2-detection", {"scalars": 0})
@@ -303,20 +315,25 @@ def test_two_stages_hold_one_model_at_a_time_and_trackers_the_numbers_of_each_ep
     assert run.data.params["seed"] == "0" and run.data.metrics["final/AP50"] == pytest.approx(numbers["AP50"], abs=1e-6)
 
 
-def test_a_tracker_that_cannot_be_reached_is_refused_before_training_and_a_warning_within(
-    settings_of, monkeypatch, capfd
-):
+def test_a_tracker_out_of_reach_is_refused_before_training_and_a_warning_within(settings_of, monkeypatch, capfd):
     def unreachable(*_arguments, **_options):
         raise ConnectionError("no route to\nthe tracker")
 
-    settings = settings_of(simple, log_with=("tensorboard",), train_images=4, epochs=1)
+    settings = settings_of(simple, log_with=("tensorboard",), train_images=4, epochs=2)
+    simple.main(settings)
+    before = results()
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "init_trackers", unreachable)
         with pytest.raises(InputError, match="--log-with tensorboard: the tracker"):
             simple.main(settings)
-    monkeypatch.setattr(Accelerator, "log", unreachable)
-    simple.main(settings)
-    assert "warning: a tracker did not take epoch 1: the tracker" in capfd.readouterr().out
+    assert results() == before and Path("run/finished").exists()  # nothing of the former run is lost
+    for name, epoch in (("log", 1), ("finish", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorBoardTracker, name, unreachable)
+            simple.main(settings)
+        out = capfd.readouterr().out
+        assert out.count(f"warning: tensorboard is lost after epoch {epoch}: the tracker") == 1
+        assert "the finished run in run is replaced: dinov2-detection, 20" in out
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-with tensorboard needs its package: pip install tensorboard"):
         simple.main(settings)
