@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +50,16 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
 def shard_paths(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Path]:
     """The files for `views` of the images of `data`; they need not exist yet."""
     config = detector.config
-    settings = FORMAT_VERSION, sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
-    common = hashlib.sha256(repr(settings).encode())
+    versions = [version(package) for package in ("torch", "torchvision", "transformers")]
+    settings = sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
+    common = hashlib.sha256(repr((FORMAT_VERSION, versions, *settings)).encode())
     for name, weight in detector.backbone.state_dict().items():
         common.update(name.encode())
         common.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    paths = []
-    for first in range(0, len(data), SHARD):
-        digest = common.copy()
-        digest.update(repr([image.state() for image in data.images[first : first + SHARD]]).encode())
-        paths.append(cache_folder("features", f"{digest.hexdigest()[:24]}.features"))
-    return paths
+    states = [image.state() for image in data.images]
+    keys = [(common.hexdigest(), states[first : first + SHARD]) for first in range(0, len(data), SHARD)]
+    digests = [hashlib.sha256(repr(key).encode()).hexdigest() for key in keys]
+    return [cache_folder("features", f"{digest[:24]}.features") for digest in digests]
 
 
 @torch.no_grad()
