@@ -10,11 +10,12 @@ import hashlib
 import logging
 import math
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
+import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
 def shard_paths(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Path]:
     """The files for `views` of the images of `data`; they need not exist yet."""
     config = detector.config
-    versions = [version(package) for package in ("torch", "torchvision", "transformers")]
+    versions = torch.__version__, torchvision.__version__, transformers.__version__
     settings = sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
     common = hashlib.sha256(repr((FORMAT_VERSION, versions, *settings)).encode())
     for name, weight in detector.backbone.state_dict().items():
@@ -58,8 +59,7 @@ def shard_paths(detector: Detector, data: DetectionData, views: int, precision: 
         common.update(weight.detach().cpu().contiguous().numpy().tobytes())
     states = [image.state() for image in data.images]
     keys = [(common.hexdigest(), states[first : first + SHARD]) for first in range(0, len(data), SHARD)]
-    digests = [hashlib.sha256(repr(key).encode()).hexdigest() for key in keys]
-    return [cache_folder("features", f"{digest[:24]}.features") for digest in digests]
+    return [cache_folder("features", f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.features") for key in keys]
 
 
 @torch.no_grad()
