@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,17 +22,17 @@ from common.types import letterbox
 
 FILL = (124, 116, 104)  # of the letterbox: ImageNet's mean colour, zero after the backbone's normalisation
 URL_TIMEOUT_S = 30
-ROUNDING = 1e-4  # by which floating-point pixels may exceed 0..1
+ROUNDING = 1e-4  # by which floating-point pixels may exceed 0..1, where their type is not coarser
+FEW = 1e-3  # the share of broken pixels that may be bright in a nearly black image
+DECODING = f"{Image.__version__} {sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"  # changes where pixels may
 ORIENTATION = 0x0112  # EXIF's tag: 1 upright, 2 to 8 how to turn or mirror the stored pixels, 5 to 8 by a quarter
 # Formats that Pillow recognises and others decode, and files of image editors and icons beside the images.
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF", "PSD", "ICO", "CUR", "ICNS"}
 OTHER_SUFFIXES = set(".heic .heif .hif .jxl .exr .hdr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())
 OTHER_FORMAT = "left out {} files of an image format that Pillow does not read"
-# What Pillow's decoders raise at damaged files.
-DECODING_ERRORS = (
-    *(OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, RuntimeError),
-    struct.error,
-)
+Source = Path | BinaryIO | Image.Image
+# What Pillow's decoders raise at damaged files, beside struct.error.
+DECODING_ERRORS = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, RuntimeError)
 
 
 class ImageFault(InputError):
@@ -47,19 +48,16 @@ def find_images(folder: Path, subfolders: bool = False) -> tuple[list[Path], lis
 
     Symbolic links are followed, hidden files and subfolders are left out.
     """
-    images, others, visited = [], [], set()
+    files, visited = list[Path](), set[str]()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))] if subfolders else []
         if (real := os.path.realpath(place)) in visited:  # a link to a folder above
             folders.clear()
             continue
         visited.add(real)
-        for file in (Path(place, name) for name in names if not name.startswith(".")):
-            if file.suffix.lower() in image_suffixes():
-                images.append(file)
-            elif file.suffix.lower() in OTHER_SUFFIXES:
-                others.append(file)
-    return sorted(images), sorted(others)
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    images = sorted(file for file in files if file.suffix.lower() in image_suffixes())
+    return images, sorted(file for file in files if file.suffix.lower() in OTHER_SUFFIXES - image_suffixes())
 
 
 @cache
@@ -85,17 +83,18 @@ def read_header(path: Path) -> Header:
         return _header(image)
 
 
-def open_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
-    """Decode an image file to RGB; transparent pixels become white, of an animation the first frame is taken.
+def open_image(file: Source, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
+    """Decode an image file, or PIL's image of it, to RGB: its first page, with white where it is transparent.
 
     Cameras store a rotation beside the pixels (EXIF), and annotation tools differ in whether they apply it. The
     annotated `size` (width, height) tells which; where it does not, `upright` does. None: the image is turned upright.
 
-    Raises ImageFault: no such file, not an image, damaged, too large to decode, of another size than `size`, or of more
-    than 8 bits a channel of which the upper half is not used.
+    Raises ImageFault: no such file, not an image, damaged, too large to decode, of another size than `size`, of more
+    than 8 bits a channel of which the upper half is not used, or white on transparent.
     """
+    path = "given as a PIL image" if isinstance(file, Image.Image) else file
     with _faults_of(path):
-        image: Image.Image = Image.open(path)
+        image = file if isinstance(file, Image.Image) else Image.open(file)
         stored, turned, orientation, _ = _header(image)
         as_stored = size == stored and not (upright and stored == turned)
         is_deep = ";16" in str(getattr(image, "tile", ""))
@@ -124,7 +123,7 @@ def _faults_of(name: object) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         message = f"{name} is too large to decode, scale it down: {str(error).partition(',')[0]}"
         raise ImageFault(message, "left out {} images that are too large to decode, scale them down") from error
-    except DECODING_ERRORS as error:
+    except (*DECODING_ERRORS, struct.error) as error:
         raise ImageFault(f"cannot read the image {name}: {last_line(error)}") from error
 
 
@@ -133,31 +132,34 @@ def _header(image: Image.Image) -> Header:
     has_exif = image.format != "PNG" or "exif" in image.info  # Pillow would decode the image in search of it
     orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
     orientation = orientation if orientation in range(1, 9) else 1
-    (width, height), is_turned = image.size, orientation >= 5
-    size, swapped = (width, height), (height, width) if is_turned else (width, height)
+    turned = image.size[::-1] if orientation >= 5 else image.size
     has_pages = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photograph and its preview
-    stored, upright = (swapped, size) if image.format == "TIFF" else (size, swapped)
+    stored, upright = (turned, image.size) if image.format == "TIFF" else (image.size, turned)
     return Header(stored, upright, orientation, has_pages)
 
 
-def _to_rgb(image: Image.Image, is_deep: bool = False) -> Image.Image:
+def _to_rgb(image: Image.Image, is_deep: bool) -> Image.Image:
     """8 bits a channel; `is_deep`: the file has 16, of which Pillow keeps the upper 8."""
     if image.mode == "F" or image.mode.startswith("I"):
         is_deep, values = True, np.asarray(image) / 257
         values = values if image.mode != "F" and values.min() >= 0 and values.max() <= 255 else values * 0
         image = Image.fromarray(values.round().astype(np.uint8))
-    if is_deep and np.asarray(image).max() < 128:  # 12 bits in 16, say, nearly black
-        raise ImageFault(
-            "its pixels have more than 8 bits and do not fill the range of 16: write it with 8 bits a channel",
-            "left out {} images of more than 8 bits a channel that do not fill the range of 16: write them with 8",
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    if is_deep:
+        levels = np.reshape(image.convert("RGB").histogram(), (3, 256)).sum(0)
+        if not levels[128:].any() or levels[17:].sum() < FEW * levels.sum():  # 12 bits in 16, say, nearly black
+            message = "its pixels have more than 8 bits and do not fill the range of 16: write it with 8 bits a channel"
+            raise ImageFault(message, "left out {} images of more than 8 bits that do not fill 16: write them with 8")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if shown.getextrema() == ((255, 255),) * 4 != image.getextrema():
+        counted = "left out {} images that are white or transparent everywhere: write them on another background"
+        raise ImageFault("it is white or transparent everywhere: write it on another background", counted)
+    return shown.convert("RGB")
 
 
-def read_pixels(image: Path | str | bytes | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
+def read_pixels(image: Source | str | bytes | np.ndarray | Tensor) -> Tensor:
     """The pixels (3, H, W) uint8 RGB of an image in any of the forms that Python programs have them in.
 
     Args:
@@ -173,9 +175,6 @@ def read_pixels(image: Path | str | bytes | BinaryIO | Image.Image | np.ndarray 
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if isinstance(image, Tensor):
         return _tensor_pixels(image)
-    if isinstance(image, Image.Image):
-        with _faults_of("given as a PIL image"):  # Pillow decodes when the pixels are used
-            return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         try:
             response = requests.get(image, timeout=URL_TIMEOUT_S)
@@ -185,7 +184,7 @@ def read_pixels(image: Path | str | bytes | BinaryIO | Image.Image | np.ndarray 
         image = response.content
     if isinstance(image, bytes):
         image = io.BytesIO(image)
-    if not isinstance(image, str | Path) and not hasattr(image, "read"):
+    if not isinstance(image, str | Path | Image.Image) and not hasattr(image, "read"):
         raise InputError(f"an image must be a path, URL, file, PIL image, array or tensor, not {type(image).__name__}")
     return F.pil_to_tensor(open_image(Path(image) if isinstance(image, str) else image))
 
@@ -198,7 +197,8 @@ def _tensor_pixels(image: Tensor) -> Tensor:
     if not image.is_floating_point():
         raise InputError(f"a tensor must be uint8, or floating-point in 0..1, and this is {image.dtype}")
     low, high = image.min().item(), image.max().item()
-    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+    slack = max(ROUNDING, torch.finfo(image.dtype).eps)
+    if not -slack <= low <= high <= 1 + slack:
         raise InputError(f"a floating-point tensor must be in 0..1, and this ranges from {low:.6g} to {high:.6g}")
     return (image.cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
 

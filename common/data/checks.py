@@ -6,15 +6,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
-import PIL
 
 from common.console import InputError, progress_bar
 from common.data.memory import DetectionData, ImageFile
 from common.data.readers import read_json_lines
-from common.data.table import OPEN_ORIENTATION, Faults
+from common.data.table import OPEN_ORIENTATION
 from common.data.transforms import SMALLEST_SIDE
 from common.files import cache_folder
 from common.images import ImageFault, read_header
@@ -26,27 +24,14 @@ PAGES = "used the first page or frame of {} images that have several"
 Outcome = list[str]  # sentences for the notes: why an image cannot be used, "" if it can, and what is doubtful
 
 
-def usable_images(data: DetectionData, indices: np.ndarray, faults: Faults) -> list[int]:
-    """Those of the images at `indices` (N,) that can be used; what is wrong or doubtful is added to the faults."""
-    good, images = [], [data.images[index] for index in indices]
-    for index, image, (fault, *doubts) in zip(indices.tolist(), images, check_images(images, data.source), strict=True):
-        for sentence in filter(None, (fault, *doubts)):
-            faults.add(sentence, image.path.name)
-        good += [index] * (not fault)
-    return good
-
-
 def check_images(images: Sequence[ImageFile], source: str) -> list[Outcome]:
     """The outcome of decoding each image, once for all runs where it can be used and its file stays the same.
 
     The others are decoded again: their fault may pass, such as one of a permission or a disk.
     """
     place = os.path.realpath(source) if os.path.exists(source) else source  # noqa: PTH110 (of any length)
-    path = cache_folder("decoded", f"{sha256(repr((place, PIL.__version__)).encode()).hexdigest()[:24]}.jsonl")
-    try:
-        known = {state: outcome for state, *outcome in read_json_lines(path)}
-    except OSError:
-        known = {}
+    path = cache_folder("decoded", f"{sha256(repr(place).encode()).hexdigest()[:24]}.jsonl")
+    known = {state: outcome for state, *outcome in read_json_lines(path)}
     states = [image.state() for image in images]
     missing = [index for index, state in enumerate(states) if state not in known]
     bar = progress_bar(len(missing), "checking images", shown=len(missing) > CHUNK)
@@ -55,9 +40,14 @@ def check_images(images: Sequence[ImageFile], source: str) -> list[Outcome]:
             part = missing[start : start + CHUNK]
             outcomes = pool.map(_decode, (images[index] for index in part))
             found = {states[index]: outcome for index, outcome in zip(part, outcomes, strict=True)}
-            _keep(path, found)
             known |= found
             bar.update(len(part))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"\n{json.dumps((state, *o))}" for state, o in found.items() if not o[0])
+            except OSError as error:
+                log.warning(f"cannot keep the images' check in {path} ({error.strerror}): they will be checked again")
     return [known[state] for state in states]
 
 
@@ -69,16 +59,6 @@ def _decode(image: ImageFile) -> Outcome:
         return [fault.sentence]
     is_open = header.orientation != 1 and header.stored == header.upright == (image.width, image.height)
     return ["", *[OPEN_ORIENTATION] * (is_open and not image.upright), *[PAGES] * header.has_pages]
-
-
-def _keep(path: Path, outcomes: dict[str, Outcome]) -> None:
-    """Add the outcomes without a fault to the cache, where it can be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(f"\n{json.dumps((state, *o))}" for state, o in outcomes.items() if not o[0])
-    except OSError as error:
-        log.warning(f"cannot keep the check of the images in {path} ({error.strerror}): they will be checked again")
 
 
 def check_object_sizes(data: DetectionData, image_size: int, patch: int) -> None:

@@ -89,8 +89,7 @@ def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> 
 
 def _write_scenes(folder: Path, generators: list[np.random.Generator]) -> dict:
     """Write an image for each generator; returns the annotations."""
-    images: list[dict] = []
-    annotations: list[dict] = []
+    images, annotations = list[dict](), list[dict]()
     for image_id, rng in enumerate(generators, 1):
         scene, name = draw_scene(rng), f"{image_id:06d}.jpg"
         height, width = scene.owner.shape

@@ -1,8 +1,7 @@
 """Hub data sets: the requested images are streamed into the cache, which grows, and are read from there.
 
 A data set needs the columns `image` and `objects`, the latter with `bbox` and a category for each box, as a list of
-dictionaries or a dictionary of lists. `detection-datasets/coco` has xyxy boxes, categories 0..79, no crowd flags and no
-images without objects, so official AP can't be computed from it.
+dictionaries or a dictionary of lists.
 
 A split's folder in the cache holds the images and a journal: a line with what the rows have in common, a line for each
 row, written after the row's image, with the state of the stream behind it, and an empty one at the end.
@@ -24,8 +23,9 @@ import fsspec
 from huggingface_hub import HfApi
 
 from common.console import InputError, progress_bar
+from common.data.memory import ImageFile
 from common.data.readers import Request, find_split, read_json_lines, reading
-from common.data.table import Table
+from common.data.table import NOTHING, Table
 from common.files import atomic_write, cache_folder
 from common.hub import HUB_ID, ask_hub, hub_errors
 from common.images import ImageFault, open_image
@@ -37,8 +37,6 @@ COCO = (80, ["person", "bicycle"], ["hair drier", "toothbrush"])  # its classes:
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 JOURNAL = "journal.jsonl"
 HUB_TIMEOUT_S = 10  # for the hub's first answer
-# Of the data library, each with tries of the hub's client, half a minute of them, inside.
-STREAMING = {"STREAMING_OPEN_MAX_RETRIES": 1, "STREAMING_READ_MAX_RETRIES": 1}
 
 
 def is_hub_data(data: str) -> bool:
@@ -78,7 +76,7 @@ def read_hub(request: Request) -> Table:
             elif image := row.get("image"):
                 table.add_image(image["id"], image["file_name"], (image["width"] or 0, image["height"] or 0))
                 for thing in row["objects"]:
-                    category, crowd = ids.get(thing["category"], 0), int(thing["iscrowd"] or 0) != 0
+                    category, crowd = ids.get(thing["category"], NOTHING), int(thing["iscrowd"] or 0) != 0
                     table.add(image["id"], category, thing["bbox"], crowd, thing["area"] or 0)
     return table
 
@@ -87,8 +85,7 @@ def _cache_of(name: str) -> Path:
     """A folder for each hub data set, and for each state of a local data set's files."""
     if not Path(name).is_dir():
         return cache_folder("hub", name.replace("/", "--"))
-    files = sorted(Path(name).resolve().rglob("*.parquet"))
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    states = [ImageFile(0, file, 0, 0).state() for file in sorted(Path(name).resolve().rglob("*"))]
     return cache_folder("hub", f"{Path(name).resolve().name}-{sha256(repr(states).encode()).hexdigest()[:16]}")
 
 
@@ -158,7 +155,8 @@ def _open(request: Request, known: str | None, folder: Path) -> tuple[datasets.I
     Raises InputError as `read_hub` does.
     """
     name, revision = request.data, known
-    vars(datasets.config).update(STREAMING)
+    # Inside each are the tries of the hub's client, half a minute of them.
+    vars(datasets.config).update(STREAMING_OPEN_MAX_RETRIES=1, STREAMING_READ_MAX_RETRIES=1)
     advice = f"give a folder or demo, request no more images than {folder} has, or delete it to begin anew"
     with hub_errors(f"cannot fetch the hub data set {name}", f"datasets/{name}", advice):
         if not Path(name).is_dir():  # one short request first: the data library would retry for half a minute
@@ -208,6 +206,8 @@ def write_row(row: dict, content: bytes, folder: Path, number: int, header: dict
         columns = {"bbox": "bbox", "category": header["category"], "area": "area", "iscrowd": "iscrowd"}
         return {"image": image, "objects": [{key: thing.get(columns[key]) for key in columns} for thing in things]}
     except ImageFault as fault:
+        if getattr(fault.__cause__, "errno", None):  # of this machine, such as too many open files: it may pass
+            raise
         return {"fault": fault.sentence}
     except (TypeError, ValueError):
         return {"fault": "left out {} rows without image_id, or with columns of other lengths in objects"}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.images import open_image
+from common.images import DECODING, open_image
 from common.types import ImageMeta, Target, convert_boxes
 
 
@@ -41,7 +41,7 @@ class ImageFile:
         except OSError:  # which opening it tells
             return str(self.path)
         content = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        return repr((str(self.path.resolve()), *content, self.width, self.height, self.upright))
+        return repr((str(self.path.resolve()), *content, self.width, self.height, self.upright, DECODING))
 
 
 @dataclass(frozen=True)

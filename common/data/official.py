@@ -69,8 +69,8 @@ def fetch_images(images: Sequence[ImageFile]) -> None:
             failures += [failure] * bool(failure)
             bar.update()
     if failures:
-        counted = f"{len(failures)} of {len(faulty)} images could not be fetched"
-        raise InputError(f"{counted}; run this again to go on: {failures[0]}")
+        what = f"{len(failures)} of {len(faulty)} images could not be fetched"
+        raise InputError(f"{what}; run this again to go on: {failures[0]}")
 
 
 def _fetch_image(session: requests.Session, path: Path) -> str:

@@ -16,11 +16,10 @@ from xml.etree import ElementTree
 import yaml
 
 from common.console import InputError, to_one_line
-from common.data.table import COLUMNS, Table
+from common.data.table import NOTHING, Table
 from common.images import OTHER_FORMAT, find_images, image_suffixes
 
 log = logging.getLogger(__name__)
-LARGE_MB = 50  # a file that takes seconds to read
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test")}  # in any case, the first there is
 NAMES = {name for names in SPLITS.values() for name in names}
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
@@ -30,7 +29,7 @@ TRIANGLE = 6  # numbers of a polygon of three corners
 OUTSIDE = 2.0  # a fraction of an image's side that no box or polygon reaches
 READING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # (width, height) in a label file, zeros where it has none; and of each object category id, box and crowd.
-Labels = tuple[tuple[int, int], list[tuple[int, list[float], bool]]]
+Labels = tuple[tuple[int, int], list[tuple[float, list[float], bool]]]
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,13 @@ def reading(path: object, form: str) -> Iterator[None]:
 
 def find_split(split: str, names: Iterable[str], source: object) -> str:
     """The name that a data set gives to "train" or "val". Raises InputError where it has none."""
-    spelled = {name.casefold(): name for name in names}
+    given = sorted(set(names))
     for name in SPLITS[split]:
-        if name in spelled:
-            return spelled[name]
-    raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(sorted(spelled)) or 'none', 200)}")
+        if len(found := [spelled for spelled in given if spelled.casefold() == name]) > 1:
+            raise InputError(f"{source} has {' and '.join(found)}: rename or remove one")
+        if found:
+            return found[0]
+    raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(given) or 'none', 200)}")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -71,9 +72,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json_lines(path: Path) -> list:
-    """The values in the lines of a file that grows, without those that a killed run left unfinished."""
+    """The values in the lines of a file that grows, if it can be read, but not those that a killed run left half."""
     values = []
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         for line in file:
             with suppress(ValueError):
                 values.append(json.loads(line))
@@ -124,7 +125,7 @@ def add_coco(table: Table, path: Path, prefix: str = "") -> None:
     Raises InputError: no such file, or one of another form.
     """
     with reading(path, "JSON in COCO's instances form"):
-        if (megabytes := path.stat().st_size / 1e6) > LARGE_MB:
+        if (megabytes := path.stat().st_size / 1e6) > 50:  # it takes seconds
             log.info(f"reading {path} ({megabytes:.0f} MB)")
         content = json.loads(POLYGONS.sub(b'"segmentation":0', path.read_bytes()))
         categories = {as_int(c["id"]): c for c in content["categories"]}
@@ -165,12 +166,6 @@ def _find_file(folder: Path, name: str) -> str | None:
     return next((spelled for spelled in map(os.fsdecode, forms) if (folder / spelled).is_file()), None)
 
 
-class _TextLoader(yaml.SafeLoader):
-    """Reads all scalars as text: yes, no, on and off, which YAML makes booleans, may be names of classes."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (the library declares it so)
-
-
 def yaml_of(data: str) -> Path | None:
     """The YAML file of a YOLO data set: the path itself, or the one in the folder."""
     path = Path(data)
@@ -195,8 +190,7 @@ def add_labelled(
     """
     labels = [next((place for place in places(image) if place.is_file()), None) for image in images]
     if images and not any(labels):
-        such = f"no image of {table.split} has a label file, such as {places(images[0])[0]}"
-        raise InputError(f"{table.source}: {such}")
+        raise InputError(f"{table.source}: no image of {table.split} has a label file, such as {places(images[0])[0]}")
     users = Counter(labels)
     for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
         size, objects = read(label) if label else ((0, 0), [])
@@ -219,7 +213,8 @@ def read_yolo(request: Request) -> Table:
     """
     path, counts = yaml_of(request.data) or Path(request.data), dict[int, Path]()
     with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
-        content = yaml.load(path.read_bytes().decode("utf-8-sig"), _TextLoader)  # noqa: S506 (it is a SafeLoader)
+        # All as text: yes, no, on and off, which YAML makes booleans, may be names of classes.
+        content = yaml.load(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)  # noqa: S506 (it makes no objects)
         names = content["names"]
         names = dict(enumerate(names)) if isinstance(names, list) else {int(k): v for k, v in names.items()}
         if not all(isinstance(name, str) for name in names.values()):
@@ -234,24 +229,22 @@ def read_yolo(request: Request) -> Table:
         return (0, 0), [(category, _box_of(numbers), False) for category, numbers in lines]
 
     table = Table(str(path), Path(), names, "cxcywh", split, upright=True, own_ids=False, normalised=True)
-    add_labelled(table, _yolo_images(table, content[split], base), label_places, read)
+    add_labelled(table, _yolo_images(table, content, base), label_places, read)
     if max(counts, default=0) == TRIANGLE:
-        what = "has label lines of 7 columns, which may be predictions, with confidence and track: keep 5"
-        raise InputError(f"{counts[TRIANGLE]} {what}")
-    used = set(map(int, table.objects[1::COLUMNS]))
-    if used - names.keys() and 0 in names.keys() - used:
-        raise InputError(f"{path}: the labels have the classes {min(used)} to {max(used)}: they must begin with 0")
+        raise InputError(f"{counts[TRIANGLE]} has lines of 7 columns, perhaps predictions (confidence, track): keep 5")
     return table
 
 
-def _yolo_images(table: Table, places: str | list, base: Path) -> list[Path]:
+def _yolo_images(table: Table, content: dict, base: Path) -> list[Path]:
     """The images of folders, of text files with one image a line, or named one by one."""
-    images = list[Path]()
+    images, places = list[Path](), content[table.split]
+    # Roboflow writes ../train/images, for a folder beside the YAML file; others mean one beside its folder
+    outside = [text.removeprefix("../") for text in map(str, content.values()) if text.startswith("../")]
+    is_inside = any(_normal(base, name).exists() for name in outside)
     for name in map(str, places if isinstance(places, list) else [places]):
-        # Roboflow writes ../train/images, beside the YAML file or beside its folder
-        found = dict.fromkeys(_normal(base, spelled) for spelled in (name.removeprefix("../"), name))
-        existing = [place for place in found if place.exists()]
-        if len(existing) != 1:
+        inside, beside = _normal(base, name.removeprefix("../")), _normal(base, name)
+        existing = [place for place in dict.fromkeys((inside, beside)) if place.exists()]
+        if len(existing) != 1 or (is_inside and not inside.exists()):
             what = " or ".join(map(str, existing)) or f"nothing in {base}"
             raise InputError(f"{table.source} names the images {name}, which is {what}: write that path in full")
         (place,) = existing
@@ -324,8 +317,7 @@ def read_voc(request: Request) -> Table:
     files = [file for part in ([labels] if lists else parts.values()) for file in part.rglob("*.xml")]
     names = {name for file in files for name, *_ in read_xml(file)[1]} - {""}
     numbers = {name: number for number, name in enumerate(sorted(names), 1)}
-    classes = {number: name for name, number in numbers.items()}
-    table = Table(str(folder), Path(), classes, "xyxy", split, upright=True, own_ids=False)
+    table = Table(str(folder), Path(), dict(enumerate(numbers, 1)), "xyxy", split, upright=True, own_ids=False)
     by_stem = dict[str, list[Path]]()
     for image in images_of(table, images):
         by_stem.setdefault(_stem(image, images), []).append(image)
@@ -338,7 +330,7 @@ def read_voc(request: Request) -> Table:
 
     def read(label: Path) -> Labels:
         size, objects = read_xml(label)
-        return size, [(numbers.get(name, 0), box, crowd) for name, box, crowd in objects]
+        return size, [(numbers.get(name, NOTHING), box, crowd) for name, box, crowd in objects]
 
     found = [image for stem in stems for image in by_stem.get(stem, ())]
     add_labelled(table, found, lambda image: [labels / f"{_stem(image, images)}.xml"], read)
@@ -355,9 +347,11 @@ def _read_xml(file: Path) -> tuple[tuple[int, int], list[tuple[str, list[float],
     with reading(file, "XML in UTF-8, or in the encoding that it names"):
         tree = ElementTree.parse(file).getroot()  # noqa: S314 (expat limits entities and opens no other file)
         for thing in tree.iter("object"):
-            crowd = thing.findtext("difficult", "").strip().lower() in ("1", "true")
+            name = unicodedata.normalize("NFC", thing.findtext("name", "").strip())
+            mark = thing.findtext("difficult", "").strip().lower() or "0"
+            crowd = mark in ("true", "yes") or (mark not in ("false", "no", "unspecified") and float(mark) != 0)
             for box in thing.findall("bndbox") or [thing]:
                 left, top, right, bottom = (float(box.findtext(c) or "nan") for c in ("xmin", "ymin", "xmax", "ymax"))
-                objects.append((thing.findtext("name", "").strip(), [left - 1, top - 1, right, bottom], crowd))
+                objects.append((name, [left - 1, top - 1, right, bottom], crowd))
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         return (width, height), objects

@@ -12,7 +12,7 @@ import numpy as np
 from common.cli import flag
 from common.console import InputError, first_few
 from common.data import readers
-from common.data.checks import usable_images
+from common.data.checks import check_images
 from common.data.demo import read_demo
 from common.data.hub import is_hub_data, read_hub
 from common.data.memory import DetectionData
@@ -21,6 +21,7 @@ from common.data.readers import Request
 from common.data.table import LAYOUTS, Faults, Table
 
 log = logging.getLogger(__name__)
+NO_OBJECT = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     else:
         order = ranking(data, split, flags.sample_seed if reader.ranks and count < len(data) else -1)
     taken = _take(data, order, count, in_order=bool(request.chosen))
+    if split == "val" and taken.crowd.all():
+        problem = f"{NO_OBJECT.format(len(taken.crowd))}, so that mAP cannot be computed; take more images"
+        taken = replace(taken, notes=(*taken.notes, problem))
     if count < len(order):
         log.info(f"{data.source}: {len(taken):,} of {len(data):,} images (--{split}-images 0 takes all)")
     if flags.strict and taken.notes:
@@ -173,9 +177,13 @@ def _take(data: DetectionData, order: np.ndarray, count: int, in_order: bool = T
     """The first `count` images of an order that can be used: in this order, or in that of the data set."""
     good, faults, tried = list[int](), Faults(), 0
     while tried < len(order) and len(good) < count:
-        part = order[tried : tried + count - len(good)]
+        part = order[tried : tried + count - len(good)].tolist()
         tried += len(part)
-        good += usable_images(data, part, faults)
+        outcomes = check_images([data.images[index] for index in part], data.source)
+        for index, (fault, *doubts) in zip(part, outcomes, strict=True):
+            for sentence in filter(None, (fault, *doubts)):
+                faults.add(sentence, data.images[index].path.name)
+            good += [index] * (not fault)
     notes = (*data.notes, *faults.notes())
     if not good:
         raise InputError(f"{data.source}: no image can be used: {'; '.join(notes)}")
@@ -183,14 +191,12 @@ def _take(data: DetectionData, order: np.ndarray, count: int, in_order: bool = T
 
 
 def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = False) -> None:
-    """Log the classes without an object to learn from, and a warning where there is none to validate on.
+    """Log the classes without an object to learn from, those of validation alone, and copies of training images.
 
-    Raises InputError: no object to train on, images in both parts, or no class in common; with `strict`, no object to
-    validate on.
+    Raises InputError: no object to train on, images in both parts, or no class in common; with `strict`, a warning.
     """
-    lacks = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
     if train.crowd.all():
-        raise InputError(f"{train.source}: {lacks.format(len(train.crowd))}; there is nothing to learn")
+        raise InputError(f"{train.source}: {NO_OBJECT.format(len(train.crowd))}; there is nothing to learn")
     train_files, val_files = ({str(image.path.resolve()) for image in data.images} for data in (train, val))
     if both := sorted(train_files & val_files):
         what = f"{len(both)} of the {len(val)} validation images are training images"
@@ -198,16 +204,27 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     if not set(train.class_names) & set(val.class_names):
         names = f"{train.class_names[0]}, … and {val.class_names[0]}, …"
         raise InputError(f"{train.source} and {val.source} have no class in common: {names}")
-    if val.crowd.all():
-        problem = f"{val.source}: {lacks.format(len(val.crowd))}, so that mAP cannot be computed; take more images"
-        if strict:
-            raise InputError(f"{problem} (refused by --strict)")
-        log.warning(f"warning: {problem}. The last epoch will be kept, not the best")
-    unseen = [name for name, count in zip(train.class_names, train.class_counts(), strict=True) if not count]
-    unseen += [name for name in val.class_names if name not in train.class_names]
-    if unseen:
+    doubts = list[str]()
+    if unknown := [name for name in val.class_names if name not in train.class_names]:
+        doubts.append(f"{len(unknown)} classes are not among those of {train.source} ({first_few(unknown)})")
+    if copies := _copies(train, val):
+        doubts.append(f"{len(copies)} images are copies of training images ({first_few(copies, 200)})")
+    if strict and doubts:
+        raise InputError(f"{val.source}: {'; '.join(doubts)} (refused by --strict)")
+    for doubt in doubts:
+        log.warning(f"{val.source}: {doubt}")
+    if unseen := [name for name, count in zip(train.class_names, train.class_counts(), strict=True) if not count]:
         advice = "take others with --train-images 0 or another --sample-seed"
         log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
+
+
+def _copies(train: DetectionData, val: DetectionData) -> list[str]:
+    """The names of the validation images whose files have the content of a training image's, under whatever names."""
+    sizes = [{image.path: image.path.stat().st_size for image in data.images} for data in (train, val)]
+    equal = set(sizes[0].values()) & set(sizes[1].values())  # the others need not be read
+    known, asked = ({p: blake2b(p.read_bytes()).digest() for p in part if part[p] in equal} for part in sizes)
+    found = set(known.values())
+    return [path.name for path, content in asked.items() if content in found]
 
 
 def unlabelled_images(paths: Sequence[Path]) -> DetectionData:

@@ -4,6 +4,7 @@ What makes training meaningless raises InputError. What else is wrong is left ou
 the data set; `--strict` refuses it too.
 """
 
+import os
 import re
 import unicodedata
 from array import array
@@ -26,11 +27,11 @@ INSIDE, REACH, ENOUGH = 0.9, 0.7, 20
 MISFITS = 3  # boxes that must lie outside to say so
 NOTHING_PX = 2.0  # where all boxes end in it, they are no pixels
 ROUNDING_PX = 1.0  # by which a box may reach beyond its image
-NEAR = 1e-3  # of the image's longer side: a box that differs by less from another of its class repeats it
-NO_BOX = (float("nan"),) * 4
-TEST_NOTE = "used the test split for validation, as there is no other"
+NEAR_PX, NEAR = 0.5, 1e-3  # or of the image's longer side: a box as near to another of its class repeats it
+SPACING = re.compile(r"[\s_\u00ad\u200b-\u200f\u2060\ufeff-]+")  # and marks of no width
+NOTHING = float("nan")  # in place of a class that is not listed, or of a number that is none
+TEST_NOTE = "used the test split for validation, as there is no val, valid, validation or dev"
 OPEN_ORIENTATION = "used {} images as stored, since their size does not tell whether EXIF's rotation was applied"
-COLUMNS = 8  # of `Table.objects`
 NAME_LENGTH = 200  # characters of a file's name in a note
 
 
@@ -85,9 +86,9 @@ class Table:
         self.places[number] = len(self.images)
         return self.images.append((number, name, *size))
 
-    def add(self, image: int, category: int, box: object, crowd: bool = False, area: object = 0) -> None:
+    def add(self, image: int, category: float, box: object, crowd: bool = False, area: object = 0) -> None:
         """Add an object on the image of this id, which is added before. What is no list of four numbers is no box."""
-        numbers = map(as_float, box) if isinstance(box, list) and len(box) == 4 else NO_BOX
+        numbers = map(as_float, box) if isinstance(box, list) and len(box) == 4 else [NOTHING] * 4
         self.objects.extend((self.places.get(image, -1), category, *numbers, crowd, as_float(area)))
 
     def check(self) -> DetectionData:
@@ -98,22 +99,30 @@ class Table:
         if self.split.casefold() == "test":
             self.faults.add(TEST_NOTE)
         classes = {key: unicodedata.normalize("NFC", name.strip()) for key, name in sorted(self.classes.items())}
-        letters = [re.sub(r"[\s_-]+", "", name).casefold() if len(name) > 1 else name for name in classes.values()]
+        forms = [SPACING.sub("", unicodedata.normalize("NFKC", name)) for name in classes.values()]
+        letters = [name.casefold() if len(name) > 1 else name for name in forms]
         for name, same in zip(classes.values(), letters, strict=True):
             if letters.count(same) > 1:
-                self.faults.add("{} classes differ from another in case or spaces alone, as if misspelled", name)
+                self.faults.add(
+                    "{} classes differ from another in case, spaces or invisible marks alone, as if misspelled", name
+                )
         self._refuse_repeated("two classes are called", classes.values())
         self._refuse_repeated("two images have the id", (image[0] for image in self.images))
-        self._refuse_repeated("an image is listed twice:", (image[1] for image in self.images))
+        self._refuse_repeated("an image is listed twice:", (os.path.normpath(image[1]) for image in self.images))
         if not classes:
             raise InputError(f"{self.source}: it lists no classes")
         if not self.images:
             reasons = "; ".join(self.faults.notes()) or "none is listed"
             raise InputError(f"{self.source}: no image can be used: {reasons}")
         images = tuple(ImageFile(i, self.folder / name, w, h, self.upright) for i, name, w, h in self.images)
-        rows, keys = np.array(self.objects).reshape(-1, COLUMNS), np.array(list(classes))
+        rows, keys = np.array(self.objects).reshape(-1, 8), np.array(list(classes))
         image, label = rows[:, 0].astype(np.int64), np.searchsorted(keys, rows[:, 1]).clip(max=len(keys) - 1)
         label[keys[label] != rows[:, 1]] = -1
+        used = np.unique(rows[~np.isnan(rows[:, 1]), 1])
+        first_unused, last_unused = keys[0] not in used, keys[-1] not in used
+        if (first_unused and used.max(initial=0) > keys[-1]) or (last_unused and used.min(initial=keys[0]) < keys[0]):
+            found = f"the boxes have the classes {used[0]:.0f} to {used[-1]:.0f}, the list has {keys[0]} to {keys[-1]}"
+            raise InputError(f"{self.source}: {found}: number both alike")
         sizes = np.array([(file.width, file.height) for file in images], np.float64)[image]
         with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are inf or NaN, which are left out
             boxes = rows[:, 2:6] * np.tile(sizes, 2) if self.normalised else rows[:, 2:6]
@@ -166,6 +175,7 @@ class Table:
             "left out {} boxes that are not four finite numbers": ~np.isfinite(boxes).all(1),
             "left out {} boxes without area": (high <= low).any(1),
             "left out {} boxes that lie outside their image": (low >= sizes).any(1) | (high <= 0).any(1),
+            "left out {} boxes that end within 2 pixels of a corner, like fractions": (high <= NOTHING_PX).all(1),
         }.items():
             self._count(sentence, image[used & bad])
             used &= ~bad
@@ -176,7 +186,7 @@ class Table:
     def _count_repeated(self, image: np.ndarray, label: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> None:
         order = np.lexsort((boxes[:, 0], label, image))
         rows = np.column_stack([image, label, boxes])[order]
-        slack = sizes[order].max(1, initial=0)[:, None] * ([0, 0] + [NEAR] * 4)
+        slack = np.maximum(NEAR_PX, sizes[order].max(1, initial=0) * NEAR)[:, None] * ([0, 0] + [1] * 4)
         repeated = np.zeros(len(rows), bool)
         for step in (1, 2, 3):  # further boxes are hardly between two equal ones
             repeated[step:] |= (np.abs(rows[step:] - rows[:-step]) <= slack[step:]).all(1)
@@ -190,7 +200,7 @@ class Table:
 
 def as_float(value: object) -> float:
     """A number, NaN for all that is none."""
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else float("nan")
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else NOTHING
 
 
 def _inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:

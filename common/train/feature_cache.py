@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
+import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -49,17 +51,15 @@ def feature_gigabytes(detector: Detector, images: int, views: int) -> float:
 def shard_paths(detector: Detector, data: DetectionData, views: int, precision: str) -> list[Path]:
     """The files for `views` of the images of `data`; they need not exist yet."""
     config = detector.config
-    settings = FORMAT_VERSION, sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
-    common = hashlib.sha256(repr(settings).encode())
+    versions = torch.__version__, torchvision.__version__, transformers.__version__
+    settings = sorted(config.backbone.items()), config.blocks, config.image_size, views, precision
+    common = hashlib.sha256(repr((FORMAT_VERSION, versions, *settings)).encode())
     for name, weight in detector.backbone.state_dict().items():
         common.update(name.encode())
         common.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    paths = []
-    for first in range(0, len(data), SHARD):
-        digest = common.copy()
-        digest.update(repr([image.state() for image in data.images[first : first + SHARD]]).encode())
-        paths.append(cache_folder("features", f"{digest.hexdigest()[:24]}.features"))
-    return paths
+    states = [image.state() for image in data.images]
+    keys = [(common.hexdigest(), states[first : first + SHARD]) for first in range(0, len(data), SHARD)]
+    return [cache_folder("features", f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.features") for key in keys]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.console import InputError
 from common.data.checks import check_images, check_object_sizes
-from common.data.sources import load_split
+from common.data.sources import NO_OBJECT, load_split
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def faulty(data):
     return [image.id for image, (fault, *_) in outcomes if fault]
 
 
-def test_an_image_is_decoded_once_until_it_changes(forty, opened):
+def test_an_image_is_decoded_once_until_it_or_the_program_changes(forty, opened, monkeypatch):
     (data, images), (names, _) = forty, opened
     assert faulty(data) == [] and len(set(names)) == 40
     names.clear()
@@ -54,6 +54,8 @@ def test_an_image_is_decoded_once_until_it_changes(forty, opened):
     os.utime(images / "7.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))  # of the same length and time
     faulty(data)
     assert set(names) == {"7.jpg"}
+    monkeypatch.setattr("common.data.memory.DECODING", "of another release")
+    assert faulty(data) == [] and len(set(names)) == 40
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404</html>", bytes(200), None])
@@ -93,6 +95,7 @@ def test_wrong_sizes_and_pages_are_noted(forty):
     found = load_split(data_flags("", val_json=data.source, val_images_dir=str(images)), "val")
     assert len(found) == 39 and sorted(found.notes) == [
         "left out 1 images of another size than annotated (2.jpg)",
+        f"{NO_OBJECT.format(0)}, so that mAP cannot be computed; take more images",
         "used the first page or frame of 1 images that have several (4.jpg)",
     ]
 

@@ -7,6 +7,7 @@ import signal
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -131,14 +132,19 @@ def test_a_larger_limit_stores_only_what_is_missing_and_the_rest_needs_no_stream
     assert contents(read(twelve, 50)) == contents(read(twelve)) == everything  # the end is remembered
 
 
-def test_going_on_opens_no_earlier_file_and_changed_files_are_read_anew(twelve):
+def test_going_on_opens_no_earlier_file_and_changed_files_are_read_anew(twelve, monkeypatch):
     read(twelve, 10)
+    folder = hub._cache_of(str(twelve))
     first = twelve / "data" / "train-00000-of-00002.parquet"
     content, times = first.read_bytes(), (first.stat().st_atime_ns, first.stat().st_mtime_ns)
     footer = int.from_bytes(content[-8:-4], "little") + 8
     first.write_bytes(content[:4] + bytes(len(content) - footer - 4) + content[-footer:])  # no row can be read any more
-    os.utime(first, ns=times)  # by name, size and time it is the same data set still
-    assert ids(read(twelve)) == list(range(1, 13))
+    os.utime(first, ns=times)
+    with pytest.raises(InputError, match="broke off"):  # it has changed, though not in length and time
+        read(twelve)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "_cache_of", lambda _: folder)  # as if it were the same still
+        assert ids(read(twelve)) == list(range(1, 13))
     parquet(twelve, [row(i) for i in range(21, 25)])
     assert ids(read(twelve, 3)) == [21, 22, 23]
 
@@ -264,6 +270,13 @@ def test_n_rows_are_n_usable_images_and_what_is_wrong_with_the_others_is_counted
         read(folder, strict=True)
     with pytest.raises(InputError, match="two images have the id 1"):
         read(parquet(tmp_path / "twice", [row(1), row(1)]))
+
+
+def test_a_fault_of_this_machine_is_not_kept(twelve, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="Too many open files"):
+        patch.setattr(Image, "open", Mock(side_effect=OSError(24, "Too many open files")))
+        read(twelve, 2)
+    assert ids(read(twelve, 2)) == [1, 2]
 
 
 def test_no_row_can_name_a_file_outside_the_data_set(tmp_path):

@@ -199,9 +199,8 @@ def test_validation_split_comes_before_test(tmp_path, write, caplog):
             data = load_split(flags_of(write, root), "val")
             assert data.notes == (TEST_NOTE,) and TEST_NOTE in caplog.text
             caplog.clear()
-            assert np.allclose(
-                convert_boxes(data.boxes, "xywh", "xyxy"), [box[1:] for scene in scenes["test"] for box in scene.boxes]
-            )
+            boxes = [box[1:] for scene in scenes["test"] for box in scene.boxes]
+            assert np.allclose(convert_boxes(data.boxes, "xywh", "xyxy"), boxes)
         with pytest.raises(InputError, match="refused by --strict"):
             load_split(flags_of(write, root, strict=True), "val")
 
@@ -238,9 +237,8 @@ def test_frame_of_coco_images_is_as_stored_unless_the_size_tells(tmp_path, orien
         expected = upright if is_upright else turned_back(upright, orientation)
         pixels = np.asarray(data.images[0].open(), int)
         assert pixels.shape == (*expected.size[::-1], 3)
-        assert (
-            abs(pixels - np.asarray(expected, int)).mean() < 12
-        )  # of JPEG and WebP; any other frame differs by 40 or more
+        difference = abs(pixels - np.asarray(expected, int)).mean()
+        assert difference < 12  # of JPEG and WebP; any other frame differs by 40 or more
 
 
 def test_size_in_voc_files_tells_the_frame_and_is_compared_with_the_image(tmp_path):

@@ -61,10 +61,10 @@ REFUSED = {
     "1.5 0.5 0.5 0.2 0.4": "class is not a whole number",
     "nan 0.5 0.5 0.2 0.4": "class is not a whole number",
     "1 0.5 0.5 0.2 0.4 0.9": "may be predictions",
-    "1 0.5 0.5 0.2 0.4 0.9 1": "7 columns, which may be predictions",
+    "1 0.5 0.5 0.2 0.4 0.9 1": "7 columns, perhaps predictions",
     "1 50 25 20 20": "not fractions of the image's sides",
     "1 nan 0.5 0.2 0.4": "not fractions of the image's sides",
-    "2 0.5 0.5 0.2 0.4": "the classes 1 to 2: they must begin with 0",
+    "2 0.5 0.5 0.2 0.4": "the classes 1 to 2, the list has 0 to 1: number both",
 }
 
 
@@ -118,7 +118,11 @@ def test_class_names_are_as_written_in_yaml(tmp_path, written):
     [
         *("", "- a", "a: [", "names: [a]", "val: images/val", "val: nowhere\nnames: [a]", "val: labels\nnames: [a]"),
         *("names: 3\nval: x", "[" * 5000, "names: " + "9" * 5000, "val: images/val\nnames: [a]\npath: /nowhere"),
-        *("names: [caf\xe9]\nval: images/val", "val: images/val\nnames: [a]\npath: [b]"),
+        *(
+            "names: [caf\xe9]\nval: images/val",
+            "val: images/val\nVal: images/val\nnames: [a, b]",
+            "val: images/val\nnames: [a]\npath: [b]",
+        ),
     ],
 )
 def test_other_yaml_files_are_refused_in_a_line(tmp_path, content):
@@ -148,6 +152,10 @@ def test_a_place_that_may_be_two_folders_is_refused(tmp_path):
     yolo(tmp_path)
     with pytest.raises(InputError, match=r"which is .*mine/images/val or .*images/val: write that path in full"):
         read(tmp_path / "mine")
+    (tmp_path / "mine" / "data.yaml").write_text("train: ../images/train\nval: ../other\nnames: [red, blue]\n")
+    (tmp_path / "images").rename(tmp_path / "other")
+    with pytest.raises(InputError, match=r"the images \.\./other, which is .*/other: write that path in full"):
+        read(tmp_path / "mine")  # whose training images are its own
 
 
 def test_the_home_folder_and_splits_in_other_letters(tmp_path, monkeypatch):
@@ -190,18 +198,19 @@ def voc(folder, boxes=((11, 6, 30, 25),), stem="a", difficult="0"):
     image(folder / f"{stem}.png")
     sides = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
     corners = "".join(sides.format(*box) for box in boxes)
-    thing = f"<object><name>cat</name><difficult>{difficult}</difficult>{corners}</object>"
+    name = "caf\u00e9" if stem == "a" else "cafe\u0301"
+    thing = f"<object><name>{name}</name><difficult>{difficult}</difficult>{corners}</object>"
     (folder / f"{stem}.xml").write_text(f"<annotation><filename>another.jpg</filename>{thing}</annotation>")
     return folder.parent
 
 
-@pytest.mark.parametrize("difficult", ["1", "true", " True\n"])
+@pytest.mark.parametrize("difficult", ["1", "true", " True\n", "yes", "1.0"])
 def test_voc_corners_count_from_one_the_stem_finds_the_image_and_difficult_objects_are_crowds(tmp_path, difficult):
     voc(tmp_path / "val", stem="b c", difficult=difficult)
     data = read(voc(tmp_path / "val", [(11, 6, 30, 25), (1, 1, 100, 50)], difficult="False"), strict=True)
     assert data.boxes.tolist() == [[10, 5, 20, 20], [0, 0, 100, 50], [10, 5, 20, 20]]
     assert names_of(data) == ["a.png", "b c.png"] and data.crowd.tolist() == [False, False, True]
-    assert data.category_ids == (1,) and data.class_names == ("cat",)
+    assert data.category_ids == (1,) and data.class_names == ("caf\u00e9",)  # composed in one, not in the other
 
 
 def test_what_is_wrong_with_voc_is_counted_or_refused(tmp_path):
@@ -218,7 +227,8 @@ def test_what_is_wrong_with_voc_is_counted_or_refused(tmp_path):
         "left out 1 boxes that are not four finite numbers (broken.png)",
     )
     latin = "<annotation>caf\xe9</annotation>".encode("latin-1")
-    for content in (b"<annotation>", latin, b"<a><object><xmin>wide</xmin></object></a>"):
+    unclear = [f"<a><object><{tag}>wide</{tag}></object></a>".encode() for tag in ("xmin", "difficult")]
+    for content in (b"<annotation>", latin, *unclear):
         (folder / "a.xml").write_bytes(content)
         with pytest.raises(InputError, match=r"cannot read .*a\.xml as XML in UTF-8"):
             read(tmp_path)

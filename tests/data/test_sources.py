@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT, annotation, data_flags, random_image
 
 from common.console import InputError
-from common.data.sources import READERS, load_split, load_train_and_val, read_chosen
+from common.data.sources import READERS, check_classes, load_split, load_train_and_val, read_chosen
 
 
 def names(data):
@@ -71,9 +71,12 @@ def test_files_of_an_editor_and_other_systems_do_not_hide_coco_and_years_are_not
             load_split(data_flags(root), split)
 
 
-def test_training_images_in_the_validation_part_are_refused(tmp_path):
+def test_training_images_in_the_validation_part_are_refused_and_copies_warned_of(tmp_path, caplog):
     root = yolo(tmp_path)
+    with pytest.raises(InputError, match=r"8 images are copies of training images \(000\.png, .* by --strict"):
+        load_train_and_val(data_flags(root, strict=True))
     load_train_and_val(data_flags(root))
+    assert "8 images are copies" in caplog.text
     (root / "data.yaml").write_text("train: images/train\nval: images/train\nnames: [a, b]\n")
     with pytest.raises(InputError, match="8 of the 8 validation images are training images"):
         load_train_and_val(data_flags(root))
@@ -102,8 +105,12 @@ def test_n_images_are_n_that_can_be_used(tmp_path):
         load_split(data_flags(root, 8, strict=True), "train")
 
 
-def test_classes_without_a_training_object_are_named(demo, caplog):
+def test_classes_of_validation_alone_and_those_without_a_training_object_are_named(demo, caplog):
     train, val = load_train_and_val(data_flags(demo, 2))
+    other = replace(val, class_names=("Disc", *val.class_names[1:]))
+    check_classes(train, other)
+    with pytest.raises(InputError, match=r"1 classes are not among those of .*train2017\.json \(Disc\) \(refused by"):
+        check_classes(train, other, strict=True)
     shown = {train.class_names[label] for label in train.labels}
     assert f"no training image shows {10 - len(shown)} classes" in caplog.text and len(val) == 2
 
@@ -137,11 +144,12 @@ def test_data_without_objects_are_refused_in_training_and_warned_of_in_validatio
     for part in ("val", "train"):
         for label in (root / "labels" / part).iterdir():
             label.write_text("")
-        if part == "val":
-            load_train_and_val(data_flags(root))
+        for load in (load_train_and_val, lambda flags: load_split(flags, "val")) if part == "val" else ():
+            caplog.clear()
+            load(data_flags(root))
             assert "so that mAP cannot be computed" in caplog.text
             with pytest.raises(InputError, match=rf"{lacks}, so that mAP cannot be computed.*refused by --strict"):
-                load_train_and_val(data_flags(root, strict=True))
+                load(data_flags(root, strict=True))
     with pytest.raises(InputError, match=rf"{lacks}; there is nothing to learn"):
         load_train_and_val(data_flags(root))
 

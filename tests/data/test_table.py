@@ -23,6 +23,7 @@ LEFT_OUT = [
     ({"bbox": [1, 20, 5, -9]}, NO_AREA),
     ({"bbox": [100, 2, 5, 9]}, "boxes that lie outside their image (a.png)"),
     ({"bbox": [10, -9, 5, 9]}, "boxes that lie outside their image (a.png)"),
+    ({"bbox": [0.1, 0.5, 0.9, 0.3]}, "boxes that end within 2 pixels of a corner, like fractions (a.png)"),
     ({"image_id": 99}, "boxes of images that are not used"),
     ({"category_id": 99}, "boxes of a class that is not listed (a.png)"),
 ]
@@ -37,7 +38,9 @@ REFUSED = [
     ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": " a"}]}, "are called a: list"),
     ({"images": [{"id": 1, "file_name": "gone.png", "width": 9, "height": 9}]}, r"\(gone.png\)"),
     ({"images": [{"id": 1, "file_name": f"{n}.png"} for n in "ab"]}, "two images have the id 1"),
-    ({"images": [{"id": i, "file_name": "a.png"} for i in (1, 2)]}, "listed twice: a.png"),
+    ({"images": [{"id": i, "file_name": name} for i, name in enumerate(("a.png", "./a.png"))]}, "listed twice: a.png"),
+    ({"annotations": [annotation(category_id=i) for i in (2, 3)]}, "classes 2 to 3, the list has 3 to 7: number both"),
+    ({"annotations": [annotation(category_id=i) for i in (7, 8)]}, "classes 7 to 8, the list has 3 to 7: number both"),
 ]
 
 
@@ -70,29 +73,24 @@ def test_what_coco_leaves_optional_needs_no_note(coco_file):
     assert data.areas.tolist() == [150, 99, 99] and data.crowd.tolist() == [False, True, False] and data.notes == ()
 
 
-@pytest.mark.parametrize("shift", [0, 0.04])
+@pytest.mark.parametrize("shift", [0, 0.04, 0.5])
 def test_boxes_beyond_the_edge_and_repeated_ones_are_kept_and_counted(coco_file, shift):
     """Repeated: of one class on one image, also where written with other digits; COCO counts each of them."""
     same = [annotation(), annotation(bbox=[10 + shift, 20, 30, 5 - shift])]
-    other = [
-        annotation(category_id=7),
-        annotation(iscrowd=1),
-        annotation(image_id=5),
-        annotation(bbox=[90, 50, 30, 30]),
-    ]
+    changes = {"category_id": 7, "iscrowd": 1, "image_id": 5, "bbox": [90, 50, 30, 30]}
+    other = [annotation(**{name: value}) for name, value in changes.items()]
     data = load_coco(*coco_file([*same, *other]))
     assert len(data.labels) == 6 and [90, 50, 30, 30] in data.boxes.tolist()
     assert data.notes[0] == "clipped 1 boxes at the edge of their image, for training (a.png)"
-    assert (
-        data.notes[1].startswith("kept 1 boxes that repeat one of their class on their image") and len(data.notes) == 2
-    )
+    assert data.notes[1].startswith("kept 1 boxes that repeat one of their class on their image")
+    assert len(data.notes) == 2
 
 
 def test_classes_that_differ_in_case_alone_are_noted_and_accents_in_any_form_are_one(coco_file):
-    names = ("Red", "red", "traffic light", "a", "A", "cafe\u0301", "traffic_light")
+    names = ("Red", "red", "traffic light", "a", "A", "cafe\u0301", "traffic_light", "traffic\u200b light")
     data = load_coco(*coco_file([], categories=enumerate(names)))
     assert data.class_names[5] == "caf\u00e9" and len(data.notes) == 1
-    assert data.notes[0].startswith("4 classes differ from another in case")
+    assert data.notes[0].startswith("5 classes differ from another in case")
     assert data.notes[0].endswith("(Red, red, traffic light, …)")
 
 

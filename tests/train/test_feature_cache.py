@@ -82,7 +82,7 @@ def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, f
         cached(detector, demo_val)
 
 
-def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, build, coco_file):
+def test_the_name_changes_with_everything_that_changes_the_features(detector, demo_val, build, coco_file, monkeypatch):
     def names(changed=detector, data=demo_val, views=2, precision="fp32"):
         return shard_paths(changed, data, views, precision)
 
@@ -96,9 +96,15 @@ def test_the_name_changes_with_everything_that_changes_the_features(detector, de
     others = [names(), names(data=demo_val.first(5)), names(views=1), names(precision="bf16"), names(data=own)]
     others += map(names, detectors)
     file = own.images[0].path
-    file.write_bytes(file.read_bytes() + b" ")
+    status = file.stat()
+    file.write_bytes(file.read_bytes()[:-1] + b"-")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # of the same length and time
     others.append(names(data=own))
-    assert len(set(map(tuple, others))) == len(others) == 10
+    monkeypatch.setattr("common.data.memory.DECODING", "of another release")
+    others.append(names())
+    monkeypatch.setattr("torch.__version__", "another")
+    others.append(names())
+    assert len(set(map(tuple, others))) == len(others) == 12
 
 
 def test_too_little_disk_space_is_an_error_before_the_cached(detector, demo_val, folder, monkeypatch):
