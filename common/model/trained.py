@@ -85,7 +85,7 @@ class TrainedDetector(ABC):
             batch = []
             for number, image in enumerate(images[first : first + batch_size], first):
                 try:
-                    batch.append(read_pixels(image))
+                    batch.append(read_pixels(image))  # type: ignore[arg-type]  # bytes are one image
                 except InputError as error:
                     raise InputError(f"image {number} of the list: {error}") from error
             detections += self._detect(batch, first, min_score)

@@ -6,6 +6,7 @@ And folders for the hub, with their model card.
 import json
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, encoded
 
 import comprehensive_validation
 from common.console import InputError
@@ -121,6 +122,7 @@ def test_flags_that_do_not_belong_together_and_missing_packages_are_refused(fold
     refused("--int8 is for", output=no, int8=True, calibration=str(demo), format="hub")
     refused("none is listed", output=no, int8=True, calibration=str(tmp_path))
     refused("give its name with --output", checkpoint="a-folder-1.5")
+    refused("give its name with --output", output="..")
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "nncf", None)
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -133,8 +135,16 @@ def test_flags_that_do_not_belong_together_and_missing_packages_are_refused(fold
 def test_its_own_export_is_replaced_and_another_programs_is_not(folder, form, tmp_path):
     settings = export.Settings(str(folder / f"{NAME}.pth"), form, str(tmp_path / f"best{export.ENDS[form]}"))
     output = export.main(settings)
-    export.main(settings)
     file = output / "config.json" if form == "hub" else exported_file(output)
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk that is full
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            export.main(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before and load_detector(output) and not list(output.parent.glob("**/tmp*"))
+    export.main(settings)
     file.write_bytes(b"another trainer's")
     with pytest.raises(InputError, match="was not written by this program"):
         export.main(settings)
@@ -195,7 +205,12 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
 def test_an_openvino_folder_may_be_renamed_and_its_file_named(folder, tmp_path):
     renamed = shutil.copytree(folder / FORMATS["openvino"], tmp_path / "v2")
     file = renamed / f"{NAME}.xml"
+    (renamed / "another.xml").write_text("<net/>")
     assert load_detector(renamed).file == load_detector(file).file == file
+    shutil.copy(file, renamed / "second.xml")
+    with pytest.raises(InputError, match=r"holds several detectors: name one of .*second.xml"):
+        load_detector(renamed)
+    (renamed / "second.xml").unlink()
     file.write_text(file.read_text()[:300])
     with pytest.raises(InputError, match="OpenVINO cannot read"):
         load_detector(renamed)
@@ -214,10 +229,12 @@ signal.raise_signal(signal.SIGINT)"""
 
 
 def test_python_of_the_page_finds_what_predict_finds(folder, demo_val, monkeypatch, capsys):
-    """Every block of docs/deployment.md, those that use a runtime alone on an image of whose sides one is rounded."""
+    """Every block of docs/deployment.md, those that use a runtime alone on a turned image, one of its sides rounded."""
     monkeypatch.chdir(folder)
     for name in ("street.png", "cat.png"):
-        demo_val.images[0].open().resize((377, 157)).save(name)
+        Path(name).write_bytes(
+            encoded(demo_val.images[0].open().resize((377, 157)), 6, ".png")
+        )  # as a camera held upright
     page = (ROOT / "docs" / "deployment.md").read_text().replace(".jpg", ".png")
     variables: dict = {}
     for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
