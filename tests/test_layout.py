@@ -25,7 +25,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/evaluate/*.py": 1454,
     "common/show/*.py": 596,
     "common/export/*.py": 331,
-    "tests/**/*.py": 6790,
+    "tests/**/*.py": 6797,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -66,7 +66,8 @@ def output_of(settings: Settings) -> Path:
 def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
     """Batches of one image each. Raises InputError where there are none."""
     images, _ = find_images(Path(settings.calibration))
-    chosen = images[:: max(1, len(images) // settings.calibration_images)][: settings.calibration_images]
+    count = min(len(images), settings.calibration_images)
+    chosen = [images[number * len(images) // count] for number in range(count)]
     data = unlabelled_images(chosen or [Path(settings.calibration)])
     return make_eval_loader(data, image_size, batch_size=1, workers=0)
 

@@ -98,6 +98,13 @@ def test_8_bits_lose_little(folder, demo, demo_val, form, tmp_path):
     assert sizes[0] < 0.6 * sizes[1]
 
 
+def test_calibration_images_are_spread_over_the_folder(demo):
+    files = sorted((demo / "train2017").iterdir())
+    settings = export.Settings(calibration=str(demo / "train2017"), calibration_images=len(files) * 2 // 3)
+    used = [files.index(batch.meta[0].path) for batch in export.calibration_loader(settings, 56)]
+    assert len(used) == len(files) * 2 // 3 and used[:4] == [0, 1, 3, 4] and used[-1] >= len(files) - 3
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "options", "output"),
     [
