@@ -30,7 +30,7 @@ from common.model import load_detector
 from common.runtime import RuntimeFlags, check_single_process
 from common.show.drawing import contact_sheet, detected_boxes, draw_boxes, side_by_side, true_boxes
 from common.show.fonts import print_missing
-from common.show.tables import format_table
+from common.show.tables import format_table, short_names
 
 SHEET_IMAGES = 16
 COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5")
@@ -54,13 +54,12 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     suffix, by their index. Raises InputError: an output cannot be written, is read, or is a file of another program."""
     check_single_process()
     models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
-    images = [Path(path) for path in settings.images]
-    data = unlabelled_images(images) if images else load_split(settings, "val")
+    data = unlabelled_images(list(map(Path, settings.images))) if settings.images else load_split(settings, "val")
     chosen = np.arange(len(data))
-    if settings.draw and not images and settings.draw < len(data):
+    if settings.draw and not settings.images and settings.draw < len(data):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
     drawn = dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
-    files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(images)
+    files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(settings.images)
     outputs = [Path(settings.output, "contact_sheet.jpg")]
     outputs += [Path(settings.output, model, file) for model in models for file in files]
     inputs = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]
@@ -98,8 +97,8 @@ def write_images(
         image = data.images[index].open()
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if len(data.labels) else []
         panels = []
-        for model, run in runs.items():
-            panels.append((model, draw_boxes(image, detected_boxes(run.table, index, run.class_names, scores[model]))))
+        for title, (model, run) in zip(short_names(list(runs), 20), runs.items(), strict=True):
+            panels.append((title, draw_boxes(image, detected_boxes(run.table, index, run.class_names, scores[model]))))
             save(side_by_side([*left, panels[-1]]), model, f"{name}.jpg")
         if len(sheet) < SHEET_IMAGES:
             sheet.append(side_by_side([*left, *panels]))
@@ -121,7 +120,8 @@ def main(settings: Settings) -> dict[str, dict]:
     records = []
     if not settings.images:
         records = [evaluate(name, models[name], run, data).record for name, run in runs.items()]
-        print(format_table(records, COLUMNS))
+        warnings = [f"warning: {record.name}: {text}" for record in records for text in record.warnings]
+        print(format_table(records, COLUMNS), *warnings, sep="\n")
     sheet = write_images(settings, data, runs, scores, drawn)
     print(f"annotated images in {settings.output}/, contact sheet: {sheet}")
     return {r.name: vars(r.primary) | {"AP50": r.number("detection", "AP50")} for r in records}

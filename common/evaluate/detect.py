@@ -64,19 +64,14 @@ def run_detector(
     def run(batch: Batch) -> list[Detections]:
         return detections_of(*detector.run(batch.inputs), batch.meta)
 
-    def loader(images: DetectionData, at_once: int, workers: int) -> DataLoader:
-        return make_eval_loader(images, detector.image_size, at_once, workers)
+    def inputs_of(part: np.ndarray) -> Batch:
+        return next(iter(make_eval_loader(data.select(part), detector.image_size, len(part), workers=0)))
 
-    table, cost = detection_table(detect(loader(data, batch_size, workers), run, len(data), title), data), None
+    loader = make_eval_loader(data, detector.image_size, batch_size, workers)
+    table, cost = detection_table(detect(loader, run, len(data), title), data), None
     if timed:
-        cost = measure_cost(
-            lambda batch: seconds(run, batch),
-            lambda part: next(iter(loader(data.select(part), len(part), 0))),
-            min(batch_size, len(data)),
-            detector.device,
-            detector.precision,
-            detector.parameters,
-        )
+        count, about = min(batch_size, len(data)), (detector.device, detector.precision, detector.parameters)
+        cost = measure_cost(lambda batch: seconds(run, batch), inputs_of, count, *about)
     return ModelRun(table, detector.class_names, cost, detector.conditions())
 
 

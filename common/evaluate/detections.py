@@ -16,6 +16,7 @@ from common.evaluate.results import LARGEST, Cost, from_json, read_json
 from common.types import Detections, convert_boxes
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
+OTHER_NAMES = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}  # Pascal VOC's
 CUT_SCORE = 0.05  # tools cut below it for an evaluation, at 0.25 or more for people to look at
 
 
@@ -55,7 +56,7 @@ class ModelRun:
 def label_map(class_names: Sequence[str], data: DetectionData) -> np.ndarray:
     """(K,) int64 the data set's label of each of a model's classes, by name; -1 where the data set has no such class.
 
-    A name that differs in case, spaces, underscores or hyphens is accepted where no other name could be meant.
+    One that differs in case, spaces, _ or -, or is one of OTHER_NAMES, is accepted where no other could be meant.
     """
     exact = {name: label for label, name in enumerate(data.class_names)}
     similar = {_class_key(name): label for name, label in exact.items()}
@@ -66,7 +67,8 @@ def label_map(class_names: Sequence[str], data: DetectionData) -> np.ndarray:
 
 
 def _class_key(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", name)).casefold()
+    key = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", name)).casefold()
+    return OTHER_NAMES.get(key, key)
 
 
 def detection_table(detections: Sequence[Detections], data: DetectionData) -> DetectionTable:
@@ -158,9 +160,9 @@ def _find_images(path: str, columns: dict[str, list], data: DetectionData) -> tu
     place_of |= {name: n for n, name in enumerate(last) if count[name] == 1}
     paths = {name: name.replace("\\", "/") for name in set(columns["file_name"]) - {None}}
     by_name = {name: place_of.get(p, place_of.get(p.rpartition("/")[2], -1)) for name, p in paths.items()}
-    by_id = {image.id: n for n, image in enumerate(data.images)}
+    by_id = {image.id: n for n, image in enumerate(data.images) if data.own_ids}  # others are positions
     of = f"images that {data.source} does not have here"
-    advice = "give each detection the image_id or file_name of the data, or take all images (--val-images 0)"
+    advice = f"give each detection the {'image_id or ' * data.own_ids}file_name of the data, or set --val-images 0"
     images, warnings = _find(path, columns, ("file_name", by_name), ("image_id", by_id), of, advice)
     ids: dict[int, int | None] = {}
     for image, number, name in zip(images.tolist(), columns["image_id"], columns["file_name"], strict=True):

@@ -57,7 +57,7 @@ def evaluate(
         primary=PrimaryNumbers(**primary_numbers(primary)),
         cost=run.cost,
         conditions=run.conditions | {"classes_compared": known, "classes_in_data": len(data.class_names)},
-        warnings=[*run.warnings, *_class_warnings(run.class_names, labels, data)],
+        warnings=[*run.warnings, *_data_warnings(run.class_names, labels, data)],
     )
     if weights is None:
         return Evaluation(record, table)
@@ -95,8 +95,8 @@ def describe_data(data: DetectionData, source: str) -> DataDescription:
     return DataDescription(source, "val", len(data), sum(counts), len(names), names, data.fingerprint(), counts)
 
 
-def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
-    """Which classes were matched although their names differ, and which classes of the data set the model lacks."""
+def _data_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
+    """Which classes were matched although their names differ, which the model lacks, and images of too many objects."""
     pairs = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
     differ, warnings = [f"{own} = {name}" for own, name in pairs if own != name], []
     if differ:
@@ -104,6 +104,9 @@ def _class_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: Dete
     if missing := [name for label, name in enumerate(data.class_names) if label not in labels]:
         about = f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source}"
         warnings.append(f"{about} ({first_few(missing)}); their objects count as missed")
+    if many := int((np.bincount(data.image_of_box()[~data.crowd]) > metrics.MAX_DETECTIONS).sum()):
+        limit = f"more than {metrics.MAX_DETECTIONS} objects, the most that COCO counts of a class"
+        warnings.append(f"{many} images have {limit} and that this project's detectors give in all: AR is below 1")
     return warnings
 
 

@@ -138,9 +138,7 @@ def _precision_steps(matched: Matched, weights: np.ndarray) -> Iterator[tuple]:
                     sums = np.insert(block[image[aside]].cumsum(0, dtype=np.float64), 0, 0, axis=0)
                     counted -= sums[np.searchsorted(aside, at)]
                 precision, recall = right / np.maximum(counted, TINY), right / np.maximum(total, TINY)
-                reached = np.floor(recall * (len(RECALLS) - 1) + 1e-9).astype(
-                    np.int64
-                )  # or one less, as floats compare
+                reached = (recall * (len(RECALLS) - 1) + 1e-9).astype(np.int64)  # or one less, as floats compare
                 reached += RECALLS[reached] <= recall
                 best = np.maximum.accumulate(precision[::-1], 0)[::-1]
                 yield k, t, part, total, best, np.diff(reached, prepend=0, axis=0)

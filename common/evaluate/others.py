@@ -65,6 +65,8 @@ def _load_transformers(folder: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     options = {"local_files_only": True, "trust_remote_code": False}
+    if not any(Path(folder).glob("*.safetensors")):
+        raise InputError(f"{folder} has no .safetensors: convert its weights by from_pretrained and save_pretrained")
     try:
         processor = AutoImageProcessor.from_pretrained(folder, **options)
         model, report = AutoModelForObjectDetection.from_pretrained(
@@ -77,7 +79,7 @@ def _load_transformers(folder: str) -> tuple[Any, Any]:
         raise InputError(f"{folder} lacks {len(missing)} weights, the first of them {missing[0]}")
     if labels != list(range(len(labels))):
         raise InputError(f"{folder}: its outputs are numbered from 0, its id2label has {first_few(labels)}")
-    if getattr(processor, "pad_size", None):
+    if getattr(processor, "do_pad", True) and getattr(processor, "pad_size", None):
         about = f"{folder}: its processor pads images to {dict(processor.pad_size)}, of which boxes may be fractions"
         raise InputError(f"{about}: give its detections with --from-detections")
     return processor, model.eval()

@@ -6,8 +6,7 @@
                                                                        -> improved_dino2_detector_int8_openvino_model/
   python -m common.export improved_dino2_detector.pth --format hub          -> improved_dino2_detector_hub/
 
-docs/deployment.md says what an exported graph takes and returns. The folder for the hub has weights, settings and a
-model card; `hf upload` publishes it, and `load_detector` reads it.
+docs/deployment.md says what an exported graph takes and returns, and how the folder for the hub is published.
 """
 
 import json
@@ -19,20 +18,21 @@ from torch.utils.data import DataLoader
 
 from common import cli
 from common.cli import flag
-from common.console import InputError, check_packages
+from common.console import InputError, check_packages, last_line
 from common.data.dataset import make_eval_loader
 from common.data.sources import unlabelled_images
 from common.export.graph import onnx_graph, quantize, write_graph
-from common.export.runtime import FORMAT_VERSION, Description, load_exported
+from common.export.runtime import FORMAT_VERSION, Description
 from common.files import check_outputs
 from common.hub import CONFIG, WEIGHTS
 from common.images import find_images
-from common.model.checkpoint import Checkpoint, load_checkpoint
+from common.model import load_detector
+from common.model.checkpoint import Checkpoint
 from common.model.trained import load_on_device
 
 ENDS = {"onnx": ".onnx", "openvino": "_openvino_model", "hub": "_hub"}  # of the names that are written
 PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino"), "hub": ()}
-LARGEST_GRAPH = 2**31  # bytes that ONNX can hold in one file
+LARGEST_GRAPH = 2 * 10**9  # bytes of weights; with the rest of the graph ONNX can hold 2^31
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,24 @@ def check_flags(settings: Settings) -> None:
 
 def output_of(settings: Settings) -> Path:
     """The file or folder to write. Raises InputError where it has no name: a folder or a name of the hub gives none."""
-    source, end = Path(settings.checkpoint), ENDS[settings.format]
-    if not settings.output and source.suffix.lower() != ".pth":
-        raise InputError(f"{source} is no .pth file, which would name the export: give its name with --output")
-    name = settings.output.rstrip("/").removesuffix(".xml") or f"{source.with_suffix('')}{'_int8' * settings.int8}"
+    given, end = Path(settings.output or settings.checkpoint), ENDS[settings.format]
+    if not given.name.strip(".") or not (settings.output or given.suffix.lower() == ".pth"):
+        raise InputError(f"{given} gives the export no name, as a .pth file does: give its name with --output")
+    name = str(given).removesuffix(".xml") if settings.output else f"{given.with_suffix('')}{'_int8' * settings.int8}"
     return Path(name if name.lower().endswith(end) else name + end)
 
 
 def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
     """Batches of one image each. Raises InputError where there are none."""
     images, _ = find_images(Path(settings.calibration))
-    chosen = images[:: max(1, len(images) // settings.calibration_images)][: settings.calibration_images]
+    count = min(len(images), settings.calibration_images)
+    chosen = [images[number * len(images) // count] for number in range(count)]
     data = unlabelled_images(chosen or [Path(settings.calibration)])
     return make_eval_loader(data, image_size, batch_size=1, workers=0)
 
 
 def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None:
-    """Write an ONNX or OpenVINO detector, which has been loaded before it replaces an earlier one.
-
-    Raises InputError for a graph too large for ONNX, and without images to calibrate with.
-    """
+    """Write an ONNX or OpenVINO detector. Raises InputError: too large for ONNX, no calibration images, a full disk."""
     weights = sum(weight.nbytes for weight in checkpoint.detector.parameters())
     if weights >= LARGEST_GRAPH:
         raise InputError(f"the weights have {weights / 1e9:.1f} GB, and ONNX takes 2: export a smaller backbone")
@@ -85,29 +83,33 @@ def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None
     names, ids, size = list(checkpoint.class_names), list(checkpoint.category_ids), checkpoint.image_size
     description = Description(FORMAT_VERSION, names, ids, size, checkpoint.min_score, precision, conditions)
     graph = onnx_graph(checkpoint.detector, json.dumps(asdict(description)))
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        made = Path(scratch, file.name)
-        write_graph(quantize(graph, loader) if loader else graph, made)
-        load_exported(made)
-        for part in sorted(Path(scratch).iterdir()):
-            part.replace(file.with_name(part.name))
+    graph = quantize(graph, loader) if loader else graph
+    try:
+        write_graph(graph, file)
+    except (OSError, RuntimeError) as error:  # OpenVINO has no other
+        raise InputError(f"cannot write the graph, is the disk full? {last_line(error)}") from error
 
 
 def main(settings: Settings) -> Path:
-    """Write the exported detector, check that it loads, and return its path."""
+    """Write the exported detector, which replaces an earlier one once it has been loaded, and return its path."""
     check_flags(settings)
     output = output_of(settings)
     detector = load_on_device(settings.checkpoint, "cpu")
     xml = output / f"{output.name.removesuffix(ENDS['openvino'])}.xml"
     file = {"onnx": output, "openvino": xml, "hub": output / CONFIG}[settings.format]
     check_outputs([file, *[output / WEIGHTS] * (settings.format == "hub")], [settings.checkpoint])
-    if settings.format == "hub":
-        detector.save_pretrained(output)  # a card that is there already is kept
-        load_checkpoint(output)
-    else:
-        export_graph(detector.checkpoint, settings, file)
-    parts = output.iterdir() if output.is_dir() else [output]
-    megabytes = sum(part.stat().st_size for part in parts) / 1e6
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        made = Path(scratch, file.name)
+        if settings.format == "hub":
+            detector.save_pretrained(scratch)
+        else:
+            export_graph(detector.checkpoint, settings, made)
+        load_detector(scratch if settings.format == "hub" else made, "cpu")
+        for part in sorted(made.parent.iterdir()):
+            place = file.with_name(part.name)
+            if part.name != "README.md" or not place.exists():  # a model card may have been edited
+                part.replace(place)
+    megabytes = sum(part.stat().st_size for part in (output.iterdir() if output.is_dir() else [output])) / 1e6
     print(f"{output}: {megabytes:.0f} MB, {len(detector.class_names)} classes")
     return output
 

@@ -58,11 +58,13 @@ class ExportedDetector(TrainedDetector):
 
 
 def exported_file(path: str | Path) -> Path | None:
-    """The .onnx or .xml of a detector of this project, given it or its folder; None where `path` is something else."""
+    """The .onnx or .xml of a detector of this project, given it or its folder, or None. InputError: there are two."""
     files = sorted(Path(path).glob("*.xml")) if Path(path).is_dir() else [Path(path)]
-    if len(files) != 1 or files[0].suffix.lower() not in RUNTIMES or not files[0].is_file():
-        return None
-    return files[0] if PROGRAM.encode() in files[0].read_bytes() else None
+    files = [file for file in files if file.suffix.lower() in RUNTIMES and file.is_file()]
+    ours = [file for file in files if PROGRAM.encode() in file.read_bytes()]
+    if len(ours) > 1:
+        raise InputError(f"{path} holds several detectors: name one of {', '.join(map(str, ours))}")
+    return ours[0] if ours else None
 
 
 def load_exported(file: Path) -> ExportedDetector:
@@ -80,13 +82,9 @@ def load_exported(file: Path) -> ExportedDetector:
     about = from_json(Description, content, f"{file}: its description")
     if about.format_version != FORMAT_VERSION or len(about.class_names) != len(about.category_ids):
         raise InputError(f"{file} is not of format_version {FORMAT_VERSION}: export its checkpoint again")
-    names, ids, conditions = (
-        tuple(about.class_names),
-        tuple(about.category_ids),
-        about.conditions | {"runtime": runtime},
-    )
+    names, ids = tuple(about.class_names), tuple(about.category_ids)
     shared = names, ids, about.image_size, about.min_score, torch.device("cpu"), about.precision
-    return ExportedDetector(*shared, file, conditions, session)
+    return ExportedDetector(*shared, file, about.conditions | {"runtime": runtime}, session)
 
 
 def _read_onnx(file: Path) -> tuple[str, Session]:
@@ -101,8 +99,7 @@ def _read_onnx(file: Path) -> tuple[str, Session]:
 
 @functools.cache
 def openvino_core() -> Any:
-    """The one of this process: where two have ended in the order of their beginnings, the next Ctrl-C is a segmentation
-    fault."""
+    """The one of this process: once two have ended in the order of their beginnings, Ctrl-C is a segmentation fault."""
     import openvino
 
     return openvino.Core()

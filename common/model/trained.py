@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from common.types import Detections, ImageMeta
 CARD = Path(__file__).with_name("card.md").read_text()  # a template for jinja2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-AnyImage = str | Path | Image.Image | np.ndarray | Tensor
+AnyImage = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class TrainedDetector(ABC):
         """Detect the objects in one image, or in each of a list of images, `batch_size` at once.
 
         Args:
-            images: a path, an http(s) URL, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) RGB, uint8 or
-                in 0..1; or a list of them, of any sizes.
+            images: a path, an http(s) URL, a file or its content, a PIL image, an array (H, W, 3) uint8 RGB, a tensor
+                (3, H, W) RGB, uint8 or in 0..1; or a list of them, of any sizes.
             min_score: detections with a lower score are left out; None = `self.min_score`.
 
         Returns:
@@ -78,14 +78,14 @@ class TrainedDetector(ABC):
         """
         if batch_size < 1 or not (min_score is None or 0 <= min_score <= 1):
             raise InputError("batch_size must be at least 1, min_score from 0 to 1")
-        if isinstance(images, str) or not isinstance(images, Sequence):
+        if isinstance(images, str | bytes | bytearray) or not isinstance(images, Sequence):
             return self._detect([read_pixels(images)], 0, min_score)[0]
         detections: list[Detections] = []
         for first in range(0, len(images), batch_size):
             batch = []
             for number, image in enumerate(images[first : first + batch_size], first):
                 try:
-                    batch.append(read_pixels(image))
+                    batch.append(read_pixels(image))  # type: ignore[arg-type]  # bytes are one image
                 except InputError as error:
                     raise InputError(f"image {number} of the list: {error}") from error
             detections += self._detect(batch, first, min_score)

@@ -163,6 +163,17 @@ def test_detections_from_a_file_give_the_same_record(demo_val, tmp_path):
     assert (theirs.detection, theirs.primary, theirs.intervals) == (ours.detection, ours.primary, ours.intervals)
 
 
+def test_images_of_more_objects_than_are_counted_are_told(demo_val):
+    one = replace(demo_val.first(1), labels=0 * demo_val.first(1).labels)
+    columns = {name: np.concatenate([getattr(one, name)] * 40) for name in ("boxes", "labels", "crowd", "areas")}
+    data = replace(one, **columns, starts=np.array([0, 40 * len(one.boxes)]))
+    data.boxes[:, 0] += 1000 * np.arange(len(data.boxes))
+    record = evaluated(truth_as_detections(data), data, None).record
+    assert pytest.approx(100 / len(data.boxes)) == record.detection.AR100 and len(data.boxes) > 100
+    assert record.warnings[0].startswith("1 images have more than 100 objects, the most that COCO counts of a class")
+    assert evaluated(truth_as_detections(demo_val), demo_val, None).record.warnings == []
+
+
 def test_the_description_counts_objects_without_crowds(demo_val):
     about, objects = describe_data(crowded(demo_val), "demo"), np.arange(len(demo_val.labels)) % 5 > 0
     assert about.boxes == sum(about.class_boxes) == objects.sum()

@@ -83,6 +83,8 @@ def test_what_is_left_out_or_doubtful_is_counted(demo_val, rows, read):
     assert read([]).warnings == ("6 of the 6 images with objects have no detections",)
     some = [row | {"category_id": 77} if n < 3 else row for n, row in enumerate(rows)]
     assert read(some).warnings[0].startswith("3 detections of 1 (77) categories that ")
+    with pytest.raises(InputError, match=r"only .* images .*: give each detection the file_name of the data"):
+        read(rows, replace(demo_val, own_ids=False))  # positions in a list that another program cannot know
     assert read(rows).warnings == CUT and read([*rows, rows[0] | {"score": 0.01}]).warnings == ()
 
 
@@ -147,6 +149,8 @@ def test_class_names_are_matched_without_case_and_spaces_where_unique(demo_val):
     names = ("Person", "traffic light", "cat", "CAT", "dog", "Fire-Hydrant", "cafe\u0301")
     data = replace(demo_val, class_names=("person", "traffic_light", "Cat", "Dog", "DOG", "fire hydrant", "caf\u00e9"))
     assert label_map(names, data).tolist() == [0, 1, -1, -1, -1, 5, 6]
+    data = replace(demo_val, class_names=("airplane", "couch", "tv", "TV"))
+    assert label_map(("aeroplane", "Sofa", "tvmonitor"), data).tolist() == [0, 1, -1]  # Pascal VOC's and COCO's
     run = ModelRun(detection_table(truth_as_detections(demo_val), demo_val), demo_val.class_names)
     capitals = tuple(name.upper() for name in demo_val.class_names)
     record = evaluate("a", "a.pt", replace(run, class_names=capitals), demo_val).record

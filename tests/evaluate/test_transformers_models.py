@@ -43,7 +43,8 @@ def rt_detr(classes):
     decoder = {"decoder_in_channels": [16, 16, 16], "decoder_ffn_dim": 16, "decoder_layers": 2, "num_queries": 20}
     sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "anchor_image_size": None}
     config = RTDetrConfig(backbone_config=backbone, **encoder, **decoder, **sizes, **classes)
-    return RTDetrForObjectDetection(config), RTDetrImageProcessor(size={"height": 64, "width": 64})
+    unused = {"do_pad": False, "pad_size": {"height": 9, "width": 9}}
+    return RTDetrForObjectDetection(config), RTDetrImageProcessor(size={"height": 64, "width": 64}, **unused)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,7 @@ EDITS = {  # a file, what is changed in it, and words of the refusal
     ),
     "no detector": ("config.json", {"model_type": "bert"}, "transformers loads no detector from it"),
     "weights without boxes": ("model.safetensors", "bbox", "lacks 6 weights, the first of them bbox_predictor"),
+    "weights of pickle": ("model.safetensors", Path("pytorch_model.bin"), "has no .safetensors: convert its weights"),
     "half a file": ("model.safetensors", None, "transformers loads no detector from it"),
 }
 
@@ -140,6 +142,8 @@ def test_models_that_cannot_be_read_as_they_are_meant_are_refused(edit, shapes, 
     file = saved(yolos, tmp_path / "model", ("cat", "dog", "cow"))[0] / name
     if isinstance(change, dict):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    elif isinstance(change, Path):
+        file.rename(file.with_name(change.name))
     elif change:
         kept = {key: weight for key, weight in load_file(file).items() if change not in key}
         save_file(kept, file, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ And folders for the hub, with their model card.
 import json
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, encoded
 
 import comprehensive_validation
 from common.console import InputError
@@ -97,6 +98,13 @@ def test_8_bits_lose_little(folder, demo, demo_val, form, tmp_path):
     assert sizes[0] < 0.6 * sizes[1]
 
 
+def test_calibration_images_are_spread_over_the_folder(demo):
+    files = sorted((demo / "train2017").iterdir())
+    settings = export.Settings(calibration=str(demo / "train2017"), calibration_images=len(files) * 2 // 3)
+    used = [files.index(batch.meta[0].path) for batch in export.calibration_loader(settings, 56)]
+    assert len(used) == len(files) * 2 // 3 and used[:4] == [0, 1, 3, 4] and used[-1] >= len(files) - 3
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "options", "output"),
     [
@@ -121,6 +129,7 @@ def test_flags_that_do_not_belong_together_and_missing_packages_are_refused(fold
     refused("--int8 is for", output=no, int8=True, calibration=str(demo), format="hub")
     refused("none is listed", output=no, int8=True, calibration=str(tmp_path))
     refused("give its name with --output", checkpoint="a-folder-1.5")
+    refused("give its name with --output", output="..")
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "nncf", None)
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -134,8 +143,16 @@ def test_its_own_export_is_replaced_and_another_programs_is_not(folder, name, tm
     form = name if name in FORMATS else "hub"
     settings = export.Settings(str(folder / f"{NAME}.pth"), form, str(tmp_path / f"best{export.ENDS[form]}"))
     output = export.main(settings)
-    export.main(settings)
     file = output / name if form == "hub" else exported_file(output)
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk that is full
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            export.main(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before and load_detector(output) and not list(output.parent.glob("**/tmp*"))
+    export.main(settings)
     file.write_bytes(b"another trainer's")
     with pytest.raises(InputError, match="was not written by this program"):
         export.main(settings)
@@ -196,7 +213,12 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
 def test_an_openvino_folder_may_be_renamed_and_its_file_named(folder, tmp_path):
     renamed = shutil.copytree(folder / FORMATS["openvino"], tmp_path / "v2")
     file = renamed / f"{NAME}.xml"
+    (renamed / "another.xml").write_text("<net/>")
     assert load_detector(renamed).file == load_detector(file).file == file
+    shutil.copy(file, renamed / "second.xml")
+    with pytest.raises(InputError, match=r"holds several detectors: name one of .*second.xml"):
+        load_detector(renamed)
+    (renamed / "second.xml").unlink()
     file.write_text(file.read_text()[:300])
     with pytest.raises(InputError, match="OpenVINO cannot read"):
         load_detector(renamed)
@@ -215,10 +237,12 @@ signal.raise_signal(signal.SIGINT)"""
 
 
 def test_python_of_the_page_finds_what_predict_finds(folder, demo_val, monkeypatch, capsys):
-    """Every block of docs/deployment.md, those that use a runtime alone on an image of whose sides one is rounded."""
+    """Every block of docs/deployment.md, those that use a runtime alone on a turned image, one of its sides rounded."""
     monkeypatch.chdir(folder)
     for name in ("street.png", "cat.png"):
-        demo_val.images[0].open().resize((377, 157)).save(name)
+        Path(name).write_bytes(
+            encoded(demo_val.images[0].open().resize((377, 157)), 6, ".png")
+        )  # as a camera held upright
     page = (ROOT / "docs" / "deployment.md").read_text().replace(".jpg", ".png")
     variables: dict = {}
     for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):

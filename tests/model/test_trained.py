@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +66,10 @@ def test_every_form_of_an_image_gives_the_same_detections(trained, demo_val, tmp
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/{path.name}"
     forms = [str(path), url, image, pixels, pixels[:, ::-1][:, ::-1], tensor, tensor.double() / 255, turned]
+    uploads = [path.read_bytes(), io.BytesIO(path.read_bytes()), path.open("rb")]
     expected = trained.predict(path, 0.0)
-    for detections in [*trained.predict(forms, 0.0, batch_size=1), trained.predict(image, 0.0)]:
+    alone = [trained.predict(form, 0.0) for form in [image, *uploads]]
+    for detections in [*trained.predict([*forms, *uploads], 0.0, batch_size=1), *alone]:
         assert same(detections, expected)
     with pytest.raises(InputError, match=r"cannot fetch.*404"):
         trained.predict(url + ".none")
@@ -96,6 +99,7 @@ def test_the_operating_point_is_the_default_threshold(trained, file, demo_val, t
 
 NO_IMAGES = [
     (None, "not NoneType"),
+    (b"no image", "cannot read the image"),
     ("no/such.jpg", "no such image"),
     (np.zeros((4, 4, 3)), "uint8 RGB"),
     (np.zeros((0, 4, 3), np.uint8), "uint8 RGB"),
