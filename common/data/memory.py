@@ -63,10 +63,6 @@ class DetectionData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> "DetectionData":
-        """The first `count` images; all of them where there are no more."""
-        return self.select(np.arange(len(self))[:count])
-
     def select(self, indices: np.ndarray) -> "DetectionData":
         """The images at `indices` (N,) int64, in that order, with their boxes."""
         counts = np.diff(self.starts)[indices]

@@ -129,7 +129,7 @@ def test_the_numbers_equal_pycocotools_on_real_annotations(assets):
 
 def test_precision_by_hand(demo_val):
     """Three objects of one class; right, wrong, right: precision 1 up to recall 1/3, 2/3 up to recall 2/3, then 0."""
-    data = replace(with_boxes(demo_val.first(1), 3), labels=np.zeros(3, np.int64))
+    data = replace(with_boxes(demo_val.select(np.arange(1)), 3), labels=np.zeros(3, np.int64))
     boxes = data.boxes[[0, 0, 1]] + [[0, 0, 0, 0], [900, 0, 0, 0], [0, 0, 0, 0]]
     zeros, scores = np.zeros(3, np.int64), np.array([0.9, 0.8, 0.7])
     matched = match_detections(DetectionTable(zeros, boxes, scores, zeros), data)
@@ -176,7 +176,7 @@ def test_weighted_scores_equal_scikit_learn_under_any_weighting_of_the_images(se
 )
 def test_the_largest_object_against_the_best_detection_and_any_other(demo_val, shift, other_label, score, expected):
     """The detection of the highest score is something else, which the study's columns count as wrong."""
-    data = demo_val.first(4)
+    data = demo_val.select(np.arange(4))
     order = np.lexsort((data.boxes[:, 2:].prod(1), data.image_of_box()))
     largest = order[data.starts[4:0:-1] - 1]  # of the last image first
     boxes = data.boxes[largest] + shift * data.boxes[largest, 2:3] * [1, 0, 0, 0]

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -66,7 +67,7 @@ def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, f
     monkeypatch.setattr(feature_cache, "SHARD", 2)
     paths, seen, forward = shard_paths(detector, demo_val, 2, "fp32"), [], detector.backbone.forward
     monkeypatch.setattr(detector.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
-    cached(detector, demo_val.first(4))
+    cached(detector, demo_val.select(np.arange(4)))
     assert [path.is_file() for path in paths] == [True, True, False] and sum(seen) == 4 * 2
     whole = cached(detector, demo_val)
     assert [tuple(shard.shape) for shard in whole] == [(2, 2, 8, 8, 2 * 48)] * 3 and sum(seen) == 6 * 2
@@ -93,7 +94,13 @@ def test_the_name_changes_with_everything_that_changes_the_features(detector, de
     wider.config.backbone["layer_norm_eps"] = 1e-3  # with which the same weights give other features
     detectors = [tuned, wider, build(blocks=(1, 4)), build(image_size=126)]
     own = load_coco(*coco_file([]))
-    others = [names(), names(data=demo_val.first(5)), names(views=1), names(precision="bf16"), names(data=own)]
+    others = [
+        names(),
+        names(data=demo_val.select(np.arange(5))),
+        names(views=1),
+        names(precision="bf16"),
+        names(data=own),
+    ]
     others += map(names, detectors)
     file = own.images[0].path
     status = file.stat()
