@@ -167,6 +167,6 @@ class Detections:
         columns = box_convert(self.boxes, "xyxy", "xywh"), self.scores, self.labels
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return [
-            {"image_id": image_id, "category_id": self.category_ids[label], "bbox": box, "score": score}
+            {"image_id": int(image_id), "category_id": self.category_ids[label], "bbox": box, "score": score}
             for box, score, label in rows
         ]

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_every_form_of_an_image_gives_the_same_detections(trained, demo_val, tmp
 def test_detections_have_names_and_become_coco_results(trained, demo_val):
     detections = trained.predict(demo_val.images[0].path, min_score=0.0)
     assert detections.names == [demo_val.class_names[label] for label in detections.labels]
-    first, (x1, y1, x2, y2) = detections.to_coco(77)[0], detections.boxes[0].tolist()
+    first, (x1, y1, x2, y2) = json.loads(json.dumps(detections.to_coco(np.int64(77))))[0], detections.boxes[0].tolist()
     assert first["image_id"] == 77 and first["category_id"] == 10 + 2 * int(detections.labels[0])
     assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1]) and first["score"] == detections.scores[0]
 
