@@ -25,6 +25,7 @@ NAMES = {name for names in SPLITS.values() for name in names}
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")  # a path, on some system
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
+TextLoader = type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # a class may be called no or on
 TRIANGLE = 6  # numbers of a polygon of three corners
 OUTSIDE = 2.0  # a fraction of an image's side that no box or polygon reaches
 READING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -213,12 +214,13 @@ def read_yolo(request: Request) -> Table:
     """
     path, counts = yaml_of(request.data) or Path(request.data), dict[int, Path]()
     with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
-        # All as text: yes, no, on and off, which YAML makes booleans, may be names of classes.
-        content = yaml.load(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)  # noqa: S506 (it makes no objects)
+        content = yaml.load(path.read_bytes().decode("utf-8-sig"), TextLoader)  # noqa: S506 (it is a SafeLoader)
         names = content["names"]
         names = dict(enumerate(names)) if isinstance(names, list) else {int(k): v for k, v in names.items()}
         if not all(isinstance(name, str) for name in names.values()):
             raise ValueError("the names of its classes are no text")
+        if content.get("nc") not in (None, "", str(len(names))):
+            raise ValueError(f"its nc is {content['nc']}, but it names {len(names)} classes")
         points, columns, *_ = map(int, content.get("kpt_shape") or (0, 0))
         base = path.absolute().parent / Path(os.path.expanduser(content.get("path", "")))  # noqa: PTH111 (of no such user it stays)
         split = find_split(request.split, filter(content.get, content), path)

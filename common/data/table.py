@@ -103,9 +103,7 @@ class Table:
         letters = [name.casefold() if len(name) > 1 else name for name in forms]
         for name, same in zip(classes.values(), letters, strict=True):
             if letters.count(same) > 1:
-                self.faults.add(
-                    "{} classes differ from another in case, spaces or invisible marks alone, as if misspelled", name
-                )
+                self.faults.add("{} classes differ from another in case or spacing alone, as if misspelled", name)
         self._refuse_repeated("two classes are called", classes.values())
         self._refuse_repeated("two images have the id", (image[0] for image in self.images))
         self._refuse_repeated("an image is listed twice:", (os.path.normpath(image[1]) for image in self.images))
@@ -118,10 +116,10 @@ class Table:
         rows, keys = np.array(self.objects).reshape(-1, 8), np.array(list(classes))
         image, label = rows[:, 0].astype(np.int64), np.searchsorted(keys, rows[:, 1]).clip(max=len(keys) - 1)
         label[keys[label] != rows[:, 1]] = -1
-        used = np.unique(rows[~np.isnan(rows[:, 1]), 1])
-        first_unused, last_unused = keys[0] not in used, keys[-1] not in used
-        if (first_unused and used.max(initial=0) > keys[-1]) or (last_unused and used.min(initial=keys[0]) < keys[0]):
-            found = f"the boxes have the classes {used[0]:.0f} to {used[-1]:.0f}, the list has {keys[0]} to {keys[-1]}"
+        shown = np.unique(rows[~np.isnan(rows[:, 1]), 1])
+        low, high = shown.min(initial=keys[0]), shown.max(initial=keys[-1])
+        if (high > keys[-1] and keys[0] not in shown) or (low < keys[0] and keys[-1] not in shown):
+            found = f"the boxes have the classes {shown[0]:.0f} to {shown[-1]:.0f}, the list {keys[0]} to {keys[-1]}"
             raise InputError(f"{self.source}: {found}: number both alike")
         sizes = np.array([(file.width, file.height) for file in images], np.float64)[image]
         with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are inf or NaN, which are left out

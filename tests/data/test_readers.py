@@ -64,7 +64,7 @@ REFUSED = {
     "1 0.5 0.5 0.2 0.4 0.9 1": "7 columns, perhaps predictions",
     "1 50 25 20 20": "not fractions of the image's sides",
     "1 nan 0.5 0.2 0.4": "not fractions of the image's sides",
-    "2 0.5 0.5 0.2 0.4": "the classes 1 to 2, the list has 0 to 1: number both",
+    "2 0.5 0.5 0.2 0.4": "the classes 1 to 2, the list 0 to 1: number both",
 }
 
 
@@ -118,6 +118,7 @@ def test_class_names_are_as_written_in_yaml(tmp_path, written):
     [
         *("", "- a", "a: [", "names: [a]", "val: images/val", "val: nowhere\nnames: [a]", "val: labels\nnames: [a]"),
         *("names: 3\nval: x", "[" * 5000, "names: " + "9" * 5000, "val: images/val\nnames: [a]\npath: /nowhere"),
+        "val: images/val\nnames: [a, b]\nnc: 3",
         *(
             "names: [caf\xe9]\nval: images/val",
             "val: images/val\nVal: images/val\nnames: [a, b]",
