@@ -38,7 +38,6 @@ from common.types import Batch
 log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
 STATE_VERSION = 6
-SAMPLE = 100  # images whose content is compared
 FINISHED = "finished"  # a file that marks a run as complete, with its result
 FILES = ("settings.json", "log.jsonl", "last.pth", "state.pth", FINISHED)
 UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run
@@ -142,8 +141,7 @@ class Run:
         These are all that an epoch changes, objects with `state_dict` and `load_state_dict`.
         """
         self.stage, first = stage, 0
-        if self.accelerator.scaler:
-            parts["scaler"] = self.accelerator.scaler
+        parts |= {"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}
         if self.saved and self.saved["stage"] == stage:
             first = self.saved["epoch"]
             for name, part in parts.items():
@@ -255,7 +253,9 @@ class Run:
             raise InputError(f"{run} is in the stage {self.saved['stage']}, now left out")
         changed = [field for field in fields(self.settings) if before.get(field.name) != now.get(field.name)]
         texts = {f.name: f"{flag_name(f.name)} (was {before[f.name]}, is {now[f.name]})" for f in changed}
-        if fixed := [texts[field.name] for field in changed if field.metadata["fixed"]]:
+        moved = [Path(n).name for n in before["backbone"]] == [Path(n).name for n in now["backbone"]]
+        fixed = [texts[f.name] for f in changed if f.metadata["fixed"] and not (moved and f.name == "backbone")]
+        if fixed:  # a backbone in another place is not read, as the state has its weights
             raise InputError(f"{run} cannot go on with another {', '.join(fixed)}")
         if changed:
             log.info(f"from here on with another {', '.join(texts.values())}")
@@ -312,9 +312,9 @@ def fetch_inputs(
 
 
 def fingerprint_of(data: DetectionData) -> str:
-    """Hex digest of the ground truth, the sizes of the image files, and the content of some of them."""
+    """Hex digest of the ground truth, the sizes of the image files, and the content of at most 100."""
     digest = hashlib.sha256(repr((data.fingerprint(), [i.path.stat().st_size for i in data.images])).encode())
-    for image in data.images[:: 1 + len(data) // SAMPLE]:
+    for image in data.images[:: 1 + len(data) // 100]:
         digest.update(image.path.read_bytes())
     return digest.hexdigest()[:16]
 

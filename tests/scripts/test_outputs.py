@@ -123,7 +123,6 @@ FOREIGN = {  # a file's content, and what would write it
     "r_detections/theirs.json": (b'[{"image_id": 1}]', VALIDATE),
     "r.json": (b'{"mine": []}', VALIDATE),
     "settings.json": (b'{\n  "data": "mine"\n}', "improved --run-dir ."),
-    "finished": (b"mine", "improved --run-dir ."),
 }
 
 

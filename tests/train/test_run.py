@@ -150,6 +150,7 @@ REFUSED = [  # changes of a run that was stopped in stage 1
     ({"lora": 2}, "cannot go on with another --lora"),
     ({"train_images": 8}, "had other train images or boxes"),
     ({"data": "other_train"}, "had other train images or boxes"),
+    ({"backbone": ("other",)}, "cannot go on with another --backbone"),
     ({"epochs_frozen": 0}, "is in the stage frozen, now left out"),
     ({"resume": False, "data": "not/looked/for"}, "the run in run is not finished: go on with --resume"),
 ]
@@ -188,7 +189,7 @@ def test_a_resumed_run_has_the_rates_and_batches_of_its_settings(stopped, demo, 
         used.append(schedule.optimizer.param_groups[-1]["lr"])
 
     monkeypatch.setattr(Schedule, "set_rates", recording)
-    simple.main(settings)
+    simple.main(replace(settings, backbone=tuple(f"moved/{Path(name).name}" for name in settings.backbone)))
     out, changes = capfd.readouterr().out, ("--data (", "--batch-size (was 4, is 6)", "--lr (was 0.001, is 0.1)")
     assert "from here on with another " in out and all(text in out for text in changes)
     assert "warning: it had other validation images" in out and "on 3 validation images: " in out
