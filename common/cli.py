@@ -106,10 +106,9 @@ def _add_flag(parser: argparse._ArgumentGroup, field: dataclasses.Field, kind: t
     metavar = None if metadata["choices"] else {int: "N", float: "X"}.get(element, "TEXT")
     if metadata["positional"]:
         name, metavar = field.name, field.name.upper()
-    convert = _checked(element, metadata["at_least"], metadata["at_most"])
     nargs = "+" if several else "?" if metadata["positional"] else None
     options = {"choices": metadata["choices"], "metavar": metavar, "default": field.default, "help": help}
-    parser.add_argument(name, type=convert, nargs=nargs, **options)
+    parser.add_argument(name, type=_checked(element, metadata["at_least"], metadata["at_most"]), nargs=nargs, **options)
 
 
 def parse(settings_type: type[SETTINGS], description: str, argv: list[str] | None = None) -> SETTINGS:

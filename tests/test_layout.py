@@ -19,7 +19,7 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
 UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 706,
-    "common/*.py": 1119,
+    "common/*.py": 1122,
     "common/data/*.py": 1725,
     "common/model/*.py": 1487,
     "common/train/*.py": 578,
@@ -27,7 +27,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/show/*.py": 596,
     "common/export/*.py": 330,
     "common/predict/*.py": 340,
-    "tests/**/*.py": 6807,
+    "tests/**/*.py": 7028,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
