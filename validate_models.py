@@ -97,7 +97,7 @@ def write_images(
         image = data.images[index].open()
         left = [("ground truth", draw_boxes(image, true_boxes(data, index)))] if len(data.labels) else []
         panels = []
-        for title, (model, run) in zip(short_names(list(runs), 20), runs.items(), strict=True):
+        for title, (model, run) in zip(short_names(list(runs), 24), runs.items(), strict=True):
             panels.append((title, draw_boxes(image, detected_boxes(run.table, index, run.class_names, scores[model]))))
             save(side_by_side([*left, panels[-1]]), model, f"{name}.jpg")
         if len(sheet) < SHEET_IMAGES:
