@@ -34,7 +34,6 @@ MENDS = {  # what to do about errors of Python and torch, by a pattern
     "for want of memory, of shared memory (docker run --shm-size=8g), or of a short TMPDIR; take --workers 0",
     "MASTER_": "RANK, LOCAL_RANK or WORLD_SIZE is set, as by a launcher that is not there; unset it",
 }
-SIGNAL_STATUS = 128  # added to a signal's number, this is the exit status that shells expect
 MESSAGE_LENGTH = 1000  # characters, of which names of files may need many
 SETTINGS = typing.TypeVar("SETTINGS", bound="DataclassInstance")
 
@@ -154,7 +153,7 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
         print_traceback()
         line = to_one_line("; ".join([message, *getattr(error, "__notes__", [])]), MESSAGE_LENGTH)
         print(f"{sys.argv[0].rpartition('/')[2]}: error: {line}", file=sys.stderr)
-        sys.exit(SIGNAL_STATUS + error.number if isinstance(error, Interrupted) else 2)
+        sys.exit(128 + error.number if isinstance(error, Interrupted) else 2)  # as shells expect
 
 
 def message_of(error: BaseException) -> str | None:

@@ -56,8 +56,7 @@ def to_one_line(text: object, width: int = 40) -> str:
     """
     words = " ".join(unicodedata.normalize("NFC", str(text)).split())
     visible = [c if c.isprintable() else "?" for c in words if unicodedata.category(c) != "Cf"]
-    head = width // 2
-    tail = len(visible) - (width - 1 - head)
+    head, tail = width // 2, len(visible) - (width - 1 - width // 2)
     return "".join(visible if len(visible) <= width else [*visible[:head], "…", *visible[tail:]])
 
 

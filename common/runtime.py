@@ -57,15 +57,17 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         torch.use_deterministic_algorithms(True, warn_only=True)
     if "MASTER_ADDR" in os.environ:  # of a launcher; where it is left over, nobody else comes
         print(f"joining all WORLD_SIZE={os.environ.get('WORLD_SIZE')} processes", file=sys.stderr, flush=True)
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}  # no exception ends a wait
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(chosen, chosen),
         cpu=not torch.accelerator.is_available(),  # otherwise several CPU processes would not communicate
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if accelerator.distributed_type in SHARDING:
-        name = accelerator.distributed_type.value
-        raise InputError(f"{name} shards the weights; launch with --multi_gpu, where each process has all of them")
+        raise InputError(f"{accelerator.distributed_type.value} shards the weights; launch with --multi_gpu instead")
     if not accelerator.is_main_process:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  only one process prints; all report errors on stderr
     return accelerator
