@@ -44,6 +44,7 @@ INCOMPLETE = 3  # exit status of --strict where a model could not be evaluated
 
 @dataclass(frozen=True)
 class Settings(RuntimeFlags, DataFlags):
+    split: str = flag("val", "the part to evaluate on", choices=("val", "test"))
     models: tuple[str, ...] = flag(
         (),
         "checkpoints (.pth), their exports, folders and hub ids of transformers' detectors, and what ultralytics runs "
@@ -111,7 +112,7 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
     paths = (*(settings.models or (() if settings.from_detections else MODELS)), *settings.from_detections)
     if len(set(paths)) < len(paths):
         raise InputError(f"a model is given twice: {', '.join(paths)}")
-    data, models = load_split(settings, "val"), dict(zip(unique_names(paths), paths, strict=True))
+    data, models = load_split(settings, settings.split), dict(zip(unique_names(paths), paths, strict=True))
     outputs = [Path(path) for path in (settings.output, settings.report) if path]
     files = {detections_file(settings, name): path for name, path in models.items()}
     outputs += [file for file, path in files.items() if not is_same_file(file, Path(path))]
@@ -134,11 +135,11 @@ def main(settings: Settings) -> ValidationResults:
     records = [evaluation.record for evaluation in done]
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    about, images = describe_data(data, settings.val_json or settings.data), len(data.with_objects())
+    about, images = describe_data(data, settings.val_json or settings.data, settings.split), len(data.with_objects())
     comparisons = bootstrap.comparisons({e.record.name: e.samples for e in done if e.samples}, images)
     results = ValidationResults(describe_protocol(settings.seed), about, records, comparisons)
     write_results(settings.output, results)
-    print(f"{len(data)} validation images of {about.source}", format_table(records), sep="\n")
+    print(f"{len(data)} images of {about.source}, {about.split}", format_table(records), sep="\n")
     print(format_comparisons(results))
     if comparisons and images < bootstrap.MIN_IMAGES_FOR_VERDICT:
         print(f"a verdict needs {bootstrap.MIN_IMAGES_FOR_VERDICT} images with objects, and these are {images}")

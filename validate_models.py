@@ -38,6 +38,7 @@ COLUMNS = ("accuracy", "precision", "recall", "F1", "mean IoU", "mAP@0.5")
 
 @dataclass(frozen=True)
 class Settings(RuntimeFlags, DataFlags):
+    split: str = flag("val", "the part to evaluate on", choices=("val", "test"))
     checkpoints: tuple[str, ...] = flag(
         ("dino2_detector.pth", "improved_dino2_detector.pth"), "detectors to check, or their exports"
     )
@@ -54,7 +55,8 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     suffix, by their index. Raises InputError: an output cannot be written, is read, or is a file of another program."""
     check_single_process()
     models = dict(zip(unique_names(settings.checkpoints), settings.checkpoints, strict=True))
-    data = unlabelled_images(list(map(Path, settings.images))) if settings.images else load_split(settings, "val")
+    images = [Path(path) for path in settings.images]
+    data = unlabelled_images(images) if images else load_split(settings, settings.split)
     chosen = np.arange(len(data))
     if settings.draw and not settings.images and settings.draw < len(data):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))

@@ -20,7 +20,7 @@ from common.console import InputError, last_line, progress_bar, to_one_line
 from common.data.checks import check_images
 from common.data.hub import locked
 from common.data.memory import ImageFile
-from common.data.readers import Request, add_coco
+from common.data.readers import Request, add_coco, find_split
 from common.data.table import Table
 from common.files import atomic_folder, atomic_write, cache_folder
 from common.images import ImageFault, open_image
@@ -41,6 +41,7 @@ def read_official(request: Request) -> Table:
 
     Raises InputError: COCO can't be reached, or a file is damaged ATTEMPTS times.
     """
+    find_split(request.split, ("train", "val"), "coco-official")
     folder, chosen = cache_folder("coco-official"), set(request.chosen)
     if not (folder / "annotations").is_dir():
         with locked(folder):

@@ -20,7 +20,8 @@ from common.data.table import NOTHING, Table
 from common.images import OTHER_FORMAT, find_images, image_suffixes
 
 log = logging.getLogger(__name__)
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test")}  # in any case, the first there is
+# What data sets call them, in any case; the first there is.
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev", "test"), "test": ("test",)}
 NAMES = {name for names in SPLITS.values() for name in names}
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")  # a path, on some system
@@ -38,7 +39,7 @@ class Request:
     """The images that are wanted of what `--data` names."""
 
     data: str
-    split: str  # "train" or "val"
+    split: str  # "train", "val" or "test"
     files: tuple[str, str] = ("", "")  # annotation file and images' folder, where flags name them
     limit: int = 0  # number of images; 0 = all
     chosen: tuple[str, ...] = ()  # ids or names of --image-ids
@@ -55,7 +56,7 @@ def reading(path: object, form: str) -> Iterator[None]:
 
 
 def find_split(split: str, names: Iterable[str], source: object) -> str:
-    """The name that a data set gives to "train" or "val". Raises InputError where it has none."""
+    """The name that a data set gives to a split. Raises InputError where it has none."""
     given = sorted(set(names))
     for name in SPLITS[split]:
         if len(found := [spelled for spelled in given if spelled.casefold() == name]) > 1:

@@ -21,6 +21,7 @@ from common.data.readers import Request
 from common.data.table import LAYOUTS, Faults, Table
 
 log = logging.getLogger(__name__)
+TEST_NOTE = "used the test split for validation, as there is no val, valid, validation or dev"
 NO_OBJECT = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
 
 
@@ -87,7 +88,7 @@ def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionD
 
 
 def load_split(flags: DataFlags, split: str) -> DetectionData:
-    """N usable images of a `split`, "train" or "val": `--train-images` or `--val-images` (0 = all).
+    """N usable images of a `split`, "train", "val" or "test": `--train-images` or `--val-images` (0 = all).
 
     They are the first usable ones of a `ranking`, so that more images contain fewer, and added ones move none; or those
     of `--image-ids`. What was left out or is doubtful is logged.
@@ -97,6 +98,8 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     reader, request = _reader(flags, split)
     table = reader.read(request)
     table.given = flags.box_format
+    if split == "val" and table.split.casefold() == "test":
+        table.faults.add(TEST_NOTE)
     data = table.check()
     count = len(request.chosen) or request.limit or len(data)
     if request.chosen:
@@ -104,11 +107,12 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     else:
         order = ranking(data, split, flags.sample_seed if reader.ranks and count < len(data) else -1)
     taken = _take(data, order, count, in_order=bool(request.chosen))
-    if split == "val" and taken.crowd.all():
+    if split != "train" and taken.crowd.all():
         problem = f"{NO_OBJECT.format(len(taken.crowd))}, so that mAP cannot be computed; take more images"
         taken = replace(taken, notes=(*taken.notes, problem))
     if count < len(order):
-        log.info(f"{data.source}: {len(taken):,} of {len(data):,} images (--{split}-images 0 takes all)")
+        part = split.replace("test", "val")
+        log.info(f"{data.source}: {len(taken):,} of {len(data):,} images (--{part}-images 0 takes all)")
     if flags.strict and taken.notes:
         raise InputError(f"{data.source}: {'; '.join(taken.notes)} (refused by --strict)")
     for note in taken.notes:
@@ -118,9 +122,10 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
 
 def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     """The only reader that recognises the data, and what it is asked for."""
-    files, limit, place = flags.files(split), getattr(flags, f"{split}_images"), Path(flags.data)
+    part = split.replace("test", "val")  # which has the flags of validation
+    files, limit, place = flags.files(part), getattr(flags, f"{part}_images"), Path(flags.data)
     if bool(files[0]) != bool(files[1]):
-        raise InputError(f"--{split}-json and --{split}-images-dir go together: give both or neither")
+        raise InputError(f"--{part}-json and --{part}-images-dir go together: give both or neither")
     found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
@@ -132,7 +137,7 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
         raise InputError(f"--sample-seed has no effect on {forms[0]}, whose images are taken in its own order")
     chosen = read_chosen(Path(flags.image_ids), split) if flags.image_ids else ()
     if 0 < limit < len(chosen):
-        raise InputError(f"{flags.image_ids} names {len(chosen)} {split} images: give --{split}-images 0 with it")
+        raise InputError(f"{flags.image_ids} names {len(chosen)} {split} images: give --{part}-images 0 with it")
     return found[0], Request(flags.data, split, files, limit, chosen)
 
 

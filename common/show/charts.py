@@ -81,7 +81,7 @@ def drawn_models(results: ValidationResults) -> Models:
 def caption(results: ValidationResults, width: int = 150) -> str:
     """What the numbers were measured on, and which models are missing from the charts and why."""
     data, failed = results.dataset, [record for record in results.models if record.error]
-    lines = [f"{data.images} validation images of {to_one_line(data.source, 100)}, {data.boxes} boxes"]
+    lines = [f"{data.images} images of {to_one_line(data.source, 100)} ({data.split}), {data.boxes} boxes"]
     if (evaluated := len(results.models) - len(failed)) > MAX_MODELS:
         lines.append(f"the first {MAX_MODELS} of {evaluated} models")
     for r in failed:

@@ -11,8 +11,7 @@ from helpers import data_flags, encoded, random_image, turned_back
 from PIL import Image
 
 from common.console import InputError
-from common.data.sources import load_split
-from common.data.table import TEST_NOTE
+from common.data.sources import TEST_NOTE, load_split
 from common.types import convert_boxes
 
 NAMES = ["cat", "dog", "traffic light"]
@@ -192,6 +191,7 @@ def test_validation_split_comes_before_test(tmp_path, write, caplog):
         for name in list(scenes)[:count]:
             write(root, name, scenes[name] if write != write_voc else renamed(scenes[name], name))
         expected = list(scenes)[count - 1]
+        check_same(load_split(flags_of(write, root, strict=True), "test"), scenes["test"])
         if expected != "test":
             check_same(load_split(flags_of(write, root, strict=True), "val"), scenes[expected])
             continue

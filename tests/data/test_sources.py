@@ -129,7 +129,7 @@ def test_images_are_chosen_by_id_or_name_each_once(demo, demo_val, tmp_path):
     for content, message in {
         "val 1\nval 2\nval  1": "names an image twice: list each once",
         "9": "the line '9' is no train or val",
-        "test 9": "the line 'test 9' is no train or val",
+        "tset 9": "the line 'tset 9' is no train or val",
         "train 9": "names no val images",
     }.items():
         listed.write_text(content)
