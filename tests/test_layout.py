@@ -25,7 +25,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/train/*.py": 578,
     "common/evaluate/*.py": 1441,
     "common/show/*.py": 596,
-    "common/export/*.py": 330,
+    "common/export/*.py": 331,
     "common/predict/*.py": 340,
     "tests/**/*.py": 7028,
 }
