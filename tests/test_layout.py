@@ -22,12 +22,12 @@ LINES = {  # of the files that a pattern finds, at most
     "common/*.py": 1122,
     "common/data/*.py": 1729,
     "common/model/*.py": 1487,
-    "common/train/*.py": 578,
+    "common/train/*.py": 580,
     "common/evaluate/*.py": 1441,
     "common/show/*.py": 596,
     "common/export/*.py": 331,
-    "common/predict/*.py": 340,
-    "tests/**/*.py": 7028,
+    "common/predict/*.py": 405,
+    "tests/**/*.py": 7063,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from common import cli
 from common.cli import flag
-from common.console import InputError, progress_bar
+from common.console import InputError, first_few, progress_bar
 from common.data.readers import read_lines
 from common.files import atomic_write, is_same_file
-from common.images import find_images, image_suffixes, read_pixels
+from common.images import OTHER_FORMAT, OTHER_SUFFIXES, find_images, image_suffixes, read_pixels
 from common.model import TrainedDetector, load_detector
 from common.predict.formats import FORMATS, LabelStudioFlags, check_stems
-from common.predict.journal import Journal
+from common.predict.journal import Journal, state_of
 from common.runtime import PRECISIONS, check_single_process
 
 
@@ -50,15 +50,21 @@ def find_sources(sources: Iterable[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for source in map(Path, sources):
-        folder, files = source.parent, [source]
+        folder, files, others = source.parent, [source], list[Path]()
         if source.is_dir():
-            folder, (files, _) = source, find_images(source, subfolders=True)
+            folder, (files, others) = source, find_images(source, subfolders=True)
+        elif source.suffix.lower() in OTHER_SUFFIXES:
+            raise InputError(f"{source} is of a format that Pillow does not read")
         elif source.suffix.lower() not in image_suffixes():
             files = [folder / line for line in read_lines(source)]
         if not files or not source.exists():
             raise InputError(f"{source} has no images" if source.exists() else f"no such image or folder: {source}")
+        if others:
+            print(f"{source}: {OTHER_FORMAT.format(len(others))} ({first_few(others, 200)})")
         for file in files:
             name = Path(os.path.relpath(file, folder)).as_posix()
+            if name != name.encode(errors="replace").decode():
+                raise InputError(f"{file} has a name that is not UTF-8: rename it")
             if name.startswith("../"):
                 raise InputError(f"{source} names {file}, not below its folder: write the list above its images")
             if (other := found.setdefault(name, file)) != file and not is_same_file(other, file):
@@ -68,6 +74,8 @@ def find_sources(sources: Iterable[str]) -> dict[str, Path]:
 
 def decoded(path: Path) -> Tensor | InputError:
     """The pixels of an image, or why there are none."""
+    if path.exists() and not path.is_file():
+        return InputError(f"{path} is no regular file")
     try:
         return read_pixels(path)
     except InputError as error:
@@ -87,19 +95,22 @@ def decoded_batches(
                 yield {name: image.result() for name, image in batch.items()}
 
 
-def rows_of(detector: TrainedDetector, images: dict[str, Tensor | InputError], min_score: float) -> Iterator[dict]:
+def rows_of(
+    detector: TrainedDetector, files: dict[str, Path], images: dict[str, Tensor | InputError], min_score: float
+) -> Iterator[dict]:
     """The lines of a batch."""
     pixels = [image for image in images.values() if isinstance(image, Tensor)]
     found: Any = detector.predict(pixels, min_score, batch_size=len(images))
     for name, image in images.items():
+        row: dict = {"file": name, "state": state_of(files[name])}
         if isinstance(image, InputError):
-            yield {"file": name, "error": str(image)}
+            yield row | {"error": str(image)}
         else:
             detections, (_, height, width) = found.pop(0), image.shape
             boxes = [[round(side, 2) for side in box] for box in detections.boxes.tolist()]
             scores = [round(score, 4) for score in detections.scores.tolist()]
-            row = {"file": name, "width": width, "height": height}
-            yield row | {"boxes": boxes, "scores": scores, "classes": detections.names}
+            row |= {"width": width, "height": height, "boxes": boxes, "scores": scores}
+            yield row | {"classes": detections.names}
 
 
 def main(settings: Settings) -> Path:
@@ -110,18 +121,21 @@ def main(settings: Settings) -> Path:
         check_stems(files)
     detector = load_detector(settings.detector, precision=settings.precision)
     min_score = detector.min_score if settings.min_score < 0 else settings.min_score
-    with Journal(Path(settings.output), settings.detector, detector, min_score) as journal:
-        missing = journal.missing(files, settings.batch_size)
+    with Journal(Path(settings.output), settings.detector, detector, min_score, settings.batch_size) as journal:
+        missing = journal.missing(files)
         if len(missing) < len(files):
             print(f"going on: {len(files) - len(missing)} of {len(files)} images are in {journal.path}")
         with progress_bar(len(missing), "detecting") as bar:
             for images in decoded_batches(files, missing, settings.batch_size, settings.workers):
-                journal.append(rows_of(detector, images, min_score))
+                journal.append(rows_of(detector, files, images, min_score))
                 bar.update(len(images))
+        journal.sort()
         counts = [len(row.get("boxes", ())) for row in journal.rows()]
         errors = sum("error" in row for row in journal.rows())
         objects = f"{sum(counts)} objects in {len(counts) - errors} images"
         print(f"{journal.path}: {objects}, score {min_score:.2f} or more; {errors} images cannot be read")
+        if errors == len(counts):
+            raise InputError(f"no image could be read: {next(journal.rows())['error']}")
         for name in dict.fromkeys(settings.formats):
             path, write = journal.path.with_name(FORMATS[name][0]), FORMATS[name][1]
             with atomic_write(path, "w") as file:

@@ -69,7 +69,7 @@ def write_yolo(journal: Journal, file: IO, _flags: LabelStudioFlags) -> None:
 
 def write_csv(journal: Journal, file: IO, _flags: LabelStudioFlags) -> None:
     """A row an object, corners in pixels."""
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow(["file", "width", "height", "class", "score", "x1", "y1", "x2", "y2"])
     for _, row in _images(journal):
         image = [row["file"], row["width"], row["height"]]
@@ -104,8 +104,9 @@ def _objects(row: dict) -> Iterable[tuple[list[float], float, str]]:
 
 def _write_list(file: IO, values: Iterable[dict]) -> None:
     """The values as JSON, a line each, however many there are."""
+    file.write("[")
     for number, value in enumerate(values):
-        file.write(("," if number else "[") + "\n" + json.dumps(value))
+        file.write(("," if number else "") + "\n" + json.dumps(value))
     file.write("]\n")
 
 

@@ -147,6 +147,8 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.saved["parts"][name])
             log.info(f"resuming stage {stage} after {first} of {count} epochs")
+        if first > count:
+            raise InputError(f"--resume: stage {stage} has had {first} epochs, more than {count}")
         self.saved = {}  # it holds the weights once more
         for epoch in range(first, count):
             yield epoch
@@ -192,8 +194,7 @@ class Run:
             return
         images = ", ".join(str(meta.image_id) for batch in batches for meta in batch.meta)
         where = f"epoch {len(self.log) + 1}, step {step + 1}, on the images {images}"
-        advice = "lower the learning rate, or use --precision fp32"
-        raise InputError(f"the gradients became {norm.item()} in {where}; {advice}")
+        raise InputError(f"the gradients became {norm.item()} in {where}; lower the learning rate, or use fp32")
 
     def finish_epoch(self, checkpoint: Checkpoint, val_data: DetectionData) -> None:
         """Log an epoch, and write the detector as `last.pth`, validated where `--val-every` wants it."""
@@ -230,7 +231,8 @@ class Run:
         numbers = self.validate(last, val_data)
         self._track(final=numbers)
         if self.accelerator.is_main_process:
-            save_detector(output, replace(last, metrics=numbers))
+            for path in (output, self.path / "last.pth"):
+                save_detector(path, replace(last, metrics=numbers))
             result = f"on {len(val_data)} validation images: {format_headline(numbers)}"
             log.info(f"{result}; written to {output}")
             self._write(FINISHED, f"{PROGRAM}, {time.strftime('%Y-%m-%d %H:%M')}, {result}")

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.ops import box_convert
 
 from common.console import InputError
+from common.images import read_pixels
 from common.model import load_detector
 from common.model.checkpoint import Checkpoint, save_detector
 from common.predict.__main__ import Settings, main
@@ -105,7 +106,39 @@ def test_a_run_killed_at_any_byte_ends_with_the_same_files_and_a_finished_one_ta
     Image.new("RGB", (40, 30)).save("in/a new one.png")
     main(settings)
     before, after = (content.splitlines() for content in (whole[str(journal)], journal.read_bytes()))
-    assert after[:-2] == before[:-1] and [row["file"] for row in rows()[-2:]] == ["a new one.png", "d.jpg"]
+    assert after[2:-1] == before[1:-1] and rows()[1]["file"] == "a new one.png" and rows()[-1]["file"] == "d.jpg"
+
+
+def test_what_has_changed_or_could_not_be_read_is_detected_again(settings, monkeypatch, capsys):
+    def failing(path):
+        raise InputError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "common.predict.__main__.read_pixels", lambda p: (failing if p.name == "c.jpg" else read_pixels)(p)
+        )
+        main(settings)
+    before = {row["file"]: row for row in rows()[1:]}
+    Image.new("RGB", (40, 30)).save("in/a.jpg")
+    Path("in/raw.heic").touch()
+    for _ in range(2):  # the second time all have a line
+        main(replace(settings, batch_size=64))
+    after = {row["file"]: row for row in rows()[1:]}
+    assert [name for name in before if before[name] != after[name]] == ["a.jpg", "c.jpg"]
+    assert (
+        after["a.jpg"]["width"] == 40 and before["c.jpg"]["error"] == "too many open files" and after["c.jpg"]["boxes"]
+    )
+    assert "left out 1 files of an image format that Pillow does not read (in/raw.heic)" in capsys.readouterr().out
+
+
+def test_files_without_a_detection_are_valid_and_none_of_which_an_image_can_be_read_is_an_error(settings):
+    main(replace(settings, min_score=1.0))
+    assert json.loads(Path("found/coco.json").read_text())["annotations"] == []
+    assert [task["predictions"][0]["result"] for task in json.loads(Path("found/label_studio.json").read_text())] == [
+        []
+    ] * 6
+    with pytest.raises(InputError, match=r"no image could be read: cannot read the image in/broken\.jpg"):
+        main(replace(settings, sources=("in/broken.jpg",), output="none"))
 
 
 REFUSED = [
@@ -116,10 +149,12 @@ REFUSED = [
     ({"sources": ("lists/names.txt",)}, "names lists/../in/a.jpg, not below its folder"),
     ({"sources": ("none",)}, "no such|cannot read"),
     ({"sources": ("empty",)}, "empty has no images"),
+    ({"sources": ("in/below",)}, r"has 6 images that are not named now \(b 1.png, below/a.jpg, .*\): name them too"),
     ({"output": "in"}, "in has no detections.jsonl, but other content"),
     ({"sources": ("same",)}, "a.jpg and a.png would share a label file"),
-    ({"output": "damaged"}, "damaged/detections.jsonl is damaged: delete it"),
-    ({"output": "in/a.jpg"}, "in/a.jpg has no detections.jsonl|cannot write"),
+    ({"output": "damaged"}, "damaged/detections.jsonl is damaged: delete its folder"),
+    ({"output": "in/a.jpg"}, "cannot write into in/a.jpg"),
+    ({"sources": ("raw.heic",)}, "raw.heic is of a format that Pillow does not read"),
 ]
 
 
