@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,6 @@ SIGNS = re.compile(  # how its files begin; an empty one may be replaced, too
     rb"|PK.*data\.pkl.{,40}(format_version.{,20}model_config|description.{,20}data)"  # a checkpoint, the state of a run
     rb"|.*" + PROGRAM.encode()  # metadata
 )
-SIGNED_BYTES = 1000
 
 
 @contextmanager
@@ -49,8 +49,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def _temporary(path: Path) -> Path:
-    """A hidden name beside `path`, of this process; a file system takes 255 bytes, a letter has up to four."""
-    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+    """A hidden name beside `path`, of this thread; a file system takes 255 bytes, a letter has up to four."""
+    return path.with_name(f".{path.name[:60]}.{threading.get_native_id()}.tmp")
 
 
 def remove_leftovers(folder: Path, age: float = 0.0) -> None:
@@ -104,7 +104,7 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None
             raise InputError(f"the output {written} would overwrite the input {read}: name another output")
     for path in existing:
         with path.open("rb") as file:
-            if not SIGNS.match(file.read(SIGNED_BYTES)):
+            if not SIGNS.match(file.read(1000)):
                 raise InputError(f"{path} was not written by this program: move it, or name another output")
     for path in places.values():
         if path.exists() and not path.is_file():
