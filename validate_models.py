@@ -58,10 +58,10 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str], dict[int
     images = [Path(path) for path in settings.images]
     data = unlabelled_images(images) if images else load_split(settings, settings.split)
     chosen = np.arange(len(data))
-    if settings.draw and not settings.images and settings.draw < len(data):
+    if settings.draw and not images and settings.draw < len(data):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(data), settings.draw, replace=False))
     drawn = dict(zip(chosen.tolist(), unique_names([str(data.images[i].path) for i in chosen]), strict=True))
-    files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(settings.images)
+    files = [f"{name}.jpg" for name in drawn.values()] + ["detections.json"] * bool(images)
     outputs = [Path(settings.output, "contact_sheet.jpg")]
     outputs += [Path(settings.output, model, file) for model in models for file in files]
     inputs = [*flag_texts(settings, "output"), data.source, *(image.path for image in data.images)]

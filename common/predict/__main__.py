@@ -130,11 +130,10 @@ def main(settings: Settings) -> Path:
                 journal.append(rows_of(detector, files, images, min_score))
                 bar.update(len(images))
         journal.sort()
-        counts = [len(row.get("boxes", ())) for row in journal.rows()]
-        errors = sum("error" in row for row in journal.rows())
-        objects = f"{sum(counts)} objects in {len(counts) - errors} images"
+        errors = sum(line.is_error for line in journal.lines.values())
+        objects = f"{sum(len(row.get('boxes', ())) for row in journal.rows())} objects in {len(files) - errors} images"
         print(f"{journal.path}: {objects}, score {min_score:.2f} or more; {errors} images cannot be read")
-        if errors == len(counts):
+        if errors == len(files):
             raise InputError(f"no image could be read: {next(journal.rows())['error']}")
         for name in dict.fromkeys(settings.formats):
             path, write = journal.path.with_name(FORMATS[name][0]), FORMATS[name][1]

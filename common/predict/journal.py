@@ -83,8 +83,7 @@ class Journal:
         self.header = header
 
     def missing(self, files: Mapping[str, Path]) -> list[str]:
-        """The names of the images to detect: those without a line, those that have changed, and where all have one,
-        those that could not be read.
+        """The images to detect: without a line, changed, or, where all have a line, those that could not be read.
 
         An incomplete last batch begins anew: the last digits of an image's numbers depend on its batch, and a killed
         run shall end as one that was not. Raises InputError for lines of other images.
@@ -112,9 +111,11 @@ class Journal:
         """Bring the lines into the order of the names."""
         self._rewrite(sorted(self.lines))
 
-    def _rewrite(self, names: Iterable[str]) -> None:
-        """Keep the lines of these images alone, in this order."""
+    def _rewrite(self, names: list[str]) -> None:
+        """Keep the lines of these images alone, in this order; a file that has just these stays."""
         kept = dict[str, Line]()
+        if self.lines and names == [*self.lines] and self.path.stat().st_size == self.lines[names[-1]].end:
+            return
         with atomic_write(self.path) as new, (self.path if self.lines else Path(os.devnull)).open("rb") as old:
             new.write(f"{json.dumps(self.header)}\n".encode())
             for name in names:
