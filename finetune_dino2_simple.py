@@ -96,15 +96,15 @@ def main(settings: Settings) -> dict:
             backbone, train_data, val_data = fetch_inputs(settings, names)
         run.begin(train_data, val_data)
         start = initial_checkpoint(settings, *backbone, train_data) if backbone else run.latest("only")
-        detector, size = start.detector, start.image_size
-        check_object_sizes(train_data, size, detector.backbone.patch_size)
+        detector, size = start.detector, start.detector.input_size
+        check_object_sizes(train_data, size)
         start = run.describe(start)
         if settings.freeze_backbone:
             detector.backbone.requires_grad_(False)
         else:
             detector.backbone.set_trainable(settings)
 
-        train_set = DetectionDataset(train_data, TrainTransform(size, flags=settings), settings.seed)
+        train_set = DetectionDataset(train_data, TrainTransform(size.side, flags=settings), settings.seed)
         loader = make_train_loader(train_set, settings.batch_size, settings.workers, accelerator.num_processes)
         criterion = DetectionLoss(LOSS)
         groups = parameter_groups(detector, settings.lr, settings.backbone_lr, WEIGHT_DECAY)

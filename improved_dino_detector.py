@@ -143,13 +143,13 @@ def head_stage(detector: Detector, data: DetectionData, settings: Settings, acce
     detector.to(accelerator.device).backbone.requires_grad_(False)
     groups = parameter_groups(detector, settings.lr_frozen, 0.0, WEIGHT_DECAY)
     views = 1 if settings.no_mirror else 2
-    if (size := feature_gigabytes(detector, len(data), views)) > settings.feature_cache:
+    if (size := feature_gigabytes(detector, data, views)) > settings.feature_cache:
         accelerator.print(f"a feature cache would take {size:.2g} GB: stage 1 runs without it, on crops", flush=True)
         loader = crop_loader(detector, data, settings, accelerator)
         return Stage("frozen", settings.epochs_frozen, 1, detector, detector.head, groups, loader)
     options = {"batch_size": settings.batch_size, "workers": settings.workers, "accelerator": accelerator}
     features = cached_features(detector, data, views=views, **options)
-    samples = CachedDataset(data, features, detector.config.image_size, mirror=views > 1, seed=settings.seed)
+    samples = CachedDataset(data, features, detector.input_size, mirror=views > 1, seed=settings.seed)
     loader = make_train_loader(samples, settings.batch_size, NO_WORKERS, accelerator.num_processes)
     return Stage("frozen", settings.epochs_frozen, 1, detector.head, detector.head, groups, loader)
 
@@ -225,10 +225,10 @@ def main(settings: Settings) -> dict:
             start = initial_checkpoint(settings, *backbone, train_data)
         else:
             start = run.latest(run.saved["stage"]) if run.saved else continued_checkpoint(settings, train_data)
-        settings = replace(settings, crop_size=min(settings.crop_size, start.image_size))
-        patch, depth = start.detector.backbone.patch_size, start.detector.backbone.depth
-        check_side("crop size", settings.crop_size, patch)
-        check_object_sizes(train_data, start.image_size, patch)
+        size, depth = start.detector.input_size, start.detector.backbone.depth
+        settings = replace(settings, crop_size=min(settings.crop_size, size.side))
+        check_side("crop size", settings.crop_size, size.patch)
+        check_object_sizes(train_data, size)
         if settings.unfreeze_blocks > depth:
             raise InputError(f"--unfreeze-blocks: the detector uses only {depth} blocks of the backbone")
         start = run.describe(start, crop_size=settings.crop_size)

@@ -1,4 +1,4 @@
-"""Images: finding files, their sizes and EXIF orientation, decoding, and the letterbox."""
+"""Images: finding files, their sizes and EXIF orientation, decoding, and scaling for a detector."""
 
 import io
 import os
@@ -18,9 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from common.console import InputError, last_line
-from common.types import letterbox
+from common.types import InputSize
 
-FILL = (124, 116, 104)  # of the letterbox: ImageNet's mean colour, zero after the backbone's normalisation
 URL_TIMEOUT_S = 30
 ROUNDING = 1e-4  # by which floating-point pixels may exceed 0..1, where their type is not coarser
 FEW = 1e-3  # the share of broken pixels that may be bright in a nearly black image
@@ -203,12 +202,7 @@ def _tensor_pixels(image: Tensor) -> Tensor:
     return (image.cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def letterboxed(image: Tensor, side: int) -> tuple[Tensor, tuple[float, float]]:
-    """Scale an image (3, H, W) uint8 to fit a square of `side` pixels, in its upper-left corner, and pad.
-
-    Returns the square (3, side, side) uint8, and the (x, y) scales.
-    """
-    (height, width), scale = letterbox((image.shape[-2], image.shape[-1]), side)
-    canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
-    canvas[:, :height, :width] = F.resize(image, [height, width], antialias=True)
-    return canvas, scale
+def scaled(image: Tensor, size: InputSize) -> tuple[Tensor, tuple[float, float]]:
+    """An image (3, H, W) uint8 at the size of a detector's input, and the (x, y) scales."""
+    sides, scale = size.fit((image.shape[-2], image.shape[-1]))
+    return F.resize(image, list(sides), antialias=True), scale

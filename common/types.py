@@ -1,13 +1,14 @@
 """The types that travel between the rooms, and the conventions, stated once.
 
 - Boxes in data sets and tables of detections are xywh in *original* pixels, as in COCO's files. Targets and predictions
-  are xyxy in *input* pixels, those of the letterboxed square that the model sees; only `model/postprocess.py` maps back
-  to original pixels, by the scale of each `ImageMeta`.
+  are xyxy in *input* pixels, those of the scaled image that the model sees; only `model/postprocess.py` maps back to
+  original pixels, by the scale of each `ImageMeta`.
 - Labels are contiguous, 0..K-1, K being the number of categories of the data set. The map to category ids is stored in
   the checkpoint and applied once, in `evaluate/detections.py`.
 - Images are RGB, uint8 until the backbone scales and normalises them.
 
-Letters in shapes: B images, N objects of one image at most, L locations of the head, K classes, S input size in pixels.
+Letters in shapes: B images of H rows and W columns, h and w of patches, N objects of one image at most, L locations of
+the head, K classes.
 """
 
 from collections.abc import Sequence
@@ -32,14 +33,28 @@ class ImageMeta(NamedTuple):
     scale: tuple[float, float] | None = None  # (x, y) input pixels per original pixel; None: not scaled, or augmented
 
 
-def letterbox(size: tuple[int, int], side: int) -> tuple[tuple[int, int], tuple[float, float]]:
-    """How an image of `size` (height, width) fits into the upper-left corner of a square of `side` pixels.
+class InputSize(NamedTuple):
+    """To what size a detector scales images: the longer side in pixels, and the patch, of which both are multiples."""
 
-    Returns the (height, width) that it is resized to, and its (x, y) scales, which differ as sides are whole pixels.
-    """
-    scale = side / max(size)
-    height, width = (max(1, round(length * scale)) for length in size)
-    return (height, width), (width / size[1], height / size[0])
+    side: int
+    patch: int
+
+    def fit(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[float, float]]:
+        """The input's (height, width) for an image of `size` (height, width), and the (x, y) scales between them.
+
+        Without padding: the scales differ, as each side becomes the nearest number of patches, at least one.
+        """
+        patches = self.side / self.patch / max(size)
+        height, width = (max(1, round(length * patches)) * self.patch for length in size)
+        return (height, width), (width / size[1], height / size[0])
+
+
+def group_by_shape(inputs: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the inputs of each shape, which can be stacked; shapes in the order in which they occur."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(inputs):
+        groups.setdefault(tensor.shape, []).append(index)
+    return list(groups.values())
 
 
 def convert_boxes(boxes: np.ndarray, layout: str, to: str) -> np.ndarray:
@@ -93,7 +108,7 @@ class Targets(NamedTuple):
 class Batch(NamedTuple):
     """Inputs, their targets, and what maps detections back to the B images; torch and accelerate move its tensors."""
 
-    inputs: Tensor  # images (B, 3, S, S) uint8, or the cached features of their patches (B, h, w, C)
+    inputs: Tensor  # images (B, 3, H, W) uint8, or the cached features of their patches (B, h, w, C)
     targets: Targets
     meta: list[ImageMeta]
 

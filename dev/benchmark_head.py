@@ -35,16 +35,17 @@ def main(settings: Settings) -> None:
     detector = load_checkpoint(settings.checkpoint).detector.to(accelerator.device)
     data = load_split(DataFlags(settings.data, val_images=max(settings.batch_sizes)), "val")
     for size in settings.batch_sizes:
-        batch = next(iter(make_eval_loader(data, detector.config.image_size, size, 0))).to(accelerator.device)
+        batches = next(iter(accelerator.prepare(make_eval_loader(data, detector.input_size, size, 0))))
         times: dict[str, list[float]] = {"backbone": [], "detector": []}
         for _ in range(settings.rounds + 2):
             for name, seconds in times.items():
                 start = time.perf_counter()
-                with accelerator.autocast():
-                    if name == "backbone":
-                        detector.backbone(batch.inputs).sum().item()  # waits for the device
-                    else:
-                        postprocess(*fuse_predictions(detector(batch.inputs)), batch.meta)
+                for batch in batches:
+                    with accelerator.autocast():
+                        if name == "backbone":
+                            detector.backbone(batch.inputs).sum().item()  # waits for the device
+                        else:
+                            postprocess(*fuse_predictions(detector(batch.inputs)), batch.meta)
                 seconds.append(time.perf_counter() - start)
         backbone, whole = (statistics.median(seconds[2:]) for seconds in times.values())
         print(

@@ -19,15 +19,15 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
 UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 709,
-    "common/*.py": 1122,
-    "common/data/*.py": 1729,
-    "common/model/*.py": 1487,
-    "common/train/*.py": 580,
-    "common/evaluate/*.py": 1441,
+    "common/*.py": 1131,
+    "common/data/*.py": 1735,
+    "common/model/*.py": 1491,
+    "common/train/*.py": 592,
+    "common/evaluate/*.py": 1446,
     "common/show/*.py": 596,
-    "common/export/*.py": 331,
+    "common/export/*.py": 339,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7063,
+    "tests/**/*.py": 7082,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -16,7 +16,7 @@ from common.data.table import OPEN_ORIENTATION
 from common.data.transforms import SMALLEST_SIDE
 from common.files import cache_folder
 from common.images import ImageFault, read_header
-from common.types import convert_boxes
+from common.types import InputSize, convert_boxes
 
 log = logging.getLogger(__name__)
 CHUNK = 1000  # images, after which the outcomes are kept; fewer need no progress bar
@@ -61,20 +61,20 @@ def _decode(image: ImageFile) -> Outcome:
     return ["", *[OPEN_ORIENTATION] * (is_open and not image.upright), *[PAGES] * header.has_pages]
 
 
-def check_object_sizes(data: DetectionData, image_size: int, patch: int) -> None:
-    """Say how many objects of the training images are too small to be learned at this size of the input, pixels.
+def check_object_sizes(data: DetectionData, size: InputSize) -> None:
+    """Say how many objects of the training images are too small to be learned at this size of the input.
 
-    `patch` is the backbone's, whose multiple a larger size must be. Raises InputError where all of them are.
+    Raises InputError where all of them are.
     """
     objects = ~data.crowd
     sizes = np.array([(image.width, image.height) for image in data.images])[data.image_of_box()[objects]]
     low, high = np.hsplit(convert_boxes(data.boxes[objects], "xywh", "xyxy"), 2)
     sides = (np.minimum(high, sizes) - np.maximum(low, 0)).min(1, initial=np.inf)
     needed = SMALLEST_SIDE * sizes.max(1, initial=0) / sides  # size of the input, pixels
-    if lost := int((needed > image_size).sum()):
+    if lost := int((needed > size.side).sum()):
         what = f"{lost} of {len(sides)} training objects are smaller than {SMALLEST_SIDE:.0f} pixels"
-        mend = f"--image-size {int(np.ceil(needed.max() / patch)) * patch} would keep them"
-        message = f"{data.source}: {what} at --image-size {image_size} and cannot be learned: {mend}"
+        mend = f"--image-size {int(np.ceil(needed.max() / size.patch)) * size.patch} would keep them"
+        message = f"{data.source}: {what} at --image-size {size.side} and cannot be learned: {mend}"
         if lost == len(sides):
             raise InputError(message)
         log.warning(message)

@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from common.data.memory import DetectionData
-from common.data.transforms import LetterboxTransform
+from common.data.transforms import ScaleTransform
 from common.runtime import Purpose, prepare_worker, seed_of
-from common.types import Batch, Target, Targets
+from common.types import Batch, InputSize, Target, Targets, group_by_shape
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
@@ -42,7 +43,7 @@ class SampleDataset(Dataset):
 
 
 class DetectionDataset(SampleDataset):
-    """Images (3, S, S) uint8 and targets, decoded and transformed item by item."""
+    """Images (3, H, W) uint8 and targets, decoded and transformed item by item."""
 
     def __init__(self, data: DetectionData, transform: Transform, seed: int = 0):
         super().__init__(data, seed)
@@ -54,15 +55,19 @@ class DetectionDataset(SampleDataset):
             return self.transform(image, self.data.target(index))
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Stack images (3, S, S) uint8, or cached features (h, w, C), and pad their targets."""
-    inputs, targets = zip(*samples, strict=True)
-    return Batch(torch.stack(inputs), Targets.pad(targets), [target.meta for target in targets])
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> list[Batch]:
+    """Stack images (3, H, W) uint8, or cached features (h, w, C), those of each shape by themselves."""
+    batches = []
+    for group in group_by_shape([inputs for inputs, _ in samples]):
+        inputs, targets = zip(*(samples[index] for index in group), strict=True)
+        batches.append(Batch(torch.stack(inputs), Targets.pad(targets), [target.meta for target in targets]))
+    return batches
 
 
-def make_eval_loader(data: DetectionData, image_size: int, batch_size: int, workers: int) -> DataLoader:
-    """Letterboxed images of `data`, in its order."""
-    return make_loader(DetectionDataset(data, LetterboxTransform(image_size)), batch_size, workers)
+def make_eval_loader(data: DetectionData, size: InputSize, batch_size: int, workers: int) -> DataLoader:
+    """The images of `data`, scaled, those of one shape behind each other, `batch_size` at once."""
+    order = sorted(range(len(data)), key=lambda index: size.fit(data.images[index].meta.size)[0])
+    return make_loader(DetectionDataset(data.select(np.array(order)), ScaleTransform(size)), batch_size, workers)
 
 
 class EpochSampler(Sampler[int]):

@@ -1,7 +1,7 @@
-"""Image and target in, image and target out: the letterbox of evaluation and the augmentation of training.
+"""Image and target in, image and target out: the scaling of evaluation and the augmentation of training.
 
-`torchvision.transforms.v2` moves the boxes along with the pixels. Images are (3, H, W) uint8 RGB on the way in and
-(3, S, S) uint8 on the way out, S being a multiple of the backbone's patch size.
+`torchvision.transforms.v2` moves the boxes along with the pixels. Images are (3, H, W) uint8 RGB, on the way out with
+sides that are multiples of the backbone's patch size.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ from torchvision.transforms import v2
 
 from common.cli import flag
 from common.console import InputError
-from common.images import FILL, letterboxed
-from common.types import Target, letterbox
+from common.images import scaled
+from common.types import InputSize, Target
 
+FILL = (124, 116, 104)  # around images smaller than a crop: ImageNet's mean, zero after the backbone's normalisation
 COLOR_JITTER = 0.3  # change of brightness, contrast and saturation; a sixth of it of the hue
 SMALLEST_SIDE = 2.0  # input pixels; a crop drops boxes of which less than that remains
 
@@ -43,29 +44,29 @@ class AugmentationFlags:
         return f"{mirror}, scales {self.scales[0]:g} to {self.scales[1]:g}"
 
 
-class LetterboxTransform(nn.Module):
-    """Scale to fit a square of `size` pixels, in its upper-left corner, and pad."""
+class ScaleTransform(nn.Module):
+    """Scale to the size of a detector's input."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: InputSize):
         super().__init__()
         self.size = size
 
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        return letterboxed(image, self.size)[0], letterbox_target(target, self.size)
+        return scaled(image, self.size)[0], scaled_target(target, self.size)
 
 
-def letterbox_target(target: Target, side: int) -> Target:
-    """A target in original pixels -> the same in input pixels of a square of `side` pixels, clipped to the image."""
-    scale = letterbox(target.meta.size, side)[1]
+def scaled_target(target: Target, size: InputSize) -> Target:
+    """A target in original pixels -> the same in input pixels, clipped to the image."""
+    scale = size.fit(target.meta.size)[1]
     boxes = clip_boxes_to_image(target.boxes, target.meta.size)
     boxes = boxes * boxes.new_tensor(scale).repeat(2)
     return replace(target, boxes=boxes, meta=target.meta._replace(scale=scale))
 
 
-def mirror_target(target: Target, size: int) -> Target:
-    """The target of the input mirrored left to right, with its padding."""
+def mirror_target(target: Target, width: int) -> Target:
+    """The target of an input of that width, mirrored left to right."""
     x1, y1, x2, y2 = target.boxes.unbind(-1)
-    boxes = torch.stack([size - x2, y1, size - x1, y2], dim=-1)
+    boxes = torch.stack([width - x2, y1, width - x1, y2], dim=-1)
     return replace(target, boxes=boxes, meta=target.meta._replace(scale=None))
 
 
@@ -112,7 +113,7 @@ class TrainTransform(nn.Module):
 
 
 class _ScaleJitter(v2.ScaleJitter):
-    """torchvision's, but an elongated image keeps a side of at least one pixel, as in `letterbox`."""
+    """torchvision's, but an elongated image keeps a side of at least one pixel."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = super().make_params(flat_inputs)["size"]

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -46,14 +47,17 @@ def validate(
     processes. It is left in evaluation mode; `loader` is the accelerator's."""
     model.eval()
 
-    def run(batch: Batch) -> list[Detections]:
-        with accelerator.autocast():
-            out = model(batch.inputs)
-        found = postprocess(*fuse_predictions(out), batch.meta)
-        return accelerator.gather_for_metrics(found, use_gather_object=True)
+    def run(batches: list[Batch]) -> list[Detections]:
+        found: list[Detections] = []
+        for batch in batches:
+            with accelerator.autocast():
+                out = model(batch.inputs)
+            found += postprocess(*fuse_predictions(out), batch.meta)
+        return gather_object(found)
 
     detections = detect(loader, run, len(data), "validating", accelerator.is_main_process)
-    return headline(detection_table(detections, data).relabelled(label_map(class_names, data)), data)
+    once = {found.image_id: found for found in detections}  # accelerate fills up the last batches
+    return headline(detection_table(list(once.values()), data).relabelled(label_map(class_names, data)), data)
 
 
 def run_detector(
@@ -61,13 +65,13 @@ def run_detector(
 ) -> ModelRun:
     """What a checkpoint or an export, as `load_detector` returns it, detects on every image, and what that costs."""
 
-    def run(batch: Batch) -> list[Detections]:
-        return detections_of(*detector.run(batch.inputs), batch.meta)
+    def run(batches: list[Batch]) -> list[Detections]:
+        return [found for batch in batches for found in detections_of(*detector.run(batch.inputs), batch.meta)]
 
-    def inputs_of(part: np.ndarray) -> Batch:
-        return next(iter(make_eval_loader(data.select(part), detector.image_size, len(part), workers=0)))
+    def inputs_of(part: np.ndarray) -> list[Batch]:
+        return next(iter(make_eval_loader(data.select(part), detector.input_size, len(part), workers=0)))
 
-    loader = make_eval_loader(data, detector.image_size, batch_size, workers)
+    loader = make_eval_loader(data, detector.input_size, batch_size, workers)
     table, cost = detection_table(detect(loader, run, len(data), title), data), None
     if timed:
         count, about = min(batch_size, len(data)), (detector.device, detector.precision, detector.parameters)

@@ -72,11 +72,12 @@ def _class_key(name: str) -> str:
 
 
 def detection_table(detections: Sequence[Detections], data: DetectionData) -> DetectionTable:
-    """The detections, of one image at least, on images of `data` as one table."""
+    """The detections, of one image at least, on images of `data` as one table, in the order of these images."""
     index_of = {image.id: index for index, image in enumerate(data.images)}
-    image = np.repeat([index_of[d.image_id] for d in detections], [len(d.scores) for d in detections])
-    corners, score = (np.concatenate([getattr(d, name).double() for d in detections]) for name in ("boxes", "scores"))
-    label = np.concatenate([d.labels for d in detections])
+    found = sorted(detections, key=lambda d: index_of[d.image_id])
+    image = np.repeat([index_of[d.image_id] for d in found], [len(d.scores) for d in found])
+    corners, score = (np.concatenate([getattr(d, name).double() for d in found]) for name in ("boxes", "scores"))
+    label = np.concatenate([d.labels for d in found])
     return DetectionTable(image, convert_boxes(corners, "xyxy", "xywh"), score, label)
 
 

@@ -29,6 +29,7 @@ from common.images import find_images
 from common.model import load_detector
 from common.model.checkpoint import Checkpoint
 from common.model.trained import load_on_device
+from common.types import InputSize
 
 ENDS = {"onnx": ".onnx", "openvino": "_openvino_model", "hub": "_hub"}  # of the names that are written
 PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino"), "hub": ()}
@@ -63,13 +64,13 @@ def output_of(settings: Settings) -> Path:
     return Path(name if name.lower().endswith(end) else name + end)
 
 
-def calibration_loader(settings: Settings, image_size: int) -> DataLoader:
+def calibration_loader(settings: Settings, size: InputSize) -> DataLoader:
     """Batches of one image each. Raises InputError where there are none."""
     images, _ = find_images(Path(settings.calibration))
     count = min(len(images), settings.calibration_images)
     chosen = [images[number * len(images) // count] for number in range(count)]
     data = unlabelled_images(chosen or [Path(settings.calibration)])
-    return make_eval_loader(data, image_size, batch_size=1, workers=0)
+    return make_eval_loader(data, size, batch_size=1, workers=0)
 
 
 def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None:
@@ -77,11 +78,12 @@ def export_graph(checkpoint: Checkpoint, settings: Settings, file: Path) -> None
     weights = sum(weight.nbytes for weight in checkpoint.detector.parameters())
     if weights >= LARGEST_GRAPH:
         raise InputError(f"the weights have {weights / 1e9:.1f} GB, and ONNX takes 2: export a smaller backbone")
-    loader = calibration_loader(settings, checkpoint.image_size) if settings.int8 else None
+    size = checkpoint.detector.input_size
+    loader = calibration_loader(settings, size) if settings.int8 else None
     used = {"calibration": settings.calibration, "calibration_images": len(loader)} if loader else {}
     precision, conditions = "int8" if loader else "fp32", checkpoint.conditions() | used
-    names, ids, size = list(checkpoint.class_names), list(checkpoint.category_ids), checkpoint.image_size
-    description = Description(FORMAT_VERSION, names, ids, size, checkpoint.min_score, precision, conditions)
+    names, ids = list(checkpoint.class_names), list(checkpoint.category_ids)
+    description = Description(FORMAT_VERSION, names, ids, *size, checkpoint.min_score, precision, conditions)
     graph = onnx_graph(checkpoint.detector, json.dumps(asdict(description)))
     graph = quantize(graph, loader) if loader else graph
     try:

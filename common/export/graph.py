@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.ops import clip_boxes_to_image
 from transformers import AttentionInterface
 from transformers.models.dinov2.modeling_dinov2 import eager_attention_forward
 
@@ -24,7 +25,7 @@ ATTENTION = "unmasked"
 
 
 class DetectorWithNms(nn.Module):
-    """Images (B, 3, S, S) RGB in 0..1 -> boxes (B, D, 4) xyxy input pixels, scores (B, D), labels (B, D) int64."""
+    """Images (B, 3, H, W) RGB in 0..1 -> boxes (B, D, 4) xyxy input pixels, scores (B, D), labels (B, D) int64."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -32,23 +33,25 @@ class DetectorWithNms(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores, labels = select_detections(*fuse_predictions(self.detector(images)))
-        return boxes.clamp(0, self.detector.config.image_size), scores, labels
+        return clip_boxes_to_image(boxes, images.shape[-2:]), scores, labels
 
 
 def onnx_graph(detector: Detector, description: str) -> Any:
-    """A detector as an ONNX `ModelProto` that computes in fp32, for any number of images at once.
+    """A detector as an ONNX `ModelProto` that computes in fp32, for any number of images of any sides.
 
     The description goes into its metadata. The detector keeps the attention of the graph.
     """
-    size = detector.config.image_size
+    side, patch = detector.input_size
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    rows, columns = (torch.export.Dim(name, min=1, max=side // patch) for name in ("rows", "columns"))
     AttentionInterface.register(ATTENTION, eager_attention_forward)
     detector.backbone.vit.set_attn_implementation(ATTENTION)
     with warnings.catch_warnings(action="ignore"), torch.inference_mode():
         program = torch.onnx.export(
             DetectorWithNms(detector),
-            (torch.rand(2, 3, size, size),),
+            (torch.rand(2, 3, side, side),),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},),
+            dynamic_shapes=({0: batch, 2: patch * rows, 3: patch * columns},),
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             opset_version=OPSET,

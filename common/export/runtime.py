@@ -15,10 +15,11 @@ from common.console import InputError, check_packages, last_line
 from common.evaluate.results import from_json
 from common.files import PROGRAM
 from common.model.trained import TrainedDetector
+from common.types import InputSize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
-Session = Callable[[np.ndarray], list[np.ndarray]]  # images (B, 3, S, S) float32 in 0..1 -> the three outputs
+Session = Callable[[np.ndarray], list[np.ndarray]]  # images (B, 3, H, W) float32 in 0..1 -> the three outputs
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Description:
     format_version: int
     class_names: list[str]
     category_ids: list[int]
-    image_size: int
+    image_size: int  # longer side of the input, pixels
+    patch_size: int  # of which both sides are multiples
     min_score: float
     precision: str
     conditions: dict  # how it was trained
@@ -83,7 +85,8 @@ def load_exported(file: Path) -> ExportedDetector:
     if about.format_version != FORMAT_VERSION or len(about.class_names) != len(about.category_ids):
         raise InputError(f"{file} is not of format_version {FORMAT_VERSION}: export its checkpoint again")
     names, ids = tuple(about.class_names), tuple(about.category_ids)
-    shared = names, ids, about.image_size, about.min_score, torch.device("cpu"), about.precision
+    size = InputSize(about.image_size, about.patch_size)
+    shared = names, ids, size, about.min_score, torch.device("cpu"), about.precision
     return ExportedDetector(*shared, file, about.conditions | {"runtime": runtime}, session)
 
 

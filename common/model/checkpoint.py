@@ -40,11 +40,6 @@ class Checkpoint:
     epoch: int = 0  # finished epochs
 
     @property
-    def image_size(self) -> int:
-        """Side of the square input, pixels."""
-        return self.detector.config.image_size
-
-    @property
     def min_score(self) -> float:
         """The operating point: the score with the best F1 on the validation images of its training, or the default."""
         score = self.metrics.get("operating_point")

@@ -14,7 +14,7 @@ from common.console import InputError
 from common.model.backbone import Backbone, backbone_config, build_vit, load_backbone, resolve_blocks, vit_config
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
 from common.model.roi_head import RoIHead
-from common.types import RawOutput, Targets
+from common.types import InputSize, RawOutput, Targets
 
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "multi-layer": MultiLayerHead, "pyramid": PyramidHead}
 MAX_DEPTH = 200  # blocks; a larger number in a file would take hours to build
@@ -33,7 +33,7 @@ class DetectorFlags:
     blocks: tuple[int, ...] = flag(
         (-5, -4, -3), "blocks whose features the head reads: 1 = first block, -1 = last", fixed=True
     )
-    image_size: int = flag(448, "side of the square input, pixels; a multiple of a patch", at_least=1, fixed=True)
+    image_size: int = flag(448, "longer side of the input, pixels; a multiple of a patch", at_least=1, fixed=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DetectorConfig:
     head: str  # one of HEADS
     backbone: dict  # its architecture, see `backbone_config`
     blocks: tuple[int, ...]  # the blocks whose features the head reads, 1 = first
-    image_size: int  # side of the square input, pixels
+    image_size: int  # longer side of the input, pixels
     num_classes: int
     dropout: float = 0.0  # in training, of the heads that have hidden layers
     second_look: int = 0  # boxes an image that are looked at again, 0 = none
@@ -94,8 +94,13 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.head = DetectionHead(config, backbone.channels * len(config.blocks), backbone.patch_size)
 
+    @property
+    def input_size(self) -> InputSize:
+        """To what size images are scaled."""
+        return InputSize(self.config.image_size, self.backbone.patch_size)
+
     def forward(self, pixels: Tensor, targets: Targets | None = None) -> RawOutput:
-        """(B, 3, S, S) uint8 RGB -> `RawOutput`; `targets` as for `DetectionHead`."""
+        """(B, 3, H, W) uint8 RGB -> `RawOutput`; `targets` as for `DetectionHead`."""
         return self.head(self.backbone(pixels), targets)
 
 

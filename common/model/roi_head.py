@@ -71,7 +71,7 @@ def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -
     best, index = logits.topk(min(candidates, logits.shape[1]))  # by falling score
     boxes = gather_boxes(boxes, index)
     kept = nms_mask(pairwise_iou(boxes, boxes) > PROPOSAL_IOU)
-    rank = torch.arange(best.shape[1], device=best.device) + ~kept * best.shape[1]
+    rank = torch.arange(best.shape[1], device=best.device) + ~kept * candidates
     return index.gather(1, rank.topk(min(count, best.shape[1]), largest=False).indices)
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from common.console import InputError
 from common.files import PROGRAM
 from common.hub import FILES
-from common.images import letterboxed, read_pixels
+from common.images import read_pixels, scaled
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_folder
 from common.model.postprocess import detections_of, fuse_predictions, select_detections
 from common.runtime import choose_precision, default_device
-from common.types import Detections, ImageMeta
+from common.types import Detections, ImageMeta, InputSize, group_by_shape
 
 CARD = Path(__file__).with_name("card.md").read_text()  # a template for jinja2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +39,7 @@ class TrainedDetector(ABC):
 
     class_names: tuple[str, ...]  # of the labels 0..K-1
     category_ids: tuple[int, ...]  # of the data set that it was trained on
-    image_size: int  # side of its square input, pixels
+    input_size: InputSize  # of images as it sees them
     min_score: float  # the operating point, see `Checkpoint.min_score`
     device: torch.device
     precision: str  # fp32, bf16, fp16 or int8
@@ -55,7 +55,7 @@ class TrainedDetector(ABC):
 
     @abstractmethod
     def run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) uint8 RGB, letterboxed -> boxes (B, D, 4) in input pixels, scores and labels (B, D).
+        """(B, 3, H, W) uint8 RGB of its `input_size` -> boxes (B, D, 4) in input pixels, scores and labels (B, D).
 
         As `select_detections` returns them.
         """
@@ -93,12 +93,15 @@ class TrainedDetector(ABC):
 
     def _detect(self, images: list[Tensor], first: int, min_score: float | None) -> list[Detections]:
         """The detections in a batch of images (3, H, W) uint8, numbered from `first`."""
-        inputs, scales = zip(*(letterboxed(image, self.image_size) for image in images), strict=True)
+        inputs, scales = zip(*(scaled(image, self.input_size) for image in images), strict=True)
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         meta = [ImageMeta(first + i, None, *known) for i, known in enumerate(zip(sizes, scales, strict=True))]
-        found = detections_of(*self.run(torch.stack(inputs)), meta)
-        least = self.min_score if min_score is None else min_score
-        return [replace(d.at_least(least), class_names=self.class_names, category_ids=self.category_ids) for d in found]
+        least, found = self.min_score if min_score is None else min_score, dict[int, Detections]()
+        for group in group_by_shape(inputs):
+            outputs = self.run(torch.stack([inputs[index] for index in group]))
+            found |= zip(group, detections_of(*outputs, [meta[index] for index in group]), strict=True)
+        kept = (found[index].at_least(least) for index in range(len(images)))
+        return [replace(d, class_names=self.class_names, category_ids=self.category_ids) for d in kept]
 
 
 @dataclass(frozen=True)
@@ -160,5 +163,6 @@ def load_on_device(
         checkpoint.detector.to(chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise InputError(f"no device {device} on this machine: {str(error).splitlines()[0]}") from error
-    classes, settings = (checkpoint.class_names, checkpoint.category_ids), (checkpoint.image_size, checkpoint.min_score)
+    classes = checkpoint.class_names, checkpoint.category_ids
+    settings = checkpoint.detector.input_size, checkpoint.min_score
     return CheckpointDetector(*classes, *settings, chosen, choose_precision(precision), checkpoint, str(path))

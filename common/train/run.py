@@ -169,7 +169,7 @@ class Run:
         with progress_bar(steps, f"epoch {len(self.log) + 1}", "step", self.accelerator.is_main_process) as bar:
             for _ in range(steps):
                 raise_if_interrupted()
-                yield list(itertools.islice(batches, self.settings.accumulate))
+                yield [batch for group in itertools.islice(batches, self.settings.accumulate) for batch in group]
                 bar.update()
 
     def mean(self, counts: list[Tensor]) -> Tensor:
@@ -220,8 +220,9 @@ class Run:
 
     def validate(self, checkpoint: Checkpoint, val_data: DetectionData) -> dict[str, float | None]:
         """The headline numbers of a detector on the images of `val_data`."""
-        loader = make_eval_loader(val_data, checkpoint.image_size, self.settings.batch_size, self.settings.workers)
-        detector, loader = checkpoint.detector.to(self.accelerator.device), self.accelerator.prepare(loader)
+        detector, options = checkpoint.detector, (self.settings.batch_size, self.settings.workers)
+        loader = self.accelerator.prepare(make_eval_loader(val_data, detector.input_size, *options))
+        detector = detector.to(self.accelerator.device)
         return validate(detector, loader, val_data, checkpoint.class_names, self.accelerator)
 
     def finish(self, val_data: DetectionData) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Letterbox, augmentation, batches."""
+"""Scaling, augmentation, batches."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from helpers import annotation, data_flags, load_coco, target_of
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
 from common.data.sources import load_split
-from common.data.transforms import AugmentationFlags, LetterboxTransform, TrainTransform, letterbox_target
+from common.data.transforms import AugmentationFlags, ScaleTransform, TrainTransform, scaled_target
 from common.model.postprocess import detections_of
-from common.types import ImageMeta, Targets, letterbox
+from common.types import ImageMeta, InputSize, Targets
 
 
 def painted(width=300, height=200, box=(60, 40, 180, 120)):
@@ -28,17 +28,21 @@ def red_box(image):
     return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
 
 
-@pytest.mark.parametrize("size", [(480, 640), (333, 500), (30, 1000), (640, 640)])
-def test_letterbox_carries_the_box_along_and_detections_are_scaled_back(size):
+SIDES = {(480, 640): (168, 224), (500, 333): (224, 154), (30, 1000): (14, 224), (9, 9): (224, 224)}
+
+
+@pytest.mark.parametrize(("size", "sides"), SIDES.items())
+def test_scaling_carries_the_box_along_and_detections_are_scaled_back(size, sides):
+    """Both sides become multiples of the patch, without padding, and each has a scale of its own."""
     height, width = size
-    (new_height, new_width), scale = letterbox(size, 224)
     box = (width // 5, height // 5, width // 2, height // 2)
-    image, target = LetterboxTransform(224)(*painted(width, height, box))
-    assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and max(new_height, new_width) == 224
-    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=1) and target.meta.scale == scale
+    image, target = ScaleTransform(InputSize(224, 14))(*painted(width, height, box))
+    assert image.shape == (3, *sides) and image.dtype == torch.uint8
+    assert target.meta.scale == (sides[1] / width, sides[0] / height)
+    assert red_box(image) == pytest.approx(target.boxes[0].tolist(), abs=max(1, *target.meta.scale) / 2 + 0.5)
     boxes = torch.tensor([[0.0, 0.0, width, height], box])
-    moved = letterbox_target(replace(target_of(boxes.tolist()), meta=ImageMeta(1, None, size)), 224)
-    assert moved.boxes[0].tolist() == pytest.approx([0, 0, new_width, new_height], abs=1e-3)
+    moved = scaled_target(replace(target_of(boxes.tolist()), meta=ImageMeta(1, None, size)), InputSize(224, 14))
+    assert moved.boxes[0].tolist() == pytest.approx([0, 0, *reversed(sides)], abs=1e-3)
     (found,) = detections_of(moved.boxes[None], torch.ones(1, 2), torch.zeros(1, 2).long(), [moved.meta])
     assert torch.allclose(found.boxes, boxes, atol=1e-3)
 
@@ -102,14 +106,14 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(demo):
 
 
 @pytest.mark.parametrize("size", [(20000, 40), (10, 6000), (60000, 1), (1, 9000), (1, 1)])
-def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
+def test_elongated_images_keep_their_shorter_side(size):
     width, height = size
     image, box = torch.full((3, height, width), 200, dtype=torch.uint8), torch.tensor([[0.0, 0.0, width, height]])
     target = replace(target_of(box.tolist(), labels=[4]), meta=ImageMeta(1, None, (height, width)))
-    letterboxed, moved = LetterboxTransform(56)(image, target)
-    sides = [max(1, round(side * 56 / max(size))) for side in size]
+    scaled, moved = ScaleTransform(InputSize(56, 14))(image, target)
+    sides = [56 if side == max(size) else 14 for side in size]
     assert moved.boxes[0].tolist() == pytest.approx([0, 0, *sides])
-    assert (letterboxed[0] == 200).sum() == sides[0] * sides[1]
+    assert scaled.shape == (3, *reversed(sides)) and (scaled == 200).all()
     for transform in (TrainTransform(56), TrainTransform(448, 56)):
         for seed in range(10):
             torch.manual_seed(seed)
@@ -118,12 +122,15 @@ def test_elongated_images_keep_a_pixel_of_their_shorter_side(size):
             assert len(moved.boxes) == len(moved.labels) == len(moved.crowd)
 
 
-def test_collate_keeps_bytes_and_pads_targets(coco_file):
+def test_collate_keeps_bytes_pads_targets_and_stacks_what_has_one_shape(coco_file):
     data = load_coco(*coco_file([annotation()]))
-    batch = collate([DetectionDataset(data, LetterboxTransform(28))[i] for i in range(2)])
-    assert batch.inputs.shape == (2, 3, 28, 28) and batch.inputs.dtype == torch.uint8
+    samples = [DetectionDataset(data, ScaleTransform(InputSize(28, 14)))[i] for i in range(2)]
+    wide, samples[1] = (samples[0][0].mT, samples[0][1]), (torch.zeros_like(samples[0][0]), samples[1][1])
+    batch, other = collate([samples[0], wide, samples[1]])
+    assert batch.inputs.shape == (2, 3, 14, 28) and batch.inputs.dtype == torch.uint8
     assert batch.targets.objects.tolist() == [[True], [False]] and batch.targets.crowds.shape == (2, 0, 4)
     assert [meta.image_id for meta in batch.meta] == [11, 5]
+    assert other.inputs.shape == (1, 3, 28, 14) and [meta.image_id for meta in other.meta] == [11]
 
 
 def test_targets_are_padded_to_the_largest_number_of_objects_and_of_crowds():

@@ -38,9 +38,9 @@ def same(one, other) -> bool:
 
 
 def test_predictions_on_files_are_those_of_the_evaluation_to_the_bit(file, trained, demo_val):
-    evaluated = run_detector(load_detector(file), demo_val, 4, workers=0, title="", timed=False).table
+    evaluated = run_detector(load_detector(file), demo_val, 1, workers=0, title="", timed=False).table
     files = [image.path for image in demo_val.images]
-    predicted = trained.predict(files, min_score=0.0, batch_size=4)
+    predicted = trained.predict(files, min_score=0.0, batch_size=1)
     assert all(len(d.scores) > 0 for d in predicted)
     found = [replace(d, image_id=image.id) for d, image in zip(predicted, demo_val.images, strict=True)]
     for name, column in vars(detection_table(found, demo_val)).items():

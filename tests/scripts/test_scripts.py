@@ -25,10 +25,11 @@ import improved_dino_detector
 import plot_results
 import validate_models
 from common import cli
-from common.data.transforms import LetterboxTransform
+from common.data.transforms import ScaleTransform
 from common.evaluate.results import read_results
 from common.model.checkpoint import load_checkpoint
 from common.show import charts
+from common.types import InputSize
 
 pytestmark = pytest.mark.slow
 MODULES = {
@@ -135,7 +136,7 @@ OVERFIT = {
     "simple": {"epochs": 150, "lr": 2e-3, "backbone_lr": 1e-3},
     "improved": {
         "epochs_frozen": 0,
-        "epochs_unfrozen": 100,
+        "epochs_unfrozen": 120,
         "dropout": 0.0,
         "lr_unfrozen": 1e-3,
         "head_lr_factor": 2.0,
@@ -147,7 +148,7 @@ OVERFIT = {
 def test_a_detector_overfits_four_images(script, demo, tmp_path, monkeypatch):
     """From random weights, without augmentation: the whole of assignment, loss, decoding, post-processing, metrics."""
     module = MODULES[script]
-    monkeypatch.setattr(module, "TrainTransform", lambda size, *_, **_options: LetterboxTransform(size))
+    monkeypatch.setattr(module, "TrainTransform", lambda size, *_, **_options: ScaleTransform(InputSize(size, 14)))
     torch.manual_seed(0)
     shape = TINY | {"hidden_size": 96, "num_hidden_layers": 3, "image_size": 140}
     Dinov2Backbone(Dinov2Config(**shape, patch_size=14)).save_pretrained(tmp_path / "vit")

@@ -11,17 +11,20 @@ from helpers import load_coco, tiny_settings
 import improved_dino_detector
 from common.console import InputError
 from common.data.dataset import DetectionDataset, collate
-from common.data.transforms import LetterboxTransform, mirror_drawn, mirror_target
+from common.data.transforms import ScaleTransform, mirror_drawn, mirror_target
 from common.train import feature_cache
 from common.train.feature_cache import CachedDataset, cached_features, shard_paths
+from common.types import InputSize
+
+SIZE = InputSize(112, 14)
 
 
-class MirrorTransform(LetterboxTransform):
-    """The letterbox, and every second image mirrored."""
+class MirrorTransform(ScaleTransform):
+    """Scaling, and every second image mirrored."""
 
     def forward(self, image, target):
         image, target = super().forward(image, target)
-        return (image.flip(-1), mirror_target(target, self.size)) if mirror_drawn() else (image, target)
+        return (image.flip(-1), mirror_target(target, image.shape[2])) if mirror_drawn() else (image, target)
 
 
 @pytest.fixture(autouse=True)
@@ -36,29 +39,32 @@ def cached(detector, data, views=2, precision="no"):
 
 def test_cached_samples_equal_those_of_the_images(detector, demo_val):
     """The same views in the same epochs, the same boxes, and features that agree to float16's precision."""
-    from_disk = CachedDataset(demo_val, cached(detector, demo_val), 112, mirror=True, seed=3)
-    plain = DetectionDataset(demo_val, MirrorTransform(112), seed=3)
+    from_disk = CachedDataset(demo_val, cached(detector, demo_val), SIZE, mirror=True, seed=3)
+    plain = DetectionDataset(demo_val, MirrorTransform(SIZE), seed=3)
     mirrored = 0
     for epoch in (1, 2):
         from_disk.set_epoch(epoch)
         plain.set_epoch(epoch)
-        from_cache, from_images = (collate([dataset[i] for i in range(6)]) for dataset in (from_disk, plain))
-        with torch.no_grad():
-            features = detector.backbone(from_images.inputs)
-            ours, theirs = detector.head(from_cache.inputs), detector(from_images.inputs)
-        assert torch.allclose(from_cache.inputs.float(), features, atol=5e-3, rtol=1e-3)
-        assert torch.allclose(ours.boxes, theirs.boxes, atol=0.1)
-        assert all(map(torch.equal, from_cache.targets, from_images.targets)) and from_cache.meta == from_images.meta
-        mirrored += sum(meta.scale is None for meta in from_cache.meta)
+        batches = [collate([dataset[i] for i in range(6)]) for dataset in (from_disk, plain)]
+        assert len(batches[0]) == len(batches[1]) > 1, "images of one shape"
+        for from_cache, from_images in zip(*batches, strict=True):
+            with torch.no_grad():
+                features = detector.backbone(from_images.inputs)
+                ours, theirs = detector.head(from_cache.inputs), detector(from_images.inputs)
+            assert torch.allclose(from_cache.inputs.float(), features, atol=5e-3, rtol=1e-3)
+            assert torch.allclose(ours.boxes, theirs.boxes, atol=0.1)
+            assert all(map(torch.equal, from_cache.targets, from_images.targets))
+            assert from_cache.meta == from_images.meta
+            mirrored += sum(meta.scale is None for meta in from_cache.meta)
     assert 0 < mirrored < 12
 
 
 def test_bf16_features_are_cached_without_loss(detector, demo_val):
     """The head then sees the same bits with the cache and without."""
     features = cached(detector, demo_val, views=1, precision="bf16")
-    images = collate([DetectionDataset(demo_val, LetterboxTransform(112))[i] for i in range(4)]).inputs
+    image = DetectionDataset(demo_val, ScaleTransform(SIZE))[0][0][None]
     with torch.no_grad(), Accelerator(cpu=True).autocast():
-        plain, read = detector(images), detector.head(features[0][:4, 0])
+        plain, read = detector(image), detector.head(features[0])
     assert features[0].dtype == torch.bfloat16
     assert torch.equal(plain.boxes, read.boxes) and torch.equal(plain.class_logits, read.class_logits)
 
@@ -70,7 +76,8 @@ def test_an_interrupted_build_computes_only_missing_shards(detector, demo_val, f
     cached(detector, demo_val.select(np.arange(4)))
     assert [path.is_file() for path in paths] == [True, True, False] and sum(seen) == 4 * 2
     whole = cached(detector, demo_val)
-    assert [tuple(shard.shape) for shard in whole] == [(2, 2, 8, 8, 2 * 48)] * 3 and sum(seen) == 6 * 2
+    grids = [[side // 14 for side in SIZE.fit(image.meta.size)[0]] for image in demo_val.images]
+    assert [tuple(f.shape) for f in whole] == [(2, *grid, 2 * 48) for grid in grids] and sum(seen) == 6 * 2
     old, young = (folder / f".{paths[1].name}.{number}.tmp" for number in (1, 2))
     for file in (old, young):
         file.touch()
