@@ -80,7 +80,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     start_from: str = flag(
         "", "checkpoint to start from, also with other classes; its head, blocks and size are kept", fixed=True
     )
-    ema: float = flag(0.99, "decay of the moving average of the weights, a step; 0 = none", at_least=0, at_most=1)
+    ema: float = flag(
+        0.125, "share of a cycle that the moving average of the weights reaches back; 0 = none", at_least=0, at_most=1
+    )
     run_dir: str = with_default(RunFlags, "run_dir", "runs/improved")
     output: str = with_default(RunFlags, "output", "improved_dino2_detector.pth")
 
@@ -179,7 +181,7 @@ def train_stage(
     optimizer = torch.optim.AdamW(stage.groups, fused=True)
     model, optimizer, loader = accelerator.prepare(stage.model, optimizer, stage.loader)
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
-    average = Ema(stage.trained, settings.ema)
+    average = Ema(stage.trained, settings.ema * schedule.steps / schedule.cycles)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):

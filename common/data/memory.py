@@ -84,9 +84,11 @@ class DetectionData:
         return np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
 
     def class_shares(self) -> Tensor:
-        """(K,) float32 shares of the classes in all non-crowd boxes."""
-        counts = torch.from_numpy(self.class_counts())
-        return counts / counts.sum().clamp(min=1)
+        """(K,) float32 shares of the classes in the non-crowd boxes of an image, in the mean over images."""
+        image = self.image_of_box()[~self.crowd]
+        weights = 1 / np.bincount(image)[image] if len(image) else None
+        shares = np.bincount(self.labels[~self.crowd], weights, len(self.class_names))
+        return torch.from_numpy(shares / max(1, shares.sum())).float()
 
     def fingerprint(self) -> str:
         """Hex digest of file names, ids, boxes, labels and classes: equal where the ground truth is equal."""

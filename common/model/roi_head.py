@@ -6,7 +6,6 @@ box, as the second stage of Faster R-CNN does (arXiv 1506.01497). `postprocess.f
 
 import torch
 from torch import Tensor, nn
-from torch.quasirandom import SobolEngine
 
 from common.model.boxes import apply_deltas, gather_boxes, pairwise_iou
 from common.model.postprocess import nms_mask
@@ -34,7 +33,6 @@ class RoIHead(nn.Module):
     def __init__(self, *, channels: int, num_classes: int, stride: int, proposals: int, dropout: float = 0.0):
         super().__init__()
         self.stride, self.proposals = stride, proposals
-        self.jitter = JitteredBoxes()
         norm = nn.LayerNorm(channels, elementwise_affine=False)
         self.normalise = nn.Sequential(norm, nn.Flatten(2), nn.Dropout(dropout))
         self.classify = nn.Linear(channels * CLASS_BINS**2, num_classes)
@@ -56,7 +54,7 @@ class RoIHead(nn.Module):
         locations = select_proposals(out, *limits)
         boxes = gather_boxes(out.boxes.detach(), locations)
         if targets is not None:
-            boxes = torch.cat([self.jitter(targets), boxes], dim=1)
+            boxes = torch.cat([jittered_boxes(targets), boxes], dim=1)
         classes = self.classify(self.normalise(roi_pool(features, boxes, CLASS_BINS, self.stride))).float()
         outputs = self.predict(self.embed(roi_pool(self.reduce(features), boxes, BOX_BINS, self.stride))).float()
         return RoIOutput(locations, boxes, apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0], classes)
@@ -101,29 +99,11 @@ def _weights(sides: Tensor, bins: int, cells: int) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
-class JitteredBoxes(nn.Module):
-    """`NUM_JITTERED` boxes around the objects of each image, the first the objects themselves, each equally often.
-
-    The shifts are a Sobol sequence, which fills their range evenly, and the same each time.
-    """
-
-    rank: Tensor
-    deltas: Tensor
-    no_object: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.device("cpu"):  # checkpoints do not contain these, see `Backbone`
-            shifts = SobolEngine(4).draw(NUM_JITTERED + 1)[1:] * 2 - 1  # the first of these is the middle: no shift
-            ranges = torch.tensor([MAX_SHIFT, MAX_SHIFT, MAX_LOG_JITTER, MAX_LOG_JITTER])
-            self.register_buffer("deltas", shifts * ranges, persistent=False)
-            self.register_buffer("rank", torch.arange(NUM_JITTERED), persistent=False)
-            no_object = torch.tensor([0.0, 0.0, NO_OBJECT_PX, NO_OBJECT_PX])
-            self.register_buffer("no_object", no_object, persistent=False)
-
-    def forward(self, targets: Targets) -> Tensor:
-        """Targets in input pixels -> (B, NUM_JITTERED, 4) input pixels."""
-        count = targets.objects.sum(1, keepdim=True)  # (B, 1)
-        turns = count.clamp(min=1)
-        boxes = gather_boxes(targets.boxes, self.rank % turns).where(count[..., None] > 0, self.no_object)
-        return apply_deltas(boxes, self.deltas[self.rank // turns])
+def jittered_boxes(targets: Targets) -> Tensor:
+    """(B, NUM_JITTERED, 4) boxes at random places near the objects of each image, all about equally often."""
+    count = targets.objects.sum(1, keepdim=True)  # (B, 1)
+    turn = torch.arange(NUM_JITTERED, device=count.device) % count.clamp(min=1)
+    no_object = torch.arange(4, device=count.device) // 2 * NO_OBJECT_PX
+    boxes = gather_boxes(targets.boxes, turn).where(count[..., None] > 0, no_object)
+    shifts = torch.rand_like(boxes) * 2 - 1
+    return apply_deltas(boxes, torch.cat([shifts[..., :2] * MAX_SHIFT, shifts[..., 2:] * MAX_LOG_JITTER], dim=-1))

@@ -67,14 +67,14 @@ class Ema:
     """An exponential moving average of the weights of a module that require a gradient.
 
     Where the learning rate has several cycles, the averages at their ends are averaged with equal weight: the weights
-    found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407). In the first
-    steps the `decay` is lower, which reduces the share of the initial weights; with 0 the average is the weights.
+    found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407). It reaches
+    back `horizon` steps, in the first steps fewer, which reduces the share of the initial weights; with 0 none.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module, horizon: float):
         self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.averages = {0: [p.detach().clone() for p in self.trained]}  # of each cycle, at its end or now
-        self.decay, self.steps = decay, 0
+        self.decay, self.steps = horizon / (1 + horizon), 0
 
     @torch.no_grad()
     def update(self, cycle: int = 0) -> None:

@@ -36,8 +36,8 @@ def test_the_fingerprint_tells_what_differs(coco_file):
     assert len({data.fingerprint(), data.select(np.arange(1)).fingerprint(), *prints}) == 6
 
 
-def test_class_shares_count_objects_but_no_crowds(coco_file):
+def test_class_shares_count_objects_but_no_crowds_and_each_image_alike(coco_file):
     boxes = [annotation(), annotation(category_id=7), annotation(image_id=5, category_id=7), annotation(iscrowd=1)]
     data = load_coco(*coco_file(boxes, categories=((3, "cat"), (7, "dog"))))
-    assert data.class_shares().tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert data.class_shares().tolist() == pytest.approx([1 / 4, 3 / 4])
     assert load_coco(*coco_file([])).class_shares().tolist() == [0, 0]

@@ -20,26 +20,26 @@ def test_the_learning_rate_falls_in_each_cycle_and_rises_between_them(steps, cyc
     assert sorted(rates[:warm_up]) == list(rates[:warm_up])
 
 
-AVERAGES = {  # the decay; the weight after each step, its cycle, and the average then
+AVERAGES = {  # the horizon; the weight after each step, its cycle, and the average then
     "ends of the cycles": (1e-9, [(1.0, 0, 1.0), (2.0, 0, 2.0), (6.0, 1, 4.0), (8.0, 1, 5.0)]),
     "resumed with fewer cycles": (1e-9, [(1.0, 0, 1.0), (2.0, 1, 1.5), (5.0, 0, 5.0), (7.0, 1, 6.0)]),
-    "no decay": (0.0, [(1.0, 0, 1.0), (0.1, 1, 0.1)]),
-    "young averages follow closely": (0.9, [(11.0, 0, 10.0)]),
+    "no average": (0.0, [(1.0, 0, 1.0), (0.1, 1, 0.1)]),
+    "young averages follow closely": (9.0, [(11.0, 0, 10.0)]),
 }
 
 
-@pytest.mark.parametrize(("decay", "steps"), AVERAGES.values(), ids=AVERAGES)
-def test_the_average_is_that_of_the_ends_of_the_cycles_also_after_a_resume(decay, steps):
+@pytest.mark.parametrize(("horizon", "steps"), AVERAGES.values(), ids=AVERAGES)
+def test_the_average_is_that_of_the_ends_of_the_cycles_also_after_a_resume(horizon, steps):
     layer = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(layer.weight)
-    average = Ema(layer, decay)
+    average = Ema(layer, horizon)
     for value, cycle, expected in steps:
         nn.init.constant_(layer.weight, value)
         average.update(cycle)
         with average.applied():
             assert layer.weight.item() == pytest.approx(expected)
         assert layer.weight.item() == pytest.approx(value)
-        resumed = Ema(layer, decay)
+        resumed = Ema(layer, horizon)
         resumed.load_state_dict(average.state_dict())
         average = resumed
 
