@@ -27,7 +27,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/show/*.py": 596,
     "common/export/*.py": 331,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7063,
+    "tests/**/*.py": 7197,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
