@@ -23,11 +23,11 @@ LINES = {  # of the files that a pattern finds, at most
     "common/data/*.py": 1729,
     "common/model/*.py": 1487,
     "common/train/*.py": 580,
-    "common/evaluate/*.py": 1441,
+    "common/evaluate/*.py": 1414,
     "common/show/*.py": 596,
     "common/export/*.py": 331,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7197,
+    "tests/**/*.py": 7141,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

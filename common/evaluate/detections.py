@@ -117,10 +117,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row; the names 
         lambda value: _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING,
         "a probability in 0..1 (divide per cent by 100, take the sigmoid or softmax of logits)",
     ),
-    "image_id": (_is_id, "a whole number"),
-    "category_id": (_is_id, "a whole number"),
-    "file_name": (lambda value: value is None or type(value) is str, "text"),
-    "category_name": (lambda value: value is None or type(value) is str, "text"),
+    **dict.fromkeys(("image_id", "category_id"), (_is_id, "a whole number")),
+    **dict.fromkeys(("file_name", "category_name"), (lambda value: value is None or type(value) is str, "text")),
 }
 
 
@@ -181,10 +179,8 @@ def _find_labels(path: str, columns: dict[str, list], data: DetectionData) -> tu
     by_id = {number: label for label, number in enumerate(data.category_ids)}
     for number, name in zip(columns["category_id"], columns["category_name"], strict=True):
         if None not in (number, name) and by_id.get(number, -1) != by_name[name]:
-            raise InputError(
-                f"{path}: a detection has category_id {number} and category_name {name[:40]}, which differ in "
-                f"{data.source}: leave out the one that is wrong"
-            )
+            about = f"category_id {number} and category_name {name[:40]}, which differ in {data.source}"
+            raise InputError(f"{path}: a detection has {about}: leave out the one that is wrong")
     known = [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
     of = f"categories that {data.source} does not have (it has {first_few(known)})"
     advice = "give the data's category_id, or category_name alone"

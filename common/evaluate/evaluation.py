@@ -24,6 +24,15 @@ from common.model import postprocess
 log = logging.getLogger(__name__)
 MANY_IMAGES = 1000  # whose intervals take seconds
 NAME_BYTES = 200  # of a model's name, from which file names are made
+PROTOCOL = {  # what all models share, with the seed; of the detections' limits those of this project's detectors
+    "max_detections": postprocess.MAX_DETECTIONS,
+    "min_score": postprocess.MIN_SCORE,
+    "nms_iou": postprocess.NMS_IOU,
+    "crowds": "ignored, as COCO does",
+    "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
+    "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.SHOWN_LEVEL}%",
+    "verdicts": f"{bootstrap.VERDICT_LEVEL}% interval of the difference",
+}
 
 
 @dataclass(frozen=True)
@@ -71,20 +80,6 @@ def evaluate(
     intervals = {key: np.clip(samples[key].interval(), 0, 1).tolist() if key in samples else None for key in resamples}
     warnings, diagnosis = [*record.warnings, *doubts], diagnose(matched, point)
     return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
-
-
-def describe_protocol(seed: int) -> dict:
-    """The settings that all models share; of the detections' limits those of this project's detectors."""
-    return {
-        "max_detections": postprocess.MAX_DETECTIONS,
-        "min_score": postprocess.MIN_SCORE,
-        "nms_iou": postprocess.NMS_IOU,
-        "crowds": "ignored, as COCO does",
-        "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
-        "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.SHOWN_LEVEL}%",
-        "verdicts": f"{bootstrap.VERDICT_LEVEL}% interval of the difference",
-        "seed": seed,
-    }
 
 
 def describe_data(data: DetectionData, source: str, split: str = "val") -> DataDescription:

@@ -1,7 +1,4 @@
-"""Detections and the ground truth -> matches by COCO's rules and COCO's numbers, to the last digit pycocotools'.
-
-`match_detections` does once what all numbers of a model have in common.
-"""
+"""Detections and the ground truth -> matches by COCO's rules and COCO's numbers, to the last digit pycocotools'."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -53,9 +50,8 @@ def match_detections(
 def rank_within(groups: np.ndarray) -> np.ndarray:
     """Position of each element among those of its group, in the order given."""
     order = np.argsort(groups, kind="stable")
-    starts = np.nonzero(np.diff(groups[order], prepend=-1))[0]
     rank = np.empty_like(order)
-    rank[order] = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    rank[order] = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
     return rank
 
 

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from common.console import InputError, check_packages, first_few, last_line, to_one_line
 from common.data.memory import DetectionData
-from common.evaluate.detect import INPUT, detect, measure_cost, seconds
+from common.evaluate.detect import detect, measure_cost, seconds
 from common.evaluate.detections import DetectionTable, ModelRun, detection_table
 from common.files import cache_folder
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
@@ -30,6 +30,8 @@ MAX_YOLO = 300  # detections of an image
 # inputs are squares, as those of exported models are.
 YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": MAX_YOLO, "rect": False}
 Columns = tuple[Tensor, Tensor, Tensor]  # of one image: boxes (N, 4) xyxy original pixels, scores (N,), labels (N,)
+InputsOf = Callable[[np.ndarray], Any]  # from the indices of some images
+Run = Callable[[Any], list[Columns]]
 DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
 
 
@@ -142,13 +144,7 @@ def _load_yolo(name: str) -> Any:
     return YOLO(name if Path(name).exists() else cache_folder("ultralytics", name))
 
 
-def _run_each(
-    data: DetectionData,
-    inputs_of: Callable[[np.ndarray], INPUT],
-    run: Callable[[INPUT], list[Columns]],
-    limit: int,
-    title: str,
-) -> DetectionTable:
+def _run_each(data: DetectionData, inputs_of: InputsOf, run: Run, limit: int, title: str) -> DetectionTable:
     """At most `limit` detections on each image of `data`, from the inputs of that image alone."""
 
     def run_one(index: int) -> list[Detections]:

@@ -1,8 +1,4 @@
-"""All overlaps of detections and boxes as one sparse table, and COCO's assignment on it.
-
-Every number of an evaluation is made of this table: the matches by class at any IoU, those of any class, the kinds of
-errors, and the check whether detections were read as they were meant.
-"""
+"""All overlaps of detections and boxes as one sparse table, of which every number is made, and COCO's assignment."""
 
 from dataclasses import dataclass
 

@@ -54,7 +54,8 @@ def test_written_detections_give_the_same_numbers(settings, capsys):
     written = tuple(f"out/{record.detections}" for record in results.models)
     again = main(replace(settings, from_detections=written, output="2.json"))
     for one, other, read in zip(results.models, again.models, read_results(settings.output).models, strict=True):
-        assert one.detection == other.detection == read.detection and one.name == other.name
+        assert one.name == other.name and one.intervals == other.intervals
+        assert (one.detection, one.primary) == (other.detection, other.primary) == (read.detection, read.primary)
 
 
 def test_models_that_fail_keep_the_numbers_of_the_others(settings, tmp_path, monkeypatch):
@@ -128,6 +129,7 @@ EDITS = {  # a change of the file, and words of the refusal
     "a list for errors": (lambda c: c["models"][0]["diagnosis"].update(errors=[]), "diagnosis: errors must be dict"),
     "null for a name": (lambda c: c["models"][1].update(name=None), "models: 1: name must be str, not None"),
     "a huge number": (lambda c: c["models"][0]["intervals"].update(AP=[0, 10**400]), "intervals: AP: 1 must be float"),
+    "a number for a model": (lambda c: c.update(models=[3]), "models: 0 must be ValidationRecord, not 3"),
     "another version": (lambda c: c.update(format_version=1), "format version 2, but of 1: run comprehensive_v"),
 }
 
@@ -156,14 +158,6 @@ def test_results_of_another_form_are_refused_with_the_place(written, tmp_path, e
     (tmp_path / "r.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=words):
         read_results(tmp_path / "r.json")
-
-
-@pytest.mark.parametrize("content", [b"", b"[" * 100_000, bytes(range(256)), b'{"models": [3], "format_version": 2}'])
-def test_other_files_are_no_results(tmp_path, content):
-    (tmp_path / "r.json").write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        read_results(tmp_path / "r.json")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_the_schema_has_the_fields_of_the_dataclasses():
