@@ -26,7 +26,6 @@ from common.evaluate.metrics import (
     coco_numbers,
     match_detections,
     operating_point,
-    precision_at_recalls,
 )
 from common.evaluate.primary import PrimaryPairs, primary_numbers, primary_pairs, weighted_scores
 
@@ -133,7 +132,8 @@ def test_precision_by_hand(demo_val):
     boxes = data.boxes[[0, 0, 1]] + [[0, 0, 0, 0], [900, 0, 0, 0], [0, 0, 0, 0]]
     zeros, scores = np.zeros(3, np.int64), np.array([0.9, 0.8, 0.7])
     matched = match_detections(DetectionTable(zeros, boxes, scores, zeros), data)
-    assert precision_at_recalls(matched)[0].tolist() == pytest.approx([1] * 34 + [2 / 3] * 33 + [0] * 34)
+    curve = coco_numbers(matched)["precision_at_recall"]["0.5"]
+    assert curve == pytest.approx([1] * 34 + [2 / 3] * 33 + [0] * 34)
     assert average_precision(matched)[0, 0] == pytest.approx((34 + 22) / 101)
     assert np.isnan(average_precision(matched)[:, 1:]).all()
 
