@@ -128,8 +128,8 @@ def _precision_steps(matched: Matched, weights: np.ndarray) -> Iterator[tuple]:
 
 
 def coco_numbers(matched: Matched) -> dict:
-    """pycocotools' twelve numbers, AP and AP50 of each class by name, and the best precision from each of RECALLS on, the
-    mean over the classes; None where a number does not exist (no objects of that size, say)."""
+    """pycocotools' twelve numbers, AP and AP50 of each class by name, and the best precision from each of RECALLS on,
+    mean over the classes. They are fractions, None where a number does not exist (no objects of that size, say)."""
     data, table = matched.data, matched.table
     rank = rank_within(table.image * len(data.class_names) + table.label)
     sizes = [matched, *(_match(table, data, matched.overlaps, IOU_THRESHOLDS, size) for size in SIZES if size != "all")]
