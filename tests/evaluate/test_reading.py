@@ -55,9 +55,8 @@ KINDS = {  # file names of the data set, what the rows say of an image, and word
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_images_are_found_by_name_or_id_or_refused(demo_val, rows, read, kind):
-    names, change, words = KINDS[kind]
+@pytest.mark.parametrize(("names", "change", "words"), KINDS.values(), ids=KINDS)
+def test_images_are_found_by_name_or_id_or_refused(demo_val, rows, read, names, change, words):
     images = [replace(image, path=Path(name)) for image, name in zip(demo_val.images, names, strict=True)]
     fields = {image.id: change(index, image) for index, image in enumerate(images)}
     rows = [{k: v for k, v in row.items() if k != "image_id"} | fields[row["image_id"]] for row in rows]

@@ -139,9 +139,8 @@ def test_results_are_read_as_they_were_written(results_file, tmp_path):
     assert read.dataset == written.dataset and read.software["torch"] and read.created
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_results_of_another_form_are_refused_with_the_place(results_file, tmp_path, edit):
-    change, words = EDITS[edit]
+@pytest.mark.parametrize(("change", "words"), EDITS.values(), ids=EDITS)
+def test_results_of_another_form_are_refused_with_the_place(results_file, tmp_path, change, words):
     content = json.loads(results_file.read_text())
     change(content)
     (tmp_path / "r.json").write_text(json.dumps(content))

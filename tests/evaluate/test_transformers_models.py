@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import random_image
 from safetensors.torch import load_file, save_file
 from transformers import (
     RTDetrConfig,
@@ -50,9 +50,9 @@ def rt_detr(classes):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """Four images of random pixels and different shapes."""
-    folder, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
-    for number, (width, height) in enumerate(SHAPES):
-        Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{number}.png")
+    folder = tmp_path_factory.mktemp("shapes")
+    for number, size in enumerate(SHAPES):
+        random_image(*size).save(folder / f"{number}.png")
     return unlabelled_images([folder])
 
 
@@ -102,33 +102,30 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
 
 
 GAP = {"id2label": {"0": "cat", "2": "dog", "3": "cow"}, "label2id": {"cat": 0, "dog": 2, "cow": 3}}
-EDITS = {  # a file, what is changed in it, and words of the refusal
-    "gaps": ("config.json", GAP, "numbered from 0, its id2label has 0, 2, 3"),
-    "fixed padding": (
-        "preprocessor_config.json",
-        {"pad_size": {"height": 9, "width": 9}},
-        "pads images to .*9.*: give its",
-    ),
-    "no detector": ("config.json", {"model_type": "bert"}, "transformers loads no detector from it"),
-    "weights without boxes": ("model.safetensors", "bbox", "lacks 6 weights, the first of them bbox_predictor"),
-    "weights of pickle": ("model.safetensors", Path("pytorch_model.bin"), "has no .safetensors: convert its weights"),
-    "half a file": ("model.safetensors", None, "transformers loads no detector from it"),
+PAD = {"pad_size": {"height": 9, "width": 9}}
+
+
+def merged(file, change):
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def without_boxes(file):
+    save_file({k: v for k, v in load_file(file).items() if "bbox" not in k}, file, metadata={"format": "pt"})
+
+
+EDITS = {  # a file, what is done to it, and words of the refusal
+    "gaps": ("config.json", lambda f: merged(f, GAP), "numbered from 0, its id2label has 0, 2, 3"),
+    "fixed padding": ("preprocessor_config.json", lambda f: merged(f, PAD), "pads images to .*9.*: give its"),
+    "no detector": ("config.json", lambda f: merged(f, {"model_type": "bert"}), "transformers loads no detector from"),
+    "weights without boxes": ("model.safetensors", without_boxes, "lacks 6 weights, the first of them bbox_predictor"),
+    "weights of pickle": ("model.safetensors", lambda f: f.rename(f.with_suffix(".bin")), "no .safetensors: convert"),
+    "half a file": ("model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:500]), "loads no detector from it"),
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_models_that_cannot_be_read_as_they_are_meant_are_refused(edit, shapes, tmp_path):
-    name, change, words = EDITS[edit]
-    file = saved(yolos, tmp_path / "model", ("cat", "dog", "cow"))[0] / name
-    if isinstance(change, dict):
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    elif isinstance(change, Path):
-        file.rename(file.with_name(change.name))
-    elif change:
-        kept = {key: weight for key, weight in load_file(file).items() if change not in key}
-        save_file(kept, file, metadata={"format": "pt"})
-    else:
-        file.write_bytes(file.read_bytes()[:500])
+@pytest.mark.parametrize(("name", "edit", "words"), EDITS.values(), ids=EDITS)
+def test_models_that_cannot_be_read_as_they_are_meant_are_refused(name, edit, words, shapes, tmp_path):
+    edit(saved(yolos, tmp_path / "model", ("cat", "dog", "cow"))[0] / name)
     with pytest.raises(InputError, match=words) as caught:
         run_transformers(str(tmp_path / "model"), shapes, 2, CPU)
     assert str(caught.value).isprintable()
