@@ -23,11 +23,11 @@ LINES = {  # of the files that a pattern finds, at most
     "common/data/*.py": 1729,
     "common/model/*.py": 1487,
     "common/train/*.py": 580,
-    "common/evaluate/*.py": 1403,
+    "common/evaluate/*.py": 1395,
     "common/show/*.py": 594,
     "common/export/*.py": 331,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7040,
+    "tests/**/*.py": 7010,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -41,7 +41,7 @@ def match_detections(table: DetectionTable, data: DetectionData, thresholds: np.
     by_id = np.argsort(np.argsort([image.id for image in data.images]))  # COCO orders equal scores by the image's id
     table = table.select(np.lexsort((-table.score, by_id[table.image])))  # stable
     table = table.select(rank_within(table.image * len(data.class_names) + table.label) < MAX_DETECTIONS)
-    return _match(table, data, find_overlaps(table.image, table.boxes, data), thresholds, "all")
+    return _match(table, data, find_overlaps(table, data), thresholds, "all")
 
 
 def match_any_class(table: DetectionTable, data: DetectionData) -> Matched:

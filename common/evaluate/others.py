@@ -4,7 +4,6 @@ ultralytics (AGPL-3.0) is an optional package, imported only here and only for s
 statistics and automatic installation of packages are switched off; it only fetches a published weight file.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +64,7 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
 def _load_transformers(folder: str) -> tuple[Any, Any]:
     """The processor and the model."""
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
     options = {"local_files_only": True, "trust_remote_code": False}
     if not any(Path(folder).glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors: convert its weights by from_pretrained and save_pretrained")

@@ -5,24 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import (
-    crowded,
-    load_coco,
-    numbers_of_table,
-    pycocotools_numbers,
-    pycocotools_stats,
-    random_detections,
-)
+from helpers import crowded, load_coco, numbers_of_table, pycocotools_numbers, pycocotools_stats, random_detections
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from common.evaluate.detections import DetectionTable, detection_table, read_detections
-from common.evaluate.metrics import (
-    COCO_NUMBERS,
-    average_precision,
-    coco_numbers,
-    match_detections,
-    operating_point,
-)
+from common.evaluate.metrics import COCO_NUMBERS, average_precision, coco_numbers, match_detections, operating_point
 from common.evaluate.primary import PrimaryPairs, primary_numbers, primary_pairs, weighted_scores
 
 IMAGES, CLASSES = 8, (1, 2, 90)

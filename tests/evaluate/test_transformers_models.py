@@ -6,17 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from helpers import random_image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrImageProcessor,
-    RTDetrResNetConfig,
-    YolosConfig,
-    YolosForObjectDetection,
-    YolosImageProcessor,
-)
 
 import comprehensive_validation
 from common.console import InputError
@@ -31,20 +23,20 @@ SHAPES = ((120, 80), (60, 100), (64, 64), (33, 97))  # width and height
 
 def yolos(classes):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = YolosConfig(image_size=[64, 64], num_detection_tokens=7, **sizes, **classes)
-    return YolosForObjectDetection(config), YolosImageProcessor(size={"shortest_edge": 64, "longest_edge": 100})
+    config = hf.YolosConfig(image_size=[64, 64], num_detection_tokens=7, **sizes, **classes)
+    return hf.YolosForObjectDetection(config), hf.YolosImageProcessor(size={"shortest_edge": 64, "longest_edge": 100})
 
 
 def rt_detr(classes):
     stages = ["stage2", "stage3", "stage4"]
     tiny = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
-    backbone = RTDetrResNetConfig(**tiny, layer_type="basic", out_features=stages)
+    backbone = hf.RTDetrResNetConfig(**tiny, layer_type="basic", out_features=stages)
     encoder = {"encoder_hidden_dim": 16, "encoder_in_channels": [8, 8, 8], "encoder_ffn_dim": 16}
     decoder = {"decoder_in_channels": [16, 16, 16], "decoder_ffn_dim": 16, "decoder_layers": 2, "num_queries": 20}
     sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "anchor_image_size": None}
-    config = RTDetrConfig(backbone_config=backbone, **encoder, **decoder, **sizes, **classes)
+    config = hf.RTDetrConfig(backbone_config=backbone, **encoder, **decoder, **sizes, **classes)
     unused = {"do_pad": False, "pad_size": {"height": 9, "width": 9}}
-    return RTDetrForObjectDetection(config), RTDetrImageProcessor(size={"height": 64, "width": 64}, **unused)
+    return hf.RTDetrForObjectDetection(config), hf.RTDetrImageProcessor(size={"height": 64, "width": 64}, **unused)
 
 
 @pytest.fixture(scope="module")
