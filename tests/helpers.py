@@ -24,7 +24,7 @@ from common.console import Interrupted, raise_if_interrupted, raise_on_signals
 from common.data.memory import DetectionData
 from common.data.readers import read_coco
 from common.data.sources import TrainDataFlags
-from common.evaluate.detections import ModelRun, coco_detections
+from common.evaluate.detections import DetectionTable, ModelRun, coco_detections, detection_table
 from common.evaluate.evaluation import evaluate
 from common.evaluate.results import (
     DataDescription,
@@ -140,8 +140,10 @@ def random_detections(data, seed, count=30):
     return detections
 
 
-def numbers_of_table(table, data):
-    return vars(evaluate("", "", ModelRun(table, data.class_names), data).record.detection)
+def evaluated(found, data, weights=None):
+    """What `evaluate` makes of a table, or of the detections of all images."""
+    table = found if isinstance(found, DetectionTable) else detection_table(found, data)
+    return evaluate("m", "m.pth", ModelRun(table, data.class_names), data, weights)
 
 
 def record_of(name, primary=None, cost=None, conditions=None, diagnosis=None, intervals=None, **detection):

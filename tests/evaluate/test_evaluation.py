@@ -8,10 +8,10 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, crowded, data_flags, numbers_of_table, random_detections, truth_as_detections
+from helpers import ROOT, crowded, data_flags, evaluated, random_detections, truth_as_detections
 
 from common.evaluate.bootstrap import MIN_IMAGES_FOR_VERDICT, comparisons, image_weights
-from common.evaluate.detections import DetectionTable, ModelRun, detection_table
+from common.evaluate.detections import DetectionTable, detection_table
 from common.evaluate.diagnosis import calibration, confusion, error_breakdown
 from common.evaluate.evaluation import describe_data, evaluate
 from common.evaluate.metrics import match_detections, operating_point
@@ -21,10 +21,6 @@ from common.evaluate.results import ErrorKind
 
 def matched_of(found, data):
     return match_detections(detection_table(found, data), data)
-
-
-def evaluated(found, data, weights=None):
-    return evaluate("a", "a.pth", ModelRun(detection_table(found, data), data.class_names), data, weights)
 
 
 def repeated(data, found, counts):
@@ -99,7 +95,7 @@ def test_each_kind_of_error_is_recognised(demo_val):
     for kind, found in wrong.items():
         matched = matched_of(found, demo_val)
         errors = error_breakdown(matched, np.ones(len(matched.table), bool))
-        lacking = 1 - numbers_of_table(matched.table, demo_val)["AP50"]
+        lacking = 1 - evaluated(found, demo_val).record.detection.AP50
         count = sum((len(f.scores) + 2) // 4 for f in right) if kind in changes else len(demo_val.labels)
         assert errors.pop(kind) == ErrorKind(pytest.approx(lacking), count)
         assert set(errors.values()) == {ErrorKind(0.0, 0)} and len(errors) == 5
@@ -134,8 +130,7 @@ def test_no_detections_have_an_ap_of_zero_and_no_objects_have_no_numbers(demo_va
     bare = replace(bare, starts=np.zeros_like(demo_val.starts))
     every = detection_table(random_detections(demo_val, 0), demo_val)
     for table, data, value in ((every.select(every.score > 1), demo_val, 0.0), (every, bare, None)):
-        run, weights = ModelRun(table, data.class_names), image_weights(len(data), 0)
-        evaluation = evaluate("a", "a.pth", run, data, weights)
+        evaluation = evaluated(table, data, image_weights(len(data), 0))
         record = evaluation.record
         assert record.detection.AP == record.detection.class_agnostic_AP50 == value and record.warnings == []
         assert set(vars(record.primary).values()) == {value} and record.diagnosis.operating_point.f1 is None

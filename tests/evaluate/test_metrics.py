@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import crowded, load_coco, numbers_of_table, pycocotools_numbers, pycocotools_stats, random_detections
+from helpers import crowded, evaluated, load_coco, pycocotools_numbers, pycocotools_stats, random_detections
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from common.evaluate.detections import DetectionTable, detection_table, read_detections
@@ -66,9 +66,9 @@ def test_adversarial_lists_give_the_numbers_of_pycocotools(tmp_path, seed, ids):
     for image in images:
         (tmp_path / image["file_name"]).touch()
     data = load_coco(tmp_path / "truth.json", tmp_path)
-    numbers = numbers_of_table(read_detections(str(tmp_path / "results.json"), data).table, data)
+    numbers = evaluated(read_detections(str(tmp_path / "results.json"), data).table, data).record.detection
     expected = pycocotools_stats(truth, results)
-    assert [numbers[name] for name in COCO_NUMBERS] == pytest.approx(expected.tolist(), abs=1e-12)
+    assert [getattr(numbers, name) for name in COCO_NUMBERS] == pytest.approx(expected.tolist(), abs=1e-12)
     assert 0.1 < expected[0] < 0.9
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import numbers_of_table, truth_as_detections
+from helpers import evaluated, truth_as_detections
 
 from common.console import InputError
 from common.evaluate.detections import ModelRun, coco_detections, detection_table, label_map, read_detections
@@ -35,7 +35,7 @@ def read(tmp_path, demo_val):
 
 
 def ap(run, data):
-    return numbers_of_table(run.table, data)["AP"]
+    return evaluated(run.table, data).record.detection.AP
 
 
 NUMBERED = [f"{n}.jpg" for n in (1, 10, 11, 12, 2, 3)]
