@@ -92,9 +92,8 @@ def describe_data(data: DetectionData, source: str, split: str = "val") -> DataD
 
 def _data_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
     """Which classes were matched although their names differ, which the model lacks, and images of too many objects."""
-    pairs = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
-    differ, warnings = [f"{own} = {name}" for own, name in pairs if own != name], []
-    if differ:
+    pairs, warnings = zip(class_names, (data.class_names[k] if k >= 0 else None for k in labels), strict=True), []
+    if differ := [f"{own} = {name}" for own, name in pairs if name not in (own, None)]:
         warnings.append(f"{len(differ)} classes were matched although their names differ ({first_few(differ)})")
     if missing := [name for label, name in enumerate(data.class_names) if label not in labels]:
         about = f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source}"
