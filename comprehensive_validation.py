@@ -27,7 +27,7 @@ from common.data.sources import DataFlags, load_split
 from common.evaluate import bootstrap
 from common.evaluate.detect import run_detector
 from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
-from common.evaluate.evaluation import Evaluation, describe_data, describe_protocol, evaluate, unique_names
+from common.evaluate.evaluation import PROTOCOL, Evaluation, describe_data, evaluate, unique_names
 from common.evaluate.others import run_transformers, run_yolo
 from common.evaluate.results import ValidationRecord, ValidationResults, write_results
 from common.export.runtime import exported_file
@@ -137,7 +137,7 @@ def main(settings: Settings) -> ValidationResults:
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
     about, images = describe_data(data, settings.val_json or settings.data, settings.split), len(data.with_objects())
     comparisons = bootstrap.comparisons({e.record.name: e.samples for e in done if e.samples}, images)
-    results = ValidationResults(describe_protocol(settings.seed), about, records, comparisons)
+    results = ValidationResults(PROTOCOL | {"seed": settings.seed}, about, records, comparisons)
     write_results(settings.output, results)
     print(f"{len(data)} images of {about.source}, {about.split}", format_table(records), sep="\n")
     print(format_comparisons(results))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is imported, which these do
@@ -11,12 +12,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read by torch: as fast for models this sm
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ROOT, TINY, load_coco
+from helpers import ROOT, TINY, evaluated, load_coco, random_detections
 from transformers import Dinov2Backbone, Dinov2Config
 
 from common import console
 from common.data.demo import make_demo
 from common.data.memory import DetectionData
+from common.evaluate.bootstrap import image_weights
+from common.evaluate.evaluation import describe_data
+from common.evaluate.results import Cost, ValidationRecord, ValidationResults, write_results
 from common.model.detector import Detector, new_detector
 
 
@@ -67,6 +71,19 @@ def demo(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_val(demo) -> DetectionData:
     return load_coco(demo / "annotations" / "instances_val2017.json", demo / "val2017")
+
+
+@pytest.fixture(scope="session")
+def results_file(demo_val, tmp_path_factory) -> Path:
+    """A results file of two models with numbers and one that could not be evaluated."""
+    cost, weights = Cost(1000, 50.0, 20.0, 4, None, "CPU", "fp32"), image_weights(len(demo_val), 0)
+    records = [ValidationRecord("third", "third.pth", error="no such file")]
+    for seed, name in ((1, "second"), (0, "first")):
+        record = evaluated(random_detections(demo_val, seed), demo_val, weights).record
+        records.insert(0, replace(record, name=name, cost=cost))
+    path = tmp_path_factory.mktemp("results") / "validation_results.json"
+    write_results(path, ValidationResults({}, describe_data(demo_val, "demo"), records))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import zipfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +24,8 @@ from common.console import Interrupted, raise_if_interrupted, raise_on_signals
 from common.data.memory import DetectionData
 from common.data.readers import read_coco
 from common.data.sources import TrainDataFlags
-from common.evaluate.detections import coco_detections, detection_table
-from common.evaluate.metrics import (
-    COCO_NUMBERS,
-    average_precision,
-    coco_numbers,
-    match_boxes_alone,
-    match_detections,
-    mean,
-)
-from common.evaluate.primary import headline
+from common.evaluate.detections import DetectionTable, ModelRun, coco_detections, detection_table
+from common.evaluate.evaluation import evaluate
 from common.evaluate.results import (
     DataDescription,
     DetectionNumbers,
@@ -148,32 +140,18 @@ def random_detections(data, seed, count=30):
     return detections
 
 
-def numbers_of(detections, data):
-    """The numbers of the detections of all images."""
-    return numbers_of_table(detection_table(detections, data), data)
-
-
-def numbers_of_table(table, data):
-    matched = match_detections(table, data)
-    agnostic = mean(average_precision(match_boxes_alone(matched)))
-    return headline(table, data) | coco_numbers(matched) | {"class_agnostic_AP50": agnostic}
+def evaluated(found, data, weights=None):
+    """What `evaluate` makes of a table, or of the detections of all images."""
+    table = found if isinstance(found, DetectionTable) else detection_table(found, data)
+    return evaluate("m", "m.pth", ModelRun(table, data.class_names), data, weights)
 
 
 def record_of(name, primary=None, cost=None, conditions=None, diagnosis=None, intervals=None, **detection):
     """A record with these numbers; all others do not exist."""
-    names = (*COCO_NUMBERS, "class_agnostic_AP50")
-    curves = {"per_class": {}, "precision_at_recall": {"0.5": None, "0.75": None}}
-    columns = ("accuracy", "precision", "recall", "f1", "mean_iou", "found")
-    return ValidationRecord(
-        name,
-        f"{name}.pth",
-        detection=DetectionNumbers(**dict.fromkeys(names) | curves | detection),
-        primary=PrimaryNumbers(**dict.fromkeys(columns) | (primary or {})),
-        cost=cost,
-        conditions=conditions or {},
-        diagnosis=diagnosis,
-        intervals=intervals,
-    )
+    numbers, columns = ({field.name: None for field in fields(kind)} for kind in (DetectionNumbers, PrimaryNumbers))
+    numbers |= {"per_class": {}, "precision_at_recall": {"0.5": None, "0.75": None}} | detection
+    parts = DetectionNumbers(**numbers), PrimaryNumbers(**columns | (primary or {})), cost, conditions or {}
+    return ValidationRecord(name, f"{name}.pth", None, *parts, intervals, diagnosis)
 
 
 def results_of(*records, source="demo", class_names=("a", "b"), comparisons=()):

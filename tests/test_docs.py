@@ -25,7 +25,9 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 OWN_FILE = re.compile(r"`((?:common|dev|docs|tests)/[\w./]*)`")
 NAME_IN_FILE = re.compile(r"`(\w+)`\s+in\s+`([\w/]+\.\w+)`")
 MAX_LINES, MAX_WORDS = 150, 1100  # of the README
-MAX_WORDS_OF_PAGES = 7000  # of the others together
+MAX_WORDS_OF_PAGES = 7000  # of the others together, without the recipes
+MAX_WORDS_OF_RECIPES = 800  # with their code
+MAX_LINES_OF_A_RECIPE = 15  # that are not empty
 
 
 def lines_of(block):
@@ -114,9 +116,11 @@ def test_flags_links_files_and_names_exist(page):
 
 
 def test_pages_are_short():
-    readme, *words = (len(page.read_text().split()) for page in PAGES)
-    assert len(README.read_text().splitlines()) <= MAX_LINES and readme <= MAX_WORDS
-    assert sum(words) <= MAX_WORDS_OF_PAGES
+    words = {page.name: len(page.read_text().split()) for page in PAGES}
+    assert len(README.read_text().splitlines()) <= MAX_LINES and words.pop("README.md") <= MAX_WORDS
+    assert words.pop("recipes.md") <= MAX_WORDS_OF_RECIPES and sum(words.values()) <= MAX_WORDS_OF_PAGES
+    recipes = [block for kind, block in FENCE.findall(ROOT.joinpath("docs/recipes.md").read_text()) if kind == "python"]
+    assert max(len(re.findall(r"^.*\S", block, re.MULTILINE)) for block in recipes) <= MAX_LINES_OF_A_RECIPE
 
 
 def fields_of(schema):

@@ -40,20 +40,14 @@ def resample(
 ) -> dict[str, np.ndarray]:
     """Each number that has an interval in each resample, (R,) float64, NaN without any object. `boxes_alone` is what
     `metrics.match_boxes_alone` returns, `weights` (P, R) what `image_weights` does."""
-    precision = _mean_ap(matched, weights)
+    aps = [np.ma.masked_invalid(weighted_ap(each, weights)) for each in (matched, boxes_alone)]
+    precision, alone = (ap.mean(1).filled(np.nan) for ap in aps)  # over the classes that have objects
     precision += (rare_class_factor(matched.data) - 1) * (precision - precision.mean(1, keepdims=True))
     return weighted_scores(primary, weights[primary.image]) | {
         "AP50": precision[0],
         "AP": precision.mean(0),
-        "class_agnostic_AP50": _mean_ap(boxes_alone, weights)[0],
+        "class_agnostic_AP50": alone[0],
     }
-
-
-def _mean_ap(matched: Matched, weights: np.ndarray) -> np.ndarray:
-    """(T, R): the mean over the classes that have objects, NaN without any."""
-    ap = weighted_ap(matched, weights)
-    classes = (~np.isnan(ap)).sum(1)
-    return np.where(classes > 0, np.nansum(ap, 1) / np.maximum(classes, 1), np.nan)
 
 
 def rare_class_factor(data: DetectionData) -> float:

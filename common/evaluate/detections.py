@@ -17,6 +17,7 @@ from common.types import Detections, convert_boxes
 
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 OTHER_NAMES = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}  # Pascal VOC's
+Places = tuple[np.ndarray, list[str]]  # (M,) int64 place of each row in the data, -1 where it has none; and warnings
 CUT_SCORE = 0.05  # tools cut below it for an evaluation, at 0.25 or more for people to look at
 
 
@@ -118,10 +119,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row; the names 
         lambda value: _is_number(value) and -ROUNDING <= value <= 1 + ROUNDING,
         "a probability in 0..1 (divide per cent by 100, take the sigmoid or softmax of logits)",
     ),
-    "image_id": (_is_id, "a whole number"),
-    "category_id": (_is_id, "a whole number"),
-    "file_name": (lambda value: value is None or type(value) is str, "text"),
-    "category_name": (lambda value: value is None or type(value) is str, "text"),
+    **dict.fromkeys(("image_id", "category_id"), (_is_id, "a whole number")),
+    **dict.fromkeys(("file_name", "category_name"), (lambda value: value is None or type(value) is str, "text")),
 }
 
 
@@ -151,11 +150,8 @@ def read_detections(path: str, data: DetectionData) -> ModelRun:
     return ModelRun(table, data.class_names, warnings=tuple(warnings))
 
 
-def _find_images(path: str, columns: dict[str, list], data: DetectionData) -> tuple[np.ndarray, list[str]]:
-    """(M,) int64 index into `data.images` of each row, -1 where there is none, and warnings.
-
-    A file name is relative to the images' folder, or any path whose last part one image alone has.
-    """
+def _find_images(path: str, columns: dict[str, list], data: DetectionData) -> Places:
+    """By a file name relative to the images' folder, or any path whose last part one image alone has; or by the id."""
     last = [image.path.name for image in data.images]
     count, place_of = Counter(last), {file: n for n, file in enumerate(relative_files(data))}
     place_of |= {name: n for n, name in enumerate(last) if count[name] == 1}
@@ -164,7 +160,7 @@ def _find_images(path: str, columns: dict[str, list], data: DetectionData) -> tu
     by_id = {image.id: n for n, image in enumerate(data.images) if data.own_ids}  # others are positions
     of = f"images that {data.source} does not have here"
     advice = f"give each detection the {'image_id or ' * data.own_ids}file_name of the data, or set --val-images 0"
-    images, warnings = _find(path, columns, ("file_name", by_name), ("image_id", by_id), of, advice)
+    images, warnings = _find(path, columns, {"file_name": by_name, "image_id": by_id}, of, advice)
     ids: dict[int, int | None] = {}
     for image, number, name in zip(images.tolist(), columns["image_id"], columns["file_name"], strict=True):
         if image >= 0 and ids.setdefault(image, number) != number:
@@ -175,36 +171,32 @@ def _find_images(path: str, columns: dict[str, list], data: DetectionData) -> tu
     return images, warnings
 
 
-def _find_labels(path: str, columns: dict[str, list], data: DetectionData) -> tuple[np.ndarray, list[str]]:
-    """(M,) int64 label of each row, -1 where `data` has no such category, and warnings."""
+def _find_labels(path: str, columns: dict[str, list], data: DetectionData) -> Places:
+    """By the category's name or id."""
     names = list(set(columns["category_name"]) - {None})
     by_name = dict(zip(names, label_map(names, data).tolist(), strict=True))
     by_id = {number: label for label, number in enumerate(data.category_ids)}
     for number, name in zip(columns["category_id"], columns["category_name"], strict=True):
         if None not in (number, name) and by_id.get(number, -1) != by_name[name]:
-            raise InputError(
-                f"{path}: a detection has category_id {number} and category_name {name[:40]}, which differ in "
-                f"{data.source}: leave out the one that is wrong"
-            )
+            about = f"category_id {number} and category_name {name[:40]}, which differ in {data.source}"
+            raise InputError(f"{path}: a detection has {about}: leave out the one that is wrong")
     known = [f"{number} {name}" for number, name in zip(data.category_ids, data.class_names, strict=True)]
     of = f"categories that {data.source} does not have (it has {first_few(known)})"
     advice = "give the data's category_id, or category_name alone"
-    return _find(path, columns, ("category_name", by_name), ("category_id", by_id), of, advice)
+    return _find(path, columns, {"category_name": by_name, "category_id": by_id}, of, advice)
 
 
-def _find(
-    path: str, columns: dict[str, list], names: tuple[str, dict], ids: tuple[str, dict], of: str, advice: str
-) -> tuple[np.ndarray, list[str]]:
-    """(M,) int64 place of each row in the data, -1 where it has none, and a warning of those, which are `of` something.
+def _find(path: str, columns: dict[str, list], place_of: dict[str, dict], of: str, advice: str) -> Places:
+    """The places by the first field of `place_of` that all rows have; a warning of rows `of` something without a place.
 
-    `names` and `ids` are each a field of the rows and what its values stand for. InputError with `advice` where no row
-    has a place.
+    InputError with `advice` where no row has a place.
     """
-    (field, place_of), other = (names, ids) if None not in columns[names[0]] else (ids, names)
+    name, number = place_of
+    field = number if None in columns[name] else name
     keys = columns[field]
     if None in keys:
-        raise InputError(f"{path}: {keys.index(None)}: {field} is missing; or give every row a {other[0]}")
-    places = np.array([place_of.get(key, -1) for key in keys], np.int64)
+        raise InputError(f"{path}: {keys.index(None)}: {field} is missing; or give every row a {name}")
+    places = np.array([place_of[field].get(key, -1) for key in keys], np.int64)
     unknown = sorted({key for key, place in zip(keys, places.tolist(), strict=True) if place < 0})
     about = f"{(places < 0).sum()} detections of {len(unknown)} ({first_few(unknown)}) {of}"
     if unknown and (places < 0).all():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.evaluate.metrics import IOU_THRESHOLDS, Matched, average_precision, match_detections, mean
+from common.evaluate.metrics import MAX_DETECTIONS, Matched, average_precision, match_any_class, mean, rank_within
 from common.evaluate.overlaps import BACKGROUND_IOU, MATCH_IOU
 from common.evaluate.results import Bin, Calibration, Diagnosis, ErrorKind, OperatingPoint
 
@@ -92,12 +92,14 @@ def confusion(matched: Matched, chosen: np.ndarray) -> np.ndarray:
 
     The last row counts detections of background, the last column objects without any; those of crowds do not count.
     """
-    matched = match_detections(matched.table.select(chosen), matched.data, False, IOU_THRESHOLDS[:1])
     true, background = matched.data.labels, len(matched.data.class_names)
+    table = matched.table.select(chosen)
+    detected = table.label[rank_within(table.image) < MAX_DETECTIONS]
+    matched = match_any_class(table, matched.data)
     hit, missed = matched.hit[0], matched.objects.copy()
     missed[matched.box[0, hit]] = False
     counts = np.zeros((background + 1, background + 1), np.int64)
-    np.add.at(counts, (true[matched.box[0, hit]], matched.table.label[hit]), 1)
-    np.add.at(counts[background], matched.table.label[~hit & ~matched.ignored[0]], 1)
+    np.add.at(counts, (true[matched.box[0, hit]], detected[hit]), 1)
+    np.add.at(counts[background], detected[~hit & ~matched.ignored[0]], 1)
     np.add.at(counts[:, background], true[missed], 1)
     return counts

@@ -24,6 +24,15 @@ from common.model import postprocess
 log = logging.getLogger(__name__)
 MANY_IMAGES = 1000  # whose intervals take seconds
 NAME_BYTES = 200  # of a model's name, from which file names are made
+PROTOCOL = {  # what all models share, with the seed; of the detections' limits those of this project's detectors
+    "max_detections": postprocess.MAX_DETECTIONS,
+    "min_score": postprocess.MIN_SCORE,
+    "nms_iou": postprocess.NMS_IOU,
+    "crowds": "ignored, as COCO does",
+    "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
+    "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.SHOWN_LEVEL}%",
+    "verdicts": f"{bootstrap.VERDICT_LEVEL}% interval of the difference",
+}
 
 
 @dataclass(frozen=True)
@@ -73,20 +82,6 @@ def evaluate(
     return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
 
 
-def describe_protocol(seed: int) -> dict:
-    """The settings that all models share; of the detections' limits those of this project's detectors."""
-    return {
-        "max_detections": postprocess.MAX_DETECTIONS,
-        "min_score": postprocess.MIN_SCORE,
-        "nms_iou": postprocess.NMS_IOU,
-        "crowds": "ignored, as COCO does",
-        "primary_object": "largest non-crowd box and highest-scoring detection; class averages by support",
-        "intervals": f"Bayesian bootstrap over images, {bootstrap.RESAMPLES} resamples, {bootstrap.SHOWN_LEVEL}%",
-        "verdicts": f"{bootstrap.VERDICT_LEVEL}% interval of the difference",
-        "seed": seed,
-    }
-
-
 def describe_data(data: DetectionData, source: str, split: str = "val") -> DataDescription:
     """The data set of the results, called as `--data` or `--val-json` names it, of the hub with its revision."""
     if data.source.startswith(f"{source}@"):
@@ -97,9 +92,8 @@ def describe_data(data: DetectionData, source: str, split: str = "val") -> DataD
 
 def _data_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:
     """Which classes were matched although their names differ, which the model lacks, and images of too many objects."""
-    pairs = [(name, data.class_names[label]) for name, label in zip(class_names, labels, strict=True) if label >= 0]
-    differ, warnings = [f"{own} = {name}" for own, name in pairs if own != name], []
-    if differ:
+    pairs, warnings = zip(class_names, (data.class_names[k] if k >= 0 else None for k in labels), strict=True), []
+    if differ := [f"{own} = {name}" for own, name in pairs if name not in (own, None)]:
         warnings.append(f"{len(differ)} classes were matched although their names differ ({first_few(differ)})")
     if missing := [name for label, name in enumerate(data.class_names) if label not in labels]:
         about = f"the model lacks {len(missing)} of the {len(data.class_names)} classes of {data.source}"

@@ -1,7 +1,4 @@
-"""Detections and the ground truth -> matches by COCO's rules and COCO's numbers, to the last digit pycocotools'.
-
-`match_detections` does once what all numbers of a model have in common.
-"""
+"""Detections and the ground truth -> matches by COCO's rules and COCO's numbers, to the last digit pycocotools'."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -39,33 +36,30 @@ class Matched:
         return self.box >= 0
 
 
-def match_detections(
-    table: DetectionTable, data: DetectionData, by_class: bool = True, thresholds: np.ndarray = IOU_THRESHOLDS
-) -> Matched:
-    """The detections in the order in which COCO takes them, matched with objects of their class, or of any."""
+def match_detections(table: DetectionTable, data: DetectionData, thresholds: np.ndarray = IOU_THRESHOLDS) -> Matched:
+    """The detections in the order in which COCO takes them, matched with objects of their class."""
     by_id = np.argsort(np.argsort([image.id for image in data.images]))  # COCO orders equal scores by the image's id
     table = table.select(np.lexsort((-table.score, by_id[table.image])))  # stable
-    groups = table.image * len(data.class_names) + table.label if by_class else table.image
-    table = table.select(rank_within(groups) < MAX_DETECTIONS)
-    return _match(table, data, find_overlaps(table.image, table.boxes, data), by_class, thresholds)
+    table = table.select(rank_within(table.image * len(data.class_names) + table.label) < MAX_DETECTIONS)
+    return _match(table, data, find_overlaps(table, data), thresholds, "all")
+
+
+def match_any_class(table: DetectionTable, data: DetectionData) -> Matched:
+    """As `match_detections` does at MATCH_IOU, with one class for all."""
+    table, data = replace(table, label=0 * table.label), replace(data, labels=0 * data.labels)
+    return match_detections(table, data, IOU_THRESHOLDS[:1])
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
     """Position of each element among those of its group, in the order given."""
     order = np.argsort(groups, kind="stable")
-    starts = np.nonzero(np.diff(groups[order], prepend=-1))[0]
     rank = np.empty_like(order)
-    rank[order] = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    rank[order] = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
     return rank
 
 
 def _match(
-    table: DetectionTable,
-    data: DetectionData,
-    overlaps: Overlaps,
-    by_class: bool = True,
-    thresholds: np.ndarray = IOU_THRESHOLDS,
-    size: str = "all",
+    table: DetectionTable, data: DetectionData, overlaps: Overlaps, thresholds: np.ndarray, size: str
 ) -> Matched:
     """The matches with objects of one of SIZES, of detections in the order of `match_detections`.
 
@@ -74,9 +68,8 @@ def _match(
     """
     (low, high), areas = SIZES[size], table.boxes[:, 2:].prod(1)
     objects = ~data.crowd & (data.areas >= low) & (data.areas <= high)
-    pairs = overlaps.select(overlaps.iou >= thresholds[0]).by_preference(~objects)
-    if by_class:
-        pairs = pairs.select(table.label[pairs.detection] == data.labels[pairs.box])
+    own = (overlaps.iou >= thresholds[0]) & (table.label[overlaps.detection] == data.labels[overlaps.box])
+    pairs = overlaps.select(own).by_preference(~objects)
     box, ignored = [], []
     for threshold in np.minimum(thresholds, 1 - 1e-10):  # as pycocotools
         taken = assign(pairs.select(pairs.iou >= threshold), data.crowd, len(table))
@@ -87,12 +80,10 @@ def _match(
 
 
 def match_boxes_alone(matched: Matched) -> Matched:
-    """How well objects are localised at MATCH_IOU, with one class for all, the highest-scoring one of each box."""
-    table, data = matched.table, matched.data
-    places = np.column_stack([table.image, table.boxes])  # some detectors give one box several classes
-    table = table.select(np.sort(np.unique(places, axis=0, return_index=True)[1]))
-    table, data = replace(table, label=0 * table.label), replace(data, labels=0 * data.labels)
-    return match_detections(table, data, thresholds=IOU_THRESHOLDS[:1])
+    """How well objects are localised: `match_any_class` of the highest-scoring detection of each box."""
+    places = np.column_stack([matched.table.image, matched.table.boxes])  # some detectors give one box several classes
+    first = np.sort(np.unique(places, axis=0, return_index=True)[1])
+    return match_any_class(matched.table.select(first), matched.data)
 
 
 def average_precision(matched: Matched) -> np.ndarray:
@@ -109,14 +100,6 @@ def weighted_ap(matched: Matched, weights: np.ndarray) -> np.ndarray:
     for k, t, part, total, precision, steps in _precision_steps(matched, weights):
         ap[t, k, part] = np.where(total > 0, np.einsum("hw,hw->w", precision, steps) / len(RECALLS), np.nan)
     return ap
-
-
-def precision_at_recalls(matched: Matched) -> np.ndarray:
-    """(T, 101) float64: the best precision from each of RECALLS on, mean over the classes that have objects."""
-    curves, ones = np.zeros((len(matched.box), len(RECALLS))), np.ones((len(matched.data), 1), np.float32)
-    for _, t, _, _, precision, steps in _precision_steps(matched, ones):
-        curves[t, : steps.sum()] += np.repeat(precision[:, 0], steps[:, 0])
-    return curves / max(1, len(np.unique(matched.data.labels[matched.objects])))
 
 
 def _precision_steps(matched: Matched, weights: np.ndarray) -> Iterator[tuple]:
@@ -145,19 +128,19 @@ def _precision_steps(matched: Matched, weights: np.ndarray) -> Iterator[tuple]:
 
 
 def coco_numbers(matched: Matched) -> dict:
-    """pycocotools' twelve numbers, AP and AP50 of each class by name, and precision at the recalls 0, 0.01, …, 1.
-
-    They are fractions, None where a number does not exist (no objects of that size, say).
-    """
+    """pycocotools' twelve numbers, AP and AP50 of each class by name, and the best precision from each of RECALLS on,
+    mean over the classes. They are fractions, None where a number does not exist (no objects of that size, say)."""
     data, table = matched.data, matched.table
     rank = rank_within(table.image * len(data.class_names) + table.label)
-    sizes = [matched, *(_match(table, data, matched.overlaps, size=size) for size in SIZES if size != "all")]
+    sizes = [matched, *(_match(table, data, matched.overlaps, IOU_THRESHOLDS, size) for size in SIZES if size != "all")]
     every, *sized = map(average_precision, sizes)
     recall = [_recall(matched, rank < 1), _recall(matched, rank < 10), *(_recall(m, rank >= 0) for m in sizes)]
-    curves = precision_at_recalls(matched).tolist()
+    curves, classes = np.zeros((len(matched.box), len(RECALLS))), len(np.unique(data.labels[matched.objects]))
+    for _, t, _, _, precision, steps in _precision_steps(matched, np.ones((len(data), 1), np.float32)):
+        curves[t, : steps.sum()] += np.repeat(precision[:, 0], steps[:, 0]) / classes
     return dict(zip(COCO_NUMBERS, map(mean, [every, every[0], every[5], *sized, *recall]), strict=True)) | {
         "per_class": {n: ClassNumbers(mean(every[:, k]), mean(every[0, k])) for k, n in enumerate(data.class_names)},
-        "precision_at_recall": {iou: None if data.crowd.all() else curves[t] for iou, t in (("0.5", 0), ("0.75", 5))},
+        "precision_at_recall": {iou: curves[t].tolist() if classes else None for iou, t in (("0.5", 0), ("0.75", 5))},
     }
 
 

@@ -4,7 +4,6 @@ ultralytics (AGPL-3.0) is an optional package, imported only here and only for s
 statistics and automatic installation of packages are switched off; it only fetches a published weight file.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from common.console import InputError, check_packages, first_few, last_line, to_one_line
 from common.data.memory import DetectionData
-from common.evaluate.detect import INPUT, detect, measure_cost, seconds
+from common.evaluate.detect import detect, measure_cost, seconds
 from common.evaluate.detections import DetectionTable, ModelRun, detection_table
 from common.files import cache_folder
 from common.model.postprocess import MAX_DETECTIONS, MIN_SCORE
@@ -30,6 +29,8 @@ MAX_YOLO = 300  # detections of an image
 # inputs are squares, as those of exported models are.
 YOLO_SETTINGS = {"conf": 0.001, "iou": 0.7, "max_det": MAX_YOLO, "rect": False}
 Columns = tuple[Tensor, Tensor, Tensor]  # of one image: boxes (N, 4) xyxy original pixels, scores (N,), labels (N,)
+InputsOf = Callable[[np.ndarray], Any]  # from the indices of some images
+Run = Callable[[Any], list[Columns]]
 DESCRIPTIONS = (".json", ".yaml", ".yml", ".txt")  # of detections, of data, and of models without weights
 
 
@@ -63,7 +64,7 @@ def run_transformers(folder: str, data: DetectionData, batch_size: int, device: 
 def _load_transformers(folder: str) -> tuple[Any, Any]:
     """The processor and the model."""
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
     options = {"local_files_only": True, "trust_remote_code": False}
     if not any(Path(folder).glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors: convert its weights by from_pretrained and save_pretrained")
@@ -142,13 +143,7 @@ def _load_yolo(name: str) -> Any:
     return YOLO(name if Path(name).exists() else cache_folder("ultralytics", name))
 
 
-def _run_each(
-    data: DetectionData,
-    inputs_of: Callable[[np.ndarray], INPUT],
-    run: Callable[[INPUT], list[Columns]],
-    limit: int,
-    title: str,
-) -> DetectionTable:
+def _run_each(data: DetectionData, inputs_of: InputsOf, run: Run, limit: int, title: str) -> DetectionTable:
     """At most `limit` detections on each image of `data`, from the inputs of that image alone."""
 
     def run_one(index: int) -> list[Detections]:

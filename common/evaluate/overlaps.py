@@ -1,14 +1,11 @@
-"""All overlaps of detections and boxes as one sparse table, and COCO's assignment on it.
-
-Every number of an evaluation is made of this table: the matches by class at any IoU, those of any class, the kinds of
-errors, and the check whether detections were read as they were meant.
-"""
+"""All overlaps of detections and boxes as one sparse table, of which every number is made, and COCO's assignment."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.data.memory import DetectionData
+from common.evaluate.detections import DetectionTable
 
 MATCH_IOU = 0.5  # from which a detection matches a box, where one threshold is meant
 BACKGROUND_IOU = 0.1  # a detection that overlaps every object less is on the background (TIDE, arXiv 2008.08115)
@@ -41,13 +38,9 @@ class Overlaps:
         return iou, box
 
 
-def find_overlaps(
-    image: np.ndarray, boxes: np.ndarray, data: DetectionData, at_least: float = BACKGROUND_IOU
-) -> Overlaps:
-    """The pairs of an image with a common area and that IoU or more, by pycocotools' arithmetic, to the last digit.
-
-    `image` and `boxes` are those of a `DetectionTable`.
-    """
+def find_overlaps(table: DetectionTable, data: DetectionData, at_least: float = BACKGROUND_IOU) -> Overlaps:
+    """The pairs of an image with a common area and that IoU or more, by pycocotools' arithmetic, to the last digit."""
+    image, boxes = table.image, table.boxes
     counts = np.diff(data.starts)[image]  # pairs of each detection
     ends, true_ends = (xywh[:, :2] + xywh[:, 2:] for xywh in (boxes, data.boxes))
     areas, true_areas = (xywh[:, 2:].prod(1) for xywh in (boxes, data.boxes))

@@ -34,11 +34,11 @@ def primary_pairs(matched: Matched, score: float | None) -> PrimaryPairs:
     is_largest = np.isin(np.arange(len(owner)), largest)
 
     label, iou, found = np.full(len(data), -1), np.zeros(len(data)), np.zeros(len(data), bool)
-    detected, row = np.unique(matched.table.image, return_index=True)  # they are ordered by falling score
-    label[detected] = matched.table.label[row]
-    pairs = find_overlaps(detected, matched.table.boxes[row], data, at_least=0)
+    best = matched.table.select(np.unique(matched.table.image, return_index=True)[1])  # of falling scores
+    label[best.image] = best.label
+    pairs = find_overlaps(best, data, at_least=0)
     pairs = pairs.select(is_largest[pairs.box])
-    iou[detected[pairs.detection]] = pairs.iou
+    iou[best.image[pairs.detection]] = pairs.iou
     pairs = matched.overlaps.select(is_largest[matched.overlaps.box] & (matched.overlaps.iou >= MATCH_IOU))
     shown = matched.table.score[pairs.detection] >= (np.inf if score is None else score)
     right = matched.table.label[pairs.detection] == data.labels[pairs.box]

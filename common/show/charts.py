@@ -71,9 +71,8 @@ def render(results: ValidationResults, dpi: int) -> dict[str, bytes]:
 
 def drawn_models(results: ValidationResults) -> Models:
     """The models with numbers, the first MAX_MODELS of them, under short names. Raises InputError where none has."""
-    short = short_names([record.name for record in results.models])
-    named = [replace(record, name=name) for record, name in zip(results.models, short, strict=True)]
-    if models := [record for record in named if not record.error]:
+    named = zip(results.models, short_names([record.name for record in results.models]), strict=True)
+    if models := [replace(record, name=name) for record, name in named if not record.error]:
         return models[:MAX_MODELS]
     raise InputError("no model with numbers to draw: every model has an error")
 
@@ -198,8 +197,7 @@ def per_class(models: Models, data: DataDescription) -> Figure:
     axes.hlines(range(len(kept)), np.nanmin(values[kept], 1), np.nanmax(values[kept], 1), color="0.75", linewidth=1)
     for place, column in enumerate(values[kept].T):
         axes.plot(column, range(len(kept)), **line_style(place), markersize=6)
-    names = short_names(data.class_names)
-    axes.set_yticks(range(len(kept)), [names[k] for k in kept], fontsize=8)
+    axes.set_yticks(range(len(kept)), np.array(short_names(data.class_names))[kept], fontsize=8)
     axes.set(ylim=(-0.7, len(kept) - 0.3), xlim=(-0.02, 1.02), xlabel="AP@0.5")
     if len(known) > MAX_CLASSES:
         axes.set_title(f"the {MAX_CLASSES} of {len(known)} classes with most objects")

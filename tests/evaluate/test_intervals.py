@@ -45,33 +45,20 @@ def generated_detections(data, noise, seed, wrong=0.25):
     return DetectionTable(images, np.concatenate([boxes, false]), scores, labels)
 
 
-def sampled_ap50(table, data, weights):
+def sampled_ap50(table, data, seed):
+    weights = np.random.default_rng(seed).standard_exponential((len(data), RESAMPLES)).astype(np.float32)
     matched = match_detections(table, data)
     samples = resample(matched, match_boxes_alone(matched), primary_pairs(matched, 0.5), weights)
     return Sampled(mean(average_precision(matched)[0]), samples["AP50"])
 
 
-def drawn(table, data, images):
-    place = np.full(len(data), -1)
-    place[images] = np.arange(len(images))
-    table = table.select(place[table.image] >= 0)
-    return replace(table, image=place[table.image]), data.select(images)
-
-
-def exponential(images, seed):
-    return np.random.default_rng(seed).standard_exponential((images, RESAMPLES)).astype(np.float32)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.1, 0.25])
 def test_intervals_contain_the_number_that_is_expected_on_as_many_images(noise):
-    """60 samples of 250 of 5,000 images; their mean is what is expected. Plain percentiles contain it in about 60%."""
-    data, rng = generated_truth(5000), np.random.default_rng(1)
-    table = generated_detections(data, noise, seed=2)
-    samples = [
-        sampled_ap50(*drawn(table, data, np.sort(rng.choice(5000, 250, replace=False))), exponential(250, n))
-        for n in range(60)
-    ]
+    """60 times 250 images; their mean is what is expected. Plain percentiles contain it in about 60%."""
+    truth = [generated_truth(250, seed) for seed in range(60)]
+    tables = [generated_detections(data, noise, seed) for seed, data in enumerate(truth)]
+    samples = [sampled_ap50(table, truth[n], n) for n, table in enumerate(tables)]
     expected = np.mean([sample.value for sample in samples])
     inside = [low <= expected <= high for low, high in (sample.interval() for sample in samples)]
     assert np.mean(inside) >= 0.85
@@ -83,9 +70,8 @@ def test_equal_models_hardly_ever_get_a_verdict():
     verdicts = []
     for images, noise in ((60, 0.15), (250, 0.25)):
         data = generated_truth(images, seed=images)
-        weights = exponential(images, images)
         tables = {str(n): generated_detections(data, noise, n) for n in range(14)}
-        models = {name: {"AP50": sampled_ap50(table, data, weights)} for name, table in tables.items()}
+        models = {name: {"AP50": sampled_ap50(table, data, images)} for name, table in tables.items()}
         verdicts += [pair.numbers["AP50"].verdict for pair in comparisons(models, images)]
     assert np.mean([verdict != "not distinguishable" for verdict in verdicts]) <= 0.03
 
@@ -130,9 +116,7 @@ def test_weak_and_one_sided_detectors_are_not_warned_of():
     weak = generated_detections(data, 0.2, 1, wrong=0.7)
     one_class = replace(data, labels=0 * data.labels, class_names=("a",), category_ids=(1,))
     owner, copies = data.image_of_box(), np.tile([1, 1, 1, 0, 0, 0], len(data))
-    first = np.unique(owner, return_index=True)[1].repeat(
-        6
-    )  # one object of each image, half of six times with its class
+    first = np.unique(owner, return_index=True)[1].repeat(6)  # half of the six times with its class
     right = np.where(copies, data.labels[first], rng.integers(0, CLASSES, len(first)))
     six_times = DetectionTable(owner[first], data.boxes[first] + copies[:, None], rng.random(len(first)), right)
     unsure = np.where(weak.label == 3, weak.score, weak.score / 100)  # and elsewhere

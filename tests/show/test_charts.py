@@ -5,41 +5,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-from helpers import ROOT, random_detections, record_of, results_of
+from helpers import ROOT, record_of, results_of
 
 import plot_results
 from common.console import InputError
-from common.evaluate.bootstrap import image_weights
-from common.evaluate.detections import ModelRun, detection_table
-from common.evaluate.evaluation import describe_data, evaluate
-from common.evaluate.results import (
-    ClassNumbers,
-    Cost,
-    ValidationRecord,
-    ValidationResults,
-    read_results,
-    write_results,
-)
+from common.evaluate.results import ClassNumbers, ValidationRecord, read_results
 from common.show import charts
-
-
-@pytest.fixture(scope="module")
-def results_file(demo_val, tmp_path_factory) -> Path:
-    """A results file of two models with numbers and one that could not be evaluated."""
-    cost = Cost(1000, 50.0, 20.0, 4, None, "CPU", "fp32")
-    weights, evaluated = image_weights(len(demo_val), 0), []
-    for seed, name in enumerate(("first", "second")):
-        found = ModelRun(detection_table(random_detections(demo_val, seed), demo_val), demo_val.class_names, cost)
-        evaluated.append(evaluate(name, f"{name}.pth", found, demo_val, weights))
-    records = [*(e.record for e in evaluated), ValidationRecord("third", "third.pth", error="no such file")]
-    path = tmp_path_factory.mktemp("results") / "validation_results.json"
-    write_results(path, ValidationResults({}, describe_data(demo_val, "demo"), records))
-    return path
 
 
 def drawn(chart, *records, **data):
@@ -71,6 +46,8 @@ def test_charts_of_any_number_of_models_with_gaps(count, results_file, tmp_path)
     plot_results.main(plot_results.Settings(str(tmp_path / "r.json"), str(tmp_path / "chart.png")))
     others = {"precision_recall", "per_class"} | ({"confusion", "calibration"} if count > 1 else set())
     assert {p.stem.removeprefix("chart_") for p in tmp_path.glob("chart_*.png")} == others
+    with pytest.raises(InputError, match="no model with numbers"):
+        charts.render(results_of(ValidationRecord("a", "a.pth", error="no such file")), dpi=40)
 
 
 def test_names_that_are_no_valid_text_or_formula_and_settings_of_matplotlib_that_stay(results_file, tmp_path):
@@ -122,20 +99,16 @@ def test_bars_show_the_numbers_of_the_records_and_the_intervals_that_exist(resul
     assert len(figure.axes[0].patches) == len(charts.HEADLINE) and not figure.axes[0].containers[0].errorbar
 
 
-EPOCHS = [
-    {"epoch": 1, "stage": "only", "loss": {"box": 2.0, "class": 1.5}, "val": {}},
-    {"epoch": 2, "stage": "only", "loss": {"box": 1.0, "class": 0.5}, "val": {"AP50": 0.25}},
-]
-SETTINGS = {"epochs": 2, "blocks": [2, -1], "output": "a.pth", "train_fingerprint": "abc"}
-
-
-def trained(folder, **changes):
-    return record_of("m", AP50=0.5, conditions=SETTINGS | {"run_dir": str(folder), "epoch": 2} | changes)
-
-
 def test_training_curves_have_the_numbers_of_the_log_of_that_run(tmp_path):
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, EPOCHS)))
-    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    settings = {"epochs": 2, "blocks": [2, -1], "output": "a.pth", "train_fingerprint": "abc"}
+    first = {"epoch": 1, "stage": "only", "loss": {"box": 2.0, "class": 1.5}, "val": {}}
+    second = {"epoch": 2, "stage": "only", "loss": {"box": 1.0, "class": 0.5}, "val": {"AP50": 0.25}}
+
+    def trained(folder, **changes):
+        return record_of("m", AP50=0.5, conditions=settings | {"run_dir": str(folder), "epoch": 2} | changes)
+
+    (tmp_path / "log.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}")
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     loss, ap50 = drawn(charts.training, trained("no/folder"), trained(tmp_path)).axes
     assert [len(line.get_ydata()) for line in loss.lines] == [0, 2]
     assert list(loss.lines[1].get_ydata()) == [3.5, 1.5] and list(ap50.lines[1].get_ydata()) == [0.25]
@@ -144,8 +117,3 @@ def test_training_curves_have_the_numbers_of_the_log_of_that_run(tmp_path):
     for file in ("log.jsonl", "settings.json"):  # damaged: the other charts are drawn
         (tmp_path / file).write_text('{"epoch": 1, ')
         assert charts.read_log(trained(tmp_path)) == []
-
-
-def test_charts_without_any_numbers():
-    with pytest.raises(InputError, match="no model with numbers"):
-        charts.render(results_of(ValidationRecord("a", "a.pth", error="no such file")), dpi=40)

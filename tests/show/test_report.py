@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from helpers import results_of, truth_as_detections
+from helpers import evaluated, results_of, truth_as_detections
 
 from common.evaluate.bootstrap import comparisons, image_weights
 from common.evaluate.detections import ModelRun, detection_table
@@ -64,8 +64,7 @@ def test_the_report_shows_what_comes_from_files_as_text(demo_val, tmp_path):
 @pytest.mark.parametrize(("sides", "best"), [(1, "F1 1.00"), (-1, "F1 0.00")])
 def test_the_best_images_are_those_with_the_best_f1_also_with_boxes_of_negative_size(sides, best, demo_val, tmp_path):
     table = detection_table(truth_as_detections(demo_val), demo_val)
-    run = ModelRun(replace(table, boxes=table.boxes * (1, 1, sides, sides)), demo_val.class_names)
-    evaluated = evaluate("m", "m.json", run, demo_val, image_weights(len(demo_val), 0))
-    results = results_of(evaluated.record, class_names=demo_val.class_names)
-    write_report(tmp_path / "r.html", results, demo_val, {"m": evaluated.table})
+    table = replace(table, boxes=table.boxes * (1, 1, sides, sides))
+    record = evaluated(table, demo_val, image_weights(len(demo_val), 0)).record
+    write_report(tmp_path / "r.html", results_of(record, class_names=demo_val.class_names), demo_val, {"m": table})
     assert best in Page((tmp_path / "r.html").read_text()).text.partition("best at scores")[2].partition("best at")[0]
