@@ -9,6 +9,7 @@ ROWS, COLUMNS, SIDE = 8, 9, 32  # of the grey image for the hash, and of the one
 SKETCH_BYTES = ROWS * COLUMNS + SIDE * SIDE
 REDUCED_PX = 64  # of the shorter side at least, from which both are scaled: faster than from all pixels
 BITS, CORRELATION = 10, 0.96  # re-encoded copies correlate by .98 or more, other images by .953 at most
+PLAIN = 20  # grey levels from the darkest to the brightest pixel, up to which noise decides the bits of the hash
 ROUNDING = 0.5  # mean square, grey levels: of plain images little more is left to correlate
 CHUNK = 256  # images that are compared with all others at a time
 
@@ -23,17 +24,19 @@ def make_sketch(image: Image.Image) -> bytes:
 def find_copies(sketches: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The index of each of P images that has near-copies among Q others, and their indices (C,) int64.
 
-    Difference hashes of 64 bits find candidates, as they are and mirrored. Of drawn and plain images they find false
-    ones, too, so that the correlation of the larger grey images decides.
+    Difference hashes of 64 bits find candidates, as they are and mirrored. Of drawn images they find false ones, too:
+    the correlation of the larger grey images decides, and of plain images alone.
 
     Args: sketches (P, 1096) and others (Q, 1096) uint8, of `make_sketch`.
     """
     small, other_small = (part[:, : ROWS * COLUMNS].reshape(-1, ROWS, COLUMNS) for part in (sketches, others))
     large, other_large = (part[:, ROWS * COLUMNS :].reshape(-1, SIDE, SIDE) for part in (sketches, others))
+    plain, other_plain = (np.ptp(part, (1, 2)) <= PLAIN for part in (large, other_large))
     hashes, other_hashes = (_hash(small), _hash(small[:, :, ::-1])), _hash(other_small)
     for start in range(0, len(sketches), CHUNK):
-        chunks = [part[start : start + CHUNK, None] for part in hashes]
-        near = np.logical_or(*(np.bitwise_count(part ^ other_hashes) <= BITS for part in chunks))
+        near = plain[start : start + CHUNK, None] & other_plain
+        for part in hashes:
+            near |= np.bitwise_count(part[start : start + CHUNK, None] ^ other_hashes) <= BITS
         for row in np.nonzero(near.any(1))[0]:
             candidates = np.nonzero(near[row])[0]
             views = np.stack([large[start + row], large[start + row, :, ::-1]])

@@ -19,6 +19,7 @@ RANDOM_PARTS = re.compile(r"^[0-9a-f]{8}(-|__)|_[A-Za-z]{3,4}\.rf\.\w+$")  # Lab
 LAST_NUMBER = re.compile(r"([0-9]+)(?=[^0-9]*$)")
 SERIES, BLOCK = 40, 20  # names that differ in their last number alone, and numbers in a block of a longer series
 GOLDEN = 0x9E3779B97F4A7C15  # of 2**64: multiples are spread evenly (Fibonacci hashing, Knuth, volume 3, 6.4)
+LEAST = 0.1  # of the images must be in groups that may be held out
 Group = tuple[str, int]  # name of a series, and a block of it, -1 for the whole
 
 
@@ -28,8 +29,8 @@ def choose_held_out(paths: tuple[Path, ...], sketches: bytes, share: float) -> n
 
     A group is a series of names of at most SERIES images, or a block of a longer one; those with near-copies of each
     other are one. Groups whose hash is below the share are held out, where there is none the first one, and never one
-    with more than half of the images. Where all are one group, its blocks are taken, or its names, its folders, and at
-    last blocks and names in spite of near-copies. Raises InputError: there is only one group by each of these rules.
+    with more than half of the images. Where nearly all are in such a one, blocks are taken, or names, or folders, at
+    last blocks and names in spite of near-copies. Raises InputError: all images are in one group by all these rules.
     """
     stems = [RANDOM_PARTS.sub("", path.stem) for path in paths]
     numbered = [(LAST_NUMBER.sub("#", stem), int((LAST_NUMBER.search(stem) or [-1])[0])) for stem in stems]
@@ -38,11 +39,13 @@ def choose_held_out(paths: tuple[Path, ...], sketches: bytes, share: float) -> n
     series = [(name, number // BLOCK if counts[name] > SERIES else -1) for name, number in numbered]
     blocks, folders = [(name, number // BLOCK) for name, number in numbered], [(str(path.parent), -1) for path in paths]
     ways = [*((groups, copies) for groups in (series, blocks, numbered, folders)), (blocks, []), (numbered, [])]
-    groups = next((found for way in ways if len(set(found := _join(*way))) > 1), [])
-    if not groups:
+    for way in ways:
+        sizes = Counter(groups := _join(*way))
+        free = [group for group in sorted(sizes) if sizes[group] <= len(paths) / 2]
+        if sum(sizes[group] for group in free) >= len(paths) * LEAST:
+            break
+    else:
         raise InputError(f"of {len(paths)} images none can be held out for validation: give others beside {paths[0]}")
-    sizes = Counter(groups)
-    free = [group for group in sorted(sizes) if sizes[group] <= len(paths) / 2]
     chosen = {group for group in free if _fraction(*group) < share}
     chosen = chosen if 0 < len(chosen) < len(sizes) else set(free[:1])
     return np.array([group in chosen for group in groups])

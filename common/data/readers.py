@@ -29,11 +29,12 @@ LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")  # a path, on some
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
 ROBOFLOW = "_annotations.coco.json"
 COCO_BEGINS = re.compile(
-    rb'(?s)(?!.*"categories"\s*:\s*{)(\xef\xbb\xbf)?\s*{\s*"(images|annotations|categories|info|licenses)"'
+    rb'(?s)(?!.*"categories"\s*:\s*{)(\xef\xbb\xbf)?\s*{(\s*"(info|licenses)"|.*"(images|annotations|categories)"\s*:\s*\[)'
 )
 ORIGINAL_VOC = re.compile(r"(the )?(pascal )?voc", re.IGNORECASE)  # its <database>: corners count from 1
 OTHER_EXPORTS = (  # what labelling tools write, too: files, how one of them begins, and what to do
-    ("*.json", rb"\s*\[", "Label Studio's own JSON: export YOLO, COCO or Pascal VOC, with images"),
+    ("*.json", rb'(?s)\s*\[.*"coordinates"', "CreateML's JSON: export YOLO, COCO or Pascal VOC"),
+    ("*.json", rb'(?s)\s*\[.*"(data|image)"', "Label Studio's own JSON: export YOLO, COCO or Pascal VOC, with images"),
     ("*.json", rb'[^\[]*"shapes"', "labelme's files: export COCO or Pascal VOC, by labelme2coco.py or labelme2voc.py"),
     ("annotations.xml", b"", "CVAT's own XML: export COCO 1.0, with images"),
     ("*.json", rb'(?s).*"categories"\s*:\s*{', "Datumaro's JSON: export COCO 1.0, with images"),
@@ -88,9 +89,11 @@ def find_part(split: str, names: Iterable[str], source: object) -> tuple[str, bo
 
 
 def describe_folder(folder: Path) -> str:
-    """What is in a folder that no reader recognises, and the export to choose where a tool's own files are there."""
+    """What is in a folder that no reader recognises, or the export to choose where a tool's own files are there."""
+    if not folder.is_dir():
+        return "no folder" if folder.exists() else "no such folder"
     for pattern, begins, advice in OTHER_EXPORTS:
-        if any(re.match(begins, _first_bytes(file)) for file in folder.rglob(pattern)):
+        if any(re.match(begins, _first_bytes(file)) for place in ("", "*/") for file in folder.glob(place + pattern)):
             return advice
     return first_few(sorted(file.name for file in folder.iterdir())) or "empty"
 
@@ -277,7 +280,8 @@ def read_yolo(request: Request) -> Table:
 
 
 def class_lists(data: str) -> list[Path]:
-    return [Path(data, name) for name in ("classes.txt", "obj.names") if Path(data, name).is_file()]
+    names = ("classes.txt", "obj.names", *["labels/classes.txt"] * (yaml_of(data) is None))
+    return [Path(data, name) for name in names if Path(data, name).is_file()]
 
 
 def read_yolo_folder(request: Request) -> Table:
@@ -385,10 +389,10 @@ def _box_of(numbers: list[float]) -> list[float]:
 
 
 def voc_parts(folder: Path) -> dict[str, Path]:
-    """The folders of XML files by split, or "": Annotations, spelled so everywhere, or those of the images."""
-    own = folder / "Annotations"
-    if folder.is_dir() and own in folder.iterdir() and any(own.rglob("*.xml")):
-        return {"": own}
+    """The folders of XML files by split, or "": Annotations, or those of the images."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    if own := [place for place in inside if place.name.lower() == "annotations" and any(place.rglob("*.xml"))]:
+        return {"": own[0]}
     parts = {file.parent.name: file.parent for file in folder.glob("*/*.xml") if file.parent.name.casefold() in NAMES}
     beside = {file.stem for file in folder.glob("*.xml")} & {image.stem for image in find_images(folder)[0]}
     return parts or ({"": folder} if beside else {})
@@ -406,8 +410,8 @@ def read_voc(request: Request) -> Table:
     parts, lists = voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/*.txt")}
     split, whole = find_part(request.split, lists or parts, folder)
     labels = images = parts.get("", folder) if lists else parts[split]
-    if labels == folder / "Annotations":
-        images = folder / ("JPEGImages" if (folder / "JPEGImages").is_dir() else "images")
+    if labels.parent == folder and "" in parts:
+        images = next(place for place in (folder / "JPEGImages", folder / "images", folder) if place.is_dir())
     files = [file for part in parts.values() for file in part.rglob("*.xml")]
     names = {name for file in files for name, *_ in read_xml(file)[1]} - {""}
     numbers = {name: number for number, name in enumerate(sorted(names), 1)}

@@ -141,10 +141,11 @@ def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
 def _part_of(data: DetectionData, split: str, share: float) -> DetectionData:
     """The images of a whole data set that are held out for validation, or the others."""
     held_out = choose_held_out(tuple(image.path for image in data.images), sketches_of(data).tobytes(), share)
+    part = data.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
     if split == "val":
-        what = f"{held_out.sum():,} of its {len(data):,} images are held out (--hold-out {share:g})"
-        log.info(f"{data.source} has no validation part: {what}")
-    return data.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
+        what = f"{len(part):,} of its {len(data):,} images are held out (--hold-out {share:g})"
+        log.info(f"{data.source} has no validation part: {what}, fingerprint {part.fingerprint()}")
+    return part
 
 
 def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
@@ -156,7 +157,7 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
-        inside = readers.describe_folder(place) if place.is_dir() else "no such folder"
+        inside = readers.describe_folder(place)
         raise InputError(f"--data {place} ({inside}) is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
         raise InputError(f"--data {place} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
