@@ -20,14 +20,14 @@ UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 711,
     "common/*.py": 1122,
-    "common/data/*.py": 2010,
+    "common/data/*.py": 2020,
     "common/model/*.py": 1487,
     "common/train/*.py": 580,
     "common/evaluate/*.py": 1443,
     "common/show/*.py": 596,
     "common/export/*.py": 331,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7400,
+    "tests/**/*.py": 7324,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
