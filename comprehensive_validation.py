@@ -23,7 +23,7 @@ from common import cli
 from common.cli import flag, flag_texts, message_of
 from common.console import InputError, Interrupted, last_line, print_traceback
 from common.data.memory import DetectionData
-from common.data.sources import DataFlags, load_split
+from common.data.sources import DataFlags, count_copies, load_split
 from common.evaluate import bootstrap
 from common.evaluate.detect import run_detector
 from common.evaluate.detections import ModelRun, coco_detections, read_detections, relative_files
@@ -124,7 +124,8 @@ def prepare(settings: Settings) -> tuple[DetectionData, dict[str, str]]:
 def main(settings: Settings) -> ValidationResults:
     """Evaluate every model, print the table, write and return the results."""
     data, models = prepare(settings)
-    weights, done = bootstrap.image_weights(len(data), settings.seed), []
+    weights, copies = bootstrap.image_weights(len(data), settings.seed), count_copies(settings, data)
+    done = list[Evaluation]()
     try:
         for name, path in models.items():
             done.append(evaluate_model(name, path, settings, data, weights))
@@ -135,7 +136,8 @@ def main(settings: Settings) -> ValidationResults:
     records = [evaluation.record for evaluation in done]
     if all(record.error for record in records):
         raise InputError("no model could be evaluated: " + "; ".join(str(record.error) for record in records))
-    about, images = describe_data(data, settings.val_json or settings.data, settings.split), len(data.with_objects())
+    about = describe_data(data, settings.val_json or settings.data, settings.split, copies)
+    images = len(data.with_objects())
     comparisons = bootstrap.comparisons({e.record.name: e.samples for e in done if e.samples}, images)
     results = ValidationResults(PROTOCOL | {"seed": settings.seed}, about, records, comparisons)
     write_results(settings.output, results)

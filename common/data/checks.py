@@ -3,13 +3,16 @@
 import json
 import logging
 import os
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from hashlib import sha256, shake_128
+from typing import NamedTuple
 
 import numpy as np
 
 from common.console import InputError, progress_bar
+from common.data.copies import SKETCH_BYTES, make_sketch
 from common.data.memory import DetectionData, ImageFile
 from common.data.readers import read_json_lines
 from common.data.table import OPEN_ORIENTATION
@@ -21,44 +24,59 @@ from common.types import InputSize, convert_boxes
 log = logging.getLogger(__name__)
 CHUNK = 1000  # images, after which the outcomes are kept; fewer need no progress bar
 PAGES = "used the first page or frame of {} images that have several"
-Outcome = list[str]  # sentences for the notes: why an image cannot be used, "" if it can, and what is doubtful
 
 
-def check_images(images: Sequence[ImageFile], source: str) -> list[Outcome]:
-    """The outcome of decoding each image, once for all runs where it can be used and its file stays the same.
+class Check(NamedTuple):
+    """What decoding an image says: why it cannot be used, "" if it can; what is doubtful; its `make_sketch`, base64."""
+
+    fault: str
+    doubts: list[str] = []  # noqa: RUF012
+    sketch: str = ""
+
+
+def check_images(images: Sequence[ImageFile], source: str) -> list[Check]:
+    """What decoding each image says, once for all runs where it can be used and its file stays the same.
 
     The others are decoded again: their fault may pass, such as one of a permission or a disk.
     """
     place = os.path.realpath(source) if os.path.exists(source) else source  # noqa: PTH110 (of any length)
-    path = cache_folder("decoded", f"{sha256(repr(place).encode()).hexdigest()[:24]}.jsonl")
-    known = {state: outcome for state, *outcome in read_json_lines(path)}
+    path = cache_folder("checked", f"{sha256(repr(place).encode()).hexdigest()[:24]}.jsonl")
+    known = {state: Check(*check) for state, *check in read_json_lines(path)}
     states = [image.state() for image in images]
     missing = [index for index, state in enumerate(states) if state not in known]
     bar = progress_bar(len(missing), "checking images", shown=len(missing) > CHUNK)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            outcomes = pool.map(_decode, (images[index] for index in part))
-            found = {states[index]: outcome for index, outcome in zip(part, outcomes, strict=True)}
+            checks = pool.map(_decode, (images[index] for index in part))
+            found = {states[index]: check for index, check in zip(part, checks, strict=True)}
             known |= found
             bar.update(len(part))
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:
-                    file.writelines(f"\n{json.dumps((state, *o))}" for state, o in found.items() if not o[0])
+                    file.writelines(f"\n{json.dumps((state, *c))}" for state, c in found.items() if not c.fault)
             except OSError as error:
                 log.warning(f"cannot keep the images' check in {path} ({error.strerror}): they will be checked again")
     return [known[state] for state in states]
 
 
-def _decode(image: ImageFile) -> Outcome:
+def sketches_of(data: DetectionData) -> np.ndarray:
+    """(P, 1096) uint8: the `make_sketch` of each image, noise in place of one that cannot be used."""
+    pairs = zip(data.images, check_images(data.images, data.source), strict=True)
+    found = [b64decode(c.sketch) or shake_128(os.fsencode(image.path)).digest(SKETCH_BYTES) for image, c in pairs]
+    return np.frombuffer(b"".join(found), np.uint8).reshape(len(found), SKETCH_BYTES)
+
+
+def _decode(image: ImageFile) -> Check:
     try:
-        image.open()
+        sketch = make_sketch(image.open())
         header = read_header(image.path)
     except ImageFault as fault:
-        return [fault.sentence]
+        return Check(fault.sentence)
     is_open = header.orientation != 1 and header.stored == header.upright == (image.width, image.height)
-    return ["", *[OPEN_ORIENTATION] * (is_open and not image.upright), *[PAGES] * header.has_pages]
+    doubts = [OPEN_ORIENTATION] * (is_open and not image.upright) + [PAGES] * header.has_pages
+    return Check("", doubts, b64encode(sketch).decode())
 
 
 def check_object_sizes(data: DetectionData, size: InputSize) -> None:

@@ -58,8 +58,8 @@ def read_official(request: Request) -> Table:
 
 def fetch_images(images: Sequence[ImageFile]) -> None:
     """Fetch the images that the cache lacks, or has damaged. Raises InputError where some could not be fetched."""
-    outcomes = check_images(images, "coco-official")
-    faulty = [image.path for image, (fault, *_) in zip(images, outcomes, strict=True) if fault]
+    checks = check_images(images, "coco-official")
+    faulty = [image.path for image, check in zip(images, checks, strict=True) if check.fault]
     if not faulty:
         return
     log.info(f"fetching {len(faulty)} images of COCO into {faulty[0].parent.parent}")

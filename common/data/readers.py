@@ -6,16 +6,17 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from string import digits
 from xml.etree import ElementTree
 
 import yaml
 
-from common.console import InputError, to_one_line
+from common.console import InputError, first_few, to_one_line
 from common.data.table import NOTHING, Table
 from common.images import OTHER_FORMAT, find_images, image_suffixes
 
@@ -26,6 +27,19 @@ NAMES = {name for names in SPLITS.values() for name in names}
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most of COCO's files, and not used
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")  # a path, on some system
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
+ROBOFLOW = "_annotations.coco.json"
+COCO_BEGINS = re.compile(
+    rb'(?s)(?!.*"categories"\s*:\s*{)(\xef\xbb\xbf)?\s*{(\s*"(info|licenses)"|.*"(images|annotations|categories)"\s*:\s*\[)'
+)
+ORIGINAL_VOC = re.compile(r"(the )?(pascal )?voc", re.IGNORECASE)  # its <database>: corners count from 1
+OTHER_EXPORTS = (  # what labelling tools write, too: files, how one of them begins, and what to do
+    ("*.json", rb'(?s)\s*\[.*"coordinates"', "CreateML's JSON: export YOLO, COCO or Pascal VOC"),
+    ("*.json", rb'(?s)\s*\[.*"(data|image)"', "Label Studio's own JSON: export YOLO, COCO or Pascal VOC, with images"),
+    ("*.json", rb'[^\[]*"shapes"', "labelme's files: export COCO or Pascal VOC, by labelme2coco.py or labelme2voc.py"),
+    ("annotations.xml", b"", "CVAT's own XML: export COCO 1.0, with images"),
+    ("*.json", rb'(?s).*"categories"\s*:\s*{', "Datumaro's JSON: export COCO 1.0, with images"),
+    ("*.csv", b"", "a table of boxes: export COCO or YOLO, with images"),
+)
 TextLoader = type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # a class may be called no or on
 TRIANGLE = 6  # numbers of a polygon of three corners
 OUTSIDE = 2.0  # a fraction of an image's side that no box or polygon reaches
@@ -66,6 +80,29 @@ def find_split(split: str, names: Iterable[str], source: object) -> str:
     raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(given) or 'none', 200)}")
 
 
+def find_part(split: str, names: Iterable[str], source: object) -> tuple[str, bool]:
+    """As `find_split`, and whether the part is the whole data set, as where none but training, or a single one, is."""
+    given = list(names)
+    if split == "test" or {name.casefold() for name in given} & set(SPLITS["val"]):
+        return find_split(split, given, source), False
+    return given[0] if len(given) == 1 else find_split("train", given, source), True
+
+
+def describe_folder(folder: Path) -> str:
+    """What is in a folder that no reader recognises, or the export to choose where a tool's own files are there."""
+    if not folder.is_dir():
+        return "no folder" if folder.exists() else "no such folder"
+    for pattern, begins, advice in OTHER_EXPORTS:
+        if any(re.match(begins, _first_bytes(file)) for place in ("", "*/") for file in folder.glob(place + pattern)):
+            return advice
+    return first_few(sorted(file.name for file in folder.iterdir())) or "empty"
+
+
+def _first_bytes(file: Path) -> bytes:
+    with reading(file, "a file"), file.open("rb") as stream:
+        return stream.read(1000)
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file that are not empty. Raises InputError: no such file, or another encoding."""
     with reading(path, "UTF-8 text"):
@@ -83,46 +120,51 @@ def read_json_lines(path: Path) -> list:
     return values
 
 
-def read_coco_folder(request: Request) -> Table:
-    """annotations/instances_train2017.json with train2017/ or images/train2017/; also 2014, or without a year.
+def coco_files(folder: Path) -> dict[str, Path]:
+    """annotations/instances_train2017.json and train/_annotations.coco.json by part, or else any of COCO's form."""
+    files = {file.parent.name: file for file in folder.glob(f"*/{ROBOFLOW}")}
+    files |= {file.stem.removeprefix("instances_"): file for file in folder.glob("annotations/instances_*.json")}
+    if len(files) < 2:
+        others = [file for pattern in ("*.json", "annotations/*.json") for file in folder.glob(pattern)]
+        others = [file for file in others if file.name != "notes.json" and COCO_BEGINS.match(_first_bytes(file))]
+        files |= {file.stem.removeprefix("instances_"): file for file in others}
+    return files
 
-    Raises InputError: no such split, or parts of several years, which share images.
+
+def read_coco_folder(request: Request) -> Table:
+    """The `coco_files` of a folder, with the images of a part in train2017/ or images/train2017/; or without a year.
+
+    Images of a single file may also be in images/ or beside it. Raises InputError: no such split, or parts of several
+    years, which share images.
     """
     if request.files[0]:
         return read_coco(Path(request.files[0]), Path(request.files[1]))
-    folder = Path(request.data)
-    files = [file.name for file in folder.glob("annotations/instances_*.json")]
-    parts = [part.groups() for part in (re.fullmatch(r"instances_(\D+)(\d*)\.json", file) for file in files) if part]
-    years = {year for name, year in parts if name.casefold() in NAMES}
-    if len(years) > 1:
+    folder, files = Path(request.data), coco_files(Path(request.data))
+    parts = {name.rstrip(digits): name for name in files}
+    if len({name[len(name.rstrip(digits)) :] for name in files if name.rstrip(digits).casefold() in NAMES}) > 1:
         raise InputError(f"{folder}: its parts are of different years, which share images: name both by --train-json …")
-    split = find_split(request.split, (name for name, _ in parts), folder / "annotations")
-    name = f"{split}{''.join(years)}"
-    images = folder / "images" / name if (folder / "images" / name).is_dir() else folder / name
-    return read_coco(folder / "annotations" / f"instances_{name}.json", images, split)
+    split, whole = find_part(request.split, parts, folder)
+    name, path = parts[split], files[parts[split]]
+    own = [place for place in (folder / "images" / name, folder / name) if place.is_dir()]
+    return read_coco(path, *own[:1] or (folder / "images", folder, path.parent), split=split, whole=whole)
 
 
-def read_roboflow(request: Request) -> Table:
-    """train/_annotations.coco.json with the images beside it, and valid/."""
-    files = {file.parent.name: file for file in Path(request.data).glob("*/_annotations.coco.json")}
-    split = find_split(request.split, files, request.data)
-    return read_coco(files[split], files[split].parent, split)
-
-
-def read_coco(path: Path, folder: Path, split: str = "") -> Table:
-    """An annotation file, of the images that are in the folder. Raises InputError as `add_coco` does."""
-    if not folder.is_dir():
-        raise InputError(f"{path} needs the images' folder {folder}, which does not exist")
-    table = Table(str(path), folder, {}, "xywh", split)
-    add_coco(table, path)
+def read_coco(path: Path, *folders: Path, split: str = "", whole: bool = False) -> Table:
+    """An annotation file, of the images that are in the folders. Raises InputError as `add_coco` does."""
+    places = [folder for folder in folders if folder.is_dir()]
+    if not places:
+        raise InputError(f"{path} needs the images' folder {folders[0]}, which does not exist")
+    table = Table(str(path), Path(), {}, "xywh", split, whole)
+    add_coco(table, path, places)
     return table
 
 
-def add_coco(table: Table, path: Path, prefix: str = "") -> None:
+def add_coco(table: Table, path: Path, places: Sequence[Path] = (), prefix: str = "") -> None:
     """Add the images and objects of an annotation file in COCO's instances form.
 
-    Images that do not exist are left out, unless `prefix` names the folder to which they may be fetched later.
-    Roboflow's first category groups all others, of supercategory "none" and without boxes: it is no class.
+    Images that are in none of the places are left out, unless `prefix` names the folder to which they may be fetched
+    later. Where there are several places, the base name counts of a path that leads out of them. Roboflow's first
+    category groups all others, of supercategory "none" and without boxes: it is no class.
 
     Raises InputError: no such file, or one of another form.
     """
@@ -135,11 +177,14 @@ def add_coco(table: Table, path: Path, prefix: str = "") -> None:
             raise ValueError("two categories share an id")
         used = {a["category_id"] for a in content["annotations"]}
         parents = {c.get("supercategory") for c in categories.values()}
+        parents |= {categories[0]["name"]} if path.name == ROBOFLOW and 0 in categories else set()
         groups = {k for k, c in categories.items() if c.get("supercategory") == "none" and c["name"] in parents} - used
         table.classes |= {key: str(c["name"]) for key, c in categories.items() if key not in groups}
         for image in content["images"]:
             name, width, height = str(image["file_name"]), image.get("width") or 0, image.get("height") or 0
-            found = f"{prefix}/{name}" if prefix else _find_file(table.folder, name)
+            if len(places) > 1 and LEADS_OUT.search(name):
+                name = PureWindowsPath(name).name
+            found = f"{prefix}/{name}" if prefix else next(filter(None, (_find_file(p, name) for p in places)), None)
             if LEADS_OUT.search(name):
                 table.faults.add("left out {} images whose file names lead out of their folder", name)
             elif found is None:
@@ -161,11 +206,11 @@ def as_int(value: object) -> int:
 
 
 def _find_file(folder: Path, name: str) -> str | None:
-    """The name of a file as the file system spells it: macOS decomposes accents, other locales know no UTF-8."""
+    """The path of a file as the file system spells it: macOS decomposes accents, other locales know no UTF-8."""
     if (folder / name).is_file():
-        return name
+        return str(folder / name)
     forms = (unicodedata.normalize(form, name).encode(errors="surrogatepass") for form in ("NFC", "NFD"))
-    return next((spelled for spelled in map(os.fsdecode, forms) if (folder / spelled).is_file()), None)
+    return next((str(folder / name) for name in map(os.fsdecode, forms) if (folder / name).is_file()), None)
 
 
 def yaml_of(data: str) -> Path | None:
@@ -213,7 +258,7 @@ def read_yolo(request: Request) -> Table:
 
     Raises InputError: not such a file, no images where it points, or a line of another form.
     """
-    path, counts = yaml_of(request.data) or Path(request.data), dict[int, Path]()
+    path = yaml_of(request.data) or Path(request.data)
     with reading(path, "the YAML file, in UTF-8, of a YOLO data set"):
         content = yaml.load(path.read_bytes().decode("utf-8-sig"), TextLoader)  # noqa: S506 (it is a SafeLoader)
         names = content["names"]
@@ -224,18 +269,54 @@ def read_yolo(request: Request) -> Table:
             raise ValueError(f"its nc is {content['nc']}, but it names {len(names)} classes")
         points, columns, *_ = map(int, content.get("kpt_shape") or (0, 0))
         base = path.absolute().parent / Path(os.path.expanduser(content.get("path", "")))  # noqa: PTH111 (of no such user it stays)
-        split = find_split(request.split, filter(content.get, content), path)
+        parts = [name for name in content if content[name] and name.casefold() in NAMES]
+        there = [name for name in parts if any(place.exists() for place in _places(base, content[name]))]
+        split, whole = find_part(request.split, there or parts, path)
+    table = Table(str(path), Path(), names, "cxcywh", split, whole, upright=True, own_ids=False, normalised=True)
+    for name in set(parts) - set(there) if whole else ():  # Roboflow's exports name all
+        table.faults.add("of the parts that it names, {} do not exist", name)
+    _add_yolo(table, _yolo_images(table, content, base), points * columns)
+    return table
+
+
+def class_lists(data: str) -> list[Path]:
+    names = ("classes.txt", "obj.names", *["labels/classes.txt"] * (yaml_of(data) is None))
+    return [Path(data, name) for name in names if Path(data, name).is_file()]
+
+
+def read_yolo_folder(request: Request) -> Table:
+    """Class names in classes.txt or obj.names, a line each, or with their numbers in notes.json, and text files.
+
+    The images are in images/ or obj_train_data/, or beside the list. Raises InputError as `read_yolo` does.
+    """
+    folder, (path, *more) = Path(request.data), class_lists(request.data)
+    if more:
+        raise InputError(f"{folder} has {path.name} and {more[0].name}: rename or remove one")
+    names = dict(enumerate(read_lines(path)))
+    if (notes := folder / "notes.json").is_file():
+        with reading(notes, "the classes of Label Studio"):  # whose classes.txt may be in another order
+            names = {int(c["id"]): str(c["name"]) for c in json.loads(notes.read_bytes())["categories"]}
+    parts = {place.name[4:-5]: place for place in folder.glob("obj_*_data")}
+    parts |= {place.name: place for place in folder.glob("images/*/") if place.name.casefold() in NAMES}
+    parts = parts or {"": folder / "images" if (folder / "images").is_dir() else folder}
+    split, whole = find_part(request.split, parts, folder)
+    table = Table(str(folder), Path(), names, "cxcywh", split, whole, upright=True, own_ids=False, normalised=True)
+    _add_yolo(table, images_of(table, parts[split]))
+    return table
+
+
+def _add_yolo(table: Table, images: list[Path], keypoints: int = 0) -> None:
+    """Add the images with the objects of their text files, which have so many numbers of keypoints behind a box."""
+    counts = dict[int, Path]()
 
     def read(label: Path) -> Labels:
-        lines = [_read_label(line, points * columns, label) for line in read_lines(label)]
+        lines = [_read_label(line, keypoints, label) for line in read_lines(label)]
         counts.update({len(numbers): label for _, numbers in lines})
         return (0, 0), [(category, _box_of(numbers), False) for category, numbers in lines]
 
-    table = Table(str(path), Path(), names, "cxcywh", split, upright=True, own_ids=False, normalised=True)
-    add_labelled(table, _yolo_images(table, content, base), label_places, read)
+    add_labelled(table, images, label_places, read)
     if max(counts, default=0) == TRIANGLE:
         raise InputError(f"{counts[TRIANGLE]} has lines of 7 columns, perhaps predictions (confidence, track): keep 5")
-    return table
 
 
 def _yolo_images(table: Table, content: dict, base: Path) -> list[Path]:
@@ -245,9 +326,8 @@ def _yolo_images(table: Table, content: dict, base: Path) -> list[Path]:
     outside = [text.removeprefix("../") for text in map(str, content.values()) if text.startswith("../")]
     is_inside = any(_normal(base, name).exists() for name in outside)
     for name in map(str, places if isinstance(places, list) else [places]):
-        inside, beside = _normal(base, name.removeprefix("../")), _normal(base, name)
-        existing = [place for place in dict.fromkeys((inside, beside)) if place.exists()]
-        if len(existing) != 1 or (is_inside and not inside.exists()):
+        existing = [place for place in dict.fromkeys(_places(base, name)) if place.exists()]
+        if len(existing) != 1 or (is_inside and existing[0] != _places(base, name)[0]):
             what = " or ".join(map(str, existing)) or f"nothing in {base}"
             raise InputError(f"{table.source} names the images {name}, which is {what}: write that path in full")
         (place,) = existing
@@ -256,8 +336,20 @@ def _yolo_images(table: Table, content: dict, base: Path) -> list[Path]:
         elif place.suffix.lower() in image_suffixes():
             images.append(place)
         else:
-            images += [_normal(place.parent, line) for line in read_lines(place)]
+            images += [_listed(place.parent, line) for line in read_lines(place)]
     return sorted(images)
+
+
+def _places(base: Path, names: object) -> list[Path]:
+    """Where the places that a YAML file names may be: each first in the folder of the file, then where it leads."""
+    given = map(str, names if isinstance(names, list) else [names])
+    return [_normal(base, place) for name in given for place in (name.removeprefix("../"), name)]
+
+
+def _listed(folder: Path, line: str) -> Path:
+    """The image of a line, without its first folder where that does not exist: CVAT writes data/."""
+    places = [_normal(folder, line), _normal(folder, re.sub(r"^[^/\\]+[/\\]", "", line))]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def _normal(folder: Path, name: str) -> Path:
@@ -274,7 +366,10 @@ def label_places(image: Path) -> list[Path]:
 def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]]:
     """The class and the numbers of a box (4) or a polygon in a line. Raises InputError for another line."""
     with reading(f"the line {line[:60]!r} of {path}", "a label"):
-        category, *numbers = map(float, line.split())
+        words = line.split()
+        if len(words) == 6 and words[5].isdecimal():  # CVAT's track; a confidence is no whole number
+            words.pop()
+        category, *numbers = map(float, words)
         count = len(numbers)
         if not category.is_integer():
             raise ValueError("its class is not a whole number")
@@ -293,34 +388,34 @@ def _box_of(numbers: list[float]) -> list[float]:
     return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
 
 
-def is_voc_folder(folder: Path) -> bool:
-    """Whether a folder has VOC's own layout, spelled so even where case makes no difference, or that of parts."""
-    spelled = (folder / "ImageSets" / "Main").is_dir() and folder / "Annotations" in folder.iterdir()
-    return spelled or bool(_voc_parts(folder))
-
-
-def _voc_parts(folder: Path) -> dict[str, Path]:
-    """The folders of splits that have XML files, by name."""
-    return {file.parent.name: file.parent for file in folder.glob("*/*.xml") if file.parent.name.casefold() in NAMES}
+def voc_parts(folder: Path) -> dict[str, Path]:
+    """The folders of XML files by split, or "": Annotations, or those of the images."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    if own := [place for place in inside if place.name.lower() == "annotations" and any(place.rglob("*.xml"))]:
+        return {"": own[0]}
+    parts = {file.parent.name: file.parent for file in folder.glob("*/*.xml") if file.parent.name.casefold() in NAMES}
+    beside = {file.stem for file in folder.glob("*.xml")} & {image.stem for image in find_images(folder)[0]}
+    return parts or ({"": folder} if beside else {})
 
 
 def read_voc(request: Request) -> Table:
-    """Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt; or train/ with XML files beside the images.
+    """Annotations/*.xml, JPEGImages/ or images/, and ImageSets/Main/train.txt, if any; or XML files beside the images.
 
-    An XML file belongs to the image of the same name. Corners count pixels from 1, and belong to the box (Everingham et
-    al., IJCV 2010). Objects marked difficult become crowds, which training and evaluation ignore. Classes are those of
-    all splits, in alphabetical order, numbered from 1.
+    An XML file belongs to the image of the same name. Objects marked difficult become crowds, which training and
+    evaluation ignore. Classes are those of all splits, in alphabetical order, numbered from 1.
 
     Raises InputError: no such split, or an XML file of another form.
     """
     folder, read_xml = Path(request.data), cache(_read_xml)
-    parts, lists = _voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/*.txt")}
-    split = find_split(request.split, lists or parts, folder)
-    labels, images = (folder / "Annotations", folder / "JPEGImages") if lists else (parts[split], parts[split])
-    files = [file for part in ([labels] if lists else parts.values()) for file in part.rglob("*.xml")]
+    parts, lists = voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/*.txt")}
+    split, whole = find_part(request.split, lists or parts, folder)
+    labels = images = parts.get("", folder) if lists else parts[split]
+    if labels.parent == folder and "" in parts:
+        images = next(place for place in (folder / "JPEGImages", folder / "images", folder) if place.is_dir())
+    files = [file for part in parts.values() for file in part.rglob("*.xml")]
     names = {name for file in files for name, *_ in read_xml(file)[1]} - {""}
     numbers = {name: number for number, name in enumerate(sorted(names), 1)}
-    table = Table(str(folder), Path(), dict(enumerate(numbers, 1)), "xyxy", split, upright=True, own_ids=False)
+    table = Table(str(folder), Path(), dict(enumerate(numbers, 1)), "xyxy", split, whole, upright=True, own_ids=False)
     by_stem = dict[str, list[Path]]()
     for image in images_of(table, images):
         by_stem.setdefault(_stem(image, images), []).append(image)
@@ -345,7 +440,10 @@ def _stem(file: Path, folder: Path) -> str:
 
 
 def _read_xml(file: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool]]]:
-    """(width, height), zeros where it has none; and name, box xyxy from 0, and crowd, of each object."""
+    """(width, height), zeros where it has none; and name, box xyxy from 0, and crowd, of each object.
+
+    Only the original VOC counts pixels from 1, and its last one belongs to the box (Everingham et al., IJCV 2010).
+    """
     objects = []
     with reading(file, "XML in UTF-8, or in the encoding that it names"):
         tree = ElementTree.parse(file).getroot()  # noqa: S314 (expat limits entities and opens no other file)
@@ -355,6 +453,9 @@ def _read_xml(file: Path) -> tuple[tuple[int, int], list[tuple[str, list[float],
             crowd = mark in ("true", "yes") or (mark not in ("false", "no", "unspecified") and float(mark) != 0)
             for box in thing.findall("bndbox") or [thing]:
                 left, top, right, bottom = (float(box.findtext(c) or "nan") for c in ("xmin", "ymin", "xmax", "ymax"))
-                objects.append((name, [left - 1, top - 1, right, bottom], crowd))
+                objects.append((name, [left, top, right, bottom], crowd))
+        corners = [number for _, box, _ in objects for number in box]
+        if ORIGINAL_VOC.match(tree.findtext("source/database", "")) and all(c % 1 == 0 and c >= 1 for c in corners):
+            objects = [(name, [left - 1, top - 1, *rest], crowd) for name, (left, top, *rest), crowd in objects]
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         return (width, height), objects

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,8 +12,10 @@ import numpy as np
 from common.cli import flag
 from common.console import InputError, first_few
 from common.data import readers
-from common.data.checks import check_images
+from common.data.checks import check_images, sketches_of
+from common.data.copies import find_copies
 from common.data.demo import read_demo
+from common.data.hold_out import choose_held_out
 from common.data.hub import is_hub_data, read_hub
 from common.data.memory import DetectionData
 from common.data.official import read_official
@@ -22,6 +24,7 @@ from common.data.table import LAYOUTS, Faults, Table
 
 log = logging.getLogger(__name__)
 TEST_NOTE = "used the test split for validation, as there is no val, valid, validation or dev"
+COMPARED = 5000  # training images, which an evaluation decodes where no training did
 NO_OBJECT = "of its {} boxes none is an object (crowds, in VOC difficult, are not)"
 
 
@@ -38,10 +41,10 @@ class Reader:
 READERS = (
     Reader("demo", lambda data: data == "demo", read_demo),
     Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False),
-    Reader("COCO", lambda data: any(Path(data).glob("annotations/instances_*.json")), readers.read_coco_folder),
-    Reader("Roboflow's COCO", lambda data: any(Path(data).glob("*/_annotations.coco.json")), readers.read_roboflow),
+    Reader("COCO", lambda data: bool(readers.coco_files(Path(data))), readers.read_coco_folder),
     Reader("YOLO", lambda data: readers.yaml_of(data) is not None, readers.read_yolo),
-    Reader("Pascal VOC", lambda data: readers.is_voc_folder(Path(data)), readers.read_voc),
+    Reader("YOLO with a list of classes", lambda data: bool(readers.class_lists(data)), readers.read_yolo_folder),
+    Reader("Pascal VOC", lambda data: bool(readers.voc_parts(Path(data))), readers.read_voc),
     Reader("hub data set", is_hub_data, read_hub, ranks=False),
 )
 
@@ -57,6 +60,9 @@ class DataFlags:
     image_ids: str = flag("", "file of the images to take, a line each: train or val, and the id")
     sample_seed: int = flag(0, "of the sample where not all images are taken; -1 = the first ones", at_least=-1)
     box_format: str = flag("", "how the boxes are written, where not as their form says", choices=LAYOUTS)
+    hold_out: float = flag(
+        0.2, "share of the images to validate on, where the data have no validation part", at_least=0.01, at_most=0.9
+    )
     strict: bool = flag(False, "stop where data would have to be left out or are doubtful")
 
     def files(self, split: str) -> tuple[str, str]:
@@ -95,12 +101,31 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
 
     Raises InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
     """
+    data, total = _read_split(flags, split)
+    if len(data) < total:
+        part = split.replace("test", "val")
+        log.info(f"{data.source}: {len(data):,} of {total:,} images (--{part}-images 0 takes all)")
+    _tell(data.source, data.notes, flags.strict)
+    return data
+
+
+def _tell(source: str, notes: Sequence[str], strict: bool) -> None:
+    if strict and notes:
+        raise InputError(f"{source}: {'; '.join(notes)} (refused by --strict)")
+    for note in notes:
+        log.warning(f"{source}: {note}")
+
+
+def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
+    """The images as in `load_split`, and of how many they are taken."""
     reader, request = _reader(flags, split)
     table = reader.read(request)
     table.given = flags.box_format
     if split == "val" and table.split.casefold() == "test":
         table.faults.add(TEST_NOTE)
     data = table.check()
+    if table.whole and not request.chosen:
+        data = _part_of(data, split, flags.hold_out)
     count = len(request.chosen) or request.limit or len(data)
     if request.chosen:
         order = _listed(data, request.chosen)
@@ -110,14 +135,17 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     if split != "train" and taken.crowd.all():
         problem = f"{NO_OBJECT.format(len(taken.crowd))}, so that mAP cannot be computed; take more images"
         taken = replace(taken, notes=(*taken.notes, problem))
-    if count < len(order):
-        part = split.replace("test", "val")
-        log.info(f"{data.source}: {len(taken):,} of {len(data):,} images (--{part}-images 0 takes all)")
-    if flags.strict and taken.notes:
-        raise InputError(f"{data.source}: {'; '.join(taken.notes)} (refused by --strict)")
-    for note in taken.notes:
-        log.warning(f"{data.source}: {note}")
-    return taken
+    return taken, len(data) if count < len(order) else 0
+
+
+def _part_of(data: DetectionData, split: str, share: float) -> DetectionData:
+    """The images of a whole data set that are held out for validation, or the others."""
+    held_out = choose_held_out(tuple(image.path for image in data.images), sketches_of(data).tobytes(), share)
+    part = data.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
+    if split == "val":
+        what = f"{len(part):,} of its {len(data):,} images are held out (--hold-out {share:g})"
+        log.info(f"{data.source} has no validation part: {what}, fingerprint {part.fingerprint()}")
+    return part
 
 
 def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
@@ -129,8 +157,8 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
-        inside = first_few(sorted(file.name for file in place.iterdir())) if place.is_dir() else "no such folder"
-        raise InputError(f"--data {place} ({inside or 'empty'}) is in none of the forms {', '.join(forms)}")
+        inside = readers.describe_folder(place)
+        raise InputError(f"--data {place} ({inside}) is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
         raise InputError(f"--data {place} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
@@ -184,8 +212,8 @@ def _take(data: DetectionData, order: np.ndarray, count: int, in_order: bool = T
     while tried < len(order) and len(good) < count:
         part = order[tried : tried + count - len(good)].tolist()
         tried += len(part)
-        outcomes = check_images([data.images[index] for index in part], data.source)
-        for index, (fault, *doubts) in zip(part, outcomes, strict=True):
+        checks = check_images([data.images[index] for index in part], data.source)
+        for index, (fault, doubts, _) in zip(part, checks, strict=True):
             for sentence in filter(None, (fault, *doubts)):
                 faults.add(sentence, data.images[index].path.name)
             good += [index] * (not fault)
@@ -212,24 +240,36 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     doubts = list[str]()
     if unknown := [name for name in val.class_names if name not in train.class_names]:
         doubts.append(f"{len(unknown)} classes are not among those of {train.source} ({first_few(unknown)})")
-    if copies := _copies(train, val):
-        doubts.append(f"{len(copies)} images are copies of training images ({first_few(copies, 200)})")
-    if strict and doubts:
-        raise InputError(f"{val.source}: {'; '.join(doubts)} (refused by --strict)")
-    for doubt in doubts:
-        log.warning(f"{val.source}: {doubt}")
+    _tell(val.source, doubts + _describe(_copies(train, val)), strict)
     if unseen := [name for name, count in zip(train.class_names, train.class_counts(), strict=True) if not count]:
         advice = "take others with --train-images 0 or another --sample-seed"
         log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
 
 
 def _copies(train: DetectionData, val: DetectionData) -> list[str]:
-    """The names of the validation images whose files have the content of a training image's, under whatever names."""
-    sizes = [{image.path: image.path.stat().st_size for image in data.images} for data in (train, val)]
-    equal = set(sizes[0].values()) & set(sizes[1].values())  # the others need not be read
-    known, asked = ({p: blake2b(p.read_bytes()).digest() for p in part if part[p] in equal} for part in sizes)
-    found = set(known.values())
-    return [path.name for path, content in asked.items() if content in found]
+    """The names of the validation images that are near-copies of training images."""
+    return [val.images[index].path.name for index, _ in find_copies(sketches_of(val), sketches_of(train))]
+
+
+def _describe(copies: list[str]) -> list[str]:
+    return [f"{len(copies)} images are copies of training images ({first_few(copies, 200)})"] * bool(copies)
+
+
+def count_copies(flags: DataFlags, data: DetectionData) -> int | None:
+    """How many of the images that are evaluated are near-copies of training images, of at most `COMPARED`.
+
+    None where there are no training images, or they would have to be fetched. Raises InputError: any, with `--strict`.
+    """
+    given = {field.name: getattr(flags, field.name) for field in fields(DataFlags)}
+    training = TrainDataFlags(**given, train_images=COMPARED)
+    if flags.val_json or is_fetched(training):
+        return None
+    try:
+        copies = _copies(_read_split(training, "train")[0], data)
+    except InputError:
+        return None
+    _tell(data.source, _describe(copies), flags.strict)
+    return len(copies)
 
 
 def unlabelled_images(paths: Sequence[Path]) -> DetectionData:

@@ -63,6 +63,7 @@ class Table:
     classes: dict[int, str]  # by category id
     layout: str  # of the boxes in this form, one of LAYOUTS; "" where the form does not say
     split: str = ""  # as the data set calls it
+    whole: bool = False  # there is no validation part: a share of these images is held out
     upright: bool = False  # see `ImageFile`
     own_ids: bool = True  # see `DetectionData`
     normalised: bool = False  # boxes are fractions of the images' sides

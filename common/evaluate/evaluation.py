@@ -82,12 +82,13 @@ def evaluate(
     return Evaluation(replace(record, diagnosis=diagnosis, intervals=intervals, warnings=warnings), table, samples)
 
 
-def describe_data(data: DetectionData, source: str, split: str = "val") -> DataDescription:
+def describe_data(data: DetectionData, source: str, split: str = "val", copies: int | None = None) -> DataDescription:
     """The data set of the results, called as `--data` or `--val-json` names it, of the hub with its revision."""
     if data.source.startswith(f"{source}@"):
         source = data.source.rpartition(",")[0]
     counts, names = data.class_counts().tolist(), list(data.class_names)
-    return DataDescription(source, split, len(data), sum(counts), len(names), names, data.fingerprint(), counts)
+    numbers, digest = (len(data), sum(counts), len(names)), data.fingerprint()
+    return DataDescription(source, split, *numbers, names, digest, counts, copies)
 
 
 def _data_warnings(class_names: tuple[str, ...], labels: np.ndarray, data: DetectionData) -> list[str]:

@@ -151,6 +151,7 @@ class DataDescription:
     class_names: list[str]
     fingerprint: str
     class_boxes: list[int] = field(default_factory=list)
+    copies: int | None = None  # images that are near-copies of training images; None: not known
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ def opened(monkeypatch):
 
 def faulty(data):
     """The numbers of the images with a fault."""
-    outcomes = zip(data.images, check_images(data.images, data.source), strict=True)
-    return [image.id for image, (fault, *_) in outcomes if fault]
+    checks = zip(data.images, check_images(data.images, data.source), strict=True)
+    return [image.id for image, check in checks if check.fault]
 
 
 def test_an_image_is_decoded_once_until_it_or_the_program_changes(forty, opened, monkeypatch):
@@ -76,14 +76,14 @@ def test_a_fault_that_passes_is_not_kept(forty, opened):
 def test_half_a_line_and_a_cache_that_cannot_be_written_do_no_harm(forty, opened, cache, caplog):
     data, names = forty[0], opened[0]
     faulty(data)
-    (file,) = (cache / "decoded").iterdir()
+    (file,) = (cache / "checked").iterdir()
     file.write_text(file.read_text()[:-30])
     names.clear()
     assert faulty(data) == [] and len(set(names)) == 1
     assert faulty(data) == [] and len(set(names)) == 1  # what was added stands on a line of its own
     file.unlink()
-    (cache / "decoded").rmdir()
-    (cache / "decoded").write_text("no folder")
+    (cache / "checked").rmdir()
+    (cache / "checked").write_text("no folder")
     assert faulty(data) == [] and "they will be checked again" in caplog.text
 
 

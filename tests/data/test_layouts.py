@@ -102,7 +102,7 @@ def voc_xml(path, scene, size=None):
     width, height = size or scene.image.size
     things = ""
     for label, x1, y1, x2, y2 in scene.boxes:
-        corners = f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
+        corners = f"<xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
         things += f"<object><name>{NAMES[label]}</name><bndbox>{corners}</bndbox></object>"
     sides = f"<size><width>{width}</width><height>{height}</height></size>"
     path.write_text(f"<annotation><filename>stale.jpg</filename>{sides}{things}</annotation>")

@@ -194,30 +194,38 @@ def test_symbolic_links_are_followed_once(tmp_path):
     assert len(read(linked).boxes) == 2
 
 
-def voc(folder, boxes=((11, 6, 30, 25),), stem="a", difficult="0"):
+def voc(folder, boxes=((10, 5, 30, 25),), stem="a", difficult="0", database="Unknown"):
     """An image of 100 x 50 pixels and its XML file in a folder."""
     image(folder / f"{stem}.png")
     sides = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
     corners = "".join(sides.format(*box) for box in boxes)
     name = "caf\u00e9" if stem == "a" else "cafe\u0301"
     thing = f"<object><name>{name}</name><difficult>{difficult}</difficult>{corners}</object>"
-    (folder / f"{stem}.xml").write_text(f"<annotation><filename>another.jpg</filename>{thing}</annotation>")
+    source = f"<source><database>{database}</database></source>"
+    (folder / f"{stem}.xml").write_text(f"<annotation><filename>another.jpg</filename>{source}{thing}</annotation>")
     return folder.parent
 
 
 @pytest.mark.parametrize("difficult", ["1", "true", " True\n", "yes", "1.0"])
-def test_voc_corners_count_from_one_the_stem_finds_the_image_and_difficult_objects_are_crowds(tmp_path, difficult):
+def test_the_stem_finds_the_image_of_voc_and_difficult_objects_are_crowds(tmp_path, difficult):
     voc(tmp_path / "val", stem="b c", difficult=difficult)
-    data = read(voc(tmp_path / "val", [(11, 6, 30, 25), (1, 1, 100, 50)], difficult="False"), strict=True)
+    data = read(voc(tmp_path / "val", [(10, 5, 30, 25), (0, 0, 100, 50)], difficult="False"), strict=True)
     assert data.boxes.tolist() == [[10, 5, 20, 20], [0, 0, 100, 50], [10, 5, 20, 20]]
     assert names_of(data) == ["a.png", "b c.png"] and data.crowd.tolist() == [False, False, True]
     assert data.category_ids == (1,) and data.class_names == ("caf\u00e9",)  # composed in one, not in the other
 
 
+@pytest.mark.parametrize("database", ["The VOC2007 Database", "PASCAL VOC 2012", "MyDatabase", ""])
+@pytest.mark.parametrize("left", [11, 11.5, 0])  # the last two prove counting from 0
+def test_voc_corners_count_from_one_in_the_original_alone(tmp_path, left, database):
+    data, shift = read(voc(tmp_path / "val", [(left, 6, 30, 25)], database=database)), left == 11 and "VOC" in database
+    assert data.boxes.tolist() == [[left - shift, 6 - shift, 30 - left + shift, 19 + shift]]
+
+
 def test_what_is_wrong_with_voc_is_counted_or_refused(tmp_path):
     folder = tmp_path / "val"
     image(folder / "without.png")
-    voc(folder, [("nan", 6, 30, 25)], stem="broken")
+    voc(folder, [("nan", 5, 30, 25)], stem="broken")
     voc(folder, stem="gone")
     (folder / "gone.png").unlink()
     data = read(voc(folder))
