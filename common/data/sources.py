@@ -140,7 +140,7 @@ def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
 
 def _part_of(data: DetectionData, split: str, share: float) -> DetectionData:
     """The images of a whole data set that are held out for validation, or the others."""
-    held_out = choose_held_out(tuple(image.path for image in data.images), sketches_of(data).tobytes(), share)
+    held_out = choose_held_out(data, share)
     part = data.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
     if split == "val":
         what = f"{len(part):,} of its {len(data):,} images are held out (--hold-out {share:g})"

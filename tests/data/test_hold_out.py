@@ -13,17 +13,37 @@ from PIL import Image, ImageOps
 from common.console import InputError
 from common.data.copies import SKETCH_BYTES, find_copies, make_sketch
 from common.data.demo import make_demo
-from common.data.hold_out import choose_held_out
+from common.data.hold_out import assign_folds, choose_held_out, group_images
+from common.data.memory import DetectionData, ImageFile
 from common.data.sources import DataFlags, count_copies, load_split, load_train_and_val
 
 
-def held_out(names, share=0.2, copies=()):
-    """The names that are held out of images without resemblance but for these pairs."""
-    sketches = np.random.default_rng(0).integers(0, 256, (len(names), SKETCH_BYTES), np.uint8)
-    for first, second in copies:
-        sketches[names.index(second)] = sketches[names.index(first)]
-    chosen = choose_held_out(tuple(map(Path, names)), sketches.tobytes(), share)
+def named(names):
+    """A data set of images of these names, which are no files: none resembles another."""
+    images = tuple(ImageFile(number, Path(name), 20, 20) for number, name in enumerate(names))
+    nothing = np.zeros((0, 4)), *np.zeros((3, 0), int), np.zeros(len(images) + 1, int)
+    return DetectionData(images, (1,), ("a",), *nothing, source="named")
+
+
+def held_out(names, share=0.2):
+    chosen = choose_held_out(named(names), share)
     return {name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen}
+
+
+@pytest.fixture
+def alike(monkeypatch):
+    """Call it with lists of indices: of `named` images those become copies of each other."""
+
+    def make(*groups):
+        def sketches(data):
+            found = np.random.default_rng(0).integers(0, 256, (len(data), SKETCH_BYTES), np.uint8)
+            for group in groups:
+                found[group] = found[group[0]]
+            return found
+
+        monkeypatch.setattr("common.data.hold_out.sketches_of", sketches)
+
+    return make
 
 
 NUMBERS = np.random.default_rng(1).permutation(600_000)[:200].tolist()
@@ -51,17 +71,41 @@ def test_frames_of_a_scene_are_on_one_side_whatever_label_studio_and_roboflow_ad
     assert 0 < len(held_out(frames)) < 40  # where there is no other image
 
 
-def test_versions_of_an_image_and_near_copies_stay_together():
+def test_versions_of_an_image_and_near_copies_stay_together(alike):
     names = [f"{stem}_jpg.rf.{version}.jpg" for stem in "abcdefghij" for version in "012"]
     assert {name[0] for name in held_out(names)}.isdisjoint({n[0] for n in {*names} - held_out(names)})
     names = SERIES["words"]
     chosen = held_out(names)
     apart = [(name, other) for name in sorted(chosen)[:9] for other in sorted({*names} - chosen)[:3]]
     for pair in apart:
-        assert len(held_out(names, copies=[pair]) & set(pair)) in (0, 2)
+        alike([names.index(name) for name in pair])
+        assert len(held_out(names) & set(pair)) in (0, 2)
+    alike(range(200))
+    assert 20 <= len(held_out(names)) <= 60  # there is no other way
+    alike()
     for few in (["x.png", "x.jpg"], ["x.png"]):
         with pytest.raises(InputError, match="none can be held out"):
             held_out(few)
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_folds_are_of_whole_groups_with_their_copies_and_of_about_as_many_images(series, alike):
+    copies = [[3, 70, 150], [31, 32], [110, 190]]
+    alike(*copies)
+    data = named(SERIES[series])
+    folds, groups = assign_folds(data, 5), group_images(data, 5)
+    assert len(set(zip(groups, folds.tolist(), strict=True))) == len(set(groups))
+    assert all(len(set(folds[group])) == 1 for group in copies)
+    assert np.bincount(folds).min() >= 20 and len(np.bincount(folds)) == 5
+
+
+def test_folds_are_cut_finer_where_groups_are_few_but_copies_are_never_apart(alike):
+    frames = named(f"frame_{number:06d}.png" for number in range(30))
+    assert np.bincount(assign_folds(frames, 5)).tolist() == [6] * 5
+    alike(range(27))
+    with pytest.raises(InputError, match=r"named: its 30 images are 4 groups .* too few for 5 folds: ask for fewer"):
+        assign_folds(frames, 5)
+    assert sorted(np.bincount(assign_folds(frames, 4))) == [1, 1, 1, 27]
 
 
 def yolo(root, parts):
