@@ -32,7 +32,8 @@ class DetectorWithNms(nn.Module):
         self.detector = detector.float().eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores, labels = select_detections(*fuse_predictions(self.detector(images)))
+        scored = fuse_predictions(self.detector(images), self.detector.config.fusion)
+        boxes, scores, labels = select_detections(*scored)
         return clip_boxes_to_image(boxes, images.shape[-2:]), scores, labels
 
 

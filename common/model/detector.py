@@ -1,6 +1,7 @@
 """The detector: a backbone and a head, and the settings that rebuild it without any network."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from common.cli import flag
 from common.console import InputError
 from common.model.backbone import Backbone, backbone_config, build_vit, load_backbone, resolve_blocks, vit_config
 from common.model.heads import LinearHead, MultiLayerHead, PyramidHead
+from common.model.postprocess import DEFAULT_FUSION, Fusion
 from common.model.roi_head import RoIHead
 from common.types import InputSize, RawOutput, Targets
 
@@ -47,14 +49,18 @@ class DetectorConfig:
     num_classes: int
     dropout: float = 0.0  # in training, of the heads that have hidden layers
     second_look: int = 0  # boxes an image that are looked at again, 0 = none
+    fusion: Fusion = DEFAULT_FUSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))  # files have lists
+        object.__setattr__(self, "fusion", Fusion(*self.fusion))
         sizes = (*self.blocks, self.image_size, self.num_classes, self.second_look)
         if not all(type(number) is int for number in sizes) or min(self.image_size, self.num_classes) < 1:
             raise InputError("a detector's blocks, image_size, num_classes and second_look must be whole numbers")
         if self.head not in tuple(HEADS) or not 0 <= self.dropout <= 1 or self.second_look < 0:
             raise InputError(f"a detector's head must be one of {', '.join(HEADS)}, its dropout a share")
+        if not all(isinstance(n, float) and 0 <= n < math.inf for n in self.fusion) or not self.fusion.temperature:
+            raise InputError(f"a detector's fusion must be three numbers, its temperature above 0, not {self.fusion}")
         vit = vit_config(self.backbone)
         check_side("image size", self.image_size, vit.patch_size)
         if self.blocks != resolve_blocks(self.blocks, min(vit.num_hidden_layers, MAX_DEPTH)):

@@ -1,6 +1,7 @@
 """`RawOutput` -> predicted scores and boxes -> `Detections` in original pixels."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,25 +16,51 @@ CANDIDATES = 500  # best (box, class) pairs that enter NMS; 1000 give the same A
 NMS_IOU = 0.5
 MAX_DETECTIONS = 100  # an image: COCO's limit
 NMS_ROUNDS = 10
-SECOND_OBJECT_SHARE, SECOND_CLASS_SHARE = 0.4, 0.6  # of the second look, in the means of both looks
-CLASS_TEMPERATURE = 2.0  # with few images class scores are too sure; calibrated ones rank detections better
 
 
-def fuse_predictions(out: RawOutput) -> tuple[Tensor, Tensor]:
+class Fusion(NamedTuple):
+    """How both looks are combined: the second one's shares in the means, and the temperature of the class scores.
+
+    With few images class scores are too sure; calibrated ones rank detections better. The values are those of 600
+    images of COCO; `train/calibration.py` fits them to each detector.
+    """
+
+    object_share: float = 0.4
+    class_share: float = 0.6
+    temperature: float = 2.0
+
+    def scores(self, objects: Tensor, classes: Tensor) -> Tensor:
+        """What `both_looks` returns -> scores (B, N, K) in 0..1."""
+        return objects[0].lerp(objects[1], self.object_share).exp()[..., None] * self.class_logits(classes).softmax(-1)
+
+    def class_logits(self, classes: Tensor) -> Tensor:
+        """(2, ..., K) logarithms of the class scores of both looks -> (..., K)."""
+        return classes[0].lerp(classes[1], self.class_share) / self.temperature
+
+
+DEFAULT_FUSION = Fusion()
+
+
+def both_looks(out: RawOutput) -> tuple[Tensor, Tensor]:
+    """Logarithms of the object scores (2, B, N) and the class scores (2, B, N, K) of the dense head and the second look
+    for each of the N proposals."""
+    assert out.second is not None  # noqa: S101  (for mypy)
+    second, rows, count = out.second, out.class_rows[out.second.locations], out.second.locations.shape[1]
+    classes = out.class_logits.gather(1, rows[..., None].expand(-1, -1, out.class_logits.shape[2]))
+    objects = out.objectness_logits.gather(1, second.locations), second.objectness_logits[:, -count:]
+    return F.logsigmoid(torch.stack(objects)), torch.stack([classes, second.class_logits[:, -count:]]).log_softmax(-1)
+
+
+def fuse_predictions(out: RawOutput, fusion: Fusion = DEFAULT_FUSION) -> tuple[Tensor, Tensor]:
     """What a detector predicts for a batch: scores (B, M, K) in 0..1, and boxes (B, M, 4) in input pixels.
 
     Without a second look these are the scores and boxes of all locations. With one they are those of its N proposals:
     its boxes, and the weighted geometric means of the object scores and of the class scores of both looks, the latter
-    at `CLASS_TEMPERATURE` (temperature scaling, arXiv 1706.04599).
+    at a temperature (temperature scaling, arXiv 1706.04599).
     """
     if out.second is None:
         return out.scores(), out.boxes
-    second, rows, count = out.second, out.class_rows[out.second.locations], out.second.locations.shape[1]
-    objects = F.logsigmoid(out.objectness_logits.gather(1, second.locations))
-    classes = out.class_logits.gather(1, rows[..., None].expand(-1, -1, out.class_logits.shape[2])).log_softmax(-1)
-    objects = objects.lerp(F.logsigmoid(second.objectness_logits[:, -count:]), SECOND_OBJECT_SHARE)
-    classes = classes.lerp(second.class_logits[:, -count:].log_softmax(-1), SECOND_CLASS_SHARE)
-    return objects.exp()[..., None] * (classes / CLASS_TEMPERATURE).softmax(-1), second.boxes[:, -count:]
+    return fusion.scores(*both_looks(out)), out.second.boxes[:, -out.second.locations.shape[1] :]
 
 
 def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -130,7 +130,7 @@ class CheckpointDetector(
         dtype = DTYPES.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             out = self.checkpoint.detector(images.to(self.device))
-        return select_detections(*fuse_predictions(out))
+        return select_detections(*fuse_predictions(out, self.checkpoint.detector.config.fusion))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_folder(save_directory, self.checkpoint)
