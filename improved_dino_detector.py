@@ -9,6 +9,7 @@ crops with scale and colour jitter. Its learning rates fall twice, and the mean 
   python improved_dino_detector.py --stop-after frozen         stage 1 alone
   python improved_dino_detector.py --epochs-frozen 0 --start-from runs/improved/frozen.pth --run-dir runs/unfrozen
                                                                    stage 2 alone
+  python improved_dino_detector.py --folds 5 --stop-after frozen   few labels: numbers and doubts from all of them
   python improved_dino_detector.py --head multi-layer --second-look 0 --assignment center --scores focal \\
       --boxes smooth-l1 --ema 0 --lr-unfrozen 1e-5 --head-lr-factor 1 --epochs-unfrozen 5 --cycles 1
                                                                    the original study's recipe
@@ -16,10 +17,12 @@ crops with scale and colour jitter. Its learning rates fall twice, and the mean 
 Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's end), last.pth, settings.json and log.jsonl.
 """
 
+import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
@@ -32,18 +35,22 @@ from common.cli import flag, flag_name, with_default
 from common.console import InputError, first_few
 from common.data.checks import check_object_sizes
 from common.data.dataset import DetectionDataset, make_train_loader
+from common.data.hold_out import assign_folds
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags
 from common.data.transforms import AugmentationFlags, TrainTransform
-from common.evaluate.detections import label_map
+from common.evaluate.detections import DetectionTable, detection_table, label_map
 from common.model.backbone import BackboneFlags
-from common.model.checkpoint import Checkpoint, load_checkpoint
+from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, replace_classes
 from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
+from common.show.report import write_report
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
+from common.train.folds import write_folds
 from common.train.optim import Ema, Schedule, parameter_groups
 from common.train.run import Run, RunFlags, fetch_inputs
+from common.types import Detections
 
 WEIGHT_DECAY = 0.05
 LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
@@ -76,6 +83,12 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     )
     crop_size: int = flag(336, "side of the crops, pixels, at most that of the input", at_least=1)
     scales: tuple[float, ...] = with_default(AugmentationFlags, "scales", (0.5, 2.0))
+    folds: int = flag(
+        0,
+        "N = first train N heads, each on all images but an Nth, and write what they say about all labels",
+        at_least=0,
+        fixed=True,
+    )
     stop_after: str = flag("", "frozen = end with stage 1", choices=STAGES[:1])
     start_from: str = flag(
         "", "checkpoint to start from, also with other classes; its head, blocks and size are kept", fixed=True
@@ -90,6 +103,8 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         self.check_augmentation()
         if not self.stages:
             raise InputError("there is no stage to train: give --epochs-frozen or --epochs-unfrozen")
+        if self.folds == 1 or (self.folds and not self.epochs_frozen):
+            raise InputError("--folds needs at least 2, and --epochs-frozen")
         if self.lora and self.unfreeze_blocks:
             raise InputError("--lora trains changes of all blocks: give it without --unfreeze-blocks")
         given = [f.name for f in fields(self) if f.name in OF_THE_DETECTOR and getattr(self, f.name) != f.default]
@@ -101,6 +116,11 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         """The stages that are requested."""
         epochs = {"frozen": self.epochs_frozen, "unfrozen": self.epochs_unfrozen}
         return tuple(name for name in STAGES if epochs[name] and self.stop_after in ("", name))
+
+    @property
+    def fold_stages(self) -> tuple[str, ...]:
+        """The stages of the folds, which come first."""
+        return tuple(f"fold_{number}" for number in range(1, self.folds + 1))
 
 
 def train_one_epoch(
@@ -140,18 +160,21 @@ class Stage(NamedTuple):
     loader: DataLoader
 
 
-def head_stage(detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator) -> Stage:
-    """Stage 1: the head alone, on features that each image, and its mirror image, gives once."""
+def head_stage(
+    detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator, chosen: np.ndarray
+) -> Stage:
+    """Stage 1: the head alone, on features that each of the chosen images, and its mirror image, gives once."""
     detector.to(accelerator.device).backbone.requires_grad_(False)
     groups = parameter_groups(detector, settings.lr_frozen, 0.0, WEIGHT_DECAY)
     views = 1 if settings.no_mirror else 2
     if (size := feature_gigabytes(detector, data, views)) > settings.feature_cache:
         accelerator.print(f"a feature cache would take {size:.2g} GB: stage 1 runs without it, on crops", flush=True)
-        loader = crop_loader(detector, data, settings, accelerator)
+        loader = crop_loader(detector, data.select(chosen), settings, accelerator)
         return Stage("frozen", settings.epochs_frozen, 1, detector, detector.head, groups, loader)
     options = {"batch_size": settings.batch_size, "workers": settings.workers, "accelerator": accelerator}
     features = cached_features(detector, data, views=views, **options)
-    samples = CachedDataset(data, features, detector.input_size, mirror=views > 1, seed=settings.seed)
+    part = data.select(chosen), [features[index] for index in chosen]
+    samples = CachedDataset(*part, detector.input_size, mirror=views > 1, seed=settings.seed)
     loader = make_train_loader(samples, settings.batch_size, NO_WORKERS, accelerator.num_processes)
     return Stage("frozen", settings.epochs_frozen, 1, detector.head, detector.head, groups, loader)
 
@@ -191,6 +214,23 @@ def train_stage(
     accelerator.free_memory()
 
 
+def train_folds(
+    start: Checkpoint, data: DetectionData, val_data: DetectionData, settings: Settings, run: Run
+) -> DetectionTable:
+    """Train a head on all images but those of each fold, and return what they detect on these."""
+    fold, found = assign_folds(data, settings.folds), list[Detections]()
+    if not run.saved and run.accelerator.is_main_process:
+        save_detector(run.path / "start.pth", start)  # from which a resumed run goes on with the next head
+    for number, name in enumerate(settings.fold_stages):
+        kept, left_out = np.nonzero(fold != number)[0], np.nonzero(fold == number)[0]
+        if not run.is_past(name):
+            own = replace(start, detector=copy.deepcopy(start.detector))
+            stage = head_stage(own.detector, data, settings, run.accelerator, kept)
+            train_stage(stage._replace(name=name), own, data.select(kept), val_data, settings, run)
+        found += run.detect(run.latest(name), data.select(left_out))
+    return detection_table(found, data)
+
+
 def initial_checkpoint(settings: Settings, name: str, folder: Path, data: DetectionData) -> Checkpoint:
     """The pretrained backbone of that name in a folder, with an untrained head."""
     options = {"blocks": settings.blocks, "image_size": settings.image_size, "num_classes": len(data.class_names)}
@@ -218,15 +258,16 @@ def main(settings: Settings) -> dict:
     set_seed(settings.seed)
     accelerator = make_accelerator(settings.precision, settings.deterministic)
     settings = replace(settings, precision=precision_name(accelerator))  # auto depends on the machine
-    with Run(settings, accelerator, STAGES) as run:
+    with Run(settings, accelerator, (*settings.fold_stages, *STAGES)) as run:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
             names = () if run.saved or settings.start_from else settings.backbone
             backbone, train_data, val_data = fetch_inputs(settings, names)
-        run.begin(train_data, val_data, settings.stages)
+        run.begin(train_data, val_data, (*settings.fold_stages, *settings.stages))
         if backbone:
             start = initial_checkpoint(settings, *backbone, train_data)
         else:
-            start = run.latest(run.saved["stage"]) if run.saved else continued_checkpoint(settings, train_data)
+            stage = "start" if settings.folds else run.saved.get("stage", "")
+            start = run.latest(stage) if run.saved else continued_checkpoint(settings, train_data)
         size, depth = start.detector.input_size, start.detector.backbone.depth
         settings = replace(settings, crop_size=min(settings.crop_size, size.side))
         check_side("crop size", settings.crop_size, size.patch)
@@ -234,10 +275,15 @@ def main(settings: Settings) -> dict:
         if settings.unfreeze_blocks > depth:
             raise InputError(f"--unfreeze-blocks: the detector uses only {depth} blocks of the backbone")
         start = run.describe(start, crop_size=settings.crop_size)
-        for name, make_stage in zip(STAGES, (head_stage, detector_stage), strict=True):
-            if name not in settings.stages or run.is_past(name):
-                continue
-            stage = make_stage(start.detector, train_data, settings, accelerator)
+        if settings.folds:
+            found = train_folds(start, train_data, val_data, settings, run)
+            if accelerator.is_main_process:
+                results, doubts = write_folds(run.path, found, train_data, settings.data, settings.seed)
+                write_report(run.path / "folds.html", results, train_data, {"folds": found}, doubts)
+                run.operating_point = results.models[0].diagnosis.operating_point.score
+        for name in (name for name in settings.stages if not run.is_past(name)):
+            parts = start.detector, train_data, settings, accelerator
+            stage = head_stage(*parts, np.arange(len(train_data))) if name == "frozen" else detector_stage(*parts)
             train_stage(stage, start, train_data, val_data, settings, run)
             start = replace(start, detector=run.latest(name).detector)
         return run.finish(val_data)

@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 from torch.utils.data import DataLoader
 
 from common.console import progress_bar
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
-from common.evaluate.detections import ModelRun, detection_table, label_map
-from common.evaluate.primary import headline
+from common.evaluate.detections import ModelRun, detection_table
 from common.evaluate.results import Cost
 from common.model import TrainedDetector
+from common.model.detector import Detector
 from common.model.postprocess import detections_of, fuse_predictions, postprocess
 from common.runtime import device_name
 from common.types import Batch, Detections
@@ -40,11 +39,11 @@ def detect(
 
 
 @torch.inference_mode()
-def validate(
-    model: nn.Module, loader: DataLoader, data: DetectionData, class_names: tuple[str, ...], accelerator: Accelerator
-) -> dict[str, float | None]:
-    """The headline numbers of a `Detector` with these classes on the images of `data`, each once in any number of
-    processes. It is left in evaluation mode; `loader` is the accelerator's."""
+def detect_images(model: Detector, loader: DataLoader, images: int, accelerator: Accelerator) -> list[Detections]:
+    """What a detector detects in the images of the accelerator's `loader`, each once in any number of processes.
+
+    It is left in evaluation mode.
+    """
     model.eval()
 
     def run(batches: list[Batch]) -> list[Detections]:
@@ -52,12 +51,11 @@ def validate(
         for batch in batches:
             with accelerator.autocast():
                 out = model(batch.inputs)
-            found += postprocess(*fuse_predictions(out), batch.meta)
+            found += postprocess(*fuse_predictions(out, model.config.fusion), batch.meta)
         return gather_object(found)
 
-    detections = detect(loader, run, len(data), "validating", accelerator.is_main_process)
-    once = {found.image_id: found for found in detections}  # accelerate fills up the last batches
-    return headline(detection_table(list(once.values()), data).relabelled(label_map(class_names, data)), data)
+    detections = detect(loader, run, images, "validating", accelerator.is_main_process)
+    return list({found.image_id: found for found in detections}.values())  # accelerate fills up the last batches
 
 
 def run_detector(

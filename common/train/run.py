@@ -26,20 +26,21 @@ from common.console import InputError, check_packages, last_line, progress_bar, 
 from common.data.dataset import make_eval_loader
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags, is_fetched, load_train_and_val
-from common.evaluate.detect import validate
-from common.evaluate.primary import format_headline
+from common.evaluate.detect import detect_images
+from common.evaluate.detections import detection_table, label_map
+from common.evaluate.primary import format_headline, headline
 from common.files import PROGRAM, atomic_write, check_outputs, link_or_copy, remove_leftovers
 from common.model.backbone import fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint, read_archive, save_detector
 from common.model.detector import merge_lora
 from common.runtime import Purpose, RuntimeFlags, seed_of
-from common.types import Batch
+from common.types import Batch, Detections
 
 log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
 STATE_VERSION = 6
 FINISHED = "finished"  # a file that marks a run as complete, with its result
-FILES = ("settings.json", "log.jsonl", "last.pth", "state.pth", FINISHED)
+FILES = ("settings.json", "log.jsonl", "start.pth", "last.pth", "state.pth", FINISHED)
 UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run
 ORIGIN = ("backbone", "started_from")  # of a checkpoint's description: where its weights began
 
@@ -85,6 +86,7 @@ class Run:
         self.saved = read_state(self.path) if settings.resume else {}
         self.log: list[dict] = self.saved.get("log", [])
         self.resumable = 0  # epochs after which this run can go on
+        self.operating_point: float | None = None  # of folds, in place of that on the validation images
 
     def __enter__(self) -> "Run":
         return self
@@ -218,18 +220,24 @@ class Run:
         if self.stage != self.stages[-1]:
             link_or_copy(self.path / "last.pth", self.path / f"{self.stage}.pth")
 
+    def detect(self, checkpoint: Checkpoint, data: DetectionData) -> list[Detections]:
+        """What a detector detects on the images of `data`."""
+        detector, options = checkpoint.detector, (self.settings.batch_size, self.settings.workers)
+        loader = self.accelerator.prepare(make_eval_loader(data, detector.input_size, *options))
+        return detect_images(detector.to(self.accelerator.device), loader, len(data), self.accelerator)
+
     def validate(self, checkpoint: Checkpoint, val_data: DetectionData) -> dict[str, float | None]:
         """The headline numbers of a detector on the images of `val_data`."""
-        detector, options = checkpoint.detector, (self.settings.batch_size, self.settings.workers)
-        loader = self.accelerator.prepare(make_eval_loader(val_data, detector.input_size, *options))
-        detector = detector.to(self.accelerator.device)
-        return validate(detector, loader, val_data, checkpoint.class_names, self.accelerator)
+        table = detection_table(self.detect(checkpoint, val_data), val_data)
+        return headline(table.relabelled(label_map(checkpoint.class_names, val_data)), val_data)
 
     def finish(self, val_data: DetectionData) -> dict[str, float | None]:
         """Validate the detector after the last epoch, write it to `--output`; returns its headline numbers."""
         self.accelerator.wait_for_everyone()
         last, output = self.latest(self.stage), self.settings.output
         numbers = self.validate(last, val_data)
+        if self.operating_point is not None:
+            numbers["operating_point"] = self.operating_point
         self._track(final=numbers)
         if self.accelerator.is_main_process:
             for path in (output, self.path / "last.pth"):
