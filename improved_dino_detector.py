@@ -46,6 +46,7 @@ from common.model.detector import HEADS, Detector, DetectorFlags, check_side, ne
 from common.model.losses import DetectionLoss, LossConfig
 from common.runtime import make_accelerator, precision_name
 from common.show.report import write_report
+from common.train.calibration import split_calibration
 from common.train.feature_cache import CachedDataset, cached_features, feature_gigabytes
 from common.train.folds import write_folds
 from common.train.optim import Ema, Schedule, parameter_groups
@@ -88,6 +89,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         "N = first train N heads, each on all images but an Nth, and write what they say about all labels",
         at_least=0,
         fixed=True,
+    )
+    calibration: float = flag(
+        0.05, "share of the images on which both looks are weighed, and no stage is trained", at_least=0, at_most=0.5
     )
     stop_after: str = flag("", "frozen = end with stage 1", choices=STAGES[:1])
     start_from: str = flag(
@@ -262,6 +266,7 @@ def main(settings: Settings) -> dict:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
             names = () if run.saved or settings.start_from else settings.backbone
             backbone, train_data, val_data = fetch_inputs(settings, names)
+        train_data, held_out = split_calibration(train_data, settings.calibration * bool(settings.second_look))
         run.begin(train_data, val_data, (*settings.fold_stages, *settings.stages))
         if backbone:
             start = initial_checkpoint(settings, *backbone, train_data)
@@ -286,7 +291,7 @@ def main(settings: Settings) -> dict:
             stage = head_stage(*parts, np.arange(len(train_data))) if name == "frozen" else detector_stage(*parts)
             train_stage(stage, start, train_data, val_data, settings, run)
             start = replace(start, detector=run.latest(name).detector)
-        return run.finish(val_data)
+        return run.finish(val_data, held_out)
 
 
 if __name__ == "__main__":

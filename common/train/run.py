@@ -34,6 +34,7 @@ from common.model.backbone import fetch_backbone
 from common.model.checkpoint import Checkpoint, load_checkpoint, read_archive, save_detector
 from common.model.detector import merge_lora
 from common.runtime import Purpose, RuntimeFlags, seed_of
+from common.train.calibration import calibrate
 from common.types import Batch, Detections
 
 log = logging.getLogger(__name__)
@@ -231,10 +232,15 @@ class Run:
         table = detection_table(self.detect(checkpoint, val_data), val_data)
         return headline(table.relabelled(label_map(checkpoint.class_names, val_data)), val_data)
 
-    def finish(self, val_data: DetectionData) -> dict[str, float | None]:
-        """Validate the detector after the last epoch, write it to `--output`; returns its headline numbers."""
+    def finish(self, val_data: DetectionData, held_out: DetectionData | None = None) -> dict[str, float | None]:
+        """Validate the detector after the last epoch, write it to `--output`; returns its headline numbers.
+
+        Its looks are weighed on the images that are `held_out` from training.
+        """
         self.accelerator.wait_for_everyone()
         last, output = self.latest(self.stage), self.settings.output
+        if held_out:
+            calibrate(last.detector.to(self.accelerator.device), held_out, self.settings.workers, self.accelerator)
         numbers = self.validate(last, val_data)
         if self.operating_point is not None:
             numbers["operating_point"] = self.operating_point
