@@ -39,7 +39,7 @@ from common.data.hold_out import assign_folds
 from common.data.memory import DetectionData
 from common.data.sources import TrainDataFlags
 from common.data.transforms import AugmentationFlags, TrainTransform
-from common.evaluate.detections import DetectionTable, detection_table, label_map
+from common.evaluate.detections import detection_table, label_map
 from common.model.backbone import BackboneFlags
 from common.model.checkpoint import Checkpoint, load_checkpoint, save_detector
 from common.model.detector import HEADS, Detector, DetectorFlags, check_side, new_detector, replace_classes
@@ -86,7 +86,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     scales: tuple[float, ...] = with_default(AugmentationFlags, "scales", (0.5, 2.0))
     folds: int = flag(
         0,
-        "N = first train N heads, each on all images but an Nth, and write what they say about all labels",
+        "N = first train N heads, each on all images but an Nth, to write what they say about all labels",
         at_least=0,
         fixed=True,
     )
@@ -218,10 +218,8 @@ def train_stage(
     accelerator.free_memory()
 
 
-def train_folds(
-    start: Checkpoint, data: DetectionData, val_data: DetectionData, settings: Settings, run: Run
-) -> DetectionTable:
-    """Train a head on all images but those of each fold, and return what they detect on these."""
+def train_folds(start: Checkpoint, data: DetectionData, val_data: DetectionData, settings: Settings, run: Run) -> None:
+    """Train a head on all images but those of each fold, and write what they detect on these."""
     fold, found = assign_folds(data, settings.folds), list[Detections]()
     if not run.saved and run.accelerator.is_main_process:
         save_detector(run.path / "start.pth", start)  # from which a resumed run goes on with the next head
@@ -232,7 +230,11 @@ def train_folds(
             stage = head_stage(own.detector, data, settings, run.accelerator, kept)
             train_stage(stage._replace(name=name), own, data.select(kept), val_data, settings, run)
         found += run.detect(run.latest(name), data.select(left_out))
-    return detection_table(found, data)
+    table = detection_table(found, data)
+    if run.accelerator.is_main_process:
+        results, doubts = write_folds(run.path, table, data, settings.data, settings.seed)
+        write_report(run.path / "folds.html", results, data, {"folds": table}, doubts)
+        run.operating_point = results.models[0].diagnosis.operating_point.score
 
 
 def initial_checkpoint(settings: Settings, name: str, folder: Path, data: DetectionData) -> Checkpoint:
@@ -266,7 +268,8 @@ def main(settings: Settings) -> dict:
         with accelerator.main_process_first():  # the others then read what it downloaded or generated
             names = () if run.saved or settings.start_from else settings.backbone
             backbone, train_data, val_data = fetch_inputs(settings, names)
-        train_data, held_out = split_calibration(train_data, settings.calibration * bool(settings.second_look))
+        is_calibrated = settings.second_look > 0 and not settings.folds
+        train_data, held_out = split_calibration(train_data, settings.calibration * is_calibrated)
         run.begin(train_data, val_data, (*settings.fold_stages, *settings.stages))
         if backbone:
             start = initial_checkpoint(settings, *backbone, train_data)
@@ -281,11 +284,7 @@ def main(settings: Settings) -> dict:
             raise InputError(f"--unfreeze-blocks: the detector uses only {depth} blocks of the backbone")
         start = run.describe(start, crop_size=settings.crop_size)
         if settings.folds:
-            found = train_folds(start, train_data, val_data, settings, run)
-            if accelerator.is_main_process:
-                results, doubts = write_folds(run.path, found, train_data, settings.data, settings.seed)
-                write_report(run.path / "folds.html", results, train_data, {"folds": found}, doubts)
-                run.operating_point = results.models[0].diagnosis.operating_point.score
+            train_folds(start, train_data, val_data, settings, run)
         for name in (name for name in settings.stages if not run.is_past(name)):
             parts = start.detector, train_data, settings, accelerator
             stage = head_stage(*parts, np.arange(len(train_data))) if name == "frozen" else detector_stage(*parts)

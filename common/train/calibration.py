@@ -40,11 +40,13 @@ def split_calibration(data: DetectionData, share: float) -> tuple[DetectionData,
 
 @torch.inference_mode()
 def calibrate(detector: Detector, data: DetectionData, workers: int, accelerator: Accelerator) -> None:
-    """Fit how the detector combines both looks to these images, where enough of their objects are detected.
+    """Fit how the detector combines both looks, if it has two, to these images, if it detects enough of their objects.
 
     The object's score is to be the IoU that the box reaches, the class that of the object whose best box it is.
     """
     objects, reached, classes, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    if not detector.config.second_look:
+        return
     for batch in itertools.chain(*make_eval_loader(data, detector.input_size, 1, workers)):
         with accelerator.autocast():
             out = detector.eval()(batch.inputs.to(accelerator.device))
