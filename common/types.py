@@ -33,6 +33,9 @@ class ImageMeta(NamedTuple):
     scale: tuple[float, float] | None = None  # (x, y) input pixels per original pixel; None: not scaled, or augmented
 
 
+LEAST_PATCHES = 4  # of a side: a pyramid halves the map twice, and OpenVINO halves no single row
+
+
 class InputSize(NamedTuple):
     """To what size a detector scales images: the longer side in pixels, and the patch, of which both are multiples."""
 
@@ -42,10 +45,11 @@ class InputSize(NamedTuple):
     def fit(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[float, float]]:
         """The input's (height, width) for an image of `size` (height, width), and the (x, y) scales between them.
 
-        Without padding: the scales differ, as each side becomes the nearest number of patches, at least one.
+        The scales differ, as without padding each side becomes the nearest number of patches, at least `LEAST_PATCHES`.
         """
-        patches = self.side / self.patch / max(size)
-        height, width = (max(1, round(length * patches)) * self.patch for length in size)
+        most = self.side // self.patch
+        least = min(LEAST_PATCHES, most)
+        height, width = (max(least, round(length * most / max(size))) * self.patch for length in size)
         return (height, width), (width / size[1], height / size[0])
 
 

@@ -74,7 +74,7 @@ def quantize(graph: Any, loader: DataLoader) -> Any:
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes handlers that others have put there
-    inputs = nncf.Dataset(loader, lambda batch: {INPUT: (batch.inputs.float() / 255).numpy()})
+    inputs = nncf.Dataset(loader, lambda batches: {INPUT: (batches[0].inputs.float() / 255).numpy()})  # of one image
     return nncf.quantize(graph, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(loader))
 
 

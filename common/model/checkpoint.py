@@ -47,7 +47,7 @@ class Checkpoint:
 
     def conditions(self) -> dict:
         """How the detector was trained and what it is, for records of evaluations and descriptions of exports."""
-        config = asdict(self.detector.config) | {"blocks": list(self.detector.config.blocks)}
+        config = _plain(asdict(self.detector.config))
         del config["backbone"]  # its architecture; `train_config` has its name
         return self.train_config | {"epoch": self.epoch, "validation_metrics": self.metrics} | config
 

@@ -28,7 +28,7 @@ def red_box(image):
     return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
 
 
-SIDES = {(480, 640): (168, 224), (500, 333): (224, 154), (30, 1000): (14, 224), (9, 9): (224, 224)}
+SIDES = {(480, 640): (168, 224), (500, 333): (224, 154), (30, 1000): (56, 224), (9, 9): (224, 224)}
 
 
 @pytest.mark.parametrize(("size", "sides"), SIDES.items())
@@ -110,8 +110,8 @@ def test_elongated_images_keep_their_shorter_side(size):
     width, height = size
     image, box = torch.full((3, height, width), 200, dtype=torch.uint8), torch.tensor([[0.0, 0.0, width, height]])
     target = replace(target_of(box.tolist(), labels=[4]), meta=ImageMeta(1, None, (height, width)))
-    scaled, moved = ScaleTransform(InputSize(56, 14))(image, target)
-    sides = [56 if side == max(size) else 14 for side in size]
+    scaled, moved = ScaleTransform(InputSize(112, 14))(image, target)
+    sides = [112 if side == max(size) else 56 for side in size]
     assert moved.boxes[0].tolist() == pytest.approx([0, 0, *sides])
     assert scaled.shape == (3, *reversed(sides)) and (scaled == 200).all()
     for transform in (TrainTransform(56), TrainTransform(448, 56)):
@@ -124,13 +124,13 @@ def test_elongated_images_keep_their_shorter_side(size):
 
 def test_collate_keeps_bytes_pads_targets_and_stacks_what_has_one_shape(coco_file):
     data = load_coco(*coco_file([annotation()]))
-    samples = [DetectionDataset(data, ScaleTransform(InputSize(28, 14)))[i] for i in range(2)]
+    samples = [DetectionDataset(data, ScaleTransform(InputSize(112, 14)))[i] for i in range(2)]
     wide, samples[1] = (samples[0][0].mT, samples[0][1]), (torch.zeros_like(samples[0][0]), samples[1][1])
     batch, other = collate([samples[0], wide, samples[1]])
-    assert batch.inputs.shape == (2, 3, 14, 28) and batch.inputs.dtype == torch.uint8
+    assert batch.inputs.shape == (2, 3, 56, 112) and batch.inputs.dtype == torch.uint8
     assert batch.targets.objects.tolist() == [[True], [False]] and batch.targets.crowds.shape == (2, 0, 4)
     assert [meta.image_id for meta in batch.meta] == [11, 5]
-    assert other.inputs.shape == (1, 3, 28, 14) and [meta.image_id for meta in other.meta] == [11]
+    assert other.inputs.shape == (1, 3, 112, 56) and [meta.image_id for meta in other.meta] == [11]
 
 
 def test_targets_are_padded_to_the_largest_number_of_objects_and_of_crowds():

@@ -64,7 +64,7 @@ def test_it_computes_what_torch_computes_in_fp32_and_describes_itself(folder, fo
     original, exported = load_detector(folder / f"{NAME}.pth", "cpu"), load_detector(folder / FORMATS[form])
     assert exported.class_names == original.class_names and exported.category_ids == original.category_ids
     assert exported.min_score == 0.02 and exported.conditions().items() >= original.conditions().items()
-    for sides in ((112, 112), (84, 112), (112, 14)):
+    for sides in ((112, 112), (84, 112), (112, 56)):
         inputs = torch.randint(0, 256, (3, 3, *sides), dtype=torch.uint8)
         with torch.no_grad():
             expected, scores, labels = select_detections(*fuse_predictions(original.checkpoint.detector(inputs)))

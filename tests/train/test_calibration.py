@@ -42,5 +42,5 @@ def test_the_detector_of_a_run_has_what_was_fitted(demo, tiny_backbone, monkeypa
     options = {"epochs_frozen": 1, "stop_after": "frozen", "output": "out.pth", "calibration": 0.25}
     improved.main(tiny_settings(improved, demo, tiny_backbone, **options))
     detector = load_detector("out.pth")
-    assert detector.conditions()["fusion"] == detector.checkpoint.detector.config.fusion != Fusion()
+    assert detector.conditions()["fusion"] == list(detector.checkpoint.detector.config.fusion) != list(Fusion())
     assert detector.conditions()["train_images_used"] == 9
