@@ -127,10 +127,10 @@ def test_collate_keeps_bytes_pads_targets_and_stacks_what_has_one_shape(coco_fil
     samples = [DetectionDataset(data, ScaleTransform(InputSize(112, 14)))[i] for i in range(2)]
     wide, samples[1] = (samples[0][0].mT, samples[0][1]), (torch.zeros_like(samples[0][0]), samples[1][1])
     batch, other = collate([samples[0], wide, samples[1]])
-    assert batch.inputs.shape == (2, 3, 56, 112) and batch.inputs.dtype == torch.uint8
+    assert batch.inputs.shape == (2, 3, 70, 112) and batch.inputs.dtype == torch.uint8
     assert batch.targets.objects.tolist() == [[True], [False]] and batch.targets.crowds.shape == (2, 0, 4)
     assert [meta.image_id for meta in batch.meta] == [11, 5]
-    assert other.inputs.shape == (1, 3, 112, 56) and [meta.image_id for meta in other.meta] == [11]
+    assert other.inputs.shape == (1, 3, 112, 70) and [meta.image_id for meta in other.meta] == [11]
 
 
 def test_targets_are_padded_to_the_largest_number_of_objects_and_of_crowds():
