@@ -20,14 +20,14 @@ UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 713,
     "common/*.py": 1131,
-    "common/data/*.py": 2062,
+    "common/data/*.py": 2075,
     "common/model/*.py": 1471,
     "common/train/*.py": 592,
     "common/evaluate/*.py": 1401,
     "common/show/*.py": 594,
     "common/export/*.py": 339,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7331,
+    "tests/**/*.py": 7344,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

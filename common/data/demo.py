@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from common.data.readers import Request, read_coco_folder
+from common.data.readers import Request, read_coco
 from common.data.table import Table
 from common.files import atomic_folder, cache_folder
 
@@ -71,7 +71,7 @@ def read_demo(request: Request) -> Table:
     if not folder.is_dir():
         log.info(f"generating the demo's scenes in {folder}")
         make_demo(folder, seed=SEED)
-    return read_coco_folder(replace(request, data=str(folder)))
+    return read_coco(replace(request, data=str(folder)))
 
 
 def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> None:

@@ -41,7 +41,7 @@ class Reader:
 READERS = (
     Reader("demo", lambda data: data == "demo", read_demo),
     Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False),
-    Reader("COCO", lambda data: bool(readers.coco_files(Path(data))), readers.read_coco_folder),
+    Reader("COCO", lambda data: bool(readers.coco_files(Path(data))), readers.read_coco),
     Reader("YOLO", lambda data: readers.yaml_of(data) is not None, readers.read_yolo),
     Reader("YOLO with a list of classes", lambda data: bool(readers.class_lists(data)), readers.read_yolo_folder),
     Reader("Pascal VOC", lambda data: bool(readers.voc_parts(Path(data))), readers.read_voc),
@@ -154,11 +154,12 @@ def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     files, limit, place = flags.files(part), getattr(flags, f"{part}_images"), Path(flags.data)
     if bool(files[0]) != bool(files[1]):
         raise InputError(f"--{part}-json and --{part}-images-dir go together: give both or neither")
-    found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
+    found = [r for r in READERS if (r.read is readers.read_coco if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
-        inside = readers.describe_folder(place)
-        raise InputError(f"--data {place} ({inside}) is in none of the forms {', '.join(forms)}")
+        deeper = ((p, r) for p in sorted(place.glob("*/")) for r in READERS if r.recognises(str(p)))
+        given = next((f"its folder {p.name} is {r.form}: give that" for p, r in deeper), readers.describe_folder(place))
+        raise InputError(f"--data {place} ({given}) is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
         raise InputError(f"--data {place} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
