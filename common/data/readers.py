@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PureWindowsPath
 from string import digits
 from typing import TypeVar
@@ -219,9 +218,12 @@ def find_file(path: Path) -> Path | None:
     """A file as the file system spells it: macOS decomposes accents, other locales know no UTF-8, Windows writes \\."""
     if path.is_file():
         return path
-    name = str(path).replace("\\", "/")
-    forms = (unicodedata.normalize(form, name).encode(errors="surrogatepass") for form in ("NFC", "NFD"))
-    return next((place for place in map(Path, map(os.fsdecode, forms)) if place.is_file()), None)
+    path = Path(str(path).replace("\\", "/"))
+    for folder, name in ((path.parent, path.name), (Path(), str(path))):
+        for form in (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+            if (place := folder / os.fsdecode(form.encode(errors="surrogatepass"))).is_file():
+                return place
+    return None
 
 
 def yaml_of(data: str) -> Path | None:
@@ -322,8 +324,8 @@ def _add_yolo(table: Table, images: list[Path], keypoints: int = 0) -> None:
 
     def read(label: Path) -> Labels:
         lines = [_read_label(line, keypoints, label) for line in read_lines(label)]
-        counts.update({len(numbers): label for _, numbers in lines})
-        return (0, 0), [(category, _box_of(numbers), False) for category, numbers in lines]
+        counts.update({count: label for *_, count in lines})
+        return (0, 0), [(category, box, False) for category, box, _ in lines]
 
     add_labelled(table, images, label_places, read)
     if max(counts, default=0) == TRIANGLE:
@@ -374,8 +376,11 @@ def label_places(image: Path) -> list[Path]:
     return [Path(*beside.parts[:place], "labels", *beside.parts[place + 1 :]) for place in parts[-1:]] + [beside]
 
 
-def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]]:
-    """The class and the numbers of a box (4) or a polygon in a line. Raises InputError for another line."""
+def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float], int]:
+    """The class in a line, and centre, width and height of its box or polygon, of so many numbers.
+
+    Raises InputError for another line.
+    """
     with reading(f"the line {line[:60]!r} of {path}", "a label"):
         words = line.split()
         if len(words) == 6 and words[5].isdecimal():  # CVAT's track; a confidence is no whole number
@@ -388,15 +393,10 @@ def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]
             raise ValueError("its numbers are not fractions of the image's sides, 0..1")
         if count not in (4, 4 + keypoints) if keypoints else count < 4 or count % 2:
             raise ValueError("it has not the columns of a box (5; these may be predictions), a polygon or kpt_shape")
-    return int(category), numbers[:4] if keypoints else numbers
-
-
-def _box_of(numbers: list[float]) -> list[float]:
-    """Centre, width and height of a box or a polygon."""
-    if len(numbers) == 4:
-        return numbers
-    left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
-    return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    if keypoints or count == 4:
+        return int(category), numbers[:4], 4
+    ranges = [(min(side), max(side)) for side in (numbers[::2], numbers[1::2])]
+    return int(category), [(low + high) / 2 for low, high in ranges] + [high - low for low, high in ranges], count
 
 
 def voc_parts(folder: Path) -> dict[str, Path]:
@@ -418,21 +418,21 @@ def read_voc(request: Request) -> Table:
 
     Raises InputError: no such split, or an XML file of another form.
     """
-    folder, read_xml = Path(request.data), cache(_read_xml)
+    folder = Path(request.data)
     parts, lists = voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/[!.]*.txt")}
     table = Table(str(folder), Path(), {}, "xyxy", upright=True, own_ids=False)
     part = take_part(table, request.split, lists or parts)
     labels = images = parts.get("", folder) if lists else part
     if labels.parent == folder and "" in parts:
         images = next(place for place in (folder / "JPEGImages", folder / "images", folder) if place.is_dir())
-    files = [file for part in parts.values() for file in part.rglob(XML)]
-    names = {name for file in files for name, *_ in read_xml(file)[1]} - {""}
-    numbers = {name: number for number, name in enumerate(sorted(names), 1)}
-    table.classes |= dict(enumerate(numbers, 1))
+    content = {file: _read_xml(file) for place in parts.values() for file in place.rglob(XML)}
+    names = {name for _, objects in content.values() for name, *_ in objects} - {""}
+    table.classes = dict(enumerate(sorted(names), 1))
+    numbers = {name: number for number, name in table.classes.items()}
     by_stem = dict[str, list[Path]]()
     for image in images_of(table, images):
         by_stem.setdefault(_stem(image, images), []).append(image)
-    stems = sorted({_stem(file, labels) for file in files if file.is_relative_to(labels)} | by_stem.keys())
+    stems = sorted({_stem(file, labels) for file in content if file.is_relative_to(labels)} | by_stem.keys())
     if lists:
         stems = [unicodedata.normalize("NFC", line.replace("\\", "/")) for line in read_lines(part)]
     for stem in stems:
@@ -440,7 +440,7 @@ def read_voc(request: Request) -> Table:
             table.faults.add("left out {} entries without an image", stem)
 
     def read(label: Path) -> Labels:
-        size, objects = read_xml(label)
+        size, objects = content.get(label) or _read_xml(label)
         return size, [(numbers.get(name, NOTHING), box, crowd) for name, box, crowd in objects]
 
     found = [image for stem in stems for image in by_stem.get(stem, ())]

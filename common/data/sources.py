@@ -125,7 +125,11 @@ def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
         table.faults.add(TEST_NOTE)
     data = table.check()
     if table.whole and not request.chosen:
-        data = _part_of(data, split, flags.hold_out)
+        whole, held_out = data, choose_held_out(data, flags.hold_out)
+        data = whole.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
+        if split == "val":
+            what = f"{len(data):,} of its {len(whole):,} images are held out (--hold-out {flags.hold_out:g})"
+            log.info(f"{data.source} has no validation part: {what}, fingerprint {data.fingerprint()}")
     count = len(request.chosen) or request.limit or len(data)
     if request.chosen:
         order = _listed(data, request.chosen)
@@ -136,16 +140,6 @@ def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
         problem = f"{NO_OBJECT.format(len(taken.crowd))}, so that mAP cannot be computed; take more images"
         taken = replace(taken, notes=(*taken.notes, problem))
     return taken, len(data) if count < len(order) else 0
-
-
-def _part_of(data: DetectionData, split: str, share: float) -> DetectionData:
-    """The images of a whole data set that are held out for validation, or the others."""
-    held_out = choose_held_out(data, share)
-    part = data.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
-    if split == "val":
-        what = f"{len(part):,} of its {len(data):,} images are held out (--hold-out {share:g})"
-        log.info(f"{data.source} has no validation part: {what}, fingerprint {part.fingerprint()}")
-    return part
 
 
 def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
@@ -241,19 +235,18 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     doubts = list[str]()
     if unknown := [name for name in val.class_names if name not in train.class_names]:
         doubts.append(f"{len(unknown)} classes are not among those of {train.source} ({first_few(unknown)})")
-    _tell(val.source, doubts + _describe(_copies(train, val)), strict)
+    _tell_copies(train, val, strict, doubts)
     if unseen := [name for name, count in zip(train.class_names, train.class_counts(), strict=True) if not count]:
         advice = "take others with --train-images 0 or another --sample-seed"
         log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
 
 
-def _copies(train: DetectionData, val: DetectionData) -> list[str]:
-    """The names of the validation images that are near-copies of training images."""
-    return [val.images[index].path.name for index, _ in find_copies(sketches_of(val), sketches_of(train))]
-
-
-def _describe(copies: list[str]) -> list[str]:
-    return [f"{len(copies)} images are copies of training images ({first_few(copies, 200)})"] * bool(copies)
+def _tell_copies(train: DetectionData, val: DetectionData, strict: bool, doubts: Sequence[str] = ()) -> int:
+    """Log other doubts, and how many validation images are near-copies of training images, which is returned."""
+    copies = [val.images[index].path.name for index, _ in find_copies(sketches_of(val), sketches_of(train))]
+    some = [f"{len(copies)} images are copies of training images ({first_few(copies, 200)})"] * bool(copies)
+    _tell(val.source, [*doubts, *some], strict)
+    return len(copies)
 
 
 def count_copies(flags: DataFlags, data: DetectionData) -> int | None:
@@ -266,11 +259,10 @@ def count_copies(flags: DataFlags, data: DetectionData) -> int | None:
     if flags.val_json or is_fetched(training):
         return None
     try:
-        copies = _copies(_read_split(training, "train")[0], data)
+        train = _read_split(training, "train")[0]
     except InputError:
         return None
-    _tell(data.source, _describe(copies), flags.strict)
-    return len(copies)
+    return _tell_copies(train, data, flags.strict)
 
 
 def unlabelled_images(paths: Sequence[Path]) -> DetectionData:
