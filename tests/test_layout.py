@@ -27,7 +27,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/show/*.py": 594,
     "common/export/*.py": 339,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7344,
+    "tests/**/*.py": 7345,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
