@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.readers import Request, read_coco_folder
+from common.data.readers import Request, read_coco
 
 IMAGES, BOXES, CLASSES, POINTS = 118_287, 860_001, 80, 40
 WIDTH, HEIGHT = 64, 48
@@ -53,7 +53,7 @@ if __name__ == "__main__":
         process.join()  # in a separate process, so that its memory is not measured
         size = (folder / "annotations" / "instances_train2017.json").stat().st_size
         began = time.perf_counter()
-        data = read_coco_folder(Request(str(folder), "train")).check()
+        data = read_coco(Request(str(folder), "train")).check()
         seconds = time.perf_counter() - began
         print(f"{len(data)} images, {len(data.labels)} boxes, a file of {size / 1e6:.0f} MB: {seconds:.1f} s")
         print(f"peak memory, libraries included: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")

@@ -17,7 +17,7 @@ import numpy as np
 from common import cli
 from common.cli import flag
 from common.data.memory import DetectionData
-from common.data.readers import read_coco
+from common.data.readers import Request, read_coco
 from common.evaluate.bootstrap import image_weights, resample
 from common.evaluate.detections import DetectionTable
 from common.evaluate.diagnosis import diagnose
@@ -47,7 +47,7 @@ def read_truth(path: Path) -> DetectionData:
     with tempfile.TemporaryDirectory() as folder:
         for image in json.loads(path.read_text())["images"]:
             Path(folder, image["file_name"]).touch()
-        return read_coco(path, Path(folder)).check()
+        return read_coco(Request("", "val", (str(path), folder))).check()
 
 
 def generated_detections(data: DetectionData, seed: int) -> DetectionTable:

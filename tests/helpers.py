@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from common.cli import flag_name
 from common.console import Interrupted, raise_if_interrupted, raise_on_signals
 from common.data.memory import DetectionData
-from common.data.readers import read_coco
+from common.data.readers import Request, read_coco
 from common.data.sources import TrainDataFlags
 from common.evaluate.detections import DetectionTable, ModelRun, coco_detections, detection_table
 from common.evaluate.evaluation import evaluate
@@ -104,7 +104,7 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "ml
 
 def load_coco(path, images) -> DetectionData:
     """The data set of an annotation file, its images not decoded."""
-    return read_coco(path, images).check()
+    return read_coco(Request("", "val", (str(path), str(images)))).check()
 
 
 def data_flags(data="", limit=0, **flags) -> TrainDataFlags:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from common.data.readers import Request, read_coco_folder
+from common.data.readers import Request, read_coco
 from common.data.table import Table
 from common.files import atomic_folder, cache_folder
 
@@ -71,7 +71,7 @@ def read_demo(request: Request) -> Table:
     if not folder.is_dir():
         log.info(f"generating the demo's scenes in {folder}")
         make_demo(folder, seed=SEED)
-    return read_coco_folder(replace(request, data=str(folder)))
+    return read_coco(replace(request, data=str(folder)))
 
 
 def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> None:
@@ -79,27 +79,22 @@ def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> 
 
     Scene i of a split depends on (seed, split, i) alone.
     """
+    categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in zip(CATEGORY_IDS, SHAPES, strict=True)]
     with atomic_folder(folder) as made:
         (made / "annotations").mkdir()
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
             (made / split).mkdir()
-            content = _write_scenes(made / split, [np.random.default_rng((seed, number, i)) for i in range(count)])
+            images, annotations = list[dict](), list[dict]()
+            for i in range(count):
+                scene, name = draw_scene(np.random.default_rng((seed, number, i))), f"{i + 1:06d}.jpg"
+                height, width = scene.owner.shape
+                Image.fromarray(scene.pixels.clip(0, 255).astype(np.uint8)).save(made / split / name, quality=90)
+                images.append({"id": i + 1, "file_name": name, "width": width, "height": height})
+                for box, area, label in visible_boxes(scene):
+                    entry = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": CATEGORY_IDS[label]}
+                    annotations.append(entry | {"bbox": box, "area": area, "iscrowd": 0})
+            content = {"images": images, "annotations": annotations, "categories": categories}
             (made / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
-def _write_scenes(folder: Path, generators: list[np.random.Generator]) -> dict:
-    """Write an image for each generator; returns the annotations."""
-    images, annotations = list[dict](), list[dict]()
-    for image_id, rng in enumerate(generators, 1):
-        scene, name = draw_scene(rng), f"{image_id:06d}.jpg"
-        height, width = scene.owner.shape
-        Image.fromarray(scene.pixels.clip(0, 255).astype(np.uint8)).save(folder / name, quality=90)
-        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for box, area, label in visible_boxes(scene):
-            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": CATEGORY_IDS[label]}
-            annotations.append(entry | {"bbox": box, "area": area, "iscrowd": 0})
-    categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in zip(CATEGORY_IDS, SHAPES, strict=True)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def draw_scene(rng: np.random.Generator) -> _Scene:

@@ -6,12 +6,12 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PureWindowsPath
 from string import digits
+from typing import TypeVar
 from xml.etree import ElementTree
 
 import yaml
@@ -28,6 +28,7 @@ POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\s0-9eE+.,-]*\]')  # most o
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")  # a path, on some system
 YAML_NAMES = ("data.yaml", "dataset.yaml", "data.yml")
 ROBOFLOW = "_annotations.coco.json"
+XML = "[!.]*.xml"
 COCO_BEGINS = re.compile(
     rb'(?s)(?!.*"categories"\s*:\s*{)(\xef\xbb\xbf)?\s*{(\s*"(info|licenses)"|.*"(images|annotations|categories)"\s*:\s*\[)'
 )
@@ -38,13 +39,21 @@ OTHER_EXPORTS = (  # what labelling tools write, too: files, how one of them beg
     ("*.json", rb'[^\[]*"shapes"', "labelme's files: export COCO or Pascal VOC, by labelme2coco.py or labelme2voc.py"),
     ("annotations.xml", b"", "CVAT's own XML: export COCO 1.0, with images"),
     ("*.json", rb'(?s).*"categories"\s*:\s*{', "Datumaro's JSON: export COCO 1.0, with images"),
+    ("*.json", rb'(?s)\s*{.*("regions"|"_via_)', "VIA's JSON: export COCO, with images"),
     ("*.csv", b"", "a table of boxes: export COCO or YOLO, with images"),
+    (
+        "*.txt",
+        rb"\s*\d+(\s[\d.]+){4}",
+        "YOLO's text files without their classes: name those in classes.txt, a line each",
+    ),
+    ("*.zip", b"", "an archive: unpack it"),
 )
 TextLoader = type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # a class may be called no or on
 TRIANGLE = 6  # numbers of a polygon of three corners
 OUTSIDE = 2.0  # a fraction of an image's side that no box or polygon reaches
 READING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # (width, height) in a label file, zeros where it has none; and of each object category id, box and crowd.
+Part = TypeVar("Part")
 Labels = tuple[tuple[int, int], list[tuple[float, list[float], bool]]]
 
 
@@ -80,18 +89,23 @@ def find_split(split: str, names: Iterable[str], source: object) -> str:
     raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(given) or 'none', 200)}")
 
 
-def find_part(split: str, names: Iterable[str], source: object) -> tuple[str, bool]:
-    """As `find_split`, and whether the part is the whole data set, as where none but training, or a single one, is."""
-    given = list(names)
-    if split == "test" or {name.casefold() for name in given} & set(SPLITS["val"]):
-        return find_split(split, given, source), False
-    return given[0] if len(given) == 1 else find_split("train", given, source), True
+def take_part(table: Table, split: str, parts: Mapping[str, Part]) -> Part:
+    """What stands for the wanted part of a data set, of all its parts by name; the table notes which it is.
+
+    Without a validation part the training part, or a single one, is the whole. Raises InputError as `find_split`.
+    """
+    table.whole = split != "test" and not {name.casefold() for name in parts} & set(SPLITS["val"])
+    is_single = table.whole and len(parts) == 1
+    table.split = next(iter(parts)) if is_single else find_split("train" if table.whole else split, parts, table.source)
+    for name in sorted(parts.keys() - {table.split}) if table.whole else ():
+        table.faults.add("{} parts are not used, as they are neither for training nor for validation", name)
+    return parts[table.split]
 
 
 def describe_folder(folder: Path) -> str:
     """What is in a folder that no reader recognises, or the export to choose where a tool's own files are there."""
     if not folder.is_dir():
-        return "no folder" if folder.exists() else "no such folder"
+        return "a file: unpack an archive, and give the folder" if folder.exists() else "no such folder"
     for pattern, begins, advice in OTHER_EXPORTS:
         if any(re.match(begins, _first_bytes(file)) for place in ("", "*/") for file in folder.glob(place + pattern)):
             return advice
@@ -103,11 +117,11 @@ def _first_bytes(file: Path) -> bytes:
         return stream.read(1000)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that are not empty. Raises InputError: no such file, or another encoding."""
+def read_lines(path: Path, *, empty: bool = False) -> list[str]:
+    """The lines of a UTF-8 file (that are not empty). Raises InputError: no such file, or another encoding."""
     with reading(path, "UTF-8 text"):
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        lines = map(str.strip, path.read_bytes().decode("utf-8-sig").splitlines())
+        return [line for line in lines if line or empty]
 
 
 def read_json_lines(path: Path) -> list:
@@ -131,31 +145,24 @@ def coco_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_coco_folder(request: Request) -> Table:
-    """The `coco_files` of a folder, with the images of a part in train2017/ or images/train2017/; or without a year.
+def read_coco(request: Request) -> Table:
+    """The files of flags, or the `coco_files` of a folder, whose images are in train2017/ or images/train2017/.
 
-    Images of a single file may also be in images/ or beside it. Raises InputError: no such split, or parts of several
-    years, which share images.
+    Images may also be in folders without the year, in images/, or beside the file. Raises InputError: no such split, or
+    parts of several years, which share images.
     """
+    table = Table(request.files[0] or request.data, Path(), {}, "xywh")
     if request.files[0]:
-        return read_coco(Path(request.files[0]), Path(request.files[1]))
+        add_coco(table, Path(request.files[0]), [Path(request.files[1])])
+        return table
     folder, files = Path(request.data), coco_files(Path(request.data))
-    parts = {name.rstrip(digits): name for name in files}
-    if len({name[len(name.rstrip(digits)) :] for name in files if name.rstrip(digits).casefold() in NAMES}) > 1:
+    years = {name: name.rstrip(digits) for name in files if name.rstrip(digits).casefold() in NAMES}
+    if len({name.removeprefix(part) for name, part in years.items()}) > 1:
         raise InputError(f"{folder}: its parts are of different years, which share images: name both by --train-json …")
-    split, whole = find_part(request.split, parts, folder)
-    name, path = parts[split], files[parts[split]]
-    own = [place for place in (folder / "images" / name, folder / name) if place.is_dir()]
-    return read_coco(path, *own[:1] or (folder / "images", folder, path.parent), split=split, whole=whole)
-
-
-def read_coco(path: Path, *folders: Path, split: str = "", whole: bool = False) -> Table:
-    """An annotation file, of the images that are in the folders. Raises InputError as `add_coco` does."""
-    places = [folder for folder in folders if folder.is_dir()]
-    if not places:
-        raise InputError(f"{path} needs the images' folder {folders[0]}, which does not exist")
-    table = Table(str(path), Path(), {}, "xywh", split, whole)
-    add_coco(table, path, places)
+    name = take_part(table, request.split, {years.get(name, name): name for name in files})
+    path, table.source = files[name], str(files[name])
+    own = [place for place in (folder / "images" / name, folder / name) if place.is_dir() and place != path.parent]
+    add_coco(table, path, own[:1] or (folder / "images", folder, path.parent))
     return table
 
 
@@ -166,8 +173,10 @@ def add_coco(table: Table, path: Path, places: Sequence[Path] = (), prefix: str 
     later. Where there are several places, the base name counts of a path that leads out of them. Roboflow's first
     category groups all others, of supercategory "none" and without boxes: it is no class.
 
-    Raises InputError: no such file, or one of another form.
+    Raises InputError: no such file, or one of another form; no such folder.
     """
+    if not prefix and not any(place.is_dir() for place in places):
+        raise InputError(f"{path} needs the images' folder {places[0]}, which does not exist")
     with reading(path, "JSON in COCO's instances form"):
         if (megabytes := path.stat().st_size / 1e6) > 50:  # it takes seconds
             log.info(f"reading {path} ({megabytes:.0f} MB)")
@@ -184,13 +193,13 @@ def add_coco(table: Table, path: Path, places: Sequence[Path] = (), prefix: str 
             name, width, height = str(image["file_name"]), image.get("width") or 0, image.get("height") or 0
             if len(places) > 1 and LEADS_OUT.search(name):
                 name = PureWindowsPath(name).name
-            found = f"{prefix}/{name}" if prefix else next(filter(None, (_find_file(p, name) for p in places)), None)
+            found = f"{prefix}/{name}" if prefix else next(filter(None, (find_file(p / name) for p in places)), None)
             if LEADS_OUT.search(name):
                 table.faults.add("left out {} images whose file names lead out of their folder", name)
             elif found is None:
                 table.faults.add("left out {} images that are not in the images' folder", name)
             else:
-                table.add_image(as_int(image["id"]), found, (as_int(width), as_int(height)))
+                table.add_image(as_int(image["id"]), str(found), (as_int(width), as_int(height)))
         for a in content["annotations"]:
             crowd = int(a.get("iscrowd") or 0) != 0
             table.add(as_int(a["image_id"]), as_int(a["category_id"]), a.get("bbox"), crowd, a.get("area") or 0)
@@ -205,12 +214,16 @@ def as_int(value: object) -> int:
     raise ValueError(f"{to_one_line(repr(value))} is not a whole number of 64 bits")
 
 
-def _find_file(folder: Path, name: str) -> str | None:
-    """The path of a file as the file system spells it: macOS decomposes accents, other locales know no UTF-8."""
-    if (folder / name).is_file():
-        return str(folder / name)
-    forms = (unicodedata.normalize(form, name).encode(errors="surrogatepass") for form in ("NFC", "NFD"))
-    return next((str(folder / name) for name in map(os.fsdecode, forms) if (folder / name).is_file()), None)
+def find_file(path: Path) -> Path | None:
+    """A file as the file system spells it: macOS decomposes accents, other locales know no UTF-8, Windows writes \\."""
+    if path.is_file():
+        return path
+    path = Path(str(path).replace("\\", "/"))
+    for folder, name in ((path.parent, path.name), (Path(), str(path))):
+        for form in (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+            if (place := folder / os.fsdecode(form.encode(errors="surrogatepass"))).is_file():
+                return place
+    return None
 
 
 def yaml_of(data: str) -> Path | None:
@@ -235,9 +248,10 @@ def add_labelled(
 
     An image without one has no objects. Raises InputError where all images lack it.
     """
-    labels = [next((place for place in places(image) if place.is_file()), None) for image in images]
-    if images and not any(labels):
-        raise InputError(f"{table.source}: no image of {table.split} has a label file, such as {places(images[0])[0]}")
+    labels = [next(filter(None, map(find_file, places(image))), None) for image in images]
+    if not any(labels) and any(image.is_file() for image in images):
+        what = f"no image of {table.split or 'it'} has a label file"
+        raise InputError(f"{table.source}: {what}, such as {places(images[0])[0]}")
     users = Counter(labels)
     for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
         size, objects = read(label) if label else ((0, 0), [])
@@ -269,11 +283,11 @@ def read_yolo(request: Request) -> Table:
             raise ValueError(f"its nc is {content['nc']}, but it names {len(names)} classes")
         points, columns, *_ = map(int, content.get("kpt_shape") or (0, 0))
         base = path.absolute().parent / Path(os.path.expanduser(content.get("path", "")))  # noqa: PTH111 (of no such user it stays)
-        parts = [name for name in content if content[name] and name.casefold() in NAMES]
-        there = [name for name in parts if any(place.exists() for place in _places(base, content[name]))]
-        split, whole = find_part(request.split, there or parts, path)
-    table = Table(str(path), Path(), names, "cxcywh", split, whole, upright=True, own_ids=False, normalised=True)
-    for name in set(parts) - set(there) if whole else ():  # Roboflow's exports name all
+        parts = {name: value for name, value in content.items() if value and name.casefold() in NAMES}
+        there = {name for name in parts if any(place.exists() for place in _places(base, parts[name]))}
+    table = Table(str(path), Path(), names, "cxcywh", upright=True, own_ids=False)
+    take_part(table, request.split, {name: parts[name] for name in parts if name in there or not there})
+    for name in parts.keys() - there if table.whole else ():  # Roboflow's exports name all
         table.faults.add("of the parts that it names, {} do not exist", name)
     _add_yolo(table, _yolo_images(table, content, base), points * columns)
     return table
@@ -292,16 +306,15 @@ def read_yolo_folder(request: Request) -> Table:
     folder, (path, *more) = Path(request.data), class_lists(request.data)
     if more:
         raise InputError(f"{folder} has {path.name} and {more[0].name}: rename or remove one")
-    names = dict(enumerate(read_lines(path)))
+    names = {number: line for number, line in enumerate(read_lines(path, empty=True)) if line}
     if (notes := folder / "notes.json").is_file():
         with reading(notes, "the classes of Label Studio"):  # whose classes.txt may be in another order
             names = {int(c["id"]): str(c["name"]) for c in json.loads(notes.read_bytes())["categories"]}
     parts = {place.name[4:-5]: place for place in folder.glob("obj_*_data")}
     parts |= {place.name: place for place in folder.glob("images/*/") if place.name.casefold() in NAMES}
     parts = parts or {"": folder / "images" if (folder / "images").is_dir() else folder}
-    split, whole = find_part(request.split, parts, folder)
-    table = Table(str(folder), Path(), names, "cxcywh", split, whole, upright=True, own_ids=False, normalised=True)
-    _add_yolo(table, images_of(table, parts[split]))
+    table = Table(str(folder), Path(), names, "cxcywh", upright=True, own_ids=False)
+    _add_yolo(table, images_of(table, take_part(table, request.split, parts)))
     return table
 
 
@@ -311,8 +324,8 @@ def _add_yolo(table: Table, images: list[Path], keypoints: int = 0) -> None:
 
     def read(label: Path) -> Labels:
         lines = [_read_label(line, keypoints, label) for line in read_lines(label)]
-        counts.update({len(numbers): label for _, numbers in lines})
-        return (0, 0), [(category, _box_of(numbers), False) for category, numbers in lines]
+        counts.update({count: label for *_, count in lines})
+        return (0, 0), [(category, box, False) for category, box, _ in lines]
 
     add_labelled(table, images, label_places, read)
     if max(counts, default=0) == TRIANGLE:
@@ -349,7 +362,7 @@ def _places(base: Path, names: object) -> list[Path]:
 def _listed(folder: Path, line: str) -> Path:
     """The image of a line, without its first folder where that does not exist: CVAT writes data/."""
     places = [_normal(folder, line), _normal(folder, re.sub(r"^[^/\\]+[/\\]", "", line))]
-    return next((place for place in places if place.is_file()), places[0])
+    return next(filter(None, map(find_file, places)), places[0])
 
 
 def _normal(folder: Path, name: str) -> Path:
@@ -363,8 +376,11 @@ def label_places(image: Path) -> list[Path]:
     return [Path(*beside.parts[:place], "labels", *beside.parts[place + 1 :]) for place in parts[-1:]] + [beside]
 
 
-def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]]:
-    """The class and the numbers of a box (4) or a polygon in a line. Raises InputError for another line."""
+def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float], int]:
+    """The class in a line, and centre, width and height of its box or polygon, of so many numbers.
+
+    Raises InputError for another line.
+    """
     with reading(f"the line {line[:60]!r} of {path}", "a label"):
         words = line.split()
         if len(words) == 6 and words[5].isdecimal():  # CVAT's track; a confidence is no whole number
@@ -377,25 +393,21 @@ def _read_label(line: str, keypoints: int, path: Path) -> tuple[int, list[float]
             raise ValueError("its numbers are not fractions of the image's sides, 0..1")
         if count not in (4, 4 + keypoints) if keypoints else count < 4 or count % 2:
             raise ValueError("it has not the columns of a box (5; these may be predictions), a polygon or kpt_shape")
-    return int(category), numbers[:4] if keypoints else numbers
-
-
-def _box_of(numbers: list[float]) -> list[float]:
-    """Centre, width and height of a box or a polygon."""
-    if len(numbers) == 4:
-        return numbers
-    left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
-    return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    if keypoints or count == 4:
+        return int(category), numbers[:4], 4
+    ranges = [(min(side), max(side)) for side in (numbers[::2], numbers[1::2])]
+    return int(category), [(low + high) / 2 for low, high in ranges] + [high - low for low, high in ranges], count
 
 
 def voc_parts(folder: Path) -> dict[str, Path]:
     """The folders of XML files by split, or "": Annotations, or those of the images."""
     inside = folder.iterdir() if folder.is_dir() else ()
-    if own := [place for place in inside if place.name.lower() == "annotations" and any(place.rglob("*.xml"))]:
+    if own := [place for place in inside if place.name.lower() == "annotations" and any(place.rglob(XML))]:
         return {"": own[0]}
-    parts = {file.parent.name: file.parent for file in folder.glob("*/*.xml") if file.parent.name.casefold() in NAMES}
-    beside = {file.stem for file in folder.glob("*.xml")} & {image.stem for image in find_images(folder)[0]}
-    return parts or ({"": folder} if beside else {})
+    files = [*folder.glob(XML), *folder.glob(f"*/{XML}")]  # macOS keeps attributes of a.xml in ._a.xml
+    parts = {file.parent.name: file.parent for file in files if file.parent.name.casefold() in NAMES}
+    images = {image.with_suffix("") for image in find_images(folder, subfolders=True)[0]} if files else ()
+    return parts or ({"": folder} if any(file.with_suffix("") in images for file in files) else {})
 
 
 def read_voc(request: Request) -> Table:
@@ -406,28 +418,29 @@ def read_voc(request: Request) -> Table:
 
     Raises InputError: no such split, or an XML file of another form.
     """
-    folder, read_xml = Path(request.data), cache(_read_xml)
-    parts, lists = voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/*.txt")}
-    split, whole = find_part(request.split, lists or parts, folder)
-    labels = images = parts.get("", folder) if lists else parts[split]
+    folder = Path(request.data)
+    parts, lists = voc_parts(folder), {file.stem: file for file in folder.glob("ImageSets/Main/[!.]*.txt")}
+    table = Table(str(folder), Path(), {}, "xyxy", upright=True, own_ids=False)
+    part = take_part(table, request.split, lists or parts)
+    labels = images = parts.get("", folder) if lists else part
     if labels.parent == folder and "" in parts:
         images = next(place for place in (folder / "JPEGImages", folder / "images", folder) if place.is_dir())
-    files = [file for part in parts.values() for file in part.rglob("*.xml")]
-    names = {name for file in files for name, *_ in read_xml(file)[1]} - {""}
-    numbers = {name: number for number, name in enumerate(sorted(names), 1)}
-    table = Table(str(folder), Path(), dict(enumerate(numbers, 1)), "xyxy", split, whole, upright=True, own_ids=False)
+    content = {file: _read_xml(file) for place in parts.values() for file in place.rglob(XML)}
+    names = {name for _, objects in content.values() for name, *_ in objects} - {""}
+    table.classes = dict(enumerate(sorted(names), 1))
+    numbers = {name: number for number, name in table.classes.items()}
     by_stem = dict[str, list[Path]]()
     for image in images_of(table, images):
         by_stem.setdefault(_stem(image, images), []).append(image)
-    stems = sorted({_stem(file, labels) for file in files if file.is_relative_to(labels)} | by_stem.keys())
+    stems = sorted({_stem(file, labels) for file in content if file.is_relative_to(labels)} | by_stem.keys())
     if lists:
-        stems = [line.replace("\\", "/") for line in read_lines(lists[split])]
+        stems = [unicodedata.normalize("NFC", line.replace("\\", "/")) for line in read_lines(part)]
     for stem in stems:
         if stem not in by_stem:
             table.faults.add("left out {} entries without an image", stem)
 
     def read(label: Path) -> Labels:
-        size, objects = read_xml(label)
+        size, objects = content.get(label) or _read_xml(label)
         return size, [(numbers.get(name, NOTHING), box, crowd) for name, box, crowd in objects]
 
     found = [image for stem in stems for image in by_stem.get(stem, ())]
@@ -436,7 +449,7 @@ def read_voc(request: Request) -> Table:
 
 
 def _stem(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).with_suffix("").as_posix()
+    return unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
 
 
 def _read_xml(file: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool]]]:

@@ -41,7 +41,7 @@ class Reader:
 READERS = (
     Reader("demo", lambda data: data == "demo", read_demo),
     Reader("coco-official", lambda data: data == "coco-official", read_official, ranks=False),
-    Reader("COCO", lambda data: bool(readers.coco_files(Path(data))), readers.read_coco_folder),
+    Reader("COCO", lambda data: bool(readers.coco_files(Path(data))), readers.read_coco),
     Reader("YOLO", lambda data: readers.yaml_of(data) is not None, readers.read_yolo),
     Reader("YOLO with a list of classes", lambda data: bool(readers.class_lists(data)), readers.read_yolo_folder),
     Reader("Pascal VOC", lambda data: bool(readers.voc_parts(Path(data))), readers.read_voc),
@@ -125,7 +125,11 @@ def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
         table.faults.add(TEST_NOTE)
     data = table.check()
     if table.whole and not request.chosen:
-        data = _part_of(data, split, flags.hold_out)
+        whole, held_out = data, choose_held_out(data, flags.hold_out)
+        data = whole.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
+        if split == "val":
+            what = f"{len(data):,} of its {len(whole):,} images are held out (--hold-out {flags.hold_out:g})"
+            log.info(f"{data.source} has no validation part: {what}, fingerprint {data.fingerprint()}")
     count = len(request.chosen) or request.limit or len(data)
     if request.chosen:
         order = _listed(data, request.chosen)
@@ -138,27 +142,18 @@ def _read_split(flags: DataFlags, split: str) -> tuple[DetectionData, int]:
     return taken, len(data) if count < len(order) else 0
 
 
-def _part_of(data: DetectionData, split: str, share: float) -> DetectionData:
-    """The images of a whole data set that are held out for validation, or the others."""
-    held_out = choose_held_out(data, share)
-    part = data.select(np.nonzero(held_out if split == "val" else ~held_out)[0])
-    if split == "val":
-        what = f"{len(part):,} of its {len(data):,} images are held out (--hold-out {share:g})"
-        log.info(f"{data.source} has no validation part: {what}, fingerprint {part.fingerprint()}")
-    return part
-
-
 def _reader(flags: DataFlags, split: str) -> tuple[Reader, Request]:
     """The only reader that recognises the data, and what it is asked for."""
     part = split.replace("test", "val")  # which has the flags of validation
     files, limit, place = flags.files(part), getattr(flags, f"{part}_images"), Path(flags.data)
     if bool(files[0]) != bool(files[1]):
         raise InputError(f"--{part}-json and --{part}-images-dir go together: give both or neither")
-    found = [r for r in READERS if (r.read is readers.read_coco_folder if files[0] else r.recognises(flags.data))]
+    found = [r for r in READERS if (r.read is readers.read_coco if files[0] else r.recognises(flags.data))]
     forms = [reader.form for reader in found or READERS]
     if not found:
-        inside = readers.describe_folder(place)
-        raise InputError(f"--data {place} ({inside}) is in none of the forms {', '.join(forms)}")
+        deeper = ((p, r) for p in sorted(place.glob("*/")) for r in READERS if r.recognises(str(p)))
+        given = next((f"its folder {p.name} is {r.form}: give that" for p, r in deeper), readers.describe_folder(place))
+        raise InputError(f"--data {place} ({given}) is in none of the forms {', '.join(forms)}")
     if len(found) > 1:
         raise InputError(f"--data {place} is {' and '.join(forms)}: name a data.yaml there, or give --train-json")
     if not found[0].ranks and flags.sample_seed > 0:
@@ -240,19 +235,18 @@ def check_classes(train: DetectionData, val: DetectionData, *, strict: bool = Fa
     doubts = list[str]()
     if unknown := [name for name in val.class_names if name not in train.class_names]:
         doubts.append(f"{len(unknown)} classes are not among those of {train.source} ({first_few(unknown)})")
-    _tell(val.source, doubts + _describe(_copies(train, val)), strict)
+    _tell_copies(train, val, strict, doubts)
     if unseen := [name for name, count in zip(train.class_names, train.class_counts(), strict=True) if not count]:
         advice = "take others with --train-images 0 or another --sample-seed"
         log.warning(f"{train.source}: no training image shows {len(unseen)} classes ({first_few(unseen)}): {advice}")
 
 
-def _copies(train: DetectionData, val: DetectionData) -> list[str]:
-    """The names of the validation images that are near-copies of training images."""
-    return [val.images[index].path.name for index, _ in find_copies(sketches_of(val), sketches_of(train))]
-
-
-def _describe(copies: list[str]) -> list[str]:
-    return [f"{len(copies)} images are copies of training images ({first_few(copies, 200)})"] * bool(copies)
+def _tell_copies(train: DetectionData, val: DetectionData, strict: bool, doubts: Sequence[str] = ()) -> int:
+    """Log other doubts, and how many validation images are near-copies of training images, which is returned."""
+    copies = [val.images[index].path.name for index, _ in find_copies(sketches_of(val), sketches_of(train))]
+    some = [f"{len(copies)} images are copies of training images ({first_few(copies, 200)})"] * bool(copies)
+    _tell(val.source, [*doubts, *some], strict)
+    return len(copies)
 
 
 def count_copies(flags: DataFlags, data: DetectionData) -> int | None:
@@ -265,11 +259,10 @@ def count_copies(flags: DataFlags, data: DetectionData) -> int | None:
     if flags.val_json or is_fetched(training):
         return None
     try:
-        copies = _copies(_read_split(training, "train")[0], data)
+        train = _read_split(training, "train")[0]
     except InputError:
         return None
-    _tell(data.source, _describe(copies), flags.strict)
-    return len(copies)
+    return _tell_copies(train, data, flags.strict)
 
 
 def unlabelled_images(paths: Sequence[Path]) -> DetectionData:

@@ -61,12 +61,11 @@ class Table:
     source: str
     folder: Path
     classes: dict[int, str]  # by category id
-    layout: str  # of the boxes in this form, one of LAYOUTS; "" where the form does not say
+    layout: str  # of the boxes in this form, one of LAYOUTS; "" where the form does not say. cxcywh: fractions of sides
     split: str = ""  # as the data set calls it
     whole: bool = False  # there is no validation part: a share of these images is held out
     upright: bool = False  # see `ImageFile`
     own_ids: bool = True  # see `DetectionData`
-    normalised: bool = False  # boxes are fractions of the images' sides
     given: str = ""  # layout by --box-format, which is trusted
     images: list[tuple[int, str, int, int]] = field(default_factory=list)
     objects: array = field(default_factory=lambda: array("d"))
@@ -108,7 +107,7 @@ class Table:
         if not classes:
             raise InputError(f"{self.source}: it lists no classes")
         if not self.images:
-            reasons = "; ".join(self.faults.notes()) or "none is listed"
+            reasons = "; ".join(self.faults.notes()) or "none is listed or found: export with images"
             raise InputError(f"{self.source}: no image can be used: {reasons}")
         images = tuple(ImageFile(i, self.folder / name, w, h, self.upright) for i, name, w, h in self.images)
         rows, keys = np.array(self.objects).reshape(-1, 8), np.array(list(classes))
@@ -121,7 +120,7 @@ class Table:
             raise InputError(f"{self.source}: {found}: number both alike")
         sizes = np.array([(file.width, file.height) for file in images], np.float64)[image]
         with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are inf or NaN, which are left out
-            boxes = rows[:, 2:6] * np.tile(sizes, 2) if self.normalised else rows[:, 2:6]
+            boxes = rows[:, 2:6] * np.tile(sizes, 2) if self.layout == "cxcywh" else rows[:, 2:6]
             boxes = self._as_xywh(boxes, sizes, (image >= 0) & (label >= 0))
             used = self._usable(image, label, boxes, sizes)
         order = np.nonzero(used)[0][np.argsort(image[used], kind="stable")]

@@ -10,6 +10,7 @@ from PIL import Image
 from common.console import InputError
 from common.data.checks import check_images, check_object_sizes
 from common.data.sources import NO_OBJECT, load_split
+from common.types import InputSize
 
 
 @pytest.fixture
@@ -104,12 +105,12 @@ def test_objects_that_are_too_small_for_the_input_are_counted(coco_file, caplog)
     """On an image of 100 x 60 pixels; at 98 pixels an object needs 2.04 of them, and only what is inside counts."""
     boxes = [[5 * i, 10, 30, side] for i, side in enumerate((2.05, 2.0, 1.0, 0.5))] + [[98.5, 10, 30, 30]]
     data = load_coco(*coco_file([*(annotation(bbox=box) for box in boxes), annotation(bbox=[1, 1, 1, 1], iscrowd=1)]))
-    check_object_sizes(data, 98, 14)
+    check_object_sizes(data, InputSize(98, 14))
     message = "4 of 5 training objects are smaller than 2 pixels at --image-size 98 and cannot be learned"
     assert f"{data.source}: {message}: --image-size 406 would keep them" in caplog.text
     caplog.clear()
-    check_object_sizes(data, 406, 14)
+    check_object_sizes(data, InputSize(406, 14))
     assert caplog.text == ""
     slivers = [annotation(bbox=box) for box in ([1, 1, 50, 1], [9, 9, 1, 50])]
     with pytest.raises(InputError, match=r"2 of 2 training objects .*: --image-size 210 would keep them$"):
-        check_object_sizes(load_coco(*coco_file(slivers)), 56, 14)
+        check_object_sizes(load_coco(*coco_file(slivers)), InputSize(56, 14))

@@ -29,6 +29,9 @@ EXPORTS = {  # where the images a and b are, of which a has a box, and the other
     "Label Studio's COCO": ("images/0123abcd__{}.png", {"result.json": coco("images/0123abcd__{}.png")}),
     "its COCO of uploads": ("images/{}.png", {"result.json": coco("../../media/upload/1/{}.png")}),
     "its COCO of uploads to Windows": ("images/{}.png", {"result.json": coco("..\\upload\\{}.png")}),
+    "COCO of another name, from Windows": ("images/{}.png", {"annotations/annotations.json": coco(r"images\\{}.png")}),
+    "YOLO with composed accents and a number without a class": ("images/e\u0301 ({}).png", {
+        "obj.names": "blue\n\nred\n", "labels/\u00e9 (a).txt": f"2{LINE[1:]}"}),
     "Label Studio's VOC": ("images/{}.png", {"Annotations/a.xml": VOC}),
     "CVAT's COCO": ("images/default/day 1/{}.png", {"annotations/instances_default.json": coco("day 1/{}.png")}),
     "CVAT's COCO of a subset": ("images/Mine/{}.png", {"annotations/instances_Mine.json": coco("{}.png")}),
@@ -37,9 +40,13 @@ EXPORTS = {  # where the images a and b are, of which a has a box, and the other
         "train.txt": "data/images/train/a.png\ndata/images/train/b.png"}),
     "CVAT's YOLO 1.1": ("obj_train_data/{}.png", {"obj.names": "red", "obj_train_data/a.txt": LINE,
                                                   "train.txt": "data/obj_train_data/a.png"}),
+    "CVAT's VOC with accents": ("JPEGImages/e\u0301{}.png", {
+        "Annotations/\u00e9a.xml": VOC, "ImageSets/Main/._default.txt": "",
+        "ImageSets/Main/default.txt": "\u00e9a\n\u00e9b"}),
     "CVAT's VOC": ("JPEGImages/s/{}.png", {"Annotations/s/a.xml": VOC, "ImageSets/Main/default.txt": "s/a\ns/b",
                                            "ImageSets/Action/default.txt": "s/a"}),
     "labelImg's VOC": ("{}.png", {"a.xml": VOC}),
+    "labelImg's VOC in subfolders, from macOS": ("day 1/{}.png", {"day 1/a.xml": VOC, "day 1/._a.xml": "\0"}),
     "labelImg's VOC in a folder": ("{}.png", {"annotations/a.xml": VOC}),
     "labelImg's YOLO": ("{}.png", {"classes.txt": "red", "a.txt": LINE}),
     "labelImg's YOLO in a folder": ("images/{}.png", {"labels/classes.txt": "red", "labels/a.txt": LINE}),
@@ -87,6 +94,13 @@ REFUSED = {
     r"CVAT's own XML: export COCO": {"annotations.xml": "<annotations/>"},
     r"Datumaro's JSON: export COCO": {"annotations/default.json": '{"info": {}, "categories": {"label": {}}}'},
     r"a table of boxes: export COCO": {"_annotations.csv": "filename"},
+    r"VIA's JSON: export COCO": {"via.json": '{"a.png123": {"filename": "a.png", "regions": []}}'},
+    r"without their classes: name those in classes\.txt": {"labels/a.txt": LINE},
+    r"an archive: unpack it": {"export.zip": ""},
+    r"its folder my export is Pascal VOC: give that": {"my export/Annotations/a.xml": VOC},
+    r"no train split: it has day1, day2$": {f"annotations/instances_day{i}.json": coco("{}.png") for i in "12"},
+    r"1 parts are not used, .* \(default\) \(refused by --strict": ONE_FILE
+    | {"annotations/instances_train.json": coco("{}.png")},
     r"has classes\.txt and obj\.names: rename or": LIST | {"obj.names": "blue"},
     r"is COCO and YOLO with a list of classes: ": LIST | {"result.json": coco("{}.png")},
     r"is YOLO and YOLO with a list of classes: ": LIST | {"data.yaml": ROBOFLOW},
@@ -99,5 +113,5 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_other_files_of_the_tools_and_two_candidates_are_refused_in_a_line(tmp_path, message):
     with pytest.raises(InputError, match=message) as caught:
-        load_split(data_flags(write(tmp_path, "{}.png", REFUSED[message])), "train")
+        load_split(data_flags(write(tmp_path, "{}.png", REFUSED[message]), strict=True), "train")
     assert "\n" not in str(caught.value)

@@ -46,8 +46,7 @@ def test_the_docs_name_every_reader():
 
 def test_what_no_reader_or_two_recognise_is_refused(demo, tmp_path):
     root = yolo(tmp_path / "set")
-    (tmp_path / "my.names").write_text("cat")
-    with pytest.raises(InputError, match=r"\(my\.names, set\) is in none of the forms demo, coco-official, COCO"):
+    with pytest.raises(InputError, match=r"\(its folder set is YOLO: give that\) is in none of the forms demo, coco-"):
         load_split(data_flags(tmp_path), "val")
     with pytest.raises(InputError, match="no such folder"):
         load_split(data_flags(tmp_path / "gone"), "val")
