@@ -205,7 +205,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, tmp_path):
             load_detector(tmp_path / "a.onnx")
         assert str(caught.value).isprintable()
 
-    refused("is not of format_version 1", {"format_version": 9})
+    refused("is not of format_version 2", {"format_version": 9})
     refused("class_names must be", {"class_names": None})
     refused("export its checkpoint again", {"category_ids": [1]})
     refused("ONNX Runtime cannot read", opset=99)
