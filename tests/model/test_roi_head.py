@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from common.model.boxes import MAX_LOG_SCALE, apply_deltas
 from common.model.losses import DetectionLoss, LossConfig
-from common.model.postprocess import CLASS_TEMPERATURE, SECOND_CLASS_SHARE, SECOND_OBJECT_SHARE, fuse_predictions
+from common.model.postprocess import Fusion, fuse_predictions
 from common.model.roi_head import NUM_JITTERED, jittered_boxes, roi_pool, select_proposals
 from common.types import Targets
 
@@ -97,15 +97,16 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_boxes_around_the_obj
 def test_both_looks_share_the_scores(looking):
     with torch.no_grad():
         out = looking(pixels_of(1, 3, 112, 112))
-    scores, boxes = fuse_predictions(out)
+    fusion = Fusion(0.3, 0.8, 1.5)
+    scores, boxes = fuse_predictions(out, fusion)
     assert torch.equal(boxes, out.second.boxes)
     best = out.second.locations[0]
     first, second = out.objectness_logits[0, best].sigmoid(), out.second.objectness_logits[0].sigmoid()
-    mean = first ** (1 - SECOND_OBJECT_SHARE) * second**SECOND_OBJECT_SHARE
+    mean = first**0.7 * second**0.3
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))
-    expected = (out.class_logits[0, out.class_rows[best]] * (1 - SECOND_CLASS_SHARE) / CLASS_TEMPERATURE).softmax(-1)
-    assert torch.allclose(fuse_predictions(silent)[0][0] / mean[:, None], expected, atol=1e-5)
+    expected = (out.class_logits[0, out.class_rows[best]] * 0.2 / 1.5).softmax(-1)
+    assert torch.allclose(fuse_predictions(silent, fusion)[0][0] / mean[:, None], expected, atol=1e-5)
 
 
 def test_with_logit_adjustment_frequency_alone_teaches_no_preference(looking, monkeypatch):
