@@ -47,11 +47,13 @@ def doubtful_labels(table: DetectionTable, data: DetectionData) -> list[dict]:
             doubts.append(_doubt(kind, against[kind][box], table, data, box, best[kind][box]))
         elif best[AGREES][box] < 0:
             doubts.append(_doubt(UNSEEN, UNSEEN_DOUBT, table, data, box))
-    explained = np.concatenate([in_crowd, pairs.detection[close], best[BOX][against[BOX] > 0]])
-    alone = np.setdiff1d(np.nonzero(table.score >= (np.inf if sure is None else sure))[0], explained)
-    corners = torch.from_numpy(convert_boxes(table.boxes[alone], "xywh", "xyxy"))
-    kept = batched_nms(corners, *(torch.from_numpy(c[alone]) for c in (table.score, table.image)), MATCH_IOU)
-    doubts += [_doubt(MISSING, precision[row], table, data, detection=row) for row in alone[kept.numpy()].tolist()]
+    placed, explained = np.unique(best[BOX][against[BOX] > 0]), np.append(in_crowd, pairs.detection[close])
+    alone = np.setdiff1d(np.nonzero(table.score >= (np.inf if sure is None else sure))[0], [*explained, *placed])
+    rows = np.append(placed, alone)  # what is detected at the place of one of the first is no further object
+    priority, corners = table.score[rows] + np.isin(rows, placed), convert_boxes(table.boxes[rows], "xywh", "xyxy")
+    kept = batched_nms(*map(torch.from_numpy, (corners, priority, table.image[rows])), MATCH_IOU)
+    rows = np.setdiff1d(rows[kept.numpy()], placed)
+    doubts += [_doubt(MISSING, precision[row], table, data, detection=row) for row in rows.tolist()]
     return sorted(doubts, key=lambda doubt: -doubt["doubt"])
 
 
