@@ -27,7 +27,7 @@ LINES = {  # of the files that a pattern finds, at most
     "common/show/*.py": 618,
     "common/export/*.py": 340,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7504,
+    "tests/**/*.py": 7506,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60
