@@ -91,7 +91,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         fixed=True,
     )
     calibration: float = flag(
-        0.05, "share of the images on which both looks are weighed, and no stage is trained", at_least=0, at_most=0.5
+        0.05, "share of the images to calibrate class scores on; no stage is trained on them", at_least=0, at_most=0.5
     )
     stop_after: str = flag("", "frozen = end with stage 1", choices=STAGES[:1])
     start_from: str = flag(

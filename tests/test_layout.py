@@ -21,13 +21,13 @@ LINES = {  # of the files that a pattern finds, at most
     "*.py": 763,
     "common/*.py": 1135,
     "common/data/*.py": 2062,
-    "common/model/*.py": 1504,
-    "common/train/*.py": 723,
+    "common/model/*.py": 1507,
+    "common/train/*.py": 714,
     "common/evaluate/*.py": 1478,
     "common/show/*.py": 618,
     "common/export/*.py": 340,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7506,
+    "tests/**/*.py": 7504,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -60,7 +60,7 @@ class DetectorConfig:
         if self.head not in tuple(HEADS) or not 0 <= self.dropout <= 1 or self.second_look < 0:
             raise InputError(f"a detector's head must be one of {', '.join(HEADS)}, its dropout a share")
         if not all(isinstance(n, float) and 0 <= n < math.inf for n in self.fusion) or not self.fusion.temperature:
-            raise InputError(f"a detector's fusion must be three numbers, its temperature above 0, not {self.fusion}")
+            raise InputError(f"a detector's fusion must be two numbers, its temperature above 0, not {self.fusion}")
         vit = vit_config(self.backbone)
         check_side("image size", self.image_size, vit.patch_size)
         if self.blocks != resolve_blocks(self.blocks, min(vit.num_hidden_layers, MAX_DEPTH)):

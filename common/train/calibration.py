@@ -1,7 +1,7 @@
-"""How the two looks of a detector are combined, fitted to images that it was not trained on.
+"""How the two looks of a detector name objects, fitted to images that it was not trained on.
 
 On its training images a detector is far too sure of the names of objects: the temperature of its class scores, and the
-shares of both looks, are those with the lowest loss elsewhere (temperature scaling, arXiv 1706.04599).
+shares of both looks in them, are those with the lowest loss elsewhere (temperature scaling, arXiv 1706.04599).
 """
 
 import itertools
@@ -40,44 +40,35 @@ def split_calibration(data: DetectionData, share: float) -> tuple[DetectionData,
 
 @torch.inference_mode()
 def calibrate(detector: Detector, data: DetectionData, workers: int, accelerator: Accelerator) -> None:
-    """Fit how the detector combines both looks, if it has two, to these images, if it detects enough of their objects.
+    """Fit how the detector's looks, if it has two, name objects to these images, if it detects enough of their objects.
 
-    The object's score is to be the IoU that the box reaches, the class that of the object whose best box it is.
+    The class of the best box of each object is to be the object's.
     """
-    objects, reached, classes, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    classes, labels = list[Tensor](), list[Tensor]()
     if not detector.config.second_look:
         return
     for batch in itertools.chain(*make_eval_loader(data, detector.input_size, 1, workers)):
         with accelerator.autocast():
             out = detector.eval()(batch.inputs.to(accelerator.device))
-        object_logs, class_logs = (part[:, 0].cpu() for part in both_looks(out))
         iou = pairwise_iou(batch.targets.boxes, fuse_predictions(out)[1].cpu())[0] * batch.targets.objects[0][:, None]
         best, place = iou.max(1)
-        objects.append(object_logs)
-        reached.append(iou.amax(0))
-        classes.append(class_logs[:, place[best >= POSITIVE_IOU]])
+        classes.append(both_looks(out)[1][:, 0].cpu()[:, place[best >= POSITIVE_IOU]])
         labels.append(batch.targets.labels[0][best >= POSITIVE_IOU])
     if (count := sum(map(len, labels))) < LEAST_OBJECTS:
         return
-    fusion = fit_fusion(torch.cat(objects, 1), torch.cat(reached), torch.cat(classes, 1), torch.cat(labels))
+    fusion = fit_fusion(torch.cat(classes, 1), torch.cat(labels))
     detector.config = replace(detector.config, fusion=fusion)
-    values = ", ".join(f"{name.replace('_', ' ')} {value:.2g}" for name, value in fusion._asdict().items())
-    log.info(f"calibrated on {count} objects of {len(data)} images held out: {values}")
+    values = f"share of the second look {fusion.share:.2g}, temperature {fusion.temperature:.2g}"
+    log.info(f"class scores calibrated on {count} objects of {len(data)} images held out: {values}")
 
 
-def fit_fusion(objects: Tensor, reached: Tensor, classes: Tensor, labels: Tensor) -> Fusion:
-    """The `Fusion` with the lowest cross-entropy.
+def fit_fusion(classes: Tensor, labels: Tensor) -> Fusion:
+    """The `Fusion` with the lowest cross-entropy on N boxes of objects with these labels (N,).
 
-    Args:
-        objects: (2, M) logarithms of both looks' object scores of boxes, and `reached` (M,) their IoU with an object.
-        classes: (2, N, K) logarithms of both looks' class scores of boxes, and `labels` (N,) their objects' classes.
+    `classes` (2, N, K) are the logarithms of both looks' class scores.
     """
 
-    def object_loss(share: float) -> float:
-        return F.binary_cross_entropy(objects[0].lerp(objects[1], share).exp(), reached).item()
+    def loss(pair: tuple[float, float]) -> float:
+        return F.cross_entropy(Fusion(*pair).class_logits(classes), labels).item()
 
-    def class_loss(pair: tuple[float, float]) -> float:
-        return F.cross_entropy(Fusion(0.0, *pair).class_logits(classes), labels).item()
-
-    pairs = itertools.product(SHARES.tolist(), TEMPERATURES.tolist())
-    return Fusion(min(SHARES.tolist(), key=object_loss), *min(pairs, key=class_loss))
+    return Fusion(*min(itertools.product(SHARES.tolist(), TEMPERATURES.tolist()), key=loss))

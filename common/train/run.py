@@ -235,7 +235,7 @@ class Run:
     def finish(self, val_data: DetectionData, held_out: DetectionData | None = None) -> dict[str, float | None]:
         """Validate the detector after the last epoch, write it to `--output`; returns its headline numbers.
 
-        Its looks are weighed on the images that are `held_out` from training.
+        Its class scores are calibrated on the images that are `held_out` from training.
         """
         self.accelerator.wait_for_everyone()
         last, output = self.latest(self.stage), self.settings.output

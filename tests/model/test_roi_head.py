@@ -97,12 +97,12 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_boxes_around_the_obj
 def test_both_looks_share_the_scores(looking):
     with torch.no_grad():
         out = looking(pixels_of(1, 3, 112, 112))
-    fusion = Fusion(0.3, 0.8, 1.5)
+    fusion = Fusion(0.8, 1.5)
     scores, boxes = fuse_predictions(out, fusion)
     assert torch.equal(boxes, out.second.boxes)
     best = out.second.locations[0]
     first, second = out.objectness_logits[0, best].sigmoid(), out.second.objectness_logits[0].sigmoid()
-    mean = first**0.7 * second**0.3
+    mean = first**0.6 * second**0.4
     assert torch.allclose(scores[0].sum(1), mean, atol=1e-5)  # over all classes
     silent = replace(out, second=replace(out.second, class_logits=torch.zeros_like(out.second.class_logits)))
     expected = (out.class_logits[0, out.class_rows[best]] * 0.2 / 1.5).softmax(-1)

@@ -18,10 +18,8 @@ def test_the_look_that_knows_is_taken_at_the_temperature_at_which_it_is_right_as
     truth, noise = torch.randn(4000, 5) * 2, torch.randn(4000, 5) * 2
     labels = truth.softmax(-1).multinomial(1)[:, 0]
     logits = [truth * temperature, noise] if share == 0 else [noise, truth * temperature]
-    reached = torch.rand(2000).clamp(1e-3, 0.999)
-    objects = [reached.log(), torch.rand(2000).log()] if share == 0 else [torch.rand(2000).log(), reached.log()]
-    fusion = fit_fusion(torch.stack(objects), reached, torch.stack(logits).log_softmax(-1), labels)
-    assert fusion.object_share == fusion.class_share == share
+    fusion = fit_fusion(torch.stack(logits).log_softmax(-1), labels)
+    assert fusion.share == share
     assert fusion.temperature == pytest.approx(temperature, rel=0.12)
 
 
