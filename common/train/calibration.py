@@ -24,7 +24,7 @@ from common.model.postprocess import Fusion, both_looks, fuse_predictions
 
 log = logging.getLogger(__name__)
 LARGEST = 250  # images to fit on
-LEAST_OBJECTS = 100  # in them; with fewer the default is better than what they say
+LEAST_OBJECTS = 50  # in them; with fewer the default is better than what they say
 SHARES, TEMPERATURES = np.linspace(0, 1, 11), np.geomspace(0.5, 5, 24)
 
 
