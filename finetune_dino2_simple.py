@@ -70,8 +70,9 @@ def train_one_epoch(
         schedule.set_rates(epoch, step)
         counts = run.mean([batch.targets.counts() for batch in batches])
         for batch in batches:
-            losses = criterion(model(batch.inputs), batch.targets, counts)
-            run.backward(losses, batches)
+            with run.exchange(model, now=batch is batches[-1]):
+                losses = criterion(model(batch.inputs), batch.targets, counts)
+                run.backward(losses)
         norm = run.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         run.check_finite(norm, step, batches)
         optimizer.step()

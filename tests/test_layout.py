@@ -18,16 +18,16 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
 # `load_detector` is the one way in for every form of a detector: it asks the export's runtime for those that it wrote.
 UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
-    "*.py": 763,
+    "*.py": 765,
     "common/*.py": 1135,
     "common/data/*.py": 2062,
     "common/model/*.py": 1507,
-    "common/train/*.py": 714,
+    "common/train/*.py": 722,
     "common/evaluate/*.py": 1478,
     "common/show/*.py": 618,
     "common/export/*.py": 340,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7504,
+    "tests/**/*.py": 7511,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

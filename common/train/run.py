@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import filelock
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import flag, flag_name, flag_texts
@@ -173,16 +174,23 @@ class Run:
             for _ in range(steps):
                 raise_if_interrupted()
                 yield [batch for group in itertools.islice(batches, self.settings.accumulate) for batch in group]
+                self.batches += self.settings.accumulate
                 bar.update()
 
     def mean(self, counts: list[Tensor]) -> Tensor:
-        """The mean of vectors over the batches of a step, those of other processes included."""
-        return self.accelerator.reduce(torch.stack(counts).mean(0), "mean")
+        """The mean of vectors of a step's images over its loaded batches, those of other processes included."""
+        return self.accelerator.reduce(torch.stack(counts).sum(0) / self.settings.accumulate, "mean")
 
-    def backward(self, losses: dict[str, Tensor], batches: list[Batch]) -> None:
+    def exchange(self, model: nn.Module, now: bool) -> AbstractContextManager:
+        """Inside, processes exchange the gradients of `model`, or leave that to a later batch of the step.
+
+        Once a step: they have different numbers of batches, as these are of images of one shape.
+        """
+        return nullcontext() if now else self.accelerator.no_sync(model)
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of one of the batches of a step, and its losses to the means of the epoch."""
-        self.accelerator.backward(sum(losses.values()) / len(batches))
-        self.batches += 1
+        self.accelerator.backward(sum(losses.values()) / self.settings.accumulate)
         for name, value in losses.items():  # on the device, which is read at the end of the epoch
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 

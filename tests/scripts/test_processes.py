@@ -22,7 +22,14 @@ LAUNCHER = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_pro
 def settings(tmp_path_factory, tiny_backbone):
     odd = tmp_path_factory.mktemp("odd") / "demo"
     make_demo(odd, train=19, val=7, seed=1)  # two processes cannot share them evenly
-    options = {"precision": "fp32", "dropout": 0.0, "epochs_frozen": 2, "epochs_unfrozen": 2, "batch_size": 2}
+    options = {
+        "precision": "fp32",
+        "dropout": 0.0,
+        "epochs_frozen": 2,
+        "epochs_unfrozen": 2,
+        "batch_size": 2,
+        "image_size": 112,
+    }
     return tiny_settings(improved, odd, tiny_backbone, **options, output="out.pth", run_dir="run")
 
 
