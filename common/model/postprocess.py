@@ -31,11 +31,6 @@ class Fusion(NamedTuple):
     share: float = 0.6
     temperature: float = 2.0
 
-    def scores(self, objects: Tensor, classes: Tensor) -> Tensor:
-        """What `both_looks` returns -> scores (B, N, K) in 0..1."""
-        found = objects[0].lerp(objects[1], SECOND_OBJECT_SHARE).exp()
-        return found[..., None] * self.class_logits(classes).softmax(-1)
-
     def class_logits(self, classes: Tensor) -> Tensor:
         """(2, ..., K) logarithms of the class scores of both looks -> (..., K)."""
         return classes[0].lerp(classes[1], self.share) / self.temperature
@@ -63,7 +58,11 @@ def fuse_predictions(out: RawOutput, fusion: Fusion = DEFAULT_FUSION) -> tuple[T
     """
     if out.second is None:
         return out.scores(), out.boxes
-    return fusion.scores(*both_looks(out)), out.second.boxes[:, -out.second.locations.shape[1] :]
+    objects, classes = both_looks(out)
+    scores = objects[0].lerp(objects[1], SECOND_OBJECT_SHARE).exp()[..., None] * fusion.class_logits(classes).softmax(
+        -1
+    )
+    return scores, out.second.boxes[:, -out.second.locations.shape[1] :]
 
 
 def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

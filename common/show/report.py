@@ -24,6 +24,7 @@ from common.types import convert_boxes
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 DOUBTS = 24  # labels to check
+DRAWN = (("label", "box"), ("detected", "detected_box"))  # of each, where it has them
 EXTREMES = 4  # best images, and as many worst ones, of each model
 CHART_DPI = 90
 IMAGE_SIDE = 900  # pixels, the longer side of an image and its ground truth together
@@ -86,8 +87,7 @@ def _doubtful(data: DetectionData, doubts: Sequence[dict]) -> Iterator[dict]:
     """The images with labels that are doubted."""
     places = {image.id: place for place, image in enumerate(data.images)}
     for doubt in doubts:
-        kinds = (("label", "box"), ("detected", "detected_box"))
-        captions, boxes = zip(*((f"{k}: {doubt[k]}", doubt[box]) for k, box in kinds if box in doubt), strict=True)
+        captions, boxes = zip(*((f"{k}: {doubt[k]}", doubt[box]) for k, box in DRAWN if box in doubt), strict=True)
         marked = LabelledBoxes(convert_boxes(np.array(boxes), "xywh", "xyxy"), np.arange(len(boxes)), list(captions))
         text = f"{doubt['kind']}, {doubt['doubt']:.2f}: {doubt['file']}"
         yield _figure(text, data, places[doubt["image_id"]], "doubt", marked)
