@@ -59,10 +59,8 @@ def fuse_predictions(out: RawOutput, fusion: Fusion = DEFAULT_FUSION) -> tuple[T
     if out.second is None:
         return out.scores(), out.boxes
     objects, classes = both_looks(out)
-    scores = objects[0].lerp(objects[1], SECOND_OBJECT_SHARE).exp()[..., None] * fusion.class_logits(classes).softmax(
-        -1
-    )
-    return scores, out.second.boxes[:, -out.second.locations.shape[1] :]
+    found, named = objects[0].lerp(objects[1], SECOND_OBJECT_SHARE).exp(), fusion.class_logits(classes).softmax(-1)
+    return found[..., None] * named, out.second.boxes[:, -out.second.locations.shape[1] :]
 
 
 def select_detections(scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
