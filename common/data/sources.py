@@ -88,16 +88,18 @@ def load_train_and_val(flags: TrainDataFlags) -> tuple[DetectionData, DetectionD
     """The training and the validation images. Raises InputError: what `load_split` and `check_classes` raise."""
     if any(flags.files("train")) != any(flags.files("val")):
         raise InputError("--train-json and --val-json go together: give the files of both parts, or of none")
-    train, val = load_split(flags, "train"), load_split(flags, "val")
+    train = load_split(flags, "train")
+    val = load_split(flags, "val", told=[(train.source, note) for note in train.notes])
     check_classes(train, val, strict=flags.strict)
     return train, val
 
 
-def load_split(flags: DataFlags, split: str) -> DetectionData:
+def load_split(flags: DataFlags, split: str, told: Sequence[tuple[str, str]] = ()) -> DetectionData:
     """N usable images of a `split`, "train", "val" or "test": `--train-images` or `--val-images` (0 = all).
 
     They are the first usable ones of a `ranking`, so that more images contain fewer, and added ones move none; or those
-    of `--image-ids`. What was left out or is doubtful is logged.
+    of `--image-ids`. What was left out or is doubtful is logged, but for the sources and notes that were `told`, as of a
+    whole data set with its training part.
 
     Raises InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
     """
@@ -105,7 +107,7 @@ def load_split(flags: DataFlags, split: str) -> DetectionData:
     if len(data) < total:
         part = split.replace("test", "val")
         log.info(f"{data.source}: {len(data):,} of {total:,} images (--{part}-images 0 takes all)")
-    _tell(data.source, data.notes, flags.strict)
+    _tell(data.source, [note for note in data.notes if (data.source, note) not in told], flags.strict)
     return data
 
 

@@ -121,9 +121,11 @@ def yolo(root, parts):
 def test_training_and_evaluation_find_the_same_images(tmp_path, caplog):
     root = yolo(tmp_path, {"train": {f"{i:02d}.png": random_image(20, 20, i) for i in range(50)}})
     caplog.set_level("INFO")
+    (root / "train" / "07.txt").unlink()
     train, val = load_train_and_val(data_flags(root))
     assert len(train) + len(val) == 50 and not {i.path for i in train.images} & {i.path for i in val.images}
     assert caplog.text.count(f"has no validation part: {len(val)} of its 50 images are held out (--hold-out 0.2)") == 1
+    assert caplog.text.count("took 1 images without a label file") == 1  # of the whole set, not once for each part
     flags = DataFlags(str(root), val_images=0)
     assert load_split(flags, "val").fingerprint() == val.fingerprint() and count_copies(flags, val) == 0
     assert len(load_split(data_flags(root, hold_out=0.6), "val")) > len(val)
