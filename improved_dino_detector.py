@@ -18,6 +18,7 @@ Writes OUTPUT, and in RUN_DIR frozen.pth (stage 1's end), last.pth, settings.jso
 """
 
 import copy
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,7 @@ WEIGHT_DECAY = 0.05
 LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
 NO_WORKERS = 0  # reading a memory map is faster than receiving it from another process
+HEAD_EPOCHS, HEAD_STEPS = 10, 200  # of stage 1, at least: 40 images have 5 steps an epoch
 STAGES = ("frozen", "unfrozen")
 OF_THE_DETECTOR = ("head", "dropout", "second_look", "blocks", "image_size", "backbone")  # fixed by --start-from
 
@@ -70,7 +72,9 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         0.1, "share of the head's hidden units dropped, thrice in the second look", at_least=0, at_most=1, fixed=True
     )
     second_look: int = flag(100, "boxes an image whose features are looked at again; 0 = none", at_least=0, fixed=True)
-    epochs_frozen: int = flag(10, "passes over the training images in stage 1; 0 = no stage 1", at_least=0)
+    epochs_frozen: int = flag(
+        -1, "passes over the training images in stage 1; 0 = no stage 1; -1 = 10, or as many as make 200 steps", at_least=-1
+    )
     epochs_unfrozen: int = flag(20, "passes in stage 2; 0 = no stage 2", at_least=0)
     cycles: int = flag(
         2, "times that the learning rates fall in stage 2; --ema averages the weights at their ends", at_least=1
@@ -120,6 +124,11 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
         """The stages that are requested."""
         epochs = {"frozen": self.epochs_frozen, "unfrozen": self.epochs_unfrozen}
         return tuple(name for name in STAGES if epochs[name] and self.stop_after in ("", name))
+
+    def head_epochs(self, images: int) -> int:
+        """The passes over so many images in stage 1."""
+        fewest = max(HEAD_EPOCHS, math.ceil(HEAD_STEPS * self.batch_size / images))
+        return fewest if self.epochs_frozen < 0 else self.epochs_frozen
 
     @property
     def fold_stages(self) -> tuple[str, ...]:
@@ -171,17 +180,18 @@ def head_stage(
     """Stage 1: the head alone, on features that each of the chosen images, and its mirror image, gives once."""
     detector.to(accelerator.device).backbone.requires_grad_(False)
     groups = parameter_groups(detector, settings.lr_frozen, 0.0, WEIGHT_DECAY)
+    epochs = settings.head_epochs(len(chosen))
     views = 1 if settings.no_mirror else 2
     if (size := feature_gigabytes(detector, data, views)) > settings.feature_cache:
         accelerator.print(f"a feature cache would take {size:.2g} GB: stage 1 runs without it, on crops", flush=True)
         loader = crop_loader(detector, data.select(chosen), settings, accelerator)
-        return Stage("frozen", settings.epochs_frozen, 1, detector, detector.head, groups, loader)
+        return Stage("frozen", epochs, 1, detector, detector.head, groups, loader)
     options = {"batch_size": settings.batch_size, "workers": settings.workers, "accelerator": accelerator}
     features = cached_features(detector, data, views=views, **options)
     part = data.select(chosen), [features[index] for index in chosen]
     samples = CachedDataset(*part, detector.input_size, mirror=views > 1, seed=settings.seed)
     loader = make_train_loader(samples, settings.batch_size, NO_WORKERS, accelerator.num_processes)
-    return Stage("frozen", settings.epochs_frozen, 1, detector.head, detector.head, groups, loader)
+    return Stage("frozen", epochs, 1, detector.head, detector.head, groups, loader)
 
 
 def detector_stage(detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator) -> Stage:

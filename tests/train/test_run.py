@@ -334,3 +334,9 @@ def test_a_tracker_out_of_reach_is_refused_before_training_and_a_warning_within(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-with tensorboard needs its package: pip install tensorboard"):
         simple.main(settings)
+
+
+def test_stage_1_has_ten_epochs_and_with_few_images_two_hundred_steps():
+    passes = {images: improved.Settings().head_epochs(images) for images in (20, 40, 150, 600)}
+    assert passes == {20: 80, 40: 40, 150: 11, 600: 10}
+    assert improved.Settings(epochs_frozen=3).head_epochs(20) == 3
