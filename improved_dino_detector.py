@@ -73,7 +73,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     )
     second_look: int = flag(100, "boxes an image whose features are looked at again; 0 = none", at_least=0, fixed=True)
     epochs_frozen: int = flag(
-        -1, "passes over the training images in stage 1; 0 = no stage 1; -1 = 10, or as many as make 200 steps", at_least=-1
+        -1, "passes over the images in stage 1; 0 = no stage 1; -1 = 10, or as many as make 200 steps", at_least=-1
     )
     epochs_unfrozen: int = flag(20, "passes in stage 2; 0 = no stage 2", at_least=0)
     cycles: int = flag(

@@ -98,8 +98,8 @@ def load_split(flags: DataFlags, split: str, told: Sequence[tuple[str, str]] = (
     """N usable images of a `split`, "train", "val" or "test": `--train-images` or `--val-images` (0 = all).
 
     They are the first usable ones of a `ranking`, so that more images contain fewer, and added ones move none; or those
-    of `--image-ids`. What was left out or is doubtful is logged, but for the sources and notes that were `told`, as of a
-    whole data set with its training part.
+    of `--image-ids`. What was left out or is doubtful is logged, but for the sources and notes that were `told`, as of
+    a whole data set with its training part.
 
     Raises InputError: no such data, or in another form; with `--strict`, anything left out or doubtful.
     """
