@@ -75,7 +75,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
     epochs_frozen: int = flag(
         -1, "passes over the images in stage 1; 0 = no stage 1; -1 = 10, or as many as make 200 steps", at_least=-1
     )
-    epochs_unfrozen: int = flag(20, "passes in stage 2; 0 = no stage 2", at_least=0)
+    epochs_unfrozen: int = flag(16, "passes in stage 2; 0 = no stage 2", at_least=0)
     cycles: int = flag(
         2, "times that the learning rates fall in stage 2; --ema averages the weights at their ends", at_least=1
     )
