@@ -127,7 +127,7 @@ class Settings(RunFlags, LossConfig, AugmentationFlags, BackboneFlags, DetectorF
 
     def head_epochs(self, images: int) -> int:
         """The passes over so many images in stage 1."""
-        fewest = max(HEAD_EPOCHS, math.ceil(HEAD_STEPS * self.batch_size / images))
+        fewest = max(HEAD_EPOCHS, math.ceil(HEAD_STEPS * self.batch_size * self.accumulate / images))
         return fewest if self.epochs_frozen < 0 else self.epochs_frozen
 
     @property
