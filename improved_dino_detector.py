@@ -2,7 +2,8 @@
 
 Stage 1 trains the head on features of a frozen backbone, which are cached on disk: each image, and its mirror image,
 passes the backbone once. Stage 2 trains both end to end, at a low learning rate that decreases from block to block, on
-crops with scale and colour jitter. Its learning rates fall twice, and the mean of the weights at both ends is kept.
+crops with scale and colour jitter. Its learning rates fall twice, and the mean of the weights at both ends is kept,
+with a fifth of those before.
 
   python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
@@ -57,6 +58,7 @@ from common.types import Detections
 WEIGHT_DECAY = 0.05
 LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
+START_SHARE = 0.2  # of the weights before stage 2 in those that it ends with, unless --ema 0 takes the last ones
 NO_WORKERS = 0  # reading a memory map is faster than receiving it from another process
 HEAD_EPOCHS, HEAD_STEPS = 10, 200  # of stage 1, at least: 40 images have 5 steps an epoch
 STAGES = ("frozen", "unfrozen")
@@ -219,7 +221,8 @@ def train_stage(
     optimizer = torch.optim.AdamW(stage.groups, fused=True)
     model, optimizer, loader = accelerator.prepare(stage.model, optimizer, stage.loader)
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
-    average = Ema(stage.trained, settings.ema * schedule.steps / schedule.cycles)
+    start_share = START_SHARE * (stage.name == "unfrozen" and settings.ema > 0)
+    average = Ema(stage.trained, settings.ema * schedule.steps / schedule.cycles, start_share)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):

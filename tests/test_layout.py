@@ -18,16 +18,16 @@ MAY_IMPORT = {  # room of common/: the rooms that its modules may import, beside
 # `load_detector` is the one way in for every form of a detector: it asks the export's runtime for those that it wrote.
 UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
-    "*.py": 775,
+    "*.py": 778,
     "common/*.py": 1135,
     "common/data/*.py": 2064,
     "common/model/*.py": 1504,
-    "common/train/*.py": 722,
+    "common/train/*.py": 726,
     "common/evaluate/*.py": 1478,
     "common/show/*.py": 618,
     "common/export/*.py": 340,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7519,
+    "tests/**/*.py": 7520,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

@@ -69,12 +69,14 @@ class Ema:
     Where the learning rate has several cycles, the averages at their ends are averaged with equal weight: the weights
     found by different cycles generalise better together (stochastic weight averaging, arXiv 1803.05407). It reaches
     back `horizon` steps, in the first steps fewer, which reduces the share of the initial weights; with 0 none.
+    `start_share` of the result are the initial weights all the same, which have not overfitted (arXiv 2109.01903).
     """
 
-    def __init__(self, module: nn.Module, horizon: float):
+    def __init__(self, module: nn.Module, horizon: float, start_share: float = 0.0):
         self.trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-        self.averages = {0: [p.detach().clone() for p in self.trained]}  # of each cycle, at its end or now
-        self.decay, self.steps = horizon / (1 + horizon), 0
+        self.start, now = ([p.detach().clone() for p in self.trained] for _ in range(2))
+        self.averages = {0: now}  # of each cycle, at its end or now
+        self.decay, self.steps, self.start_share = horizon / (1 + horizon), 0, start_share
 
     @torch.no_grad()
     def update(self, cycle: int = 0) -> None:
@@ -92,7 +94,8 @@ class Ema:
     def applied(self) -> Iterator[None]:
         """Inside, the module has the averaged weights; afterwards its own are restored."""
         own = [p.detach().clone() for p in self.trained]
-        self._load([torch.stack(values).mean(0) for values in zip(*self.averages.values(), strict=True)])
+        means = [torch.stack(values).mean(0) for values in zip(*self.averages.values(), strict=True)]
+        self._load(torch._foreach_lerp(means, self.start, self.start_share))
         try:
             yield
         finally:
@@ -104,11 +107,12 @@ class Ema:
             weight.copy_(value)
 
     def state_dict(self) -> dict:
-        return {"averages": self.averages, "steps": self.steps}
+        return {"start": self.start, "averages": self.averages, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps, devices = state["steps"], [weight.device for weight in self.trained]
-        self.averages = {
-            cycle: [value.to(device) for value, device in zip(values, devices, strict=True)]
-            for cycle, values in state["averages"].items()
-        }
+        self.start, self.steps = self._placed(state["start"]), state["steps"]
+        self.averages = {cycle: self._placed(weights) for cycle, weights in state["averages"].items()}
+
+    def _placed(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights on the devices of the module's."""
+        return [weight.to(own.device) for weight, own in zip(weights, self.trained, strict=True)]

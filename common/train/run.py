@@ -40,7 +40,7 @@ from common.types import Batch, Detections
 
 log = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # names of the packages too
-STATE_VERSION = 6
+STATE_VERSION = 7
 FINISHED = "finished"  # a file that marks a run as complete, with its result
 FILES = ("settings.json", "log.jsonl", "start.pth", "last.pth", "state.pth", FINISHED)
 UNRECORDED = ("resume", "log_with")  # settings of the command, not of the run

@@ -20,26 +20,27 @@ def test_the_learning_rate_falls_in_each_cycle_and_rises_between_them(steps, cyc
     assert sorted(rates[:warm_up]) == list(rates[:warm_up])
 
 
-AVERAGES = {  # the horizon; the weight after each step, its cycle, and the average then
-    "ends of the cycles": (1e-9, [(1.0, 0, 1.0), (2.0, 0, 2.0), (6.0, 1, 4.0), (8.0, 1, 5.0)]),
-    "resumed with fewer cycles": (1e-9, [(1.0, 0, 1.0), (2.0, 1, 1.5), (5.0, 0, 5.0), (7.0, 1, 6.0)]),
-    "no average": (0.0, [(1.0, 0, 1.0), (0.1, 1, 0.1)]),
-    "young averages follow closely": (9.0, [(11.0, 0, 10.0)]),
+AVERAGES = {  # the horizon and the start's share; the weight after each step, its cycle, and the average then
+    "ends of the cycles": (1e-9, 0.0, [(1.0, 0, 1.0), (2.0, 0, 2.0), (6.0, 1, 4.0), (8.0, 1, 5.0)]),
+    "resumed with fewer cycles": (1e-9, 0.0, [(1.0, 0, 1.0), (2.0, 1, 1.5), (5.0, 0, 5.0), (7.0, 1, 6.0)]),
+    "no average": (0.0, 0.0, [(1.0, 0, 1.0), (0.1, 1, 0.1)]),
+    "young averages follow closely": (9.0, 0.0, [(11.0, 0, 10.0)]),
+    "the start": (1e-9, 0.25, [(8.0, 0, 6.0), (16.0, 1, 9.0)]),
 }
 
 
-@pytest.mark.parametrize(("horizon", "steps"), AVERAGES.values(), ids=AVERAGES)
-def test_the_average_is_that_of_the_ends_of_the_cycles_also_after_a_resume(horizon, steps):
+@pytest.mark.parametrize(("horizon", "share", "steps"), AVERAGES.values(), ids=AVERAGES)
+def test_the_average_is_that_of_the_ends_of_the_cycles_also_after_a_resume(horizon, share, steps):
     layer = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(layer.weight)
-    average = Ema(layer, horizon)
+    average = Ema(layer, horizon, share)
     for value, cycle, expected in steps:
         nn.init.constant_(layer.weight, value)
         average.update(cycle)
         with average.applied():
             assert layer.weight.item() == pytest.approx(expected)
         assert layer.weight.item() == pytest.approx(value)
-        resumed = Ema(layer, horizon)
+        resumed = Ema(layer, horizon, share)
         resumed.load_state_dict(average.state_dict())
         average = resumed
 
