@@ -1,7 +1,7 @@
 """Learning rates of all weights as functions of the step, and the moving average of the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -102,7 +102,7 @@ class Ema:
             self._load(own)
 
     @torch.no_grad()
-    def _load(self, weights: list[Tensor]) -> None:
+    def _load(self, weights: Iterable[Tensor]) -> None:
         for weight, value in zip(self.trained, weights, strict=True):
             weight.copy_(value)
 
