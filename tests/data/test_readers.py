@@ -185,6 +185,14 @@ def test_labels_beside_the_images_and_images_without_labels(tmp_path):
         read(root)
 
 
+def test_label_files_without_an_image_are_told(tmp_path):
+    labels = yolo(tmp_path) / "labels" / "val"
+    for name in ("gone.txt", "classes.txt", "cafe\u0301.txt"):
+        (labels / name).write_text(BOX)
+    image(tmp_path / "images" / "val" / "caf\u00e9.png")
+    assert read(tmp_path).notes == ("left out 1 label files without an image (gone.txt)",)
+
+
 def test_symbolic_links_are_followed_once(tmp_path):
     yolo(tmp_path / "real")
     linked = yolo(tmp_path / "linked")
