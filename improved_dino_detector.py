@@ -1,9 +1,8 @@
 """Fine-tune DINOv2 with deeper heads in two stages: the improved detector.
 
 Stage 1 trains the head on features of a frozen backbone, which are cached on disk: each image, and its mirror image,
-passes the backbone once. Stage 2 trains both end to end, at a low learning rate that decreases from block to block, on
-crops with scale and colour jitter. Its learning rates fall twice, and the mean of the weights at both ends is kept,
-with a fifth of those before.
+passes the backbone once. Stage 2 trains both end to end on crops with scale and colour jitter, at low learning rates
+that decrease from block to block and fall twice; it keeps the mean of the weights of both ends, and a fifth of before.
 
   python improved_dino_detector.py                             5,000 images of COCO -> improved_dino2_detector.pth
   python improved_dino_detector.py --train-images 0            all of COCO
@@ -58,7 +57,7 @@ from common.types import Detections
 WEIGHT_DECAY = 0.05
 LAYER_DECAY = 0.8  # rate of each block in stage 2, in multiples of the following one's (BEiT, arXiv 2106.08254)
 CLIP_NORM = 5.0  # a guard against single bad batches; usual norms are below it
-START_SHARE = 0.2  # of the weights before stage 2 in those that it ends with, unless --ema 0 takes the last ones
+START_SHARE = 0.2  # of stage 2, unless --ema 0 takes the last weights
 NO_WORKERS = 0  # reading a memory map is faster than receiving it from another process
 HEAD_EPOCHS, HEAD_STEPS = 10, 200  # of stage 1, at least: 40 images have 5 steps an epoch
 STAGES = ("frozen", "unfrozen")
@@ -174,6 +173,7 @@ class Stage(NamedTuple):
     trained: nn.Module  # of the model: all that is averaged, and saved to be resumed
     groups: list[dict]  # of its weights, with their learning rates
     loader: DataLoader
+    start_share: float = 0.0  # of the weights before the stage in those that it ends with
 
 
 def head_stage(
@@ -202,7 +202,8 @@ def detector_stage(detector: Detector, data: DetectionData, settings: Settings, 
     rates = settings.lr_unfrozen * settings.head_lr_factor, settings.lr_unfrozen
     groups = parameter_groups(detector, *rates, WEIGHT_DECAY, LAYER_DECAY)
     loader = crop_loader(detector, data, settings, accelerator)
-    return Stage("unfrozen", settings.epochs_unfrozen, settings.cycles, detector, detector, groups, loader)
+    share = START_SHARE * (settings.ema > 0)
+    return Stage("unfrozen", settings.epochs_unfrozen, settings.cycles, detector, detector, groups, loader, share)
 
 
 def crop_loader(detector: Detector, data: DetectionData, settings: Settings, accelerator: Accelerator) -> DataLoader:
@@ -221,8 +222,7 @@ def train_stage(
     optimizer = torch.optim.AdamW(stage.groups, fused=True)
     model, optimizer, loader = accelerator.prepare(stage.model, optimizer, stage.loader)
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
-    start_share = START_SHARE * (stage.name == "unfrozen" and settings.ema > 0)
-    average = Ema(stage.trained, settings.ema * schedule.steps / schedule.cycles, start_share)
+    average = Ema(stage.trained, settings.ema * schedule.steps / schedule.cycles, stage.start_share)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
     accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
     for epoch in run.epochs(stage.name, stage.epochs, **parts):

@@ -328,11 +328,11 @@ def _add_yolo(table: Table, images: list[Path], keypoints: int = 0) -> None:
         return (0, 0), [(category, box, False) for category, box, _ in lines]
 
     add_labelled(table, images, label_places, read)
-    for folder, labels in {image.parent: label_places(image)[0].parent for image in images}.items():
-        known = {"classes"} | {unicodedata.normalize("NFC", file.stem) for file in folder.glob("*")}
-        for file in sorted(labels.glob("*.txt")):
-            if labels != folder and unicodedata.normalize("NFC", file.stem) not in known:
-                table.faults.add("left out {} label files without an image", file.name)
+    for folder in dict.fromkeys(image.parent for image in images):
+        for apart in label_places(folder / "classes.txt")[:-1]:  # beside images other texts may lie
+            known = {apart.stem} | {_stem(file, folder) for file in folder.glob("*")}
+            for stem in sorted({_stem(file, apart.parent) for file in apart.parent.glob("*.txt")} - known):
+                table.faults.add("left out {} label files without an image", f"{stem}.txt")
     if max(counts, default=0) == TRIANGLE:
         raise InputError(f"{counts[TRIANGLE]} has lines of 7 columns, perhaps predictions (confidence, track): keep 5")
 
