@@ -167,24 +167,14 @@ def crowded(data):
 def coco_dict(data):
     """The ground truth as a COCO instances dictionary, annotation ids from 1 (an id of 0 would count as unmatched)."""
     columns = (data.image_of_box(), data.labels, data.boxes, data.areas, data.crowd)
+    files, ids = data.images, data.category_ids
     annotations = [
-        {
-            "id": number,
-            "image_id": data.images[index].id,
-            "category_id": data.category_ids[label],
-            "bbox": box.tolist(),
-            "area": float(area),
-            "iscrowd": int(crowd),
-        }
-        for number, (index, label, box, area, crowd) in enumerate(zip(*columns, strict=True), 1)
+        annotation(id=n, image_id=files[i].id, category_id=ids[k], bbox=b.tolist(), area=float(a), iscrowd=int(c))
+        for n, (i, k, b, a, c) in enumerate(zip(*columns, strict=True), 1)
     ]
-    images = [{"id": i.id, "file_name": i.path.name, "width": i.width, "height": i.height} for i in data.images]
-    categories = zip(data.category_ids, data.class_names, strict=True)
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in categories],
-    }
+    images = [{"id": i.id, "file_name": i.path.name, "width": i.width, "height": i.height} for i in files]
+    categories = [{"id": number, "name": name} for number, name in zip(ids, data.class_names, strict=True)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def pycocotools_stats(truth, detections):
@@ -279,9 +269,7 @@ def official_instances(part):
     ids = OFFICIAL_IDS[part]
     return {
         "images": [{"id": i, "file_name": f"{i:012d}.jpg", "width": 40, "height": 30} for i in ids],
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 18, "bbox": [1, 2, 10, 9], "area": 90, "iscrowd": 0} for i in ids
-        ],
+        "annotations": [annotation(id=i, image_id=i, category_id=18, bbox=[1, 2, 10, 9], area=90) for i in ids],
         "categories": [{"id": 18, "name": "dog"}],
     }
 

@@ -20,14 +20,14 @@ UPWARD = {("common/model/__init__.py", "common.export.runtime")}
 LINES = {  # of the files that a pattern finds, at most
     "*.py": 778,
     "common/*.py": 1135,
-    "common/data/*.py": 2069,
-    "common/model/*.py": 1504,
+    "common/data/*.py": 2066,
+    "common/model/*.py": 1498,
     "common/train/*.py": 726,
     "common/evaluate/*.py": 1478,
     "common/show/*.py": 618,
     "common/export/*.py": 340,
     "common/predict/*.py": 405,
-    "tests/**/*.py": 7528,
+    "tests/**/*.py": 7527,
 }
 MODULES = 14  # in one folder
 FUNCTION_LINES = 60

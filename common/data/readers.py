@@ -41,11 +41,7 @@ OTHER_EXPORTS = (  # what labelling tools write, too: files, how one of them beg
     ("*.json", rb'(?s).*"categories"\s*:\s*{', "Datumaro's JSON: export COCO 1.0, with images"),
     ("*.json", rb'(?s)\s*{.*("regions"|"_via_)', "VIA's JSON: export COCO, with images"),
     ("*.csv", b"", "a table of boxes: export COCO or YOLO, with images"),
-    (
-        "*.txt",
-        rb"\s*\d+(\s[\d.]+){4}",
-        "YOLO's text files without their classes: name those in classes.txt, a line each",
-    ),
+    ("*.txt", rb"\s*\d+(\s[\d.]+){4}", "YOLO's text files without classes: name those in classes.txt, a line each"),
     ("*.zip", b"", "an archive: unpack it"),
 )
 TextLoader = type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # a class may be called no or on
@@ -78,15 +74,15 @@ def reading(path: object, form: str) -> Iterator[None]:
         raise InputError(f"cannot read {path} as {form}: {to_one_line(reason, 200)}") from error
 
 
-def find_split(split: str, names: Iterable[str], source: object) -> str:
-    """The name that a data set gives to a split. Raises InputError where it has none."""
+def find_split(split: str, names: Iterable[str], source: object, mend: str = "") -> str:
+    """The name that a data set gives to a split. Raises InputError, with a mend, where it has none."""
     given = sorted(set(names))
     for name in SPLITS[split]:
         if len(found := [spelled for spelled in given if spelled.casefold() == name]) > 1:
             raise InputError(f"{source} has {' and '.join(found)}: rename or remove one")
         if found:
             return found[0]
-    raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(given) or 'none', 200)}")
+    raise InputError(f"{source} has no {split} split: it has {to_one_line(', '.join(given) or 'none', 200)}{mend}")
 
 
 def take_part(table: Table, split: str, parts: Mapping[str, Part]) -> Part:
@@ -96,7 +92,8 @@ def take_part(table: Table, split: str, parts: Mapping[str, Part]) -> Part:
     """
     table.whole = split != "test" and not {name.casefold() for name in parts} & set(SPLITS["val"])
     is_single = table.whole and len(parts) == 1
-    table.split = next(iter(parts)) if is_single else find_split("train" if table.whole else split, parts, table.source)
+    wanted = "train" if table.whole else split
+    table.split = next(iter(parts)) if is_single else find_split(wanted, parts, table.source, f": name one {wanted}")
     for name in sorted(parts.keys() - {table.split}) if table.whole else ():
         table.faults.add("{} parts are not used, as they are neither for training nor for validation", name)
     return parts[table.split]

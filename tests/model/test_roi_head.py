@@ -94,6 +94,17 @@ def test_predictions_depend_neither_on_the_batch_nor_on_the_boxes_around_the_obj
             assert torch.allclose(ours, theirs, atol=close)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("training", "shift"), [(False, 0.15), (True, 0.1)])
+def test_boxes_are_the_mean_of_one_and_of_two_refinements_and_in_training_of_one(looking, training, shift):
+    predict = looking.train(training).head.second_look.predict
+    predict.weight.zero_()
+    predict.bias.copy_(torch.tensor([0, 0.1, 0, 0, 0]))  # a tenth of the box to the right
+    second = looking(pixels_of(1, 3, 112, 112)).second
+    widths = (second.proposals[..., 2] - second.proposals[..., 0]).clamp(min=1)
+    assert torch.allclose((second.boxes - second.proposals)[..., 0], shift * widths, atol=1e-3)
+
+
 def test_both_looks_share_the_scores(looking):
     with torch.no_grad():
         out = looking(pixels_of(1, 3, 112, 112))
