@@ -15,15 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable
 
-from common.console import (
-    InputError,
-    Interrupted,
-    last_line,
-    print_traceback,
-    raise_on_signals,
-    show_messages,
-    to_one_line,
-)
+from common import console
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -140,29 +132,29 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
 
     One line on stderr then says what happened. With `DETECTION_DEBUG=1` the traceback stands above it.
     """
-    raise_on_signals()
+    console.raise_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
-    show_messages()
+    console.show_messages()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that Pillow can read past, and of large images
     try:
         main(parse(settings_type, description or ""))
-    except (Exception, Interrupted) as error:
+    except (Exception, console.Interrupted) as error:
         if (message := message_of(error)) is None:
             raise
-        print_traceback()
-        line = to_one_line("; ".join([message, *getattr(error, "__notes__", [])]), MESSAGE_LENGTH)
+        console.print_traceback()
+        line = console.to_one_line("; ".join([message, *getattr(error, "__notes__", [])]), MESSAGE_LENGTH)
         print(f"{sys.argv[0].rpartition('/')[2]}: error: {line}", file=sys.stderr)
-        sys.exit(128 + error.number if isinstance(error, Interrupted) else 2)  # as shells expect
+        sys.exit(128 + error.number if isinstance(error, console.Interrupted) else 2)  # as shells expect
 
 
 def message_of(error: BaseException) -> str | None:
     """What a user can do something about; None for a fault of the program."""
-    if isinstance(error, Interrupted):
+    if isinstance(error, console.Interrupted):
         return "interrupted"
-    if isinstance(error, InputError):  # a worker's begins with its traceback, which ends in the name of its own type
+    if isinstance(error, console.InputError):  # a worker's begins with its traceback, which ends in its type
         return str(error).rpartition(f"{type(error).__name__}: ")[2]
     if isinstance(error, OSError):  # of a file, folder or connection
-        return last_line(error)
+        return console.last_line(error)
     text = f"{type(error).__name__}: {error}"
     return next((mend for pattern, mend in MENDS.items() if re.search(pattern, text)), None)

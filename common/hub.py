@@ -10,16 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from common.console import InputError, last_line, to_one_line
@@ -35,15 +26,15 @@ RETRY_S = 25.0  # where the hub names no time
 LOG_IN = "log in with `hf auth login` or HF_TOKEN"
 # The first that an error or one of its causes is; {page} and {endpoint} are addresses.
 CAUSES = (
-    (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-    (GatedRepoError, f"it is gated: accept its terms at {{page}} and {LOG_IN}"),
-    (RevisionNotFoundError, "the hub no longer has its revision"),
-    (RepositoryNotFoundError, f"the hub has nothing of that name; where it is private, {LOG_IN}"),
-    (HfHubHTTPError, "the hub answers with the status {status}: run the same command later"),
+    (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    (errors.GatedRepoError, f"it is gated: accept its terms at {{page}} and {LOG_IN}"),
+    (errors.RevisionNotFoundError, "the hub no longer has its revision"),
+    (errors.RepositoryNotFoundError, f"the hub has nothing of that name; where it is private, {LOG_IN}"),
+    (errors.HfHubHTTPError, "the hub answers with the status {status}: run the same command later"),
     (httpx2.ConnectError, "{endpoint} cannot be reached: check the network, the proxy and HF_ENDPOINT"),
     (httpx2.TimeoutException, "the hub does not answer: run the same command later"),
     (httpx2.TransportError, "the connection broke off: the same command goes on"),
-    (FileMetadataError, "{endpoint} does not answer as a hub: check HF_ENDPOINT and the proxy"),
+    (errors.FileMetadataError, "{endpoint} does not answer as a hub: check HF_ENDPOINT and the proxy"),
 )
 Answer = TypeVar("Answer")
 
@@ -69,7 +60,7 @@ def hub_folder(name: str, kind: str, advice: str) -> Path:
     Raises InputError where it is not in the cache and cannot be fetched; `kind` says what was looked for, `advice`
     what to do without it.
     """
-    with suppress(LocalEntryNotFoundError):
+    with suppress(errors.LocalEntryNotFoundError):
         if _is_whole(folder := Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))):
             return folder
     log.info(f"fetching {kind} {name}")
@@ -145,7 +136,7 @@ def _seconds_to_wait(error: Exception) -> float:
     for link in _chain(error):
         if isinstance(link, httpx2.TransportError) and not isinstance(link, httpx2.ConnectError):
             return RETRY_S
-        if isinstance(link, HfHubHTTPError) and link.response is not None and link.response.status_code in BUSY:
+        if isinstance(link, errors.HfHubHTTPError) and link.response is not None and link.response.status_code in BUSY:
             named = link.response.headers.get("Retry-After", "")
             return max(1.0, float(named)) if named.isdigit() else RETRY_S
     return 0.0

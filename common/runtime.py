@@ -117,5 +117,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{torch.cpu.get_capabilities().get('cpu_name') or 'CPU'}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{torch.cpu.get_capabilities().get('cpu_name') or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
     return device.type
