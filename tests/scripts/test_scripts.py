@@ -24,7 +24,7 @@ import finetune_dino2_simple
 import improved_dino_detector
 import plot_results
 import validate_models
-from common import cli
+from common import cli, console
 from common.data.transforms import ScaleTransform
 from common.evaluate.results import read_results
 from common.model.checkpoint import load_checkpoint
@@ -65,7 +65,7 @@ def chain(tmp_path_factory, demo, tiny_backbone) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DETECTION_CACHE", str(folder / "cache"))
-        patch.setattr(cli, "raise_on_signals", lambda: None)  # for the tests that follow
+        patch.setattr(console, "raise_on_signals", lambda: None)  # for the tests that follow
         for line in lines_of(CHAIN):
             name, *flags = line.format(demo=demo, tiny=tiny_backbone).split()
             AcceleratorState._reset_state(reset_partial_state=True)
