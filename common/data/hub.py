@@ -162,7 +162,7 @@ def _open(request: Request, known: str | None, folder: Path) -> tuple[datasets.I
         if not Path(name).is_dir():  # one short request first: the data library would retry for half a minute
             revision = ask_hub(lambda: HfApi().dataset_info(name, revision=known, timeout=HUB_TIMEOUT_S)).sha
         splits = datasets.load_dataset(name, streaming=True, revision=revision)
-    split = find_split(request.split, splits, f"data {name}")
+    split = find_split(request.split, splits, f"data {name}", ": push one made by train_test_split")
     features = splits[split].features or {}
     objects = getattr(features.get("objects"), "feature", features.get("objects"))  # a list's elements
     objects = objects if isinstance(objects, dict) else {}

@@ -299,7 +299,7 @@ def test_what_is_no_detection_set_or_breaks_off_is_refused_in_a_line(twelve, tmp
     rows = [{"image": {"bytes": picture(i), "path": None}, "label": i} for i in range(2)]
     with pytest.raises(InputError, match=r"is no detection set: .*, but image, label"):
         read(parquet(tmp_path / "other", rows, None))
-    with pytest.raises(InputError, match="has no val split: it has train"):
+    with pytest.raises(InputError, match="has no val split: it has train: push one"):
         read(twelve, split="val")
     second = twelve / "data" / "train-00001-of-00002.parquet"
     second.write_bytes(second.read_bytes()[:100])
