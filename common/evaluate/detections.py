@@ -18,7 +18,7 @@ from common.types import Detections, convert_boxes
 ROUNDING = 1e-6  # by which a score may exceed 1, and a width fall below 0
 OTHER_NAMES = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}  # Pascal VOC's
 Places = tuple[np.ndarray, list[str]]  # (M,) int64 place of each row in the data, -1 where it has none; and warnings
-CUT_SCORE = 0.05  # tools cut below it for an evaluation, at 0.25 or more for people to look at
+CUT_SCORE = 0.1  # tools cut at 0.05 at most for an evaluation, at 0.25 or more for people to look at
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_what_is_left_out_or_doubtful_is_counted(demo_val, rows, read):
         read(some[:3])
     with pytest.raises(InputError, match=r"only .* images .*: give each detection the file_name of the data"):
         read(rows, replace(demo_val, own_ids=False))  # positions in a list that another program cannot know
-    assert read(rows).warnings == CUT and read([*rows, rows[0] | {"score": 0.01}]).warnings == ()
+    assert read(rows).warnings == CUT and read([*rows, rows[0] | {"score": 0.06}]).warnings == ()
 
 
 def test_categories_by_name(demo_val, rows, read):
