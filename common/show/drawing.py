@@ -97,7 +97,7 @@ def contact_sheet(strips: Sequence[Image.Image], width: int = 1800, height: int 
     """All strips on one sheet, in columns of equal width, as many as fit the width. Sizes in pixels."""
     scaled = [ImageOps.contain(strip, (width - 2 * GAP, height), Image.Resampling.LANCZOS) for strip in strips]
     step = max(strip.width for strip in scaled) + GAP
-    columns = max(1, (width - GAP) // step)
+    columns = max(1, min(len(scaled), (width - GAP) // step))
     sheet = Image.new("RGB", (GAP + columns * step, GAP + -(-len(scaled) // columns) * (height + GAP)), BACKGROUND)
     for place, strip in enumerate(scaled):
         sheet.paste(strip, (GAP + place % columns * step, GAP + place // columns * (height + GAP)))

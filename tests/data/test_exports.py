@@ -21,6 +21,7 @@ def coco(name, categories=RED):
     return json.dumps({"images": images, "categories": categories, "annotations": boxes})
 
 
+PNG = coco("{}.png")
 NOTES = json.dumps({"categories": [{"id": "1", "name": "blue"}, {"id": 0, "name": "red"}]})
 ROBOFLOW = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: [red]"
 EXPORTS = {  # where the images a and b are, of which a has a box, and the other files
@@ -34,7 +35,7 @@ EXPORTS = {  # where the images a and b are, of which a has a box, and the other
         "obj.names": "blue\n\nred\n", "labels/\u00e9 (a).txt": f"2{LINE[1:]}"}),
     "Label Studio's VOC": ("images/{}.png", {"Annotations/a.xml": VOC}),
     "CVAT's COCO": ("images/default/day 1/{}.png", {"annotations/instances_default.json": coco("day 1/{}.png")}),
-    "CVAT's COCO of a subset": ("images/Mine/{}.png", {"annotations/instances_Mine.json": coco("{}.png")}),
+    "CVAT's COCO of a subset": ("images/Mine/{}.png", {"annotations/instances_Mine.json": PNG}),
     "CVAT's Ultralytics YOLO": ("images/train/{}.png", {  # with a track
         "data.yaml": "names: {0: red}\npath: .\ntrain: train.txt", "labels/train/a.txt": f"{LINE} 17",
         "train.txt": "data/images/train/a.png\ndata/images/train/b.png"}),
@@ -98,13 +99,12 @@ REFUSED = {
     r"without classes: name those in classes\.txt": {"labels/a.txt": LINE},
     r"an archive: unpack it": {"export.zip": ""},
     r"its folder my export is Pascal VOC: give that": {"my export/Annotations/a.xml": VOC},
-    r"it has day1, day2: name one train$": {f"annotations/instances_day{i}.json": coco("{}.png") for i in "12"},
-    r"1 parts are not used, .* \(default\) \(refused by --strict": ONE_FILE
-    | {"annotations/instances_train.json": coco("{}.png")},
+    r"no train split: it has day1, day2: name one train$": {f"annotations/instances_day{i}.json": PNG for i in "12"},
+    r"1 parts are not used, .* \(default\) \(refused by --strict": ONE_FILE | {"annotations/instances_train.json": PNG},
     r"has classes\.txt and obj\.names: rename or": LIST | {"obj.names": "blue"},
-    r"is COCO and YOLO with a list of classes: ": LIST | {"result.json": coco("{}.png")},
+    r"is COCO and YOLO with a list of classes: ": LIST | {"result.json": PNG},
     r"is YOLO and YOLO with a list of classes: ": LIST | {"data.yaml": ROBOFLOW},
-    r"no train split: it has default, result: name one train$": ONE_FILE | {"result.json": coco("{}.png")},
+    r"no train split: it has default, result: name one train$": ONE_FILE | {"result.json": PNG},
     r"may be predictions": LIST | {"a.txt": f"{LINE} 0.9"},
     r"lacks 'name'": LIST | {"notes.json": '{"categories": [{"id": 1}]}'},
 }

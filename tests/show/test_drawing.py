@@ -36,6 +36,7 @@ def test_images_of_extreme_shapes_are_drawn(size):
     drawn = draw_boxes(Image.new("RGB", size), boxes_of((0, 0, *size)))
     strip = side_by_side([("ground truth", drawn), ("a model", drawn)])
     assert max(drawn.size) <= 1600 and contact_sheet([strip, strip]).width <= 1800
+    assert [contact_sheet([Image.new("RGB", (400, 260))] * n).size for n in (2, 5)] == [(824, 276), (1640, 544)]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "\0\x1b", "\udcff", "猫", "a" * 1000, "$\\frac$"])

@@ -40,9 +40,8 @@ def test_the_average_is_that_of_the_ends_of_the_cycles_also_after_a_resume(horiz
         with average.applied():
             assert layer.weight.item() == pytest.approx(expected)
         assert layer.weight.item() == pytest.approx(value)
-        resumed = Ema(layer, horizon, share)
-        resumed.load_state_dict(average.state_dict())
-        average = resumed
+        state, average = average.state_dict(), Ema(layer, horizon, share)
+        average.load_state_dict(state)
 
 
 def test_rates_decay_by_depth_and_matrices_alone_have_weight_decay(detector):
