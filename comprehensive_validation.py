@@ -93,7 +93,7 @@ def evaluate_model(name: str, path: str, settings: Settings, data: DetectionData
     finally:
         gc.collect()  # the model, before the next one is loaded
     for warning in evaluation.record.warnings:
-        print(f"warning: {name}: {warning}", file=sys.stderr, flush=True)
+        print(f"warning: {name}: {warning}", file=sys.stderr)
     written = str(file.relative_to(Path(settings.output).parent))
     return replace(evaluation, record=replace(evaluation.record, detections=written))
 

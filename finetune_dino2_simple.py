@@ -113,8 +113,8 @@ def main(settings: Settings) -> dict:
         model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
         schedule = Schedule(optimizer, settings.epochs, run.epoch_steps(loader))
 
-        begin = f"training {settings.epochs} epochs on {len(train_data)} images with {start.train_config['backbone']}"
-        accelerator.print(f"{begin}; {settings.describe()}")
+        about = f"{settings.epochs} epochs on {len(train_data)} images with {start.train_config['backbone']}"
+        accelerator.print(f"training {about}")
         for epoch in run.epochs("only", settings.epochs, detector=detector, optimizer=optimizer):
             train_one_epoch(model, criterion, loader, optimizer, schedule, epoch, run)
             run.finish_epoch(start, val_data)

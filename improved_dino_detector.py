@@ -185,7 +185,7 @@ def head_stage(
     epochs = settings.head_epochs(len(chosen))
     views = 1 if settings.no_mirror else 2
     if (size := feature_gigabytes(detector, data, views)) > settings.feature_cache:
-        accelerator.print(f"a feature cache would take {size:.2g} GB: stage 1 runs without it, on crops", flush=True)
+        accelerator.print(f"a feature cache would take {size:.2g} GB: stage 1 runs without it, on crops")
         loader = crop_loader(detector, data.select(chosen), settings, accelerator)
         return Stage("frozen", epochs, 1, detector, detector.head, groups, loader)
     options = {"batch_size": settings.batch_size, "workers": settings.workers, "accelerator": accelerator}
@@ -224,7 +224,7 @@ def train_stage(
     schedule = Schedule(optimizer, stage.epochs, run.epoch_steps(loader), stage.cycles)
     average = Ema(stage.trained, settings.ema * schedule.steps / schedule.cycles, stage.start_share)
     parts = {"trained": stage.trained, "optimizer": optimizer, "average": average}
-    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images", flush=True)
+    accelerator.print(f"stage {stage.name}: {stage.epochs} epochs on {len(train_data)} images")
     for epoch in run.epochs(stage.name, stage.epochs, **parts):
         train_one_epoch(model, criterion, loader, optimizer, schedule, average, epoch, run)
         with average.applied():
@@ -269,7 +269,7 @@ def continued_checkpoint(settings: Settings, data: DetectionData) -> Checkpoint:
         detector = replace_classes(detector, [old_label.get(label) for label in range(len(data.class_names))])
         new = [name for label, name in enumerate(data.class_names) if label not in old_label]
         kept = f"{len(old_label)} of {len(data.class_names)} classes; new: {first_few(new) if new else 'none'}"
-        print(f"all but the class layers of {settings.start_from} are kept, and in them {kept}", flush=True)
+        print(f"all but the class layers of {settings.start_from} are kept, and in them {kept}")
     return Checkpoint(detector, data.class_names, data.category_ids, origin)
 
 

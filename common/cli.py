@@ -134,7 +134,7 @@ def run(main: Callable[[SETTINGS], object], settings_type: type[SETTINGS], descr
     """
     console.raise_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes can hold any letter
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any name, in a log at once
     console.show_messages()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that Pillow can read past, and of large images
     try:

@@ -83,7 +83,7 @@ class _Lines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if line := text.strip():
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr)
         return len(text)
 
 
@@ -98,7 +98,7 @@ def progress_bar(total: int | None, what: str, unit: str = "image", shown: bool 
 
 class _Printer(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+        print(record.getMessage())
 
 
 def show_messages() -> None:

@@ -53,11 +53,11 @@ def test_errors_end_in_one_line_and_debugging_adds_the_traceback(error, line, st
     assert ("ValueError: the cause" in above and "in main" in "".join(above)) if debug else not above
 
 
-def test_any_name_can_be_printed():
+def test_any_name_can_be_printed_and_a_line_does_not_wait_for_others():
     """On a terminal of any encoding, also what Python makes of bytes in a file name that are not valid text."""
-    program = "from dataclasses import make_dataclass as m; from common import cli\n"
-    program += "cli.run(lambda _: print('caf\\xe9 \\u732b \\udcff'), m('Settings', []), '')"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    program = "import os; from dataclasses import make_dataclass as m; from common import cli\n"
+    program += "cli.run(lambda _: (print('caf\\xe9 \\u732b \\udcff'), os._exit(0)), m('Settings', []), '')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "caf\\xe9 \\u732b \\udcff\n")
 

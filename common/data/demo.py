@@ -8,7 +8,9 @@ the category ids have gaps, as COCO's do.
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +22,6 @@ from common.data.table import Table
 from common.files import atomic_folder, cache_folder
 
 log = logging.getLogger(__name__)
-SEED = 0
 SIZES = ((480, 360), (360, 480), (480, 320), (420, 420))  # width, height, pixels
 OBJECTS = (1, 6)  # per scene
 ATTEMPTS = 20  # to place an object
@@ -67,10 +68,10 @@ class _Scene:
 
 def read_demo(request: Request) -> Table:
     """The demo data set, generated into the cache where it is not there yet."""
-    folder = cache_folder(f"demo-seed{SEED}")
+    folder = cache_folder("demo-seed0")
     if not folder.is_dir():
         log.info(f"generating the demo's scenes in {folder}")
-        make_demo(folder, seed=SEED)
+        make_demo(folder)
     return read_coco(replace(request, data=str(folder)))
 
 
@@ -80,21 +81,27 @@ def make_demo(folder: Path, train: int = 320, val: int = 100, seed: int = 0) -> 
     Scene i of a split depends on (seed, split, i) alone.
     """
     categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in zip(CATEGORY_IDS, SHAPES, strict=True)]
-    with atomic_folder(folder) as made:
+    with atomic_folder(folder) as made, ThreadPoolExecutor(os.cpu_count()) as pool:
         (made / "annotations").mkdir()
         for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
             (made / split).mkdir()
             images, annotations = list[dict](), list[dict]()
-            for i in range(count):
-                scene, name = draw_scene(np.random.default_rng((seed, number, i))), f"{i + 1:06d}.jpg"
-                height, width = scene.owner.shape
-                Image.fromarray(scene.pixels.clip(0, 255).astype(np.uint8)).save(made / split / name, quality=90)
-                images.append({"id": i + 1, "file_name": name, "width": width, "height": height})
-                for box, area, label in visible_boxes(scene):
-                    entry = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": CATEGORY_IDS[label]}
+            paths = [made / split / f"{i + 1:06d}.jpg" for i in range(count)]
+            drawn = pool.map(_write_scene, paths, [(seed, number, i) for i in range(count)])
+            for i, (path, ((height, width), boxes)) in enumerate(zip(paths, drawn, strict=True), 1):
+                images.append({"id": i, "file_name": path.name, "width": width, "height": height})
+                for box, area, label in boxes:
+                    entry = {"id": len(annotations) + 1, "image_id": i, "category_id": CATEGORY_IDS[label]}
                     annotations.append(entry | {"bbox": box, "area": area, "iscrowd": 0})
             content = {"images": images, "annotations": annotations, "categories": categories}
             (made / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _write_scene(path: Path, seed: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[list[int], int, int]]]:
+    """Draw a scene into a file; returns its (height, width) and its `visible_boxes`."""
+    scene = draw_scene(np.random.default_rng(seed))
+    Image.fromarray(scene.pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return scene.owner.shape, visible_boxes(scene)
 
 
 def draw_scene(rng: np.random.Generator) -> _Scene:
@@ -127,10 +134,8 @@ def _place(rng: np.random.Generator, scene: _Scene) -> bool:
     window, size = np.s_[top:bottom, left:right], (int(right - left), int(bottom - top))
     cover = _coverage(label, center - (left, top), side, rng.uniform(-0.4, 0.4), size)
     solid = cover > 0.5
-    hidden, shown = (
-        np.bincount(owners.ravel() + 1, minlength=len(scene.labels) + 1)[1:]
-        for owners in (scene.owner[window][solid], scene.owner)
-    )
+    owners = scene.owner[window][solid], scene.owner
+    hidden, shown = (np.bincount(o.ravel() + 1, minlength=len(scene.labels) + 1)[1:] for o in owners)
     if solid.sum() < 0.2 * side**2 or (shown - hidden < LEAST_VISIBLE * np.array(scene.full_areas)).any():
         return False
     paint = _texture(rng, *size, contrast=rng.uniform(25, 90))

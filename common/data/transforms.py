@@ -38,11 +38,6 @@ class AugmentationFlags:
         if len(self.scales) != 2 or self.scales[0] > self.scales[1]:
             raise InputError(f"--scales {' '.join(map(str, self.scales))}: give the lowest and the highest")
 
-    def describe(self) -> str:
-        """The augmentation of crops in words, for the terminal."""
-        mirror = "no mirror images" if self.no_mirror else "mirror images"
-        return f"{mirror}, scales {self.scales[0]:g} to {self.scales[1]:g}"
-
 
 class ScaleTransform(nn.Module):
     """Scale to the size of a detector's input."""

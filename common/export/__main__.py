@@ -100,7 +100,7 @@ def main(settings: Settings) -> Path:
     xml = output / f"{output.name.removesuffix(ENDS['openvino'])}.xml"
     file = {"onnx": output, "openvino": xml, "hub": output / CONFIG}[settings.format]
     check_outputs([file, *[output / WEIGHTS] * (settings.format == "hub")], [settings.checkpoint])
-    print(f"exporting {settings.checkpoint}, which takes about a minute", flush=True)
+    print(f"exporting {settings.checkpoint}, which takes about a minute")
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch, file.name)
         if settings.format == "hub":
