@@ -56,7 +56,7 @@ def make_accelerator(precision: str = "auto", deterministic: bool = False) -> Ac
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by CUDA's matrix products
         torch.use_deterministic_algorithms(True, warn_only=True)
     if "MASTER_ADDR" in os.environ:  # of a launcher; where it is left over, nobody else comes
-        print(f"joining all WORLD_SIZE={os.environ.get('WORLD_SIZE')} processes", file=sys.stderr, flush=True)
+        print(f"joining all WORLD_SIZE={os.environ.get('WORLD_SIZE')} processes", file=sys.stderr)
     before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}  # no exception ends a wait
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(chosen, chosen),

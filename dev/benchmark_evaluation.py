@@ -75,7 +75,7 @@ def timed(title: str, work: Callable[[], RESULT]) -> tuple[RESULT, float]:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     result, seconds = work(), time.process_time() - start
     rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{title}: {seconds:.1f} s, {rise / 1e3:.0f} MB", flush=True)
+    print(f"{title}: {seconds:.1f} s, {rise / 1e3:.0f} MB")
     return result, seconds
 
 
